@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from s2dm_jax.conv import conv2d
+
+CASES = [
+    # kernel, stride, pad, height, width
+    (1, 1, ((0, 0), (0, 0)), 6, 5),
+    (3, 1, ((1, 1), (1, 1)), 6, 5),
+    (3, 2, ((0, 1), (0, 1)), 8, 8),
+    (3, 2, ((0, 1), (0, 1)), 7, 9),
+    (3, 2, ((1, 1), (1, 1)), 7, 8),
+    (1, 2, ((0, 0), (0, 0)), 6, 7),
+    (5, 1, ((2, 2), (2, 2)), 8, 7),
+    (5, 2, ((1, 3), (0, 2)), 9, 8),
+    (3, 1, ((0, 0), (4, 0)), 5, 6),
+]
+SAME = ((1, 1), (1, 1))
+ASYMMETRIC = ((0, 1), (0, 1))
+
+
+def plain(x, w, stride, pad):
+    return lax.conv_general_dilated(x, w, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def inputs(kernel, height, width, dtype=jnp.float32):
+    kx, kw = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(kx, (2, height, width, 3), dtype)
+    return x, jax.random.normal(kw, (kernel, kernel, 3, 4), dtype)
+
+
+def loss(conv, x, w, stride, pad):
+    return jnp.sum(jnp.sin(conv(x, w, stride, pad)).astype(jnp.float32))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "pad", "height", "width"), CASES)
+def test_value_and_gradients_equal_lax(kernel, stride, pad, height, width):
+    x, w = inputs(kernel, height, width)
+
+    def both(conv):
+        return jax.jit(jax.value_and_grad(lambda x, w: loss(conv, x, w, stride, pad), argnums=(0, 1)))(x, w)
+
+    (value, grads), (expected, expected_grads) = both(conv2d), both(plain)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_equal_lax_in_bfloat16():
+    x, w = inputs(3, 8, 8, jnp.bfloat16)
+
+    def grads(conv):
+        return jax.jit(jax.grad(lambda x, w: loss(conv, x, w, 2, ASYMMETRIC), argnums=(0, 1)))(x, w)
+
+    for grad, expected in zip(grads(conv2d), grads(plain), strict=True):
+        assert grad.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(grad.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_vmap_of_gradient():
+    x, w = inputs(3, 6, 6)
+
+    def per_example(conv):
+        one = jax.grad(lambda w, x: loss(conv, x[None], w, 1, SAME))
+        return jax.jit(jax.vmap(one, (None, 0)))(w, x)
+
+    assert per_example(conv2d).shape == (2, 3, 3, 3, 4)
+    np.testing.assert_allclose(per_example(conv2d), per_example(plain), rtol=1e-6, atol=1e-5)
+
+
+def test_second_order_gradient():
+    x, w = inputs(3, 6, 6)
+
+    def gradient_of_gradient_norm(conv):
+        gradient = jax.grad(lambda w: loss(conv, x, w, 2, ASYMMETRIC))
+        return jax.jit(jax.grad(lambda w: jnp.sum(gradient(w) ** 2)))(w)
+
+    np.testing.assert_allclose(
+        gradient_of_gradient_norm(conv2d), gradient_of_gradient_norm(plain), rtol=1e-5, atol=1e-3
+    )
+
+
+def convolution_layouts(jaxpr):
+    layouts = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            layouts.add(equation.params["dimension_numbers"])
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                layouts |= convolution_layouts(inner)
+    return layouts
+
+
+def test_backward_convolutions_keep_the_layout_that_cpu_loops_run_fast():
+    x, w = inputs(3, 8, 8)
+
+    def layouts(conv, differentiate):
+        value = lambda x, w: loss(conv, x, w, 2, ASYMMETRIC)  # noqa: E731
+        function = jax.grad(value, argnums=(0, 1)) if differentiate else value
+        return convolution_layouts(jax.make_jaxpr(function)(x, w).jaxpr)
+
+    forward = layouts(plain, differentiate=False)
+    assert len(forward) == 1
+    assert layouts(conv2d, differentiate=True) == forward
+    assert layouts(plain, differentiate=True) != forward
