@@ -51,6 +51,11 @@ class NoiseSchedule:
         """float64 [T+1]: alpha_bar preceded by the clean image's 1; entry t+1 belongs to level t."""
         return np.concatenate([[1.0], self.alpha_bar])
 
+    @functools.cached_property
+    def log_alpha_bar_from_clean(self) -> np.ndarray:
+        """float64 [T+1]: logarithm of `alpha_bar_from_clean`, from 0 down."""
+        return np.concatenate([[0.0], np.cumsum(np.log1p(-self.beta))])
+
 
 def lookup(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
     """`table[t]` in the dtype of `like`, with trailing axes so that it multiplies images.
@@ -65,6 +70,25 @@ def lookup(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
     """
     values = jnp.asarray(table, like.dtype)[t]
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def log_alpha_bar(schedule: NoiseSchedule, t: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """log alpha_bar at any level, linear between whole ones: a forward SDE of constant rate within each step.
+
+    Samplers take √alpha_bar and √(1−alpha_bar) from it as exp(½·) and √(−expm1(·)), which loses nothing to
+    rounding where alpha_bar is almost 1.
+
+    Args:
+      t: levels in [−1, T−1], of any shape, whole or fractional; −1 is the clean image.
+
+    Returns:
+      Array of t's shape, at most 0.
+    """
+    table = jnp.asarray(schedule.log_alpha_bar_from_clean, dtype)
+    u = jnp.asarray(t) + 1
+    below = jnp.floor(u).astype(jnp.int32)
+    above = jnp.minimum(below + 1, schedule.T)
+    return table[below] + (u - below).astype(dtype) * (table[above] - table[below])
 
 
 def add_noise(schedule: NoiseSchedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
@@ -169,6 +193,28 @@ def linspace_grid(T: int, steps: int) -> np.ndarray:
 
 
 GRIDS = {"uniform": uniform_grid, "quadratic": quadratic_grid, "linspace": linspace_grid}
+
+
+def check_grid(T: int, timesteps) -> np.ndarray:
+    """Your own list of levels, checked.
+
+    Returns:
+      int32 [S], ascending.
+
+    Raises:
+      ValueError: unless `timesteps` are 1 to T whole numbers in [0, T), each above the one before it.
+    """
+    levels = np.asarray(timesteps)
+    if levels.ndim != 1:
+        raise ValueError(f"timesteps has shape {levels.shape}; a grid is a 1-D list of levels")
+    _check_steps(T, len(levels))
+    if (levels != np.floor(levels)).any():
+        raise ValueError(f"timesteps={levels.tolist()} are not whole numbers")
+    if levels.min() < 0 or levels.max() >= T:
+        raise ValueError(f"timesteps go from {levels.min()} to {levels.max()}; T={T} allows 0 to {T - 1}")
+    if (np.diff(levels) <= 0).any():
+        raise ValueError(f"timesteps={levels.tolist()} are not in ascending order without repeats")
+    return levels.astype(np.int32)
 
 
 def _check_steps(T: int, steps: int) -> None:

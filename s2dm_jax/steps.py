@@ -1,0 +1,49 @@
+"""What every sampler is made of: the levels it visits, one call of the network, the prediction of x_0."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from s2dm_jax.schedule import NoiseSchedule, check_grid
+
+# (x: f32[B, H, W, C], t: f32[B]) -> the noise in x, same shape; t in [0, T), fractional in F-PNDM alone.
+EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def descend(schedule: NoiseSchedule, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The levels in the order of sampling, and the level each step arrives at: at last −1, the clean image.
+
+    Args:
+      timesteps: int [S], ascending levels in [0, T); may be traced.
+
+    Returns:
+      t, t_next: float32 [S].
+
+    Raises:
+      ValueError: for a grid that `check_grid` refuses; of a traced grid only the shape can be checked.
+    """
+    if isinstance(timesteps, jax.core.Tracer):
+        if timesteps.ndim != 1 or not 1 <= len(timesteps) <= schedule.T:
+            raise ValueError(
+                f"timesteps has shape {timesteps.shape}; a grid is a 1-D array of 1 to T={schedule.T} levels"
+            )
+    else:
+        timesteps = check_grid(schedule.T, timesteps)
+    t = jnp.asarray(timesteps, jnp.float32)[::-1]
+    return t, jnp.append(t[1:], -1.0)
+
+
+def signal_and_sigma(log_alpha_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """√alpha_bar and √(1−alpha_bar): x_t = signal·x_0 + sigma·ε (DDPM, eq. 4)."""
+    return jnp.exp(log_alpha_bar / 2), jnp.sqrt(-jnp.expm1(log_alpha_bar))
+
+
+def evaluate(eps_fn: EpsFn, x: jax.Array, t: jax.Array) -> jax.Array:
+    """One call of the network at one level t, its output in x's dtype: x stays float32 around bfloat16."""
+    return eps_fn(x, jnp.full(x.shape[:1], t, jnp.float32)).astype(x.dtype)
+
+
+def predict_x0(x: jax.Array, eps: jax.Array, signal: jax.Array, sigma: jax.Array) -> jax.Array:
+    """x_0 that x would have been made from if its noise were eps (DDIM, Song et al. 2020, eq. 9)."""
+    return (x - sigma * eps) / signal
