@@ -11,7 +11,6 @@ CASES = [
     (1, 1, ((0, 0), (0, 0)), 6, 5),
     (3, 1, ((1, 1), (1, 1)), 6, 5),
     (3, 2, ((0, 1), (0, 1)), 8, 8),
-    (3, 2, ((0, 1), (0, 1)), 7, 9),
     (3, 2, ((1, 1), (1, 1)), 7, 8),
     (1, 2, ((0, 0), (0, 0)), 6, 7),
     (5, 1, ((2, 2), (2, 2)), 8, 7),
@@ -27,9 +26,10 @@ def plain(x, w, stride, pad):
 
 
 def inputs(kernel, height, width, dtype=jnp.float32):
-    kx, kw = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(kx, (2, height, width, 3), dtype)
-    return x, jax.random.normal(kw, (kernel, kernel, 3, 4), dtype)
+    # numpy draws them: each shape of jax.random.normal costs seconds of compilation on a CPU.
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, height, width, 3), np.float32)
+    return jnp.asarray(x, dtype), jnp.asarray(rng.standard_normal((kernel, kernel, 3, 4), np.float32), dtype)
 
 
 def loss(conv, x, w, stride, pad):
