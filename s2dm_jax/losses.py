@@ -7,7 +7,6 @@ L_simple needs. `docs/objectives.md` lists where the papers and their authors' c
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2dm_jax.schedule import NoiseSchedule, add_noise, lookup
+from s2dm_jax.steps import EpsFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,9 @@ def simple_weight(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
     return np.where(below_edge & (objective.skip_edge == "plain"), 1.0, objective.tau)
 
 
-def skip_quadratic(schedule: NoiseSchedule, objective: Objective) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def skip_quadratic(
+    schedule: NoiseSchedule, objective: Objective
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Completes the square of τ·L_simple + (1−τ)·L_skip: w_t·‖f − s_t·ε‖² + k_t·‖ε‖² (ours; neither paper's).
 
     With independent noise the identity holds in expectation over the second noise. At the optimum the
@@ -236,7 +238,7 @@ def sequence_loss(residuals: jax.Array, weight: jax.Array, norm: str = "K^2") ->
 
 
 def loss(
-    eps_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    eps_fn: EpsFn,
     schedule: NoiseSchedule,
     objective: Objective,
     x0: jax.Array,

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,14 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from s2dm_jax.conv import conv2d
-
-EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
+from s2dm_jax.steps import EpsFn
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
+
+# NNX wants an initialiser to learn the shapes; the values come from `init_params`.
+_ZEROS = nnx.initializers.zeros_init()
+_Linear = functools.partial(nnx.Linear, kernel_init=_ZEROS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ def _conv3x3(c_in: int, c_out: int, dtype, rngs, stride: int = 1) -> nnx.Conv:
         strides=stride,
         padding=(pad, pad),
         dtype=dtype,
+        kernel_init=_ZEROS,
         conv_general_dilated=_conv2d_for_nnx,
         rngs=rngs,
     )
@@ -120,12 +123,12 @@ class ResnetBlock(nnx.Module):
     def __init__(self, c_in: int, c_out: int, temb_dim: int, dropout: float, dtype, rngs):
         self.norm1 = GroupNorm(c_in)
         self.conv1 = _conv3x3(c_in, c_out, dtype, rngs)
-        self.temb_proj = nnx.Linear(temb_dim, c_out, rngs=rngs)
+        self.temb_proj = _Linear(temb_dim, c_out, rngs=rngs)
         self.norm2 = GroupNorm(c_out)
         self.dropout = nnx.Dropout(dropout)
         self.conv2 = _conv3x3(c_out, c_out, dtype, rngs)
         if c_in != c_out:
-            self.nin_shortcut = nnx.Linear(c_in, c_out, dtype=dtype, rngs=rngs)
+            self.nin_shortcut = _Linear(c_in, c_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, temb, dropout_key):
         h = self.conv1(nnx.silu(self.norm1(x)))
@@ -141,10 +144,10 @@ class AttnBlock(nnx.Module):
 
     def __init__(self, channels: int, dtype, rngs):
         self.norm = GroupNorm(channels)
-        self.q = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.k = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.v = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.proj_out = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.q = _Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.k = _Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.v = _Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.proj_out = _Linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         b, height, width, c = x.shape
@@ -169,10 +172,14 @@ class UNet(nnx.Module):
         def attentions(level, count):
             if config.resolution >> level not in config.attn_resolutions:
                 return nnx.Dict()
-            return nnx.Dict({str(j): AttnBlock(ch * config.ch_mult[level], dtype, rngs) for j in range(count)})
+            return nnx.Dict(
+                {str(j): AttnBlock(ch * config.ch_mult[level], dtype, rngs) for j in range(count)}
+            )
 
         self.temb = nnx.Dict(
-            dense=nnx.Dict({"0": nnx.Linear(ch, temb_dim, rngs=rngs), "1": nnx.Linear(temb_dim, temb_dim, rngs=rngs)})
+            dense=nnx.Dict(
+                {"0": _Linear(ch, temb_dim, rngs=rngs), "1": _Linear(temb_dim, temb_dim, rngs=rngs)}
+            )
         )
         self.conv_in = _conv3x3(config.in_channels, ch, dtype, rngs)
 

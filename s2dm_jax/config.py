@@ -1,0 +1,314 @@
+"""Configs as plain data: the fields with their defaults, the check, and the JSON round trip.
+
+jax is imported only by the functions that build something from a config: a mistake must be told before
+seconds of imports.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence; `main` prints it and exits with status 2."""
+
+
+def default_config() -> ConfigDict:
+    """Every field with its default; a file in `configs/` sets what its data set needs."""
+    c = ConfigDict()
+
+    c.data = ConfigDict()
+    c.data.name = "digits"
+    c.data.random_flip = False
+
+    c.diffusion = ConfigDict()
+    c.diffusion.schedule = "linear"
+    c.diffusion.T = 1000
+
+    c.model = ConfigDict()
+    c.model.ch = 128
+    c.model.ch_mult = (1, 2, 2, 2)
+    c.model.num_res_blocks = 2
+    c.model.attn_resolutions = (16,)
+    c.model.dropout = 0.1
+    c.model.resamp_with_conv = True
+    c.model.dtype = "auto"
+
+    c.loss = ConfigDict()
+    c.loss.preset = "paper"
+    c.loss.skip = 0
+    c.loss.tau = 0.99
+    c.loss.K = 1
+    c.loss.lam = 0.0
+    # None: as the preset has it. `losses.Objective` says what each means.
+    c.loss.skip_noise = placeholder(str)
+    c.loss.skip_factors = placeholder(int)
+    c.loss.skip_edge = placeholder(str)
+    c.loss.window = placeholder(str)
+    c.loss.window_ends = placeholder(str)
+    c.loss.sa_norm = placeholder(str)
+    c.loss.tau_s = placeholder(bool)
+    c.loss.reduction = placeholder(str)
+    c.loss.antithetic = placeholder(bool)
+
+    c.train = ConfigDict()
+    c.train.steps = 500_000
+    c.train.batch_size = 128
+    c.train.lr = 2e-4
+    c.train.grad_clip = 1.0
+    c.train.ema_rate = 0.9999
+    c.train.ema_start = "initial"
+    c.train.seed = 0
+    c.train.log_every = 100
+    c.train.sample_every = 5_000
+    c.train.checkpoint_every = 5_000
+    c.train.keep_checkpoints = 3
+
+    c.sample = ConfigDict()
+    c.sample.steps = 10
+    c.sample.num_images = 64
+    c.sample.seed = 0
+
+    c.eval = ConfigDict()
+    c.eval.nfe = (10, 20, 50)
+    c.eval.num_images = 50_000
+    c.eval.batch_size = 500
+    c.eval.seed = 0
+    return c
+
+
+_DEFAULT = default_config()
+FIELDS = {f"{group}.{name}": _DEFAULT[group].get_type(name) for group in _DEFAULT for name in _DEFAULT[group]}
+_OPTIONAL = {f"loss.{name}" for name, value in _DEFAULT.loss.items() if value is None}
+
+# field: (lowest, highest), both allowed; None: no bound.
+_RANGES = {
+    "diffusion.T": (2, None),
+    "model.ch": (32, None),
+    "model.num_res_blocks": (1, None),
+    "model.dropout": (0.0, 0.999),
+    "loss.skip": (0, None),
+    "loss.tau": (0.0, 1.0),
+    "loss.K": (1, None),
+    "loss.lam": (0.0, None),
+    "loss.skip_factors": (0, None),
+    "train.steps": (1, None),
+    "train.batch_size": (1, None),
+    "train.lr": (1e-12, None),
+    "train.grad_clip": (0.0, None),
+    "train.ema_rate": (0.0, 1.0),
+    "train.seed": (0, 2**31 - 1),
+    "train.log_every": (1, None),
+    "train.sample_every": (1, None),
+    "train.checkpoint_every": (1, None),
+    "train.keep_checkpoints": (1, None),
+    "sample.steps": (1, None),
+    "sample.num_images": (1, None),
+    "sample.seed": (0, 2**31 - 1),
+    "eval.num_images": (2, None),
+    "eval.batch_size": (1, None),
+    "eval.seed": (0, 2**31 - 1),
+}
+_CHOICES = {
+    "data.name": ("digits",),
+    "diffusion.schedule": ("linear", "cosine", "quad", "const", "sigmoid"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "loss.preset": ("paper", "released"),
+    "loss.skip_noise": ("shared", "independent", "expected"),
+    "loss.skip_edge": ("truncate", "plain"),
+    "loss.window": ("forward", "backward"),
+    "loss.window_ends": ("inner", "all"),
+    "loss.sa_norm": ("K^2", "K"),
+    "loss.reduction": ("sum", "mean"),
+    "train.ema_start": ("initial", "first_step"),
+}
+_RESOLUTION = {"digits": 8}
+# A run may go on with other values of these, and of everything in the groups `sample` and `eval`.
+_MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+_NORM_GROUPS = 32
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks every field's name, type and range, and the fields against each other.
+
+    Raises:
+      UserError: one sentence that names the field, its value and what is allowed.
+    """
+    fields = _flatten(config)
+    for name in sorted(fields.keys() - FIELDS.keys()):
+        raise UserError(f"config.{name} is not a field; the fields are those of s2dm_jax/config.py")
+    for name in sorted(FIELDS.keys() - fields.keys()):
+        raise UserError(f"config.{name} is missing; start the config from s2dm_jax.config.default_config()")
+    for name, value in fields.items():
+        _check_type(name, value)
+    for name, (low, high) in _RANGES.items():
+        value = fields[name]
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise UserError(f"config.{name}={value} is out of range: it must be {allowed}")
+    for name, choices in _CHOICES.items():
+        if fields[name] is not None and fields[name] not in choices:
+            raise UserError(
+                f"config.{name}={fields[name]!r} is not known; choose one of {', '.join(choices)}"
+            )
+    _check_model(fields)
+    _check_levels(fields)
+
+
+def allowed_type(expected: type) -> str:
+    """What a field of that type may be, in words."""
+    words = {int: "an integer", float: "a finite number", bool: "True or False", str: "a name"}
+    return words.get(expected, "a tuple of positive integers such as 1,2,2")
+
+
+def _check_type(name: str, value) -> None:
+    expected = FIELDS[name]
+    if value is None and name in _OPTIONAL:
+        return
+    if expected is tuple:
+        right = isinstance(value, tuple) and all(type(v) is int and v > 0 for v in value)
+        right = right and (len(value) > 0 or name == "model.attn_resolutions")
+    elif expected is float:
+        right = type(value) in (int, float) and math.isfinite(value)
+    else:
+        right = type(value) is expected
+    if not right:
+        raise UserError(f"config.{name}={value!r} has the wrong type: it must be {allowed_type(expected)}")
+
+
+def _check_model(fields: dict) -> None:
+    ch, ch_mult = fields["model.ch"], fields["model.ch_mult"]
+    if ch % _NORM_GROUPS:
+        raise UserError(f"config.model.ch={ch} must be a multiple of {_NORM_GROUPS}, the groups of the norms")
+    resolution = _RESOLUTION[fields["data.name"]]
+    if resolution % 2 ** (len(ch_mult) - 1):
+        raise UserError(
+            f"config.model.ch_mult={ch_mult} halves images of {resolution} pixels {len(ch_mult) - 1} times, "
+            "which does not go evenly; give fewer levels"
+        )
+    levels = [resolution >> i for i in range(len(ch_mult))]
+    for attn in fields["model.attn_resolutions"]:
+        if attn not in levels:
+            raise UserError(
+                f"config.model.attn_resolutions={fields['model.attn_resolutions']} names {attn}, which never "
+                f"occurs; this model's resolutions are {', '.join(map(str, levels))}"
+            )
+
+
+def _check_levels(fields: dict) -> None:
+    T = fields["diffusion.T"]
+    for name, most in (("loss.skip", T - 1), ("loss.skip_factors", T), ("loss.K", T), ("sample.steps", T)):
+        if fields[name] is not None and fields[name] > most:
+            raise UserError(
+                f"config.{name}={fields[name]} must be at most {most}, with config.diffusion.T={T}"
+            )
+    if max(fields["eval.nfe"]) > T:
+        raise UserError(
+            f"config.eval.nfe={fields['eval.nfe']} must hold at most config.diffusion.T={T} evaluations each"
+        )
+
+
+def _flatten(config: ConfigDict) -> dict:
+    flat = {}
+    for group, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{group}.{name}": v for name, v in value.items()}
+        else:
+            flat[group] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text."""
+    return json.dumps(config.to_dict(), indent=1) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote, with tuples for lists; fields that are newer get their default."""
+    config = default_config()
+    for group, values in json.loads(text).items():
+        for name, value in values.items():
+            config[group][name] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
+    """Creates the folder of a run, once sure that a run with this config can live there.
+
+    Raises:
+      UserError: if the folder cannot be written to, or holds a run or files that are not this config's.
+    """
+    path = Path(workdir)
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} cannot be used: {existing} is not writable; give another path")
+    saved_path = path / "config.json"
+    if saved_path.exists():
+        _check_same_run(saved_path, workdir, config)
+    elif path.exists() and any(path.iterdir()):
+        raise UserError(f"--workdir={workdir} holds files but no run of ours; give a new or an empty folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be created ({error.strerror}); give another path"
+        ) from error
+    return path
+
+
+def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
+    try:
+        saved = _flatten(from_json(saved_path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
+    for name, value in _flatten(config).items():
+        fixed = not name.startswith(("sample.", "eval.", *_MAY_CHANGE))
+        if fixed and saved[name] != value:
+            raise UserError(
+                f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
+                "give another --workdir or the same config"
+            )
+
+
+def build_schedule(config: ConfigDict):
+    """The `NoiseSchedule` that the config names."""
+    from s2dm_jax.schedule import SCHEDULES
+
+    return SCHEDULES[config.diffusion.schedule](config.diffusion.T)
+
+
+def build_objective(config: ConfigDict):
+    """The `losses.Objective` that the config names: its preset with the options that are not None."""
+    from s2dm_jax.losses import PRESETS
+
+    values = {name: value for name, value in config.loss.items() if name != "preset" and value is not None}
+    return PRESETS[config.loss.preset](**values)
+
+
+def build_network(config: ConfigDict, channels: int):
+    """The `unet.UNetConfig` that the config names, for images with that many channels."""
+    import jax
+
+    from s2dm_jax.unet import UNetConfig
+
+    model = config.model.to_dict()
+    if model["dtype"] == "auto":
+        # Convolutions in bfloat16 are slower than in float32 on CPU.
+        model["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return UNetConfig(
+        resolution=_RESOLUTION[config.data.name], in_channels=channels, out_channels=channels, **model
+    )

@@ -1,0 +1,106 @@
+"""Data sets as uint8 arrays, and the order in which training sees them.
+
+Rows stay on the device; which rows make the batch of a step is a function of (seed, step) alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_HELD_OUT = 500
+
+
+class Dataset(NamedTuple):
+    """Images and labels of two disjoint splits.
+
+    Attributes:
+      train, held_out: uint8 [N, H, W, C].
+      train_labels, held_out_labels: int [N].
+      num_classes: number of different labels.
+      provenance: one line that says what this is and where it comes from.
+    """
+
+    train: np.ndarray
+    train_labels: np.ndarray
+    held_out: np.ndarray
+    held_out_labels: np.ndarray
+    num_classes: int
+    provenance: str
+
+
+def load_digits() -> Dataset:
+    """The 1,797 handwritten digits that scikit-learn carries (UCI optdigits' test set), 8×8, 17 grey levels.
+
+    The held-out split is fixed: 500 digits drawn once with seed 0.
+
+    Returns:
+      Images [N, 8, 8, 1]: 1,297 for training and 500 held out.
+    """
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(images))
+    train, held_out = order[_HELD_OUT:], order[:_HELD_OUT]
+    return Dataset(
+        images[train],
+        digits.target[train],
+        images[held_out],
+        digits.target[held_out],
+        10,
+        "digits of scikit-learn (UCI optdigits), 8×8 grey, 1,297 for training, 500 held out",
+    )
+
+
+DATASETS = {"digits": load_digits}
+
+
+def batch_indices(key: jax.Array, start: int, steps: int, batch_size: int, size: int) -> jax.Array:
+    """Rows of the batches of `steps` steps from `start` on: every epoch is one permutation of all rows.
+
+    Batches follow one another without a gap, so that one may hold the end of an epoch and the start of the
+    next. The result does not depend on how a run is cut into chunks.
+
+    Args:
+      key: key of the data order.
+      start: first step, a Python integer.
+      steps: number of steps.
+      batch_size: rows per step.
+      size: number of rows of the data set.
+
+    Returns:
+      int32 [steps, batch_size].
+    """
+    first_epoch, offset = divmod(start * batch_size, size)
+    epochs = -(-(offset + steps * batch_size) // size)
+    # The number of permutations that `steps` steps can touch at most, so that one program serves every start.
+    epochs_at_most = (steps * batch_size - 1) // size + 2
+    assert epochs <= epochs_at_most
+    return _gather_order(key, first_epoch, offset, steps, batch_size, size, epochs_at_most)
+
+
+@jax.jit(static_argnums=(3, 4, 5, 6))
+def _gather_order(key, first_epoch, offset, steps, batch_size, size, epochs):
+    keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(first_epoch + jnp.arange(epochs))
+    order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys).reshape(-1)
+    return order[offset + jnp.arange(steps * batch_size)].reshape(steps, batch_size)
+
+
+def batch_at(images: jax.Array, rows: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
+    """Gathers rows of uint8 images and scales them to [−1, 1], flipping half of them if given a key.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      rows: int [B].
+      flip_key: key of the horizontal flips, or None for no flips.
+
+    Returns:
+      float32 [B, H, W, C].
+    """
+    x = images[rows].astype(jnp.float32) / 127.5 - 1
+    if flip_key is None:
+        return x
+    flipped = jax.random.bernoulli(flip_key, shape=(len(rows), 1, 1, 1))
+    return jnp.where(flipped, x[:, :, ::-1], x)

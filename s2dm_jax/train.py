@@ -1,0 +1,332 @@
+"""Training, from top to bottom: the state, one step, a compiled chunk of steps, the loop.
+
+Nothing about a run is hidden: batch order, flips, levels, noise and dropout are functions of (seed, step),
+so that a run resumed from a checkpoint goes on exactly as it would have.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+import s2dm_jax
+from s2dm_jax import checkpoint, losses, unet
+from s2dm_jax.config import (
+    UserError,
+    build_network,
+    build_objective,
+    build_schedule,
+    prepare_workdir,
+    to_json,
+)
+from s2dm_jax.data import DATASETS, batch_at, batch_indices
+from s2dm_jax.evaluate import evaluate, generator, results_table
+from s2dm_jax.losses import Objective
+from s2dm_jax.report import image_grid, save_png
+from s2dm_jax.schedule import NoiseSchedule, uniform_grid
+from s2dm_jax.telemetry import MetricWriter, Progress
+from s2dm_jax.unet import UNetConfig
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 [], number of steps done.
+      params, ema: nested dicts of float32 arrays, the weights and their moving average.
+      opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: dict
+    ema: dict
+    opt_state: optax.OptState
+
+
+def make_optimizer(lr: float, grad_clip: float) -> optax.GradientTransformation:
+    """Global-norm clipping and Adam as in the DDIM code: betas 0.9, 0.999, eps 1e-8, constant lr.
+
+    Args:
+      lr: learning rate.
+      grad_clip: largest global norm of the gradient; 0 for no clipping.
+    """
+    clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
+    return optax.chain(clip, optax.adam(lr))
+
+
+def init_state(network: UNetConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step; the moving average starts at the initial weights."""
+    params = unet.init_params(network, seed)
+    # Adam starts from zeros; made by numpy, because compiling the optimizer's own init takes a second.
+    opt_state = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params)
+    )
+    # Steps donate their buffers, so the average must not share them with the weights.
+    ema = jax.tree.map(np.copy, params)
+    return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state))
+
+
+def update_ema(ema: dict, params: dict, rate: float, step: jax.Array, start: str) -> dict:
+    """ema ← rate·ema + (1−rate)·params, with no warm-up.
+
+    Args:
+      ema, params: the average before and the weights after step number `step` (from 0).
+      rate: decay.
+      step: int [].
+      start: "initial": the average starts at the initial weights (DDIM code); "first_step": at the weights
+        after the first step (SA-DPM code).
+    """
+    if start == "first_step":
+        rate = jnp.where(step == 0, 0.0, rate)
+    return jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, ema, params)
+
+
+def update(
+    network: UNetConfig,
+    schedule: NoiseSchedule,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    ema_rate: float,
+    ema_start: str,
+    state: TrainState,
+    x0: jax.Array,
+    draws: losses.Draws,
+    dropout_key: jax.Array | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of the published training loop: gradient of the mean loss, clipping, Adam, moving average.
+
+    Args:
+      state: before the step.
+      x0: images in [−1, 1], [B, H, W, C].
+      draws: levels and noise of the step.
+      dropout_key: None for no dropout.
+
+    Returns:
+      The state after the step, and scalars: "loss", the mean of each of its terms, "grad_norm" before
+      clipping.
+    """
+
+    def mean_loss(params):
+        def eps_fn(x, t):
+            return unet.apply(network, params, x, t, dropout_key)
+
+        per_example, terms = losses.loss(eps_fn, schedule, objective, x0, draws)
+        return per_example.mean(), jax.tree.map(jnp.mean, terms)
+
+    (loss, terms), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, ema_rate, state.step, ema_start)
+    metrics = {"loss": loss, **terms, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+
+def make_chunk(
+    config: ConfigDict, network: UNetConfig, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """A function of (state, images, rows [n, B], key) that does n steps in one `lax.scan`.
+
+    Returns:
+      The function; it returns the new state and each metric as an array [n].
+    """
+    schedule, objective = build_schedule(config), build_objective(config)
+
+    def chunk(state, images, rows, key):
+        def step(state, rows):
+            draw_key, dropout_key, flip_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+            x0 = batch_at(images, rows, flip_key if config.data.random_flip else None)
+            return update(
+                network,
+                schedule,
+                objective,
+                optimizer,
+                config.train.ema_rate,
+                config.train.ema_start,
+                state,
+                x0,
+                losses.draw(objective, draw_key, schedule.T, x0.shape),
+                dropout_key if network.dropout else None,
+            )
+
+        return jax.lax.scan(step, state, rows)
+
+    return chunk
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains as `config` says, resuming what `workdir` holds, and evaluates the result.
+
+    Leaves in `workdir`: config.json, parameters.txt, metrics.jsonl, tensorboard/, samples/, checkpoints/,
+    results.json and results.md.
+
+    Args:
+      config: a checked config.
+      workdir: folder of the run, created if it is missing.
+
+    Raises:
+      UserError: if the folder cannot be written to, or the loss stops being finite.
+    """
+    workdir = prepare_workdir(workdir, config)
+    finished = _finished_results(workdir, config)
+    if finished:
+        print(f"{workdir} is finished: {config.train.steps:,} steps trained and evaluated\n")
+        print(results_table(finished))
+        return
+    (workdir / "config.json").write_text(to_json(config))
+    data = DATASETS[config.data.name]()
+    network = build_network(config, data.train.shape[-1])
+    schedule = build_schedule(config)
+    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+    steps, batch_size = config.train.steps, config.train.batch_size
+
+    (workdir / "samples").mkdir(exist_ok=True)
+
+    state = init_state(network, optimizer, config.train.seed)
+    manager = checkpoint.open_checkpoints(workdir, config.train.keep_checkpoints)
+    state = checkpoint.restore_latest(manager, state) or state
+    step = int(state.step)
+    (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(state.params) + "\n")
+    print(describe(config, network, data.provenance, step), flush=True)
+
+    # One stream orders the data, the other feeds the steps.
+    order_key, step_key = jax.random.split(jax.random.key(config.train.seed))
+    images = jnp.asarray(data.train)
+    chunk = jax.jit(make_chunk(config, network, optimizer), donate_argnums=0)
+    compiled = {}
+
+    def run_chunk(state, first, length):
+        rows = batch_indices(order_key, first, length, batch_size, len(images))
+        if length not in compiled:
+            began = time.monotonic()
+            progress.note(f"compiling {length} training steps as one program …")
+            compiled[length] = chunk.lower(state, images, rows, step_key).compile()
+            progress.note(f"compiled in {time.monotonic() - began:.1f} s")
+        return compiled[length](state, images, rows, step_key)
+
+    sample = generator(network, schedule)
+    writer = MetricWriter(workdir, step)
+    progress = Progress(step, steps, batch_size)
+    saved = step if manager.latest_step() is not None else None
+    interrupted = _stop_on_signals()
+
+    def report(metrics, first, last):
+        """Fetches the metrics of steps `first` … `last`−1, which blocks until they are computed."""
+        metrics = jax.device_get(metrics)
+        if not np.isfinite(metrics["loss"]).all():
+            where = first + int(np.argmin(np.isfinite(metrics["loss"])))
+            kept = "no checkpoint was saved" if saved is None else f"the last good checkpoint is step {saved}"
+            raise UserError(
+                f"the loss is not finite from step {where} on, seen in steps {first} to {last - 1}; {kept}; "
+                "a lower config.train.lr in a new --workdir is the usual cure"
+            )
+        means = {name: float(values.mean()) for name, values in metrics.items()}
+        means["images_per_second"] = progress.update(last, means["loss"])
+        writer.scalars(last, means)
+
+    pending = None
+    while step < steps and not interrupted:
+        length = min(config.train.log_every, steps - step)
+        state, metrics = run_chunk(state, step, length)
+        first, step = step, step + length
+        # The previous chunk's metrics are read while this one runs.
+        if pending:
+            report(*pending)
+        pending = (metrics, first, step)
+        if _crossed(first, step, config.train.sample_every) or step == steps:
+            images_now = sample(
+                state.ema,
+                uniform_grid(schedule.T, config.sample.steps),
+                config.sample.seed,
+                np.arange(config.sample.num_images),
+            )
+            grid = image_grid(np.asarray(images_now))
+            save_png(workdir / "samples" / f"step_{step:07d}.png", grid)
+            writer.picture(step, "samples", grid)
+        if _crossed(first, step, config.train.checkpoint_every) or step == steps or interrupted:
+            report(*pending)
+            pending = None
+            checkpoint.save(manager, step, state)
+            saved = step
+    if pending:
+        report(*pending)
+    progress.close()
+    writer.close()
+    manager.wait_until_finished()
+    if step < steps:
+        print(
+            f"stopped at step {step:,} of {steps:,}, saved in {workdir}; the same command goes on from there"
+        )
+        raise SystemExit(128 + interrupted[0])
+
+    print(
+        f"training a classifier on {config.data.name}, then sampling {config.eval.num_images:,} images "
+        f"in each of {', '.join(map(str, config.eval.nfe))} evaluations …",
+        flush=True,
+    )
+    results = evaluate(config, network, state.ema, data, step)
+    manager.close()
+    table = results_table(results)
+    (workdir / "results.md").write_text(f"{table}\n{results['provenance']['metric']}.\n")
+    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{table}\n{results['provenance']['metric']}.")
+    print(f"pictures: {workdir / 'samples'}, numbers: {workdir / 'results.json'}")
+
+
+def _finished_results(workdir: Path, config: ConfigDict) -> dict | None:
+    """The results in `workdir` if they are those of this config's last step and evaluation."""
+    path = workdir / "results.json"
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    same = results["step"] == config.train.steps and results["eval"] == json.loads(to_json(config))["eval"]
+    return results if same else None
+
+
+def describe(config: ConfigDict, network: UNetConfig, provenance: str, step: int) -> str:
+    """What a run is about to do, in a few lines."""
+    o, train = build_objective(config), config.train
+    loss = "L_simple"
+    if o.has_skip:
+        loss = f"{o.tau:g}·L_simple + {1 - o.tau:g}·L_skip (skip {o.skip}, {o.skip_noise} noise)"
+    if o.has_sequence:
+        loss += f" + {o.lam:g}·L_sa (K = {o.K})"
+    devices = jax.devices()
+    start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
+    return "\n".join(
+        [
+            f"s2dm_jax {s2dm_jax.__version__} on jax {jax.__version__}, {len(devices)}× {devices[0].device_kind}",
+            f"data     {provenance}",
+            f"network  UNet, {unet.num_params(network):,} parameters, activations in {network.dtype}",
+            f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
+            f"T = {config.diffusion.T:,}",
+            f"train    {start}, batch {train.batch_size} × {o.num_levels} noise level(s), Adam {train.lr:g}, "
+            f"EMA {train.ema_rate:g}, seed {train.seed}",
+        ]
+    )
+
+
+def _crossed(first: int, last: int, every: int) -> bool:
+    return last // every > first // every
+
+
+def _stop_on_signals() -> list[int]:
+    """Turns the first SIGINT or SIGTERM into an entry of the list returned, the next into what it was."""
+    received = []
+
+    def handler(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after the steps under way; again to stop at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
