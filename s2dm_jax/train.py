@@ -126,7 +126,7 @@ def update(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema, params, ema_rate, state.step, ema_start)
-    metrics = {"loss": loss, **terms, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 
@@ -303,7 +303,7 @@ def describe(config: ConfigDict, network: UNetConfig, provenance: str, step: int
     start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
     return "\n".join(
         [
-            f"s2dm_jax {s2dm_jax.__version__} on jax {jax.__version__}, {len(devices)}× {devices[0].device_kind}",
+            f"s2dm_jax {s2dm_jax.__version__}, jax {jax.__version__}, {len(devices)} × {devices[0].device_kind}",
             f"data     {provenance}",
             f"network  UNet, {unet.num_params(network):,} parameters, activations in {network.dtype}",
             f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "

@@ -1,0 +1,36 @@
+"""Golden numbers of the published PyTorch code: a few in the repo, all of them in ../shared/golden."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+_HERE = Path(__file__).parent / "golden"
+_ALL = Path(__file__).parents[2] / "shared" / "golden"
+
+
+def _nhwc(array):
+    return np.moveaxis(array, -3, -1) if array.ndim >= 4 else array
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Function of a file's name giving its arrays: images as NHWC, parameters as PyTorch has them."""
+
+    def load(name):
+        path = next((folder / name for folder in (_ALL, _HERE) if (folder / name).exists()), None)
+        if path is None:
+            pytest.skip(f"{name} is not kept in this repo and ../shared/golden is not here")
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        with np.load(path) as arrays:
+            parameters = ("param/", "grad/", "init/", "final/", "ema/")
+            return {k: v if k.startswith(parameters) else _nhwc(v) for k, v in arrays.items()}
+
+    return load
+
+
+def group(arrays, prefix):
+    """The entries of a golden file below a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -1,0 +1,143 @@
+"""The UNet against the published PyTorch one: outputs, gradients, sizes, initialisation, dropout."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import group
+from flax import traverse_util
+
+from s2dm_jax import convert, unet
+from s2dm_jax.schedule import add_noise, linear_schedule
+from s2dm_jax.unet import UNetConfig
+
+
+def network_of(arrays, **changes):
+    """The golden file's network."""
+    c = json.loads(str(arrays["config"]))
+    shape = {
+        "resolution": c["resolution"],
+        "in_channels": c["in_channels"],
+        "out_channels": c["out_ch"],
+        "ch": c["ch"],
+        "ch_mult": tuple(c["ch_mult"]),
+        "num_res_blocks": c["num_res_blocks"],
+        "attn_resolutions": tuple(c["attn_resolutions"]),
+        "resamp_with_conv": c["resamp_with_conv"],
+    }
+    return UNetConfig(**{**shape, **changes})
+
+
+TINY = UNetConfig(
+    resolution=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=()
+)
+
+
+@pytest.mark.parametrize("name", ["unet_a.npz", "unet_b.npz"])
+def test_published_network(golden, name):
+    arrays = golden(name)
+    network = network_of(arrays)
+    params = convert.from_torch(group(arrays, "param/"), network)
+    x, t, noise = arrays["x"], arrays["t"], arrays["e"]
+
+    def ddim_loss(params):
+        x_t = add_noise(linear_schedule(), x, t, noise)
+        loss = jnp.square(unet.apply(network, params, x_t, t) - noise).sum((1, 2, 3)).mean()
+        return loss, unet.apply(network, params, x, t)
+
+    (loss, out), grads = jax.jit(jax.value_and_grad(ddim_loss, has_aux=True))(params)
+    np.testing.assert_allclose(out, arrays["out"], rtol=1e-4, atol=1e-4 * np.abs(arrays["out"]).max())
+    np.testing.assert_allclose(loss, arrays["loss"], rtol=1e-4)
+    np.testing.assert_allclose(optax.tree.norm(grads), arrays["grad_norm"], rtol=1e-4)
+    ours = convert.to_torch(grads)
+    for tensor, expected in group(arrays, "grad/").items():
+        np.testing.assert_allclose(ours[tensor], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_torch_names_round_trip_to_the_bit(golden):
+    arrays = golden("unet_b.npz")
+    published = group(arrays, "param/")
+    back = convert.to_torch(convert.from_torch(published, network_of(arrays)))
+    assert back.keys() == published.keys()
+    for name in published:
+        np.testing.assert_array_equal(back[name], published[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("mid.attn_1.q.bias"), "lacks the tensor mid.attn_1.q.bias"),
+        (lambda s: s.update({"extra.weight": np.zeros(1)}), "no place for the checkpoint's tensor extra.weight"),
+        (lambda s: s.update({"conv_in.weight": np.zeros((32, 3, 3, 3))}), r"\(32, 3, 3, 3\).*\(32, 1, 3, 3\)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(golden, change, message):
+    arrays = golden("unet_b.npz")
+    state = group(arrays, "param/")
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        convert.from_torch(state, network_of(arrays))
+
+
+def test_published_parameter_counts(golden):
+    sizes = {
+        "cifar10": (32, (1, 2, 2, 2)),
+        "celeba": (64, (1, 2, 2, 2, 4)),
+        "celebahq": (256, (1, 1, 2, 2, 4, 4)),
+        "church": (256, (1, 1, 2, 2, 4, 4)),
+    }
+    for name, count in golden("param_counts.json").items():
+        resolution, ch_mult = sizes[name]
+        assert unet.num_params(UNetConfig(resolution, 3, 3, 128, ch_mult, 2, (16,))) == count
+
+
+def test_initialisation_is_pytorchs():
+    network = UNetConfig(8, 3, 3, 64, (1, 2), 1, (4,))
+    params = traverse_util.flatten_dict(unet.init_params(network, seed=0), sep=".")
+    other = traverse_util.flatten_dict(unet.init_params(network, seed=1), sep=".")
+    for name, value in params.items():
+        module, leaf = name.rsplit(".", 1)
+        if "norm" in module:
+            np.testing.assert_array_equal(value, 1.0 if leaf == "scale" else 0.0)
+            continue
+        fan_in = np.prod(params[f"{module}.kernel"].shape[:-1])
+        assert np.abs(value).max() <= fan_in**-0.5
+        if value.size > 1000:
+            # A uniform variable on [−b, b] has standard deviation b/√3.
+            assert abs(value.std() * (3 * fan_in) ** 0.5 - 1) < 0.05, name
+        assert not np.array_equal(value, other[name]), name
+
+
+def test_dropout_follows_its_key_and_differs_between_images():
+    network = UNetConfig(8, 1, 1, 32, (1,), 1, (), dropout=0.5)
+    params = unet.init_params(network, seed=0)
+    x = np.ones((2, 8, 8, 1), np.float32)
+    t = np.zeros(2, np.int32)
+    run = jax.jit(lambda key: unet.apply(network, params, x, t, key))
+    a, again, b = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    np.testing.assert_array_equal(a, again)
+    assert not np.allclose(a, b)
+    # Two equal images in one batch: what differs between them is their mask.
+    assert not np.allclose(a[0], a[1])
+    off = unet.apply(network, params, x, t)
+    np.testing.assert_allclose(off[0], off[1], atol=1e-6)
+
+
+def test_bfloat16_activations_stay_near_float32():
+    params = unet.init_params(TINY, seed=0)
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
+    t = np.array([10, 900])
+    full = unet.apply(TINY, params, x, t)
+    half = unet.apply(UNetConfig(**{**vars(TINY), "dtype": "bfloat16"}), params, x, t)
+    assert half.dtype == jnp.float32
+    error = np.abs(half - full).max() / np.abs(full).max()
+    assert 0 < error < 0.03
+
+
+def test_images_of_another_size_are_refused():
+    params = unet.init_params(TINY, seed=0)
+    with pytest.raises(ValueError, match=r"\(8, 8, 1\), not \(16, 16, 1\)"):
+        unet.apply(TINY, params, np.zeros((1, 16, 16, 1), np.float32), np.zeros(1))
