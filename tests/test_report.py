@@ -49,7 +49,7 @@ def test_grid_of_three_in_two_columns():
     ("shape", "expected"),
     [
         ((9, 8, 8, 1), (3 * 34 + 2, 3 * 34 + 2, 1)),
-        ((5, 8, 10, 3), (2 * 34 + 2, 3 * 42 + 2, 3)),
+        ((5, 8, 16, 3), (2 * 34 + 2, 3 * 66 + 2, 3)),
         ((1, 33, 40, 3), (37, 44, 3)),
         ((2, 31, 31, 1), (66, 130, 1)),
     ],
@@ -82,7 +82,9 @@ def test_png_reads_back_and_leaves_nothing_else(tmp_path, channels):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
     path = tmp_path / "grid.png"
     path.write_bytes(b"old")
-    save_png(path, image)
+    with path.open("rb") as reader:
+        save_png(path, image)
+        assert reader.read() == b"old"
     with Image.open(path) as read:
         assert (read.format, read.mode) == ("PNG", {1: "L", 3: "RGB"}[channels])
         np.testing.assert_array_equal(np.asarray(read).reshape(image.shape), image)
