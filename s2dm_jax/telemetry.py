@@ -83,10 +83,5 @@ class Progress:
             print(f"step {step:,}/{self._total:,}  loss {loss:.4g}  {speed}  {left} left", flush=True)
         return images_per_second
 
-    def note(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
     def close(self) -> None:
         self._bar.close()

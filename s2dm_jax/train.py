@@ -203,17 +203,21 @@ def train(config: ConfigDict, workdir: str) -> None:
     chunk = jax.jit(make_chunk(config, network, optimizer), donate_argnums=0)
     compiled = {}
 
-    def run_chunk(state, first, length):
-        rows = batch_indices(order_key, first, length, batch_size, len(images))
+    def rows_of(first, length):
+        return batch_indices(order_key, first, length, batch_size, len(images))
+
+    def compiled_chunk(length):
         if length not in compiled:
             began = time.monotonic()
-            progress.note(f"compiling {length} training steps as one program …")
-            compiled[length] = chunk.lower(state, images, rows, step_key).compile()
-            progress.note(f"compiled in {time.monotonic() - began:.1f} s")
-        return compiled[length](state, images, rows, step_key)
+            print(f"compiling {length} training steps as one program …", flush=True)
+            compiled[length] = chunk.lower(state, images, rows_of(0, length), step_key).compile()
+            print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
+        return compiled[length]
 
     sample = generator(network, schedule)
     writer = MetricWriter(workdir, step)
+    if step < steps:
+        compiled_chunk(min(config.train.log_every, steps - step))
     progress = Progress(step, steps, batch_size)
     saved = step if manager.latest_step() is not None else None
     interrupted = _stop_on_signals()
@@ -235,7 +239,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     pending = None
     while step < steps and not interrupted:
         length = min(config.train.log_every, steps - step)
-        state, metrics = run_chunk(state, step, length)
+        state, metrics = compiled_chunk(length)(state, images, rows_of(step, length), step_key)
         first, step = step, step + length
         # The previous chunk's metrics are read while this one runs.
         if pending:
@@ -303,7 +307,8 @@ def describe(config: ConfigDict, network: UNetConfig, provenance: str, step: int
     start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
     return "\n".join(
         [
-            f"s2dm_jax {s2dm_jax.__version__}, jax {jax.__version__}, {len(devices)} × {devices[0].device_kind}",
+            f"s2dm_jax {s2dm_jax.__version__}, jax {jax.__version__}, {len(devices)} × "
+            f"{devices[0].device_kind}",
             f"data     {provenance}",
             f"network  UNet, {unet.num_params(network):,} parameters, activations in {network.dtype}",
             f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "

@@ -18,7 +18,7 @@ SCHEDULE = linear_schedule()
 
 
 def published_run(arrays):
-    """Five steps of the published loop: per step loss and gradient norm, then the last state, in torch names."""
+    """Five steps of the published loop: loss and gradient norm of each, then the weights in torch names."""
     c = json.loads(str(arrays["config"]))
     network = network_of(arrays)
     params = convert.from_torch(group(arrays, "init/"), network)
@@ -223,9 +223,9 @@ def test_expected_target_has_the_same_mean_gradient_and_less_variance():
         x_key, key = jax.random.split(key)
         x0 = jax.random.uniform(x_key, shape, minval=-1, maxval=1)
         draws = losses.draw(objective, key, 1000, shape)._replace(t=jnp.array([t]))
-        return jax.grad(
-            lambda a: losses.loss(lambda x, _: a * x, SCHEDULE, objective, x0, draws)[0].sum()
-        )(0.8)
+        return jax.grad(lambda a: losses.loss(lambda x, _: a * x, SCHEDULE, objective, x0, draws)[0].sum())(
+            0.8
+        )
 
     keys = jax.random.split(jax.random.key(0), 20_000)
     g_independent = jax.vmap(lambda k: gradient(independent, k))(keys)

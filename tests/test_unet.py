@@ -70,8 +70,14 @@ def test_torch_names_round_trip_to_the_bit(golden):
     ("change", "message"),
     [
         (lambda s: s.pop("mid.attn_1.q.bias"), "lacks the tensor mid.attn_1.q.bias"),
-        (lambda s: s.update({"extra.weight": np.zeros(1)}), "no place for the checkpoint's tensor extra.weight"),
-        (lambda s: s.update({"conv_in.weight": np.zeros((32, 3, 3, 3))}), r"\(32, 3, 3, 3\).*\(32, 1, 3, 3\)"),
+        (
+            lambda s: s.update({"extra.weight": np.zeros(1)}),
+            "no place for the checkpoint's tensor extra.weight",
+        ),
+        (
+            lambda s: s.update({"conv_in.weight": np.zeros((32, 3, 3, 3))}),
+            r"\(32, 3, 3, 3\).*\(32, 1, 3, 3\)",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_named(golden, change, message):
