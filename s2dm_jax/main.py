@@ -65,6 +65,9 @@ def run(argv: list[str]) -> None:
     check_config(_CONFIG.value)
     prepare_workdir(_WORKDIR.value, _CONFIG.value)
     logging.set_verbosity(logging.ERROR)
+    # Compiled programs are kept, so that a second start takes seconds; the user's own settings win.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/s2dm_jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
     # jax takes seconds to import: mistakes are told before.
     from s2dm_jax.train import train
