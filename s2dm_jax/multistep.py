@@ -11,11 +11,9 @@ import numpy as np
 from s2dm_jax.schedule import NoiseSchedule, log_alpha_bar
 from s2dm_jax.steps import EpsFn, combine, descend, evaluate, predict_x0, signal_and_sigma
 
-# Gauss-Legendre quadrature on [0, 1]: exact to float64's rounding for the smooth integrands below.
-_NODES, _WEIGHTS = (
-    (np.polynomial.legendre.leggauss(16)[0] + 1) / 2,
-    np.polynomial.legendre.leggauss(16)[1] / 2,
-)
+# Gauss-Legendre quadrature moved from [−1, 1] to [0, 1]; all its weights are positive.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+_NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
 def deis(
@@ -71,14 +69,16 @@ def _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order):
     """[S, order]: each Lagrange polynomial in t integrated over ρ = sigma/signal, newest evaluation first."""
     dtype = log_ab.dtype
     rho, rho_next = jnp.sqrt(jnp.expm1(-log_ab)), jnp.sqrt(jnp.expm1(-log_ab_next))
-    # Quadrature points in ρ, where the ODE has no other factor, and the levels that they belong to.
+    # In ρ the ODE is d(x/signal) = ε dρ: quadrature points in ρ, and the fractional levels they belong to.
     rho_q = rho[:, None] + (rho_next - rho)[:, None] * jnp.asarray(_NODES, dtype)
     levels = jnp.arange(-1, schedule.T, dtype=dtype)
     t_q = jnp.interp(jnp.log1p(rho_q**2), jnp.asarray(-schedule.log_alpha_bar_from_clean, dtype), levels)
 
+    # Evaluations that exist already; in the last step the newest alone.
     step, age = jnp.arange(len(t))[:, None], jnp.arange(order)
     used = (age <= step) & ((t_next[:, None] >= 0) | (age == 0))
     node = t.astype(dtype)[jnp.maximum(step - age, 0)]
+    # Axes from here on: step, evaluation of the polynomial, evaluation where it is 0, quadrature point.
     pairs = used[:, :, None] & used[:, None, :] & ~jnp.eye(order, dtype=bool)
     distance = jnp.where(pairs, node[:, :, None] - node[:, None, :], 1)
     factors = (t_q[:, None, None, :] - node[:, None, :, None]) / distance[..., None]
