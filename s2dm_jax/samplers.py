@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2dm_jax.multistep import deis, dpmpp_2m, unipc
+from s2dm_jax.pndm import f_pndm, s_pndm
 from s2dm_jax.schedule import NoiseSchedule, log_alpha_bar
 from s2dm_jax.steps import EpsFn, descend, evaluate, predict_x0, signal_and_sigma
 
@@ -169,3 +171,93 @@ def ddpm(
     steps = (jnp.arange(len(t)), t, signal, sigma, posterior_x0, posterior_x, std)
     x_0, predictions = jax.lax.scan(step, x_T, steps)
     return (x_0, predictions) if return_x0 else x_0
+
+
+METHODS = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "f_pndm": f_pndm,
+    "s_pndm": s_pndm,
+    "deis": deis,
+    "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
+}
+
+# Where they are not 0 and 1: evaluations beyond one a step, and the fewest steps.
+_MORE_EVALUATIONS = {"f_pndm": 9, "s_pndm": 1}
+_FEWEST_STEPS = {"f_pndm": 4, "s_pndm": 2}
+
+
+def num_evaluations(method: str, steps: int) -> int:
+    """Calls of the network that a sampler makes: S + 9 for F-PNDM, S + 1 for S-PNDM (PNDM), else S.
+
+    Raises:
+      ValueError: for an unknown method, or fewer steps than it can make.
+    """
+    fewest = _fewest_steps(method)
+    if steps < fewest:
+        raise ValueError(f"steps={steps} is too few for {method}: it needs at least {fewest}")
+    return steps + _MORE_EVALUATIONS.get(method, 0)
+
+
+def steps_for_budget(method: str, nfe: int) -> int:
+    """The largest number of steps whose `num_evaluations` are at most `nfe`.
+
+    Raises:
+      ValueError: for an unknown method, or a budget below its fewest steps.
+    """
+    fewest = num_evaluations(method, _fewest_steps(method))
+    if nfe < fewest:
+        raise ValueError(f"nfe={nfe} is too few for {method}: its fewest steps make {fewest} evaluations")
+    return nfe - _MORE_EVALUATIONS.get(method, 0)
+
+
+def _fewest_steps(method):
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
+    return _FEWEST_STEPS.get(method, 1)
+
+
+def scale_eps(eps_fn: EpsFn, scale: np.ndarray) -> EpsFn:
+    """The network with its output times a number per level: S²-DM's optimum in closed form, for any network.
+
+    Args:
+      scale: float [T]; a fractional level gets what lies linearly between its neighbours.
+
+    Raises:
+      ValueError: if `scale` is not 1-D.
+    """
+    if np.ndim(scale) != 1:
+        raise ValueError(f"scale has shape {np.shape(scale)}; it is one number per level, shape [T]")
+
+    def scaled(x, t):
+        factor = jnp.interp(t, jnp.arange(len(scale)), jnp.asarray(scale, x.dtype)).astype(x.dtype)
+        return eps_fn(x, t).astype(x.dtype) * factor.reshape(factor.shape + (1,) * (x.ndim - 1))
+
+    return scaled
+
+
+def slerp(x_a: jax.Array, x_b: jax.Array, weight: float | jax.Array) -> jax.Array:
+    """Spherical interpolation between noise images (DDIM, eq. 67), each pair along its own great circle.
+
+    Args:
+      x_a, x_b: [..., H, W, C]; the straight line joins two that are parallel or opposite.
+      weight: 0 gives x_a, 1 gives x_b; a scalar, or any shape that broadcasts with the axes before H.
+
+    Returns:
+      Array of the shape that the three broadcast to.
+    """
+    image = (-3, -2, -1)
+    weight = jnp.expand_dims(jnp.asarray(weight, x_a.dtype), image)
+
+    def inner(a, b):
+        return jnp.sum(a * b, axis=image, keepdims=True)
+
+    cosine = inner(x_a, x_b) / jnp.sqrt(inner(x_a, x_a) * inner(x_b, x_b))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    # Where the sine is 0 the circle is not defined, and the quotient would be 0/0.
+    parallel = jnp.sin(angle) < 1e-6
+    sine = jnp.where(parallel, 1, jnp.sin(angle))
+    share_a = jnp.where(parallel, 1 - weight, jnp.sin((1 - weight) * angle) / sine)
+    share_b = jnp.where(parallel, weight, jnp.sin(weight * angle) / sine)
+    return share_a * x_a + share_b * x_b

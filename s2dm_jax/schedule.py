@@ -208,7 +208,7 @@ def check_grid(T: int, timesteps) -> np.ndarray:
     if levels.ndim != 1:
         raise ValueError(f"timesteps has shape {levels.shape}; a grid is a 1-D list of levels")
     _check_steps(T, len(levels))
-    if (levels != np.floor(levels)).any():
+    if levels.dtype.kind not in "iuf" or (levels != np.floor(levels)).any():
         raise ValueError(f"timesteps={levels.tolist()} are not whole numbers")
     if levels.min() < 0 or levels.max() >= T:
         raise ValueError(f"timesteps go from {levels.min()} to {levels.max()}; T={T} allows 0 to {T - 1}")

@@ -36,7 +36,8 @@ def descend(schedule: NoiseSchedule, timesteps: jax.Array) -> tuple[jax.Array, j
 
 def signal_and_sigma(log_alpha_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
     """√alpha_bar and √(1−alpha_bar): x_t = signal·x_0 + sigma·ε (DDPM, eq. 4)."""
-    return jnp.exp(log_alpha_bar / 2), jnp.sqrt(-jnp.expm1(log_alpha_bar))
+    # abs, not minus: the clean image's sigma must not be −0, which a division would turn into −∞.
+    return jnp.exp(log_alpha_bar / 2), jnp.sqrt(jnp.abs(jnp.expm1(log_alpha_bar)))
 
 
 def evaluate(eps_fn: EpsFn, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -47,3 +48,18 @@ def evaluate(eps_fn: EpsFn, x: jax.Array, t: jax.Array) -> jax.Array:
 def predict_x0(x: jax.Array, eps: jax.Array, signal: jax.Array, sigma: jax.Array) -> jax.Array:
     """x_0 that x would have been made from if its noise were eps (DDIM, Song et al. 2020, eq. 9)."""
     return (x - sigma * eps) / signal
+
+
+def transfer(
+    x: jax.Array, eps: jax.Array, log_alpha_bar: jax.Array, log_alpha_bar_next: jax.Array
+) -> jax.Array:
+    """x at another level if its noise is eps: the deterministic DDIM step (DDIM, eq. 13; PNDM, eq. 11)."""
+    signal_next, sigma_next = signal_and_sigma(log_alpha_bar_next)
+    return signal_next * predict_x0(x, eps, *signal_and_sigma(log_alpha_bar)) + sigma_next * eps
+
+
+def combine(weights: jax.Array, arrays: jax.Array) -> jax.Array:
+    """Sum of weights[k]·arrays[k] in the arrays' dtype."""
+    return sum(
+        weight * array for weight, array in zip(jnp.asarray(weights, arrays.dtype), arrays, strict=True)
+    )
