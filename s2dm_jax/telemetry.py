@@ -60,6 +60,7 @@ class Progress:
     def __init__(self, start: int, total: int, images_per_step: int):
         self._start, self._total, self._images_per_step = start, total, images_per_step
         self._began = self._last_line = time.monotonic()
+        self._shown = False
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -75,7 +76,8 @@ class Progress:
         images_per_second = self._images_per_step / seconds_per_step
         self._bar.set_postfix_str(f"loss {loss:.4g}, {images_per_second:,.0f} images/s", refresh=False)
         self._bar.update(step - self._bar.n)
-        due = now - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total
+        due = now - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total or not self._shown
+        self._shown = True
         if self._bar.disable and due:
             self._last_line = now
             left = tqdm.format_interval(seconds_per_step * (self._total - step))

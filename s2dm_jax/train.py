@@ -182,18 +182,21 @@ def train(config: ConfigDict, workdir: str) -> None:
         print(results_table(finished))
         return
     (workdir / "config.json").write_text(to_json(config))
+    (workdir / "samples").mkdir(exist_ok=True)
     data = DATASETS[config.data.name]()
     network = build_network(config, data.train.shape[-1])
     schedule = build_schedule(config)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     steps, batch_size = config.train.steps, config.train.batch_size
 
-    (workdir / "samples").mkdir(exist_ok=True)
-
     state = init_state(network, optimizer, config.train.seed)
     manager = checkpoint.open_checkpoints(workdir, config.train.keep_checkpoints)
     state = checkpoint.restore_latest(manager, state) or state
     step = int(state.step)
+    if step > steps:
+        raise UserError(
+            f"config.train.steps={steps} is less than the {step} steps that {workdir} has trained"
+        )
     (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(state.params) + "\n")
     print(describe(config, network, data.provenance, step), flush=True)
 
@@ -216,11 +219,11 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     sample = generator(network, schedule)
     writer = MetricWriter(workdir, step)
+    interrupted = _stop_on_signals()
     if step < steps:
         compiled_chunk(min(config.train.log_every, steps - step))
     progress = Progress(step, steps, batch_size)
-    saved = step if manager.latest_step() is not None else None
-    interrupted = _stop_on_signals()
+    saved = manager.latest_step()
 
     def report(metrics, first, last):
         """Fetches the metrics of steps `first` … `last`−1, which blocks until they are computed."""
@@ -255,7 +258,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             grid = image_grid(np.asarray(images_now))
             save_png(workdir / "samples" / f"step_{step:07d}.png", grid)
             writer.picture(step, "samples", grid)
-        if _crossed(first, step, config.train.checkpoint_every) or step == steps or interrupted:
+        if _crossed(first, step, config.train.checkpoint_every) or step == steps:
             report(*pending)
             pending = None
             checkpoint.save(manager, step, state)
@@ -264,8 +267,9 @@ def train(config: ConfigDict, workdir: str) -> None:
         report(*pending)
     progress.close()
     writer.close()
-    manager.wait_until_finished()
     if step < steps:
+        checkpoint.save(manager, step, state)
+        manager.close()
         print(
             f"stopped at step {step:,} of {steps:,}, saved in {workdir}; the same command goes on from there"
         )
@@ -324,7 +328,7 @@ def _crossed(first: int, last: int, every: int) -> bool:
 
 
 def _stop_on_signals() -> list[int]:
-    """Turns the first SIGINT or SIGTERM into an entry of the list returned, the next into what it was."""
+    """Turns the first SIGINT or SIGTERM into an entry of the list returned; the next acts as usual."""
     received = []
 
     def handler(number, _):

@@ -1,8 +1,10 @@
 """Golden numbers of the published PyTorch code: a few in the repo, all of them in ../shared/golden."""
 
 import json
+import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +14,15 @@ _ALL = Path(__file__).parents[2] / "shared" / "golden"
 
 def _nhwc(array):
     return np.moveaxis(array, -3, -1) if array.ndim >= 4 else array
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(tmp_path_factory):
+    """Runs that compile the same program twice within the session pay once."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")
