@@ -1,0 +1,178 @@
+"""Plots SA-DPM's estimation gap (its Figure 4) of trained runs: docs/objectives.md says what is measured."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from s2dm_jax.config import UserError
+from s2dm_jax.runs import load_run, read_config
+
+_DESCRIPTION = """\
+Noises real images to a level, denoises them level by level with each run's moving average, and follows the
+total gap of SA-DPM's Theorem 1. Every run sees the same images and the same noise.
+
+Writes a figure and, beside it, a .json with its numbers. The gap is in units of the pixels, which span
+[-1, 1]; a level is a number t of noising steps, counted from 0 to T-1."""
+_EXAMPLE = """\
+example:
+  python scripts/estimation_gap.py runs/ddpm runs/sa2 runs/sa3 --out=runs/gap.png"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+      UserError: for a value out of range, a run that cannot be read, or a missing matplotlib.
+    """
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "workdirs", nargs="+", metavar="WORKDIR", help="folder of a training run, one or more"
+    )
+    parser.add_argument(
+        "--out", default="estimation_gap.png", help="the figure, a .png (default: %(default)s)"
+    )
+    parser.add_argument("--start", type=int, default=300, help="level to noise to; at most T-1 is used (300)")
+    parser.add_argument(
+        "--images", type=int, default=2000, help="number of images; at most all are used (2000)"
+    )
+    parser.add_argument(
+        "--split", choices=("held_out", "train"), default="held_out", help="which images (default: held_out)"
+    )
+    parser.add_argument(
+        "--eta", type=float, default=1.0, help="1: DDPM, posterior variance (default); 0: DDIM"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=100, help="images at a time; each takes START images' memory (100)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+    args = parser.parse_args(argv)
+    for name in ("start", "images", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} is out of range: it must be at least 1")
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta={args.eta:g} is out of range: it must be from 0 (DDIM) to 1 (DDPM)")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed={args.seed} is out of range: it must be from 0 to {2**31 - 1}")
+    if not args.out.endswith(".png"):
+        raise UserError(f"--out={args.out} must end in .png")
+    names = {read_config(workdir).data.name for workdir in args.workdirs}
+    if len(names) > 1:
+        raise UserError(
+            f"the runs were trained on {' and '.join(sorted(names))}; compare runs on one data set"
+        )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "the figure needs matplotlib; install it with pip install 's2dm_jax[plot]'"
+        ) from error
+    return args
+
+
+def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
+    """One run's curve, and what it was measured on; `schedules` keeps those of the runs before."""
+    from s2dm_jax.config import build_schedule
+    from s2dm_jax.data import DATASETS
+    from s2dm_jax.estimation_gap import gap_curve
+
+    run = load_run(workdir)
+    # Runs that share the schedule object share the compiled program.
+    schedule = schedules.setdefault(run.config.diffusion.to_json(), build_schedule(run.config))
+    data = DATASETS[run.config.data.name]()
+    images = getattr(data, args.split)[: args.images]
+    start = min(args.start, schedule.T - 1)
+    curve = gap_curve(
+        run.network,
+        run.ema,
+        schedule,
+        images,
+        start,
+        eta=args.eta,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    return {
+        "workdir": workdir,
+        "step": run.step,
+        "loss": run.config.loss.to_dict(),
+        "data": f"{len(images)} images, split {args.split}, of {data.provenance}",
+        **{name: values.tolist() for name, values in curve.items()},
+    }
+
+
+def plot(curves: list[dict], path: Path) -> None:
+    """One line per run in two panels, sampling from left to right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    titles = {"rms": "root mean square over pixels and images", "rms_of_mean": "of the mean over images"}
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for panel, (name, title) in zip(panels, titles.items(), strict=True):
+        for curve in curves:
+            panel.plot(curve["t"], curve[name], label=curve["workdir"])
+        panel.set(xlabel="level t", ylabel="total gap, pixels in [−1, 1]", title=title, ylim=(0, None))
+        panel.invert_xaxis()
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
+    try:
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, path)
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)
+
+
+def summary(curves: list[dict]) -> str:
+    """The gap at a few levels and at the end, as a Markdown table."""
+    from s2dm_jax.report import markdown_table
+
+    shown = [t for t in (200, 100, 50, 20, 10, 1) if t <= min(curve["t"][0] for curve in curves)]
+    header = ["run", *(f"t = {t}" for t in shown), "end, of the mean"]
+    rows = [
+        [
+            curve["workdir"],
+            *(f"{curve['rms'][curve['t'].index(t)]:.4f}" for t in shown),
+            f"{curve['rms_of_mean'][-1]:.4f}",
+        ]
+        for curve in curves
+    ]
+    return markdown_table(header, rows)
+
+
+def run(argv: list[str] | None) -> None:
+    """Measures every run, then writes the figure and its numbers."""
+    args = parse(argv)
+    out = Path(args.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={args.out}: its folder cannot be created ({error.strerror})") from error
+    curves, schedules = [], {}
+    for workdir in args.workdirs:
+        print(f"{workdir}: denoising from level {args.start} …", file=sys.stderr, flush=True)
+        curves.append(measure(workdir, schedules, args))
+    options = {name: getattr(args, name) for name in ("start", "images", "split", "eta", "seed")}
+    numbers = out.with_suffix(".json")
+    numbers.write_text(json.dumps({"options": options, "curves": curves}, indent=1) + "\n")
+    plot(curves, out)
+    print(f"{summary(curves)}\n\nfigure: {out}, numbers: {numbers}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: a `UserError` becomes one sentence and exit status 2."""
+    try:
+        run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
