@@ -20,13 +20,18 @@ example:
   python scripts/estimation_gap.py runs/ddpm runs/sa2 runs/sa3 --out=runs/gap.png"""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line.
 
     Raises:
       UserError: for a value out of range, a run that cannot be read, or a missing matplotlib.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

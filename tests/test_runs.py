@@ -96,6 +96,7 @@ def test_estimation_gap_command(command, workdir, tmp_path, capsys):
     ("flag", "sentence"),
     [
         ("--start=0", "error: --start=0 is out of range: it must be at least 1"),
+        ("--start=x", "error: argument --start: invalid int value: 'x' (see --help)"),
         ("--eta=2", "error: --eta=2 is out of range: it must be from 0 (DDIM) to 1 (DDPM)"),
         ("--out=gap.pdf", "error: --out=gap.pdf must end in .png"),
         ("no/such/run", "error: no/such/run is not a folder; give the --workdir of a training run"),
