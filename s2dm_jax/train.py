@@ -4,6 +4,7 @@ Nothing about a run is hidden: batch order, flips, levels, noise and dropout are
 so that a run resumed from a checkpoint goes on exactly as it would have.
 """
 
+import functools
 import json
 import signal
 import time
@@ -91,7 +92,7 @@ def update_ema(ema: dict, params: dict, rate: float, step: jax.Array, start: str
 
 
 def update(
-    network: UNetConfig,
+    apply: Callable[..., jax.Array],
     schedule: NoiseSchedule,
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -105,6 +106,8 @@ def update(
     """One step of the published training loop: gradient of the mean loss, clipping, Adam, moving average.
 
     Args:
+      apply: the network, (params, x [N,H,W,C], t [N], dropout_key) → ε [N,H,W,C].
+      schedule, objective, optimizer, ema_rate, ema_start: what the step is made of.
       state: before the step.
       x0: images in [−1, 1], [B, H, W, C].
       draws: levels and noise of the step.
@@ -117,7 +120,7 @@ def update(
 
     def mean_loss(params):
         def eps_fn(x, t):
-            return unet.apply(network, params, x, t, dropout_key)
+            return apply(params, x, t, dropout_key)
 
         per_example, terms = losses.loss(eps_fn, schedule, objective, x0, draws)
         return per_example.mean(), jax.tree.map(jnp.mean, terms)
@@ -145,7 +148,7 @@ def make_chunk(
             draw_key, dropout_key, flip_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
             x0 = batch_at(images, rows, flip_key if config.data.random_flip else None)
             return update(
-                network,
+                functools.partial(unet.apply, network),
                 schedule,
                 objective,
                 optimizer,

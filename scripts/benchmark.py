@@ -6,9 +6,11 @@ python scripts/benchmark.py samplers  # a 10-evaluation DDIM scan against ten ji
 """
 
 import argparse
+import functools
 import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -55,14 +57,123 @@ def _launch(folder: Path, name: str, flags: list[str]) -> dict[str, float]:
     return {"first_step": first_step, "total": time.monotonic() - began, "memory_gb": memory}
 
 
+def benchmark_losses(arguments):
+    """Times one training step of the CIFAR-10 UNet with each objective, relative to the plain one."""
+    import jax
+    import numpy as np
+
+    from s2dm_jax import losses, train, unet
+    from s2dm_jax.schedule import linear_schedule
+
+    schedule = linear_schedule()
+    network = _cifar10_network(unet, dropout=0.1)
+    optimizer = train.make_optimizer(2e-4, 1.0)
+    x0 = np.random.default_rng(0).uniform(-1, 1, (arguments.batch, 32, 32, 3)).astype(np.float32)
+    one_call = functools.partial(unet.apply, network)
+
+    def K_calls(K):
+        # The merged batch holds the K levels of an image side by side.
+        def apply(params, x, t, dropout_key):
+            keys = jax.random.split(dropout_key, K)
+            eps = [one_call(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
+            return jax.numpy.stack(eps, axis=1).reshape(x.shape)
+
+        return apply
+
+    cases = {
+        "plain": (losses.paper(), one_call),
+        "skip 10": (losses.paper(skip=10), one_call),
+        "K = 2": (losses.paper(K=2, lam=1.0), one_call),
+        "K = 2, 2 calls": (losses.paper(K=2, lam=1.0), K_calls(2)),
+        "K = 4": (losses.paper(K=4, lam=1.0), one_call),
+        "K = 4, 4 calls": (losses.paper(K=4, lam=1.0), K_calls(4)),
+    }
+    steps, memory = {}, {}
+    for name, (objective, apply) in cases.items():
+
+        def step(state, x0, key, objective=objective, apply=apply):
+            draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+            draws = losses.draw(objective, draw_key, schedule.T, x0.shape)
+            return train.update(
+                apply, schedule, objective, optimizer, 0.9999, "initial", state, x0, draws, dropout_key
+            )
+
+        state, key = train.init_state(network, optimizer, 0), jax.random.key(0)
+        program = jax.jit(step, donate_argnums=0).lower(state, x0, key).compile()
+        memory[name] = program.memory_analysis().temp_size_in_bytes
+        steps[name] = _stepper(program, state, x0, key)
+        print(f"compiled {name}", flush=True)
+    _print_ratios(steps, arguments.rounds, "plain", {n: f"{m / 2**20:,.0f} MiB" for n, m in memory.items()})
+
+
+def _stepper(program, state, x0, key):
+    held = [state]
+
+    def run():
+        held[0], metrics = program(held[0], x0, key)
+        metrics["loss"].block_until_ready()
+
+    return run
+
+
+def benchmark_samplers(arguments):
+    """Times a 10-evaluation DDIM scan of the CIFAR-10 UNet against ten jitted forward calls."""
+    import jax
+    import numpy as np
+
+    from s2dm_jax import unet
+    from s2dm_jax.samplers import ddim
+    from s2dm_jax.schedule import linear_schedule, uniform_grid
+
+    network = _cifar10_network(unet, dropout=0.0)
+    params = jax.device_put(unet.init_params(network, 0))
+    x_T = np.random.default_rng(0).standard_normal((arguments.batch, 32, 32, 3), np.float32)
+    grid = uniform_grid(1000, 10)
+    forward = jax.jit(lambda params, x, t: unet.apply(network, params, x, t))
+    scan = jax.jit(lambda params, x: ddim(unet.eps_fn(network, params), x, linear_schedule(), grid))
+    levels = [np.full(arguments.batch, t, np.float32) for t in grid]
+
+    def ten_calls():
+        for t in levels:
+            eps = forward(params, x_T, t)
+        eps.block_until_ready()
+
+    runs = {"ten forward calls": ten_calls, "DDIM scan": lambda: scan(params, x_T).block_until_ready()}
+    _print_ratios(runs, arguments.rounds, "ten forward calls", {})
+
+
+def _cifar10_network(unet, dropout):
+    return unet.UNetConfig(32, 3, 3, 128, (1, 2, 2, 2), 2, (16,), dropout)
+
+
+def _print_ratios(runs, rounds, base, notes):
+    """Alternates the runs, so that a slow moment of the machine meets all of them, and compares medians."""
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for name, seconds in medians.items():
+        ratios = [t / b for t, b in zip(times[name], times[base], strict=True)]
+        print(f"{name:18s} {seconds * 1e3:9.1f} ms  {statistics.median(ratios):5.2f}×  {notes.get(name, '')}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for name, function in {"digits": benchmark_digits}.items():
-        sub = commands.add_parser(name, help=function.__doc__)
+    for function in (benchmark_digits, benchmark_losses, benchmark_samplers):
+        name = function.__name__.removeprefix("benchmark_")
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(run=function)
+        if name != "digits":
+            sub.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
+            sub.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,6 +1,7 @@
 """The objectives and the training step against the published code, and their identities."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from conftest import group
 from test_unet import network_of
 
-from s2dm_jax import convert, losses, train
+from s2dm_jax import convert, losses, train, unet
 from s2dm_jax.losses import Draws, Objective, paper, released
 from s2dm_jax.schedule import add_noise, cosine_schedule, linear_schedule
 
@@ -22,6 +23,7 @@ def published_run(arrays):
     c = json.loads(str(arrays["config"]))
     network = network_of(arrays)
     params = convert.from_torch(group(arrays, "init/"), network)
+    apply = functools.partial(unet.apply, network)
     optimizer = train.make_optimizer(c["lr"], c["grad_clip"])
     if "skip_factors" in arrays:
         objective = released(skip=int(arrays["skip_factors"]) + 1, tau=float(arrays["tau"]))
@@ -34,7 +36,7 @@ def published_run(arrays):
     @jax.jit
     def step(state, x0, draws):
         return train.update(
-            network, SCHEDULE, objective, optimizer, c["ema_rate"], "initial", state, x0, draws, None
+            apply, SCHEDULE, objective, optimizer, c["ema_rate"], "initial", state, x0, draws, None
         )
 
     history = []
