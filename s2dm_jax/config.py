@@ -126,7 +126,8 @@ _CHOICES = {
     "loss.reduction": ("sum", "mean"),
     "train.ema_start": ("initial", "first_step"),
 }
-_RESOLUTION = {"digits": 8}
+# Pixels of a side, channels.
+_IMAGES = {"digits": (8, 1)}
 # A run may go on with other values of these, and of everything in the groups `sample` and `eval`.
 _MAY_CHANGE = (
     "train.steps",
@@ -190,7 +191,7 @@ def _check_model(fields: dict) -> None:
     ch, ch_mult = fields["model.ch"], fields["model.ch_mult"]
     if ch % _NORM_GROUPS:
         raise UserError(f"config.model.ch={ch} must be a multiple of {_NORM_GROUPS}, the groups of the norms")
-    resolution = _RESOLUTION[fields["data.name"]]
+    resolution, _ = _IMAGES[fields["data.name"]]
     if resolution % 2 ** (len(ch_mult) - 1):
         raise UserError(
             f"config.model.ch_mult={ch_mult} halves images of {resolution} pixels {len(ch_mult) - 1} times, "
@@ -299,8 +300,8 @@ def build_objective(config: ConfigDict):
     return PRESETS[config.loss.preset](**values)
 
 
-def build_network(config: ConfigDict, channels: int):
-    """The `unet.UNetConfig` that the config names, for images with that many channels."""
+def build_network(config: ConfigDict):
+    """The `unet.UNetConfig` that the config names."""
     import jax
 
     from s2dm_jax.unet import UNetConfig
@@ -309,6 +310,5 @@ def build_network(config: ConfigDict, channels: int):
     if model["dtype"] == "auto":
         # Convolutions in bfloat16 are slower than in float32 on CPU.
         model["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return UNetConfig(
-        resolution=_RESOLUTION[config.data.name], in_channels=channels, out_channels=channels, **model
-    )
+    resolution, channels = _IMAGES[config.data.name]
+    return UNetConfig(resolution=resolution, in_channels=channels, out_channels=channels, **model)

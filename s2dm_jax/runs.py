@@ -69,10 +69,9 @@ def load_run(workdir: str) -> Run:
     import numpy as np
 
     from s2dm_jax import checkpoint, unet
-    from s2dm_jax.data import DATASETS
     from s2dm_jax.train import TrainState, make_optimizer
 
-    network = build_network(config, DATASETS[config.data.name]().train.shape[-1])
+    network = build_network(config)
     params = unet.param_shapes(network)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     like = TrainState(

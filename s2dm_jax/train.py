@@ -187,7 +187,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     (workdir / "config.json").write_text(to_json(config))
     (workdir / "samples").mkdir(exist_ok=True)
     data = DATASETS[config.data.name]()
-    network = build_network(config, data.train.shape[-1])
+    network = build_network(config)
     schedule = build_schedule(config)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     steps, batch_size = config.train.steps, config.train.batch_size

@@ -36,7 +36,7 @@ def workdir(tmp_path_factory):
     config.sample.steps, config.eval.nfe = 10, (10,)
     (path / "config.json").write_text(to_json(config))
     optimizer = train.make_optimizer(config.train.lr, config.train.grad_clip)
-    state = train.init_state(build_network(config, 1), optimizer, seed=5)
+    state = train.init_state(build_network(config), optimizer, seed=5)
     state = state._replace(
         step=np.int32(7), ema=jax.tree.map(lambda leaf: np.asarray(leaf) * 0.5, state.params)
     )
@@ -50,7 +50,7 @@ def test_run_comes_back_as_it_was_saved(workdir):
     path, config, state = workdir
     run = load_run(str(path))
     assert run.config == config
-    assert run.network == build_network(config, 1)
+    assert run.network == build_network(config)
     assert run.step == 7
     jax.tree.map(np.testing.assert_array_equal, run.ema, state.ema)
 

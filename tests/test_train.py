@@ -51,7 +51,7 @@ def small_config(**changes):
 
 
 def final_state(workdir, config):
-    network = build_network(config, 1)
+    network = build_network(config)
     like = train.init_state(network, train.make_optimizer(1e-3, 1.0), 0)
     return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
 
