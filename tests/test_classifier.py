@@ -66,11 +66,11 @@ def test_distance_tells_digits_from_damaged_digits(params, digits):
 
     floor = distance(train[:500])
     noise = np.clip(rng.standard_normal((500, 8, 8, 1)), -1, 1)
-    assert distance(np.floor((noise + 1) * 127.5 + 0.5).astype(np.uint8)) > 10 * floor
+    assert distance(np.floor((noise + 1) * 127.5 + 0.5).astype(np.uint8)) > 50 * floor
     assert distance(np.roll(train[:500], 1, axis=2)) > 5 * floor
     assert distance(train[train_labels < 5][:500]) > 3 * floor
     damaged = np.where(rng.random((500, 8, 8, 1)) < 0.1, random_images(500, 8, 8, 1), train[:500])
-    assert distance(damaged) > 1.2 * floor
+    assert distance(damaged) > 2 * floor
 
 
 def test_colour_images_of_another_size():
@@ -106,7 +106,7 @@ def test_bad_training_arguments(replace, message):
 
 
 def test_bad_images_and_labels_after_training(params):
-    with pytest.raises(ValueError, match="images must have the classifier's 1 channels, got 3"):
+    with pytest.raises(ValueError, match="images must have the classifier's 64 values each"):
         features(params, random_images(2, 8, 8, 3))
     with pytest.raises(ValueError, match=r"labels must be integers \[2\]"):
         accuracy(params, random_images(2, 8, 8, 1), np.arange(3))
