@@ -6,11 +6,12 @@ seconds of imports.
 
 import json
 import math
-import os
-from pathlib import Path
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from s2dm_jax.grids import GRIDS
+from s2dm_jax.methods import FACTS, OPTIONS, plan
 
 
 class UserError(Exception):
@@ -69,9 +70,32 @@ def default_config() -> ConfigDict:
     c.train.keep_checkpoints = 3
 
     c.sample = ConfigDict()
-    c.sample.steps = 10
+    c.sample.method = "ddim"
+    # How far apart: a number of steps, or of network evaluations, or your own levels; the others stay 0 or
+    # empty. Where none is given there are 10 evaluations.
+    c.sample.steps = 0
+    c.sample.nfe = 0
+    c.sample.timesteps = ()
+    c.sample.grid = "uniform"
+    c.sample.eta = 0.0
+    # Options of some methods; None: as the method has it.
+    c.sample.clip_x0 = placeholder(bool)
+    c.sample.variance = placeholder(str)
+    c.sample.convention = placeholder(str)
+    c.sample.order = placeholder(int)
+    # The skip of `losses.skip_scale`; 0: the network as it is.
+    c.sample.skip_scale = 0
+    c.sample.skip_scale_tau = 0.99
+    c.sample.skip_scale_preset = "paper"
     c.sample.num_images = 64
     c.sample.seed = 0
+    c.sample.batch_size = 500
+    # --mode=sample: "grid" (one PNG), "png" (one for each image) or "npz"; or else rows of pictures between
+    # two noises (how many), every level's prediction, or the same noise through other workdirs (a,b,…).
+    c.sample.output = "grid"
+    c.sample.interpolate = 0
+    c.sample.trajectory = False
+    c.sample.compare = ""
 
     c.eval = ConfigDict()
     c.eval.nfe = (10, 20, 50)
@@ -83,7 +107,9 @@ def default_config() -> ConfigDict:
 
 _DEFAULT = default_config()
 FIELDS = {f"{group}.{name}": _DEFAULT[group].get_type(name) for group in _DEFAULT for name in _DEFAULT[group]}
-_OPTIONAL = {f"loss.{name}" for name, value in _DEFAULT.loss.items() if value is None}
+_OPTIONAL = {
+    f"{group}.{name}" for group in _DEFAULT for name, value in _DEFAULT[group].items() if value is None
+}
 
 # field: (lowest, highest), both allowed; None: no bound.
 _RANGES = {
@@ -106,7 +132,13 @@ _RANGES = {
     "train.sample_every": (1, None),
     "train.checkpoint_every": (1, None),
     "train.keep_checkpoints": (1, None),
-    "sample.steps": (1, None),
+    "sample.steps": (0, None),
+    "sample.nfe": (0, None),
+    "sample.eta": (0.0, 1.0),
+    "sample.skip_scale": (0, None),
+    "sample.skip_scale_tau": (0.0, 1.0),
+    "sample.interpolate": (0, None),
+    "sample.batch_size": (1, None),
     "sample.num_images": (1, None),
     "sample.seed": (0, 2**31 - 1),
     "eval.num_images": (2, None),
@@ -125,17 +157,13 @@ _CHOICES = {
     "loss.sa_norm": ("K^2", "K"),
     "loss.reduction": ("sum", "mean"),
     "train.ema_start": ("initial", "first_step"),
+    "sample.method": tuple(FACTS),
+    "sample.grid": tuple(GRIDS),
+    "sample.skip_scale_preset": ("paper", "released"),
+    "sample.output": ("grid", "npz", "png"),
 }
 # Pixels of a side, channels.
 _IMAGES = {"digits": (8, 1)}
-# A run may go on with other values of these, and of everything in the groups `sample` and `eval`.
-_MAY_CHANGE = (
-    "train.steps",
-    "train.log_every",
-    "train.sample_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-)
 _NORM_GROUPS = 32
 
 
@@ -145,7 +173,7 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       UserError: one sentence that names the field, its value and what is allowed.
     """
-    fields = _flatten(config)
+    fields = flatten(config)
     for name in sorted(fields.keys() - FIELDS.keys()):
         raise UserError(f"config.{name} is not a field; the fields are those of s2dm_jax/config.py")
     for name in sorted(FIELDS.keys() - fields.keys()):
@@ -164,6 +192,7 @@ def check_config(config: ConfigDict) -> None:
             )
     _check_model(fields)
     _check_levels(fields)
+    _check_sampling(fields)
 
 
 def allowed_type(expected: type) -> str:
@@ -177,8 +206,10 @@ def _check_type(name: str, value) -> None:
     if value is None and name in _OPTIONAL:
         return
     if expected is tuple:
-        right = isinstance(value, tuple) and all(type(v) is int and v > 0 for v in value)
-        right = right and (len(value) > 0 or name == "model.attn_resolutions")
+        right = isinstance(value, tuple) and all(type(v) is int for v in value)
+        if name != "sample.timesteps":
+            right = right and all(v > 0 for v in value)
+            right = right and (len(value) > 0 or name == "model.attn_resolutions")
     elif expected is float:
         right = type(value) in (int, float) and math.isfinite(value)
     else:
@@ -208,7 +239,8 @@ def _check_model(fields: dict) -> None:
 
 def _check_levels(fields: dict) -> None:
     T = fields["diffusion.T"]
-    for name, most in (("loss.skip", T - 1), ("loss.skip_factors", T), ("loss.K", T), ("sample.steps", T)):
+    skips = ("loss.skip", T - 1), ("sample.skip_scale", T - 1)
+    for name, most in (*skips, ("loss.skip_factors", T), ("loss.K", T)):
         if fields[name] is not None and fields[name] > most:
             raise UserError(
                 f"config.{name}={fields[name]} must be at most {most}, with config.diffusion.T={T}"
@@ -219,7 +251,39 @@ def _check_levels(fields: dict) -> None:
         )
 
 
-def _flatten(config: ConfigDict) -> dict:
+def _check_sampling(fields: dict) -> None:
+    sample = {name.removeprefix("sample."): fields[name] for name in fields if name.startswith("sample.")}
+    options = {name: sample[name] for name in ("eta", *OPTIONS) if sample[name] is not None}
+    levels = {name: sample[name] for name in ("steps", "nfe", "grid", "timesteps")}
+    try:
+        plan(fields["diffusion.T"], sample["method"], **levels, **options)
+    except ValueError as error:
+        raise UserError(f"config.sample.{error}") from error
+    special = [name for name in ("interpolate", "trajectory", "compare") if sample[name]]
+    if len(special) > 1:
+        raise UserError(
+            f"config.sample.{special[0]} and config.sample.{special[1]} do not go together; give one"
+        )
+    if special and sample["output"] != "grid":
+        raise UserError(
+            f"config.sample.output={sample['output']!r} does not go with config.sample.{special[0]}, "
+            "which makes one picture: it must be grid"
+        )
+    if sample["interpolate"]:
+        if sample["interpolate"] == 1 or sample["num_images"] % 2:
+            raise UserError(
+                f"config.sample.interpolate={sample['interpolate']} cannot be had with "
+                f"config.sample.num_images={sample['num_images']}: it must be at least 2, and num_images even"
+            )
+        if sample["eta"] or FACTS[sample["method"]].draws_noise:
+            raise UserError(
+                f"config.sample.interpolate={sample['interpolate']} needs a method that draws no noise, and "
+                "config.sample.eta=0"
+            )
+
+
+def flatten(config: ConfigDict) -> dict:
+    """Every field of every group as {"group.name": value}."""
     flat = {}
     for group, value in config.items():
         if isinstance(value, ConfigDict):
@@ -241,48 +305,6 @@ def from_json(text: str) -> ConfigDict:
         for name, value in values.items():
             config[group][name] = tuple(value) if isinstance(value, list) else value
     return config
-
-
-def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
-    """Creates the folder of a run, once sure that a run with this config can live there.
-
-    Raises:
-      UserError: if the folder cannot be written to, or holds a run or files that are not this config's.
-    """
-    path = Path(workdir)
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir} cannot be used: {existing} is not writable; give another path")
-    saved_path = path / "config.json"
-    if saved_path.exists():
-        _check_same_run(saved_path, workdir, config)
-    elif path.exists() and any(path.iterdir()):
-        raise UserError(f"--workdir={workdir} holds files but no run of ours; give a new or an empty folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be created ({error.strerror}); give another path"
-        ) from error
-    return path
-
-
-def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
-    try:
-        saved = _flatten(from_json(saved_path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
-    for name, value in _flatten(config).items():
-        fixed = not name.startswith(("sample.", "eval.", *_MAY_CHANGE))
-        if fixed and saved[name] != value:
-            raise UserError(
-                f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
-                "give another --workdir or the same config"
-            )
 
 
 def build_schedule(config: ConfigDict):

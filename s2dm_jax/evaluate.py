@@ -6,38 +6,23 @@ in seconds. It is not FID, whose features come from Inception: compare it only w
 
 import datetime
 import hashlib
-from collections.abc import Callable
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 import s2dm_jax
-from s2dm_jax import classifier, unet
+from s2dm_jax import classifier
 from s2dm_jax.config import build_schedule
 from s2dm_jax.data import Dataset
+from s2dm_jax.grids import uniform_grid
 from s2dm_jax.metrics import feature_statistics, frechet_distance
 from s2dm_jax.report import markdown_table, to_uint8
-from s2dm_jax.samplers import ddim, initial_noise
-from s2dm_jax.schedule import NoiseSchedule, uniform_grid
+from s2dm_jax.sample import make_sampler, sample_batches
+from s2dm_jax.samplers import initial_noise
 from s2dm_jax.unet import UNetConfig
 
 _CLASSIFIER_SEED = 0
-
-
-def generator(network: UNetConfig, schedule: NoiseSchedule) -> Callable[..., jax.Array]:
-    """A compiled function of (params, timesteps [S], seed, indices [B]) → uint8 images [B, H, W, C] by DDIM.
-
-    Image i depends on (seed, i) alone, not on the batch it is drawn in.
-    """
-    shape = (network.resolution, network.resolution, network.in_channels)
-
-    @jax.jit
-    def generate(params, timesteps, seed, indices):
-        x_T = initial_noise(seed, indices, shape)
-        return to_uint8(ddim(unet.eps_fn(network, params), x_T, schedule, timesteps))
-
-    return generate
 
 
 def evaluate(config: ConfigDict, network: UNetConfig, params: dict, data: Dataset, step: int) -> dict:
@@ -58,7 +43,7 @@ def evaluate(config: ConfigDict, network: UNetConfig, params: dict, data: Datase
       numbers depend on}.
     """
     schedule = build_schedule(config)
-    generate = generator(network, schedule)
+    sampler = make_sampler(network, schedule)
     judge = classifier.train_classifier(
         data.train, data.train_labels, data.num_classes, seed=_CLASSIFIER_SEED
     )
@@ -68,13 +53,15 @@ def evaluate(config: ConfigDict, network: UNetConfig, params: dict, data: Datase
         return frechet_distance(*feature_statistics(classifier.features(judge, images)), *reference)
 
     def sample(nfe):
-        grid = uniform_grid(schedule.T, nfe)
-        batches = []
-        for first in range(0, count, config.eval.batch_size):
-            # The last batch is filled up and cut, so that every batch is one program.
-            indices = first + np.arange(min(config.eval.batch_size, count))
-            batches.append(np.asarray(generate(params, grid, config.eval.seed, indices)))
-        return np.concatenate(batches)[:count]
+        batches = sample_batches(
+            sampler,
+            params,
+            uniform_grid(schedule.T, nfe),
+            seed=config.eval.seed,
+            num_images=count,
+            batch_size=config.eval.batch_size,
+        )
+        return np.concatenate(list(batches))
 
     count = config.eval.num_images
     noise = initial_noise(config.eval.seed, np.arange(count), data.train.shape[1:])
@@ -95,9 +82,9 @@ def evaluate(config: ConfigDict, network: UNetConfig, params: dict, data: Datase
                 "seed": _CLASSIFIER_SEED,
                 "held_out_accuracy": classifier.accuracy(judge, data.held_out, data.held_out_labels),
             },
-            "reference": f"{len(data.held_out)} held-out images, sha256 {_sha256([data.held_out])}",
+            "reference": f"{len(data.held_out)} held-out images, sha256 {hash_of([data.held_out])}",
             "data": data.provenance,
-            "weights": f"moving average at step {step}, sha256 {_sha256(jax.tree.leaves(params))}",
+            "weights": f"moving average at step {step}, sha256 {hash_of(jax.tree.leaves(params))}",
             "sampler": "ddim, eta 0, uniform grid, last step to the clean image; one evaluation a step",
             "seed": config.eval.seed,
             "num_images": count,
@@ -134,7 +121,8 @@ def _row(name, nfe, distance, floor, ceiling, count):
     }
 
 
-def _sha256(arrays) -> str:
+def hash_of(arrays) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the arrays' bytes, one after another."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -1,4 +1,4 @@
-"""The command line: `python -m s2dm_jax.main --config=configs/digits.py --workdir=DIR`."""
+"""The command line: `python -m s2dm_jax.main --config=configs/digits.py --workdir=DIR [--mode=sample]`."""
 
 import difflib
 import os
@@ -6,31 +6,54 @@ import re
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from s2dm_jax.config import FIELDS, UserError, allowed_type, check_config, prepare_workdir
+from s2dm_jax import runs
+from s2dm_jax.config import FIELDS, UserError, allowed_type, check_config
+from s2dm_jax.runs import compared_workdirs, prepare_workdir, read_config
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with the method after a colon: configs/digits.py:s2sa"
+    "config",
+    None,
+    "Config file, with the method after a colon: configs/digits.py:s2sa; to sample, by default the run's own",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there goes on")
-_MODE = flags.DEFINE_enum("mode", "train", ["train"], "What to do")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "sample"], "Train a run, or sample from one as --config.sample.* say"
+)
+# Ways of saying how many steps a sampler makes: one on the command line replaces another in the config.
+_HOW_MANY = {"steps": 0, "nfe": 0, "timesteps": ()}
 
 
-def _check_names(argv: list[str]) -> None:
-    """Checks that the config file and the fields named on the command line exist, before absl reads them."""
-    path = None
+def _given(argv: list[str]) -> dict[str, str]:
+    """Flags as they stand on the command line, before absl reads them, and what follows each."""
+    given = {}
     for i, argument in enumerate(argv):
         flag, has_value, value = argument.lstrip("-").partition("=")
-        if flag == "config":
-            path = value if has_value else "".join(argv[i + 1 : i + 2])
-        elif flag.startswith("config.") and flag.removeprefix("config.") not in FIELDS:
+        given[flag] = value if has_value else "".join(argv[i + 1 : i + 2])
+    return given
+
+
+def _check_names(given: dict[str, str]) -> None:
+    """Checks that the config file and the fields named on the command line exist, before absl reads them."""
+    for flag in given:
+        if flag.startswith("config.") and flag.removeprefix("config.") not in FIELDS:
             close = difflib.get_close_matches(flag.removeprefix("config."), FIELDS, n=1, cutoff=0)
             raise UserError(f"{flag} is not a field of a config; did you mean config.{close[0]}?")
+    path = given.get("config")
     if not path:
         raise UserError("--config is missing; for example --config=configs/digits.py --workdir=runs/digits")
     if not os.path.isfile(path.split(":")[0]):
         raise UserError(f"--config={path}: there is no such file; the configs are in the folder configs/")
+
+
+def _own_config(given: dict[str, str]) -> list[str]:
+    """The flag that makes a run's own config the config to sample with, where no other is given."""
+    workdir = given.get("workdir")
+    if not workdir:
+        raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
+    read_config(workdir)
+    return [] if "config" in given else [f"--config={runs.__file__}:{workdir}"]
 
 
 def _parse(argv: list[str]) -> None:
@@ -57,22 +80,52 @@ def _parse(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Checks the flags, the config and the folder, then trains; nothing is written before all is checked."""
+    """Checks the flags, the config and the folder, then does what --mode says; writes nothing before."""
     app.define_help_flags()
-    if not any(a.lstrip("-").startswith("help") for a in argv[1:]):
-        _check_names(argv[1:])
+    given = _given(argv[1:])
+    if not any(flag.startswith("help") for flag in given):
+        if given.get("mode") == "sample":
+            argv = [argv[0], *_own_config(given), *argv[1:]]
+        _check_names(_given(argv[1:]))
     _parse(argv)
-    check_config(_CONFIG.value)
-    prepare_workdir(_WORKDIR.value, _CONFIG.value)
+    config = _CONFIG.value
+    named = [name for name in _HOW_MANY if f"config.sample.{name}" in given]
+    if named:
+        config.sample.update({name: value for name, value in _HOW_MANY.items() if name not in named})
+    if _MODE.value == "sample":
+        config = _sampling_config(given, config)
+    else:
+        check_config(config)
+        prepare_workdir(_WORKDIR.value, config)
     logging.set_verbosity(logging.ERROR)
     # Compiled programs are kept, so that a second start takes seconds; the user's own settings win.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/s2dm_jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
     # jax takes seconds to import: mistakes are told before.
-    from s2dm_jax.train import train
+    if _MODE.value == "sample":
+        from s2dm_jax.sample_mode import sample
 
-    train(_CONFIG.value, _WORKDIR.value)
+        sample(config, _WORKDIR.value)
+    else:
+        from s2dm_jax.train import train
+
+        train(config, _WORKDIR.value)
+
+
+def _sampling_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:
+    """The run's own config with the group `sample` of the config given, checked."""
+    for flag in given:
+        if flag.startswith("config.") and not flag.startswith("config.sample."):
+            raise UserError(
+                f"--{flag} cannot be changed with --mode=sample, which takes it from the run; only "
+                "--config.sample.* can"
+            )
+    own = read_config(_WORKDIR.value)
+    own.sample = config.sample
+    check_config(own)
+    compared_workdirs(own)
+    return own
 
 
 def main() -> None:

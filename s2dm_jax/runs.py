@@ -1,15 +1,68 @@
-"""Reads back what training left in a workdir: the config, the network and its moving average."""
+"""The folder of a run: made sure of before training, and read back: config, network and moving average."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ml_collections import ConfigDict
 
-from s2dm_jax.config import UserError, build_network, check_config, from_json
+from s2dm_jax.config import UserError, build_network, check_config, flatten, from_json
 
 # jax and orbax take seconds to import: a wrong path is told before.
 if TYPE_CHECKING:
     from s2dm_jax.unet import UNetConfig
+
+
+# A run may go on with other values of these, and of everything in the groups `sample` and `eval`.
+_MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+
+
+def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
+    """Creates the folder of a run, once sure that a run with this config can live there.
+
+    Raises:
+      UserError: if the folder cannot be written to, or holds a run or files that are not this config's.
+    """
+    path = Path(workdir)
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} cannot be used: {existing} is not writable; give another path")
+    saved_path = path / "config.json"
+    if saved_path.exists():
+        _check_same_run(saved_path, workdir, config)
+    elif path.exists() and any(path.iterdir()):
+        raise UserError(f"--workdir={workdir} holds files but no run of ours; give a new or an empty folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be created ({error.strerror}); give another path"
+        ) from error
+    return path
+
+
+def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
+    try:
+        saved = flatten(from_json(saved_path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
+    for name, value in flatten(config).items():
+        fixed = not name.startswith(("sample.", "eval.", *_MAY_CHANGE))
+        if fixed and saved[name] != value:
+            raise UserError(
+                f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
+                "give another --workdir or the same config"
+            )
 
 
 class Run(NamedTuple):
@@ -55,6 +108,33 @@ def read_config(workdir: str) -> ConfigDict:
     if not checkpoints.is_dir() or not any(entry.name.isdigit() for entry in checkpoints.iterdir()):
         raise _no_checkpoint(workdir)
     return config
+
+
+def get_config(workdir: str) -> ConfigDict:
+    """`read_config` under the name that --config=FILE:WORKDIR looks for: this file as a config file."""
+    return read_config(workdir)
+
+
+def compared_workdirs(config: ConfigDict) -> list[str]:
+    """The folders in `config.sample.compare`, once sure that each holds a run on the same images.
+
+    Raises:
+      UserError: as `read_config`, and for a run on another data set or with levels that do not suit it.
+    """
+    workdirs = [name.strip() for name in config.sample.compare.split(",") if name.strip()]
+    for workdir in workdirs:
+        other = read_config(workdir)
+        if other.data.name != config.data.name:
+            raise UserError(
+                f"config.sample.compare names {workdir}, a run on {other.data.name}, not {config.data.name}; "
+                "compare runs on one data set"
+            )
+        other.sample = config.sample
+        try:
+            check_config(other)
+        except UserError as error:
+            raise UserError(f"config.sample.compare names {workdir}, where {error}") from error
+    return workdirs
 
 
 def load_run(workdir: str) -> Run:

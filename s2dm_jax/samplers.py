@@ -183,40 +183,6 @@ METHODS = {
     "unipc": unipc,
 }
 
-# Where they are not 0 and 1: evaluations beyond one a step, and the fewest steps.
-_MORE_EVALUATIONS = {"f_pndm": 9, "s_pndm": 1}
-_FEWEST_STEPS = {"f_pndm": 4, "s_pndm": 2}
-
-
-def num_evaluations(method: str, steps: int) -> int:
-    """Calls of the network that a sampler makes: S + 9 for F-PNDM, S + 1 for S-PNDM (PNDM), else S.
-
-    Raises:
-      ValueError: for an unknown method, or fewer steps than it can make.
-    """
-    fewest = _fewest_steps(method)
-    if steps < fewest:
-        raise ValueError(f"steps={steps} is too few for {method}: it needs at least {fewest}")
-    return steps + _MORE_EVALUATIONS.get(method, 0)
-
-
-def steps_for_budget(method: str, nfe: int) -> int:
-    """The largest number of steps whose `num_evaluations` are at most `nfe`.
-
-    Raises:
-      ValueError: for an unknown method, or a budget below its fewest steps.
-    """
-    fewest = num_evaluations(method, _fewest_steps(method))
-    if nfe < fewest:
-        raise ValueError(f"nfe={nfe} is too few for {method}: its fewest steps make {fewest} evaluations")
-    return nfe - _MORE_EVALUATIONS.get(method, 0)
-
-
-def _fewest_steps(method):
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
-    return _FEWEST_STEPS.get(method, 1)
-
 
 def scale_eps(eps_fn: EpsFn, scale: np.ndarray) -> EpsFn:
     """The network with its output times a number per level: S²-DM's optimum in closed form, for any network.

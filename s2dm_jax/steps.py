@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from s2dm_jax.schedule import NoiseSchedule, check_grid
+from s2dm_jax.grids import check_grid
+from s2dm_jax.schedule import NoiseSchedule
 
 # (x: f32[B, H, W, C], t: f32[B]) -> the noise in x, same shape; t in [0, T), fractional in F-PNDM alone.
 EpsFn = Callable[[jax.Array, jax.Array], jax.Array]

@@ -26,14 +26,15 @@ from s2dm_jax.config import (
     build_network,
     build_objective,
     build_schedule,
-    prepare_workdir,
     to_json,
 )
 from s2dm_jax.data import DATASETS, batch_at, batch_indices
-from s2dm_jax.evaluate import evaluate, generator, results_table
+from s2dm_jax.evaluate import evaluate, results_table
 from s2dm_jax.losses import Objective
 from s2dm_jax.report import image_grid, save_png
-from s2dm_jax.schedule import NoiseSchedule, uniform_grid
+from s2dm_jax.runs import prepare_workdir
+from s2dm_jax.sample import configure, how, sample_batches
+from s2dm_jax.schedule import NoiseSchedule
 from s2dm_jax.telemetry import MetricWriter, Progress
 from s2dm_jax.unet import UNetConfig
 
@@ -220,7 +221,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
         return compiled[length]
 
-    sample = generator(network, schedule)
+    sampler, timesteps = configure(network, schedule, **how(config.sample))
     writer = MetricWriter(workdir, step)
     interrupted = _stop_on_signals()
     if step < steps:
@@ -252,13 +253,16 @@ def train(config: ConfigDict, workdir: str) -> None:
             report(*pending)
         pending = (metrics, first, step)
         if _crossed(first, step, config.train.sample_every) or step == steps:
-            images_now = sample(
+            batches = sample_batches(
+                sampler,
                 state.ema,
-                uniform_grid(schedule.T, config.sample.steps),
-                config.sample.seed,
-                np.arange(config.sample.num_images),
+                timesteps,
+                seed=config.sample.seed,
+                num_images=config.sample.num_images,
+                batch_size=config.sample.batch_size,
+                progress=False,
             )
-            grid = image_grid(np.asarray(images_now))
+            grid = image_grid(np.concatenate(list(batches)))
             save_png(workdir / "samples" / f"step_{step:07d}.png", grid)
             writer.picture(step, "samples", grid)
         if _crossed(first, step, config.train.checkpoint_every) or step == steps:

@@ -122,8 +122,9 @@ def benchmark_samplers(arguments):
     import numpy as np
 
     from s2dm_jax import unet
+    from s2dm_jax.grids import uniform_grid
     from s2dm_jax.samplers import ddim
-    from s2dm_jax.schedule import linear_schedule, uniform_grid
+    from s2dm_jax.schedule import linear_schedule
 
     network = _cifar10_network(unet, dropout=0.0)
     params = jax.device_put(unet.init_params(network, 0))

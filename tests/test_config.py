@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from s2dm_jax import config as c
-from s2dm_jax.config import UserError, check_config, default_config, from_json, prepare_workdir, to_json
+from s2dm_jax.config import UserError, check_config, default_config, from_json, to_json
+from s2dm_jax.runs import prepare_workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +37,7 @@ BAD_COMMANDS = [
     (["--config.loss.skip=1000"], "config.loss.skip=1000 must be at most 999"),
     (["--wat=1"], "Unknown command line flag 'wat'"),
     (["surplus"], "'surplus' is not a flag"),
-    (["--mode=fly"], "should be one of <train>"),
+    (["--mode=fly"], "should be one of <train|sample>"),
     (["--workdir="], "--workdir is missing"),
 ]
 
@@ -83,7 +84,7 @@ def test_bad_config_files(tmp_path, config, sentence):
         ("eval.nfe", (10, 1001), "must hold at most config.diffusion.T=1000 evaluations each"),
         ("eval.nfe", (), "has the wrong type: it must be a tuple of positive integers"),
         ("eval.nfe", (10, -1), "has the wrong type: it must be a tuple of positive integers"),
-        ("sample.steps", 2000, "config.sample.steps=2000 must be at most 1000"),
+        ("sample.steps", 2000, "config.sample.steps=2000 is not a number of steps that T=1000 levels allow"),
         ("model.ch", 48, "config.model.ch=48 must be a multiple of 32"),
         (
             "model.attn_resolutions",

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from s2dm_jax.grids import GRIDS, check_grid, uniform_grid
+from s2dm_jax.methods import FACTS, num_evaluations, steps_for_budget
 from s2dm_jax.samplers import (
     METHODS,
     ddim,
@@ -17,15 +19,13 @@ from s2dm_jax.samplers import (
     f_pndm,
     image_keys,
     initial_noise,
-    num_evaluations,
     per_image_noise,
     s_pndm,
     scale_eps,
     slerp,
-    steps_for_budget,
     unipc,
 )
-from s2dm_jax.schedule import GRIDS, check_grid, linear_schedule, log_alpha_bar, uniform_grid
+from s2dm_jax.schedule import linear_schedule, log_alpha_bar
 
 GOLDEN = Path(__file__).parent / "golden"
 SCHEDULE = linear_schedule()
@@ -436,6 +436,7 @@ def test_grids_have_exactly_the_steps_asked_for(name):
 
 
 def test_budgets_become_steps():
+    assert list(FACTS) == list(METHODS)
     assert [steps_for_budget(name, 20) for name in ("ddim", "f_pndm", "s_pndm", "unipc")] == [20, 11, 19, 20]
     for name in METHODS:
         for nfe in range(13, 30):

@@ -1,0 +1,269 @@
+"""Pictures from trained weights: compiled samplers, batches of any number of images, a run as a `Model`.
+
+Image i of a seed depends on (seed, i) alone, not on the batch or the order that it is drawn in.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from s2dm_jax import losses, unet
+from s2dm_jax.config import build_schedule
+from s2dm_jax.methods import FACTS, check_options, plan
+from s2dm_jax.report import to_uint8
+from s2dm_jax.runs import load_run
+from s2dm_jax.samplers import METHODS, image_keys, initial_noise, per_image_noise, scale_eps
+from s2dm_jax.schedule import NoiseSchedule
+from s2dm_jax.unet import UNetConfig
+
+
+def make_sampler(
+    network: UNetConfig,
+    schedule: NoiseSchedule,
+    method: str = "ddim",
+    *,
+    eta: float = 0.0,
+    scale: np.ndarray | None = None,
+    **options,
+) -> Callable[..., jax.Array]:
+    """A compiled function of (params, timesteps [S], seed, indices [B]) → uint8 images [B, H, W, C].
+
+    There is one program per method, S and B; other weights, levels, seeds, eta above 0 or scales compile
+    nothing. Two keyword arguments make another program: `x_T` [B, H, W, C] to start from instead of the
+    indices' own noise, and `trajectory=True` for uint8 [B, S, H, W, C], each level's prediction of x_0, the
+    noisiest level's first, with the image itself in the place of the last.
+
+    Args:
+      network: the network that the weights belong to.
+      schedule: the forward process; sampling again with the same object compiles nothing.
+      method: one of `samplers.METHODS`.
+      eta: of DDIM, from 0 (deterministic) to 1 (DDPM's posterior variance).
+      scale: float [T], a factor on the network's output at each level (`losses.skip_scale`).
+      **options: keyword arguments of the method's own: clip_x0, variance, convention, order.
+
+    Raises:
+      ValueError: for an unknown method, or an option or value that it does not have.
+    """
+    check_options(method, eta=eta, **options)
+    program = _Program(network, schedule, method, tuple(sorted(options.items())))
+
+    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
+        # Without noise nothing is drawn: eta 0 is a program of its own.
+        return _run(program, trajectory, params, timesteps, seed, indices, eta or None, scale, x_T)
+
+    return sample
+
+
+class _Program(NamedTuple):
+    """What a compiled sampler is made for."""
+
+    network: UNetConfig
+    schedule: NoiseSchedule
+    method: str
+    options: tuple
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(program, trajectory, params, timesteps, seed, indices, eta, scale, x_T):
+    network, schedule, method, options = program
+    shape = (network.resolution, network.resolution, network.in_channels)
+    eps_fn = unet.eps_fn(network, params)
+    if scale is not None:
+        eps_fn = scale_eps(eps_fn, scale)
+    options = dict(options)
+    if eta is not None:
+        options["eta"] = eta
+    if eta is not None or FACTS[method].draws_noise:
+        options["noise_fn"] = per_image_noise(image_keys(seed, indices), shape)
+    if x_T is None:
+        x_T = initial_noise(seed, indices, shape)
+    result = METHODS[method](eps_fn, x_T, schedule, timesteps, return_x0=trajectory, **options)
+    if not trajectory:
+        return to_uint8(result)
+    x_0, predictions = result
+    return to_uint8(jnp.moveaxis(predictions.at[-1].set(x_0), 0, 1))
+
+
+def sample_batches(
+    sampler: Callable[..., jax.Array],
+    params: dict,
+    timesteps: np.ndarray,
+    *,
+    seed: int,
+    num_images: int,
+    batch_size: int,
+    progress: bool = True,
+) -> Iterator[np.ndarray]:
+    """Images 0 … num_images−1 of a seed, a batch at a time, with a progress bar on a terminal.
+
+    Args:
+      sampler: from `make_sampler`.
+      params: the weights.
+      timesteps: int [S], ascending levels.
+      seed: of the noise.
+      num_images: how many in all.
+      batch_size: how many at once; the memory needed is that of two batches.
+      progress: whether to show the bar.
+
+    Yields:
+      uint8 [B, H, W, C] with B = batch_size, in the last batch what is left.
+
+    Raises:
+      ValueError: for num_images or batch_size below 1.
+    """
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is out of range: it must be at least 1")
+    batch_size = min(batch_size, num_images)
+    show = progress and sys.stderr.isatty()
+    with tqdm(total=num_images, unit=" images", dynamic_ncols=True, leave=False, disable=not show) as bar:
+        waiting = None
+        for first in range(0, num_images, batch_size):
+            # The last batch is filled up and cut, so that every batch is one program.
+            images = sampler(params, timesteps, seed, first + np.arange(batch_size))
+            # The batch before is fetched while this one is computed.
+            if waiting is not None:
+                yield np.asarray(waiting)
+                bar.update(batch_size)
+            waiting = images
+        yield np.asarray(waiting)[: num_images - first]
+
+
+class Model(NamedTuple):
+    """A trained run to sample from: `model = s2dm_jax.load("runs/digits"); images = model.sample(64)`.
+
+    Attributes:
+      config: the run's config.
+      network: the network's shape.
+      schedule: the forward process.
+      params: the moving average of the weights.
+      step: training steps behind them.
+    """
+
+    config: ConfigDict
+    network: UNetConfig
+    schedule: NoiseSchedule
+    params: dict
+    step: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.network.resolution, self.network.resolution, self.network.in_channels
+
+    def sampler(self, method: str = "ddim", **how) -> tuple[Callable[..., jax.Array], np.ndarray]:
+        """`configure` for this model."""
+        return configure(self.network, self.schedule, method, **how)
+
+    def sample(
+        self, n: int, method: str = "ddim", *, nfe: int = 0, seed: int = 0, batch_size: int = 500, **how
+    ) -> np.ndarray:
+        """Images 0 … n−1 of a seed.
+
+        Args:
+          n: number of images.
+          method: one of `samplers.METHODS`.
+          nfe: network evaluations; by default 10, unless `how` gives steps or timesteps.
+          seed: of the noise.
+          batch_size: how many images are computed at once.
+          **how: as for `configure`: steps, grid, timesteps, eta, skip_scale, and the method's own options.
+
+        Returns:
+          uint8 [n, H, W, C].
+
+        Raises:
+          ValueError: for an unknown method, and for values that are not allowed or contradict one another.
+        """
+        sampler, timesteps = self.sampler(method, nfe=nfe, **how)
+        batches = sample_batches(
+            sampler, self.params, timesteps, seed=seed, num_images=n, batch_size=batch_size
+        )
+        return np.concatenate(list(batches))
+
+
+def load(workdir: str) -> Model:
+    """The newest checkpoint of the run in `workdir`, ready to sample from.
+
+    Raises:
+      config.UserError: if the folder holds no run, no checkpoint, or a damaged one.
+    """
+    run = load_run(workdir)
+    return Model(run.config, run.network, build_schedule(run.config), run.ema, run.step)
+
+
+# The fields of the config's group `sample` that say how to sample; the others say what to make of it.
+HOW = (
+    "method",
+    "steps",
+    "nfe",
+    "grid",
+    "timesteps",
+    "eta",
+    "clip_x0",
+    "variance",
+    "convention",
+    "order",
+    "skip_scale",
+    "skip_scale_tau",
+    "skip_scale_preset",
+)
+
+
+def how(sample: ConfigDict) -> dict:
+    """The keyword arguments of `configure` that a config's group `sample` stands for."""
+    return {name: sample[name] for name in HOW}
+
+
+def configure(
+    network: UNetConfig,
+    schedule: NoiseSchedule,
+    method: str = "ddim",
+    *,
+    steps: int = 0,
+    nfe: int = 0,
+    grid: str = "uniform",
+    timesteps: Sequence[int] = (),
+    skip_scale: int | np.ndarray | None = None,
+    skip_scale_tau: float = 0.99,
+    skip_scale_preset: str = "paper",
+    **options,
+) -> tuple[Callable[..., jax.Array], np.ndarray]:
+    """A compiled sampler and the levels that it is to visit, from what a user says.
+
+    Args:
+      network: the network's shape.
+      schedule: the forward process.
+      method: one of `samplers.METHODS`.
+      steps, nfe, grid, timesteps: as for `methods.choose_timesteps`.
+      skip_scale: the factor on the network's output that L_skip would train into it (`losses.skip_scale`): a
+        skip, or your own float [T]; None or 0 for no factor.
+      skip_scale_tau, skip_scale_preset: tau and preset of that skip.
+      **options: eta and the method's own, as for `make_sampler`; None stands for the method's default.
+
+    Returns:
+      The function as from `make_sampler`, and the levels int32 [S], ascending.
+
+    Raises:
+      ValueError: for an unknown method, and for values that are not allowed or contradict one another.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    levels = plan(schedule.T, method, steps=steps, nfe=nfe, grid=grid, timesteps=timesteps, **options)
+    scale = skip_scale
+    if np.ndim(skip_scale) == 0:
+        skip = skip_scale or 0
+        if not 0 <= skip < schedule.T:
+            raise ValueError(f"skip_scale={skip} is out of range: a skip is from 0 to T−1={schedule.T - 1}")
+        scale = losses.skip_scale(schedule, skip, skip_scale_tau, skip_scale_preset) if skip else None
+    elif np.shape(skip_scale) != (schedule.T,):
+        raise ValueError(
+            f"skip_scale has shape {np.shape(skip_scale)}; it is a skip, or one number per level, "
+            f"shape ({schedule.T},)"
+        )
+    return make_sampler(network, schedule, method, scale=scale, **options), levels
