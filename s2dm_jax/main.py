@@ -108,8 +108,10 @@ def run(argv: list[str]) -> None:
 
         sample(config, _WORKDIR.value)
     else:
+        from s2dm_jax.parallel import use_all_cores
         from s2dm_jax.train import train
 
+        use_all_cores(config.train.batch_size)
         train(config, _WORKDIR.value)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from s2dm_jax import losses, unet
 from s2dm_jax.config import build_schedule
 from s2dm_jax.methods import FACTS, check_options, plan
+from s2dm_jax.parallel import split_batch
 from s2dm_jax.report import to_uint8
 from s2dm_jax.runs import load_run
 from s2dm_jax.samplers import METHODS, image_keys, initial_noise, per_image_noise, scale_eps
@@ -127,7 +128,7 @@ def sample_batches(
         waiting = None
         for first in range(0, num_images, batch_size):
             # The last batch is filled up and cut, so that every batch is one program.
-            images = sampler(params, timesteps, seed, first + np.arange(batch_size))
+            images = sampler(params, timesteps, seed, split_batch(first + np.arange(batch_size)))
             # The batch before is fetched while this one is computed.
             if waiting is not None:
                 yield np.asarray(waiting)

@@ -6,11 +6,42 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+import s2dm_jax
+from s2dm_jax import unet
+from s2dm_jax.config import build_objective
+from s2dm_jax.unet import UNetConfig
+
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def describe(config: ConfigDict, network: UNetConfig, provenance: str, step: int) -> str:
+    """What a run is about to do, in a few lines."""
+    o, train = build_objective(config), config.train
+    loss = "L_simple"
+    if o.has_skip:
+        loss = f"{o.tau:g}·L_simple + {1 - o.tau:g}·L_skip (skip {o.skip}, {o.skip_noise} noise)"
+    if o.has_sequence:
+        loss += f" + {o.lam:g}·L_sa (K = {o.K})"
+    devices = jax.devices()
+    start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
+    return "\n".join(
+        [
+            f"s2dm_jax {s2dm_jax.__version__}, jax {jax.__version__}, {len(devices)} × "
+            f"{devices[0].device_kind}",
+            f"data     {provenance}",
+            f"network  UNet, {unet.num_params(network):,} parameters, activations in {network.dtype}",
+            f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
+            f"T = {config.diffusion.T:,}",
+            f"train    {start}, batch {train.batch_size} × {o.num_levels} noise level(s), Adam {train.lr:g}, "
+            f"EMA {train.ema_rate:g}, seed {train.seed}",
+        ]
+    )
 
 
 class MetricWriter:

@@ -19,7 +19,6 @@ import optax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-import s2dm_jax
 from s2dm_jax import checkpoint, losses, unet
 from s2dm_jax.config import (
     UserError,
@@ -31,11 +30,12 @@ from s2dm_jax.config import (
 from s2dm_jax.data import DATASETS, batch_at, batch_indices
 from s2dm_jax.evaluate import evaluate, results_table
 from s2dm_jax.losses import Objective
+from s2dm_jax.parallel import copy_to_all, split_batch
 from s2dm_jax.report import image_grid, save_png
 from s2dm_jax.runs import prepare_workdir
 from s2dm_jax.sample import configure, how, sample_batches
 from s2dm_jax.schedule import NoiseSchedule
-from s2dm_jax.telemetry import MetricWriter, Progress
+from s2dm_jax.telemetry import MetricWriter, Progress, describe
 from s2dm_jax.unet import UNetConfig
 
 
@@ -192,10 +192,14 @@ def train(config: ConfigDict, workdir: str) -> None:
     schedule = build_schedule(config)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     steps, batch_size = config.train.steps, config.train.batch_size
+    if batch_size % jax.device_count():
+        raise UserError(
+            f"config.train.batch_size={batch_size} must be a multiple of the {jax.device_count()} devices"
+        )
 
     state = init_state(network, optimizer, config.train.seed)
     manager = checkpoint.open_checkpoints(workdir, config.train.keep_checkpoints)
-    state = checkpoint.restore_latest(manager, state) or state
+    state = copy_to_all(checkpoint.restore_latest(manager, state) or state)
     step = int(state.step)
     if step > steps:
         raise UserError(
@@ -206,12 +210,12 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     # One stream orders the data, the other feeds the steps.
     order_key, step_key = jax.random.split(jax.random.key(config.train.seed))
-    images = jnp.asarray(data.train)
-    chunk = jax.jit(make_chunk(config, network, optimizer), donate_argnums=0)
+    images, step_key = copy_to_all((data.train, step_key))
+    chunk = jax.jit(make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=images.sharding)
     compiled = {}
 
     def rows_of(first, length):
-        return batch_indices(order_key, first, length, batch_size, len(images))
+        return split_batch(batch_indices(order_key, first, length, batch_size, len(images)), axis=1)
 
     def compiled_chunk(length):
         if length not in compiled:
@@ -304,30 +308,6 @@ def _finished_results(workdir: Path, config: ConfigDict) -> dict | None:
     results = json.loads(path.read_text())
     same = results["step"] == config.train.steps and results["eval"] == json.loads(to_json(config))["eval"]
     return results if same else None
-
-
-def describe(config: ConfigDict, network: UNetConfig, provenance: str, step: int) -> str:
-    """What a run is about to do, in a few lines."""
-    o, train = build_objective(config), config.train
-    loss = "L_simple"
-    if o.has_skip:
-        loss = f"{o.tau:g}·L_simple + {1 - o.tau:g}·L_skip (skip {o.skip}, {o.skip_noise} noise)"
-    if o.has_sequence:
-        loss += f" + {o.lam:g}·L_sa (K = {o.K})"
-    devices = jax.devices()
-    start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
-    return "\n".join(
-        [
-            f"s2dm_jax {s2dm_jax.__version__}, jax {jax.__version__}, {len(devices)} × "
-            f"{devices[0].device_kind}",
-            f"data     {provenance}",
-            f"network  UNet, {unet.num_params(network):,} parameters, activations in {network.dtype}",
-            f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
-            f"T = {config.diffusion.T:,}",
-            f"train    {start}, batch {train.batch_size} × {o.num_levels} noise level(s), Adam {train.lr:g}, "
-            f"EMA {train.ema_rate:g}, seed {train.seed}",
-        ]
-    )
 
 
 def _crossed(first: int, last: int, every: int) -> bool:

@@ -25,12 +25,13 @@ def benchmark_digits(_):
     with tempfile.TemporaryDirectory() as folder:
         cold = _launch(Path(folder), "cold", [])
         print(f"cold start: first line of progress after {cold['first_step']:.1f} s, ", end="")
-        print(f"last line after {cold['total']:.1f} s, {cold['memory_gb']:.2f} GB at most", flush=True)
+        print(f"last line after {cold['total']:.1f} s, {cold['memory_gb']:.2f} GB at most")
+        print(cold["table"], flush=True)
         warm = _launch(Path(folder), "warm", ["--config.train.steps=40"])
         print(f"warm start: first line of progress after {warm['first_step']:.1f} s")
 
 
-def _launch(folder: Path, name: str, flags: list[str]) -> dict[str, float]:
+def _launch(folder: Path, name: str, flags: list[str]) -> dict:
     command = [
         sys.executable,
         "-m",
@@ -48,13 +49,17 @@ def _launch(folder: Path, name: str, flags: list[str]) -> dict[str, float]:
         [*command, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
     first_step = None
+    table = []
     for line in process.stdout:
+        if line.startswith("|"):
+            table.append(line)
         if first_step is None and re.match(r"step [\d,]+/", line):
             first_step = time.monotonic() - began
     if process.wait():
         sys.exit(f"the run failed with status {process.returncode}")
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    return {"first_step": first_step, "total": time.monotonic() - began, "memory_gb": memory}
+    total = time.monotonic() - began
+    return {"first_step": first_step, "total": total, "memory_gb": memory, "table": "".join(table)}
 
 
 def benchmark_losses(arguments):
