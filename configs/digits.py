@@ -27,12 +27,12 @@ def get_config(method: str = "s2sa"):
     c.model.attn_resolutions = (4,)
     c.model.dropout = 0.0
     c.loss.update(METHODS[method])
-    c.train.steps = 1_200
+    c.train.steps = 1_050
     c.train.batch_size = 64
     c.train.lr = 1e-3
     c.train.ema_rate = 0.99
     c.train.log_every = 20
-    c.train.sample_every = 400
-    c.train.checkpoint_every = 400
+    c.train.sample_every = 350
+    c.train.checkpoint_every = 350
     c.eval.num_images = 500
     return c

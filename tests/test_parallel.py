@@ -1,0 +1,63 @@
+"""Several devices give what one gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from s2dm_jax import checkpoint, train
+from s2dm_jax.config import build_network, from_json
+
+# What each process does: train a few steps, then leave the pictures that evaluation would draw.
+PROGRAM = """
+import sys
+import jax, numpy as np
+from test_train import small_config
+from s2dm_jax import train
+from s2dm_jax.sample import load
+train.train(small_config(**{"train.lr": 1e-4}), sys.argv[1])
+np.save(sys.argv[1] + "/pictures.npy", load(sys.argv[1]).sample(8, nfe=2, seed=3))
+print("devices", jax.device_count())
+"""
+
+
+def run_on(devices, workdir):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(workdir)],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"devices {devices}"
+    config = from_json((workdir / "config.json").read_text())
+    optimizer = train.make_optimizer(config.train.lr, config.train.grad_clip)
+    like = train.init_state(build_network(config), optimizer, 0)
+    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like), np.load(
+        workdir / "pictures.npy"
+    )
+
+
+def test_eight_devices_train_and_sample_like_one(tmp_path):
+    one, pictures_of_one = run_on(1, tmp_path / "one")
+    eight, pictures_of_eight = run_on(8, tmp_path / "eight")
+    # Adam divides by the gradient's size: where that is all but zero, rounding decides the direction, so the
+    # weights are compared by how far they moved altogether.
+    start = train.init_state(
+        build_network(from_json((tmp_path / "one" / "config.json").read_text())),
+        train.make_optimizer(1e-4, 1.0),
+        0,
+    )
+
+    def distance(a, b):
+        squares = jax.tree.map(lambda x, y: float(np.sum(np.square(np.asarray(x) - np.asarray(y)))), a, b)
+        return sum(jax.tree.leaves(squares)) ** 0.5
+
+    assert distance(one.params, eight.params) < 0.01 * distance(one.params, start.params)
+    difference = pictures_of_one.astype(int) - pictures_of_eight
+    assert np.abs(difference).max() <= 1
