@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from s2dm_jax.config import UserError
+from s2dm_jax.parallel import on_all
 
 State = TypeVar("State")
 
@@ -44,7 +45,11 @@ def restore_latest(manager: ocp.CheckpointManager, like: State) -> State | None:
     if step is None:
         return None
     folder = Path(manager.directory) / str(step)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+    # The devices of today, whose number need not be that of the run that saved.
+    sharding = on_all()
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
+    )
     try:
         _read_through(folder)
         return manager.restore(step, args=ocp.args.StandardRestore(abstract))

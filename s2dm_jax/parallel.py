@@ -17,9 +17,14 @@ def data_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
+def on_all() -> NamedSharding:
+    """The sharding of an array that is whole on every device."""
+    return NamedSharding(data_mesh(), PartitionSpec())
+
+
 def copy_to_all(tree: Tree) -> Tree:
     """The arrays of `tree`, whole on every device."""
-    return jax.device_put(tree, NamedSharding(data_mesh(), PartitionSpec()))
+    return jax.device_put(tree, on_all())
 
 
 def split_batch(x: jax.Array, axis: int = 0) -> jax.Array:

@@ -149,7 +149,6 @@ def load_run(workdir: str) -> Run:
     import numpy as np
 
     from s2dm_jax import checkpoint, unet
-    from s2dm_jax.parallel import copy_to_all
     from s2dm_jax.train import TrainState, make_optimizer
 
     network = build_network(config)
@@ -165,7 +164,7 @@ def load_run(workdir: str) -> Run:
         manager.close()
     if state is None:
         raise _no_checkpoint(workdir)
-    return Run(config, network, copy_to_all(state.ema), int(state.step))
+    return Run(config, network, state.ema, int(state.step))
 
 
 def _no_checkpoint(workdir: str) -> UserError:
