@@ -9,7 +9,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax import runs
-from s2dm_jax.config import FIELDS, UserError, allowed_type, check_config
+from s2dm_jax.check import allowed_type, check_config
+from s2dm_jax.config import FIELDS, UserError
 from s2dm_jax.runs import compared_workdirs, prepare_workdir, read_config
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ml_collections import ConfigDict
 
-from s2dm_jax.config import UserError, build_network, check_config, flatten, from_json
+from s2dm_jax.check import check_config
+from s2dm_jax.config import UserError, build_network, flatten, from_json
 
 # jax and orbax take seconds to import: a wrong path is told before.
 if TYPE_CHECKING:

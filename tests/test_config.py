@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from s2dm_jax import check
 from s2dm_jax import config as c
-from s2dm_jax.config import UserError, check_config, default_config, from_json, to_json
+from s2dm_jax.check import check_config
+from s2dm_jax.config import UserError, default_config, from_json, to_json
 from s2dm_jax.runs import prepare_workdir
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +127,7 @@ def test_every_field_is_checked_for_presence():
 
 
 def test_ranges_and_choices_name_real_fields():
-    assert c._RANGES.keys() | c._CHOICES.keys() <= c.FIELDS.keys()
+    assert check._RANGES.keys() | check._CHOICES.keys() <= c.FIELDS.keys()
 
 
 def test_json_round_trip():

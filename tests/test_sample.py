@@ -16,7 +16,8 @@ from PIL import Image
 import s2dm_jax
 from s2dm_jax import checkpoint, losses, pictures, sample_mode, train
 from s2dm_jax import sample as sampling
-from s2dm_jax.config import UserError, build_network, check_config, default_config, to_json
+from s2dm_jax.check import check_config
+from s2dm_jax.config import UserError, build_network, default_config, to_json
 from s2dm_jax.grids import uniform_grid
 from s2dm_jax.methods import FACTS, plan
 from s2dm_jax.report import to_uint8
