@@ -16,6 +16,7 @@ from s2dm_jax import classifier
 from s2dm_jax.config import build_schedule
 from s2dm_jax.data import Dataset
 from s2dm_jax.grids import uniform_grid
+from s2dm_jax.losses import skip_scale
 from s2dm_jax.metrics import feature_statistics, frechet_distance
 from s2dm_jax.report import markdown_table, to_uint8
 from s2dm_jax.sample import make_sampler, sample_batches
@@ -43,7 +44,8 @@ def evaluate(config: ConfigDict, network: UNetConfig, params: dict, data: Datase
       numbers depend on}.
     """
     schedule = build_schedule(config)
-    sampler = make_sampler(network, schedule)
+    skip = config.eval.skip_scale
+    sampler = make_sampler(network, schedule, scale=skip_scale(schedule, skip) if skip else None)
     judge = classifier.train_classifier(
         data.train, data.train_labels, data.num_classes, seed=_CLASSIFIER_SEED
     )
@@ -85,7 +87,8 @@ def evaluate(config: ConfigDict, network: UNetConfig, params: dict, data: Datase
             "reference": f"{len(data.held_out)} held-out images, sha256 {hash_of([data.held_out])}",
             "data": data.provenance,
             "weights": f"moving average at step {step}, sha256 {hash_of(jax.tree.leaves(params))}",
-            "sampler": "ddim, eta 0, uniform grid, last step to the clean image; one evaluation a step",
+            "sampler": "ddim, eta 0, uniform grid, last step to the clean image; one evaluation a step"
+            + (f"; output scaled as training with skip {skip} would scale it" if skip else ""),
             "seed": config.eval.seed,
             "num_images": count,
             "s2dm_jax": s2dm_jax.__version__,

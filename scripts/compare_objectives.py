@@ -1,0 +1,117 @@
+"""Trains every objective over several seeds and compares their samples; docs/objectives.md has the table."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from s2dm_jax.config import UserError
+from s2dm_jax.report import markdown_table
+
+_DESCRIPTION = """\
+Trains ddpm, s2, sa and s2sa from each seed by the ordinary command, and evaluates each by DDIM. Plain
+training and the skip-step term make one network evaluation per image and step, the sequence-aware term
+K = 2: ddpm and s2 are evaluated after STEPS steps (as many as the others) and after 2*STEPS (as many
+evaluations). ddpm is also sampled with its output scaled as training with the skip term would scale it.
+
+The table has mean and standard deviation over the seeds of the Frechet distance in the features of a
+classifier of the data set (not FID). Every run is evaluated from the same noise. What was done is not done
+again: the same command goes on after an interruption."""
+_EXAMPLE = """\
+example (digits, 5 seeds of 500 steps, about an hour on 2 cores):
+  python scripts/compare_objectives.py runs/objectives"""
+
+_SKIP = 10
+# method: (network evaluations per image and training step, evaluated with these eval.skip_scale)
+_METHODS = {"ddpm": (1, (0, _SKIP)), "s2": (1, (0,)), "sa": (2, (0,)), "s2sa": (2, (0,))}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+      UserError: for a value out of range.
+    """
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to go on with")
+    parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of training seeds, at least 2 (5)")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps at the same count (500)")
+    parser.add_argument("--nfe", default="5,10,20,50", help="network evaluations per image (5,10,20,50)")
+    args = parser.parse_args(argv)
+    if args.seeds < 2:
+        raise UserError(f"--seeds={args.seeds} is out of range: a standard deviation needs at least 2")
+    if args.steps < 1:
+        raise UserError(f"--steps={args.steps} is out of range: it must be at least 1")
+    if not Path(args.config).is_file():
+        raise UserError(f"--config={args.config}: there is no such file; the configs are in configs/")
+    return args
+
+
+def results_of(args: argparse.Namespace, method: str, seed: int, steps: int, skip_scale: int) -> dict:
+    """Trains up to `steps` and evaluates, unless that was done, and returns the run's results.
+
+    Raises:
+      UserError: where the run fails, or what is there is of another number of evaluations.
+    """
+    kept = Path(args.out) / "results" / f"{method}_seed{seed}_step{steps}_scale{skip_scale}.json"
+    budgets = [int(nfe) for nfe in args.nfe.split(",")]
+    if not kept.exists():
+        workdir = Path(args.out) / method / f"seed{seed}"
+        command = [sys.executable, "-m", "s2dm_jax.main", f"--config={args.config}:{method}"]
+        command += [f"--workdir={workdir}", f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
+        command += [f"--config.eval.nfe={args.nfe}", f"--config.eval.skip_scale={skip_scale}"]
+        print(" ".join(command[1:]), flush=True)
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(".tmp")
+        temporary.write_text((workdir / "results.json").read_text())
+        os.replace(temporary, kept)
+    results = json.loads(kept.read_text())
+    if results["eval"]["nfe"] != budgets:
+        raise UserError(f"{kept} was made with other --nfe; give another DIR, or the same --nfe")
+    return results
+
+
+def table(args: argparse.Namespace, results: dict) -> str:
+    """Mean ± standard deviation over seeds, a row for each objective, training length and scale."""
+    rows = []
+    for (method, steps, skip_scale), runs in results.items():
+        name = method + (f", ε scaled (skip {skip_scale})" if skip_scale else "")
+        per_run = ([row["distance"] for row in run["rows"] if row["evaluations"]] for run in runs)
+        distances = zip(*per_run, strict=True)
+        cells = [f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in distances]
+        rows.append([name, f"{steps:,}", f"{steps * _METHODS[method][0]:,}", *cells])
+    header = ["objective", "steps", "evaluations per image of a batch", *args.nfe.split(",")]
+    return markdown_table(header, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: a `UserError` becomes one sentence and exit status 2."""
+    try:
+        args = parse(argv)
+        results = {}
+        for seed in range(args.seeds):
+            for method, (cost, scales) in _METHODS.items():
+                for steps in sorted({args.steps, 2 * args.steps // cost}):
+                    for skip_scale in scales:
+                        one = results_of(args, method, seed, steps, skip_scale)
+                        results.setdefault((method, steps, skip_scale), []).append(one)
+        text = table(args, results)
+        floor, *_, ceiling = (row["distance"] for row in one["rows"])
+        text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n"
+        (Path(args.out) / "table.md").write_text(text)
+        print(f"\n{text}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
