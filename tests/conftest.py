@@ -8,6 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+# Most of the suite's time is compiling programs that run once; the processes that tests start inherit this.
+_QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".strip()
+
 _HERE = Path(__file__).parent / "golden"
 _ALL = Path(__file__).parents[2] / "shared" / "golden"
 

@@ -25,10 +25,11 @@ print("devices", jax.device_count())
 
 
 def run_on(devices, workdir):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(workdir)],
         cwd=Path(__file__).parent,
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env={**os.environ, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
         timeout=300,
