@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import group
-from test_unet import network_of
+from test_unet import TINY, network_of
 
 from s2dm_jax import convert, losses, train, unet
 from s2dm_jax.losses import Draws, Objective, paper, released
@@ -183,6 +183,26 @@ def test_network_is_called_once_whatever_K():
     x0, draws = batch(objective)
     losses.loss(net, SCHEDULE, objective, x0, draws)
     assert calls == [(6 * 4, 4, 4, 1)]
+
+
+def test_convolutions_in_the_compiled_program_do_not_grow_with_K():
+    params = unet.param_shapes(TINY)
+
+    def convolutions(objective):
+        def mean_loss(params, x0, key):
+            eps_fn = functools.partial(unet.apply, TINY, params)
+            draws = losses.draw(objective, key, SCHEDULE.T, x0.shape)
+            return losses.loss(eps_fn, SCHEDULE, objective, x0, draws)[0].mean()
+
+        x0 = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
+        program = jax.jit(jax.grad(mean_loss)).lower(params, x0, jax.random.key(0)).compile()
+        return program.as_text().count(" convolution(")
+
+    plain = convolutions(paper())
+    # A layer has one convolution forward and two backward, less the one towards the noisy images.
+    layers = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(params))
+    assert plain == 3 * layers - 1
+    assert convolutions(paper(skip=10, K=4, lam=1.0)) == plain
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent"])

@@ -107,8 +107,11 @@ def test_ddpm_matches_published_code(steps, precision):
     assert_close(x, arrays[f"{steps}/x"], rtol)
 
 
-def f_pndm_step_by_step(x, alpha_bar, grid):
-    """F-PNDM as a plain loop in NumPy; `alpha_bar[⌊t⌋ + 1]` belongs to level t, as in the released code."""
+PNDM = {"F-PNDM": f_pndm, "S-PNDM": s_pndm}
+
+
+def pndm_step_by_step(method, x, alpha_bar, grid):
+    """PNDM as a plain loop in NumPy; `alpha_bar[⌊t⌋ + 1]` belongs to level t, as in the released code."""
 
     def phi(x, e, t, s):
         a, b = alpha_bar[int(t) + 1], alpha_bar[int(s) + 1]
@@ -122,7 +125,10 @@ def f_pndm_step_by_step(x, alpha_bar, grid):
     for t, s in zip(grid[::-1], [*grid[-2::-1], -1], strict=True):
         e1 = f(x, t)
         history.append(e1)
-        if len(history) < 4:
+        if method == "S-PNDM":
+            first = len(history) == 1
+            e = (e1 + f(phi(x, e1, t, s), s)) / 2 if first else (3 * e1 - history[-2]) / 2
+        elif len(history) < 4:
             mid = (t + s) / 2
             e2 = f(phi(x, e1, t, mid), mid)
             e3 = f(phi(x, e2, t, mid), mid)
@@ -140,22 +146,24 @@ def test_pndm_matches_published_steps(case, precision):
     dtype, rtol = precision
     arrays = golden("pndm")
     method, steps = case.split("_")
-    x = sample({"F-PNDM": f_pndm, "S-PNDM": s_pndm}[method], arrays["x_T"], arrays[f"{case}/seq"], dtype)
+    x = sample(PNDM[method], arrays["x_T"], arrays[f"{case}/seq"], dtype)
     assert x.dtype == dtype
     assert_close(x, arrays[f"{case}/x"], rtol)
     assert num_evaluations(method.lower().replace("-", "_"), int(steps)) == arrays[f"{case}/nfe"]
 
 
-def test_pndm_in_the_published_convention():
+@pytest.mark.parametrize("method", ["F-PNDM", "S-PNDM"])
+def test_pndm_in_the_published_convention(method):
     """The same loop that reproduces the golden file, on the release's own table, with half levels."""
     arrays = golden("pndm")
-    loop = f_pndm_step_by_step(arrays["x_T"], SCHEDULE.alpha_bar_from_clean, arrays["F-PNDM_10/seq"].tolist())
-    assert_close(loop, arrays["F-PNDM_10/x"], 1e-12)
+    published = arrays[f"{method}_10/seq"].tolist()
+    loop = pndm_step_by_step(method, arrays["x_T"], SCHEDULE.alpha_bar_from_clean, published)
+    assert_close(loop, arrays[f"{method}_10/x"], 1e-12)
 
     grid = list(range(0, 1000, 125))
-    expected = f_pndm_step_by_step(arrays["x_T"], SCHEDULE.alpha_bar, grid)
+    expected = pndm_step_by_step(method, arrays["x_T"], SCHEDULE.alpha_bar, grid)
     with jax.enable_x64(True):
-        x = sample(f_pndm, arrays["x_T"], grid, "float64", convention="published")
+        x = sample(PNDM[method], arrays["x_T"], grid, "float64", convention="published")
     assert_close(x, expected, 1e-9)
 
 
