@@ -8,8 +8,7 @@ import math
 from ml_collections import ConfigDict
 
 from s2dm_jax.config import FIELDS, IMAGES, OPTIONAL, UserError, flatten
-from s2dm_jax.grids import GRIDS
-from s2dm_jax.methods import FACTS, OPTIONS, plan
+from s2dm_jax.methods import FACTS, GRID_NAMES, OPTIONS, plan
 
 # field: (lowest, highest), both allowed; None: no bound.
 _RANGES = {
@@ -35,6 +34,8 @@ _RANGES = {
     "sample.steps": (0, None),
     "sample.nfe": (0, None),
     "sample.eta": (0.0, 1.0),
+    "sample.clip_pixel": (1e-6, None),
+    "sample.ms_eps_images": (2, None),
     "sample.skip_scale": (0, None),
     "sample.skip_scale_tau": (0.0, 1.0),
     "sample.interpolate": (0, None),
@@ -57,9 +58,11 @@ _CHOICES = {
     "loss.window_ends": ("inner", "all"),
     "loss.sa_norm": ("K^2", "K"),
     "loss.reduction": ("sum", "mean"),
+    "head.kind": ("", "sn", "npr"),
     "train.ema_start": ("initial", "first_step"),
     "sample.method": tuple(FACTS),
-    "sample.grid": tuple(GRIDS),
+    "sample.grid": GRID_NAMES,
+    "sample.form": ("ddpm", "ddim"),
     "sample.skip_scale_preset": ("paper", "released"),
     "sample.output": ("grid", "npz", "png"),
 }
@@ -158,6 +161,17 @@ def _check_sampling(fields: dict) -> None:
         plan(fields["diffusion.T"], sample["method"], **levels, **options)
     except ValueError as error:
         raise UserError(f"config.sample.{error}") from error
+    needs = FACTS[sample["method"]].needs
+    if needs in ("sn", "npr") and fields["head.kind"] != needs:
+        raise UserError(
+            f"config.sample.method={sample['method']!r} needs a second head, which this run has not; train "
+            f"one with --config=…:{needs} --config.head.base=WORKDIR and sample from that run"
+        )
+    if sample["grid"] == "optimal" and needs != "ms_eps":
+        raise UserError(
+            f"config.sample.grid='optimal' is only for method analytic, not {sample['method']}, whose "
+            "covariance it is optimal for; choose uniform, quadratic or linspace"
+        )
     special = [name for name in ("interpolate", "trajectory", "compare") if sample[name]]
     if len(special) > 1:
         raise UserError(

@@ -52,6 +52,13 @@ def default_config() -> ConfigDict:
     c.loss.reduction = placeholder(str)
     c.loss.antithetic = placeholder(bool)
 
+    # The second head of SN- or NPR-DPM, trained on the frozen network of another run.
+    c.head = ConfigDict()
+    c.head.kind = ""
+    c.head.base = ""
+    c.head.base_sha256 = ""
+    c.head.dropout = False
+
     c.train = ConfigDict()
     c.train.steps = 500_000
     c.train.batch_size = 128
@@ -79,6 +86,10 @@ def default_config() -> ConfigDict:
     c.sample.variance = placeholder(str)
     c.sample.convention = placeholder(str)
     c.sample.order = placeholder(int)
+    c.sample.form = placeholder(str)
+    c.sample.clip_pixel = placeholder(float)
+    # Training images per level behind Analytic-DPM's statistic.
+    c.sample.ms_eps_images = 100
     # The skip of `losses.skip_scale`; 0: the network as it is.
     c.sample.skip_scale = 0
     c.sample.skip_scale_tau = 0.99

@@ -5,7 +5,6 @@ in seconds. It is not FID, whose features come from Inception: compare it only w
 """
 
 import datetime
-import hashlib
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from s2dm_jax.grids import uniform_grid
 from s2dm_jax.losses import skip_scale
 from s2dm_jax.metrics import feature_statistics, frechet_distance
 from s2dm_jax.report import markdown_table, to_uint8
+from s2dm_jax.runs import hash_of
 from s2dm_jax.sample import make_sampler, sample_batches
 from s2dm_jax.samplers import initial_noise
 from s2dm_jax.unet import UNetConfig
@@ -122,11 +122,3 @@ def _row(name, nfe, distance, floor, ceiling, count):
         "distance": distance,
         "above_floor": (distance - floor) / (ceiling - floor),
     }
-
-
-def hash_of(arrays) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of the arrays' bytes, one after another."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]

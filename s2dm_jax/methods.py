@@ -11,6 +11,7 @@ import numpy as np
 from s2dm_jax.grids import GRIDS, check_grid
 
 DEFAULT_NFE = 10
+GRID_NAMES = (*GRIDS, "optimal")
 
 
 class Method(NamedTuple):
@@ -21,14 +22,18 @@ class Method(NamedTuple):
       more_evaluations: network evaluations beyond one a step.
       fewest_steps: fewer cannot be made.
       draws_noise: at every step, whatever the options.
+      needs: what must be known of the network besides its weights: "ms_eps" (Analytic-DPM's statistic), or
+        which second head ("sn", "npr").
     """
 
     options: tuple[str, ...] = ()
     more_evaluations: int = 0
     fewest_steps: int = 1
     draws_noise: bool = False
+    needs: str = ""
 
 
+_OPTIMAL = ("form", "eta", "clip_pixel", "clip_x0")
 FACTS = {
     "ddim": Method(("eta", "clip_x0")),
     "ddpm": Method(("variance", "clip_x0"), draws_noise=True),
@@ -37,12 +42,18 @@ FACTS = {
     "deis": Method(("order",)),
     "dpmpp_2m": Method(),
     "unipc": Method(),
+    "analytic": Method(_OPTIMAL, draws_noise=True, needs="ms_eps"),
+    "sn": Method(_OPTIMAL, draws_noise=True, needs="sn"),
+    "npr": Method(_OPTIMAL, draws_noise=True, needs="npr"),
 }
+# The values that an option may have; None: any number above 0.
 OPTIONS = {
     "clip_x0": (False, True),
     "variance": ("large", "small"),
     "convention": ("corrected", "published"),
     "order": (1, 2, 3),
+    "form": ("ddpm", "ddim"),
+    "clip_pixel": None,
 }
 
 
@@ -87,7 +98,8 @@ def choose_timesteps(
       method: one of FACTS.
       steps: number of levels; 0 where it follows from the others.
       nfe: network evaluations; 0 where they follow from the others, or 10 where nothing is given.
-      grid: one of GRIDS; not used where `timesteps` are given.
+      grid: one of GRID_NAMES; not used where `timesteps` are given. "optimal" depends on the network
+        (`covariance.optimal_grid`): here it stands for as many levels of "uniform".
       timesteps: your own levels, ascending; empty for a grid.
 
     Returns:
@@ -97,8 +109,8 @@ def choose_timesteps(
       ValueError: for an unknown method or grid, a number of steps that the method, the grid or T does not
         allow, a bad list, or values that contradict one another.
     """
-    if grid not in GRIDS:
-        raise ValueError(f"grid={grid!r} is not one of {', '.join(GRIDS)}")
+    if grid not in GRID_NAMES:
+        raise ValueError(f"grid={grid!r} is not one of {', '.join(GRID_NAMES)}")
     if len(timesteps):
         levels = check_grid(T, timesteps)
         if steps and steps != len(levels):
@@ -109,7 +121,7 @@ def choose_timesteps(
         from_nfe = not steps
         steps = steps or steps_for_budget(method, nfe or DEFAULT_NFE)
         try:
-            levels = GRIDS[grid](T, steps)
+            levels = GRIDS["uniform" if grid == "optimal" else grid](T, steps)
         except ValueError as error:
             asked = f"nfe={nfe or DEFAULT_NFE} cannot be had: " if from_nfe else ""
             raise ValueError(f"{asked}{error}") from error
@@ -146,11 +158,16 @@ def check_options(method: str, **options) -> None:
             raise ValueError(
                 f"{name}={value!r} is no option of a sampler; there are eta, {', '.join(OPTIONS)}"
             )
+        elif OPTIONS[name] is None:
+            if not value > 0:
+                raise ValueError(f"{name}={value!r} is not allowed: a number above 0, or inf")
         elif value not in OPTIONS[name]:
             raise ValueError(f"{name}={value!r} is not allowed: {' or '.join(map(repr, OPTIONS[name]))}")
         if name not in facts.options:
             have = ", ".join(other for other, its in FACTS.items() if name in its.options)
             raise ValueError(f"{name}={value!r} is no option of {method}, only of {have}")
+    if options.get("eta") and "form" in facts.options and options.get("form", "ddpm") == "ddpm":
+        raise ValueError(f"eta={options['eta']} is no option of form='ddpm', only of form='ddim'")
 
 
 def plan(

@@ -1,9 +1,11 @@
 """The folder of a run: made sure of before training, and read back: config, network and moving average."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.check import check_config
@@ -147,7 +149,6 @@ def load_run(workdir: str) -> Run:
     config = read_config(workdir)
 
     import jax
-    import numpy as np
 
     from s2dm_jax import checkpoint, unet
     from s2dm_jax.train import TrainState, make_optimizer
@@ -170,3 +171,11 @@ def load_run(workdir: str) -> Run:
 
 def _no_checkpoint(workdir: str) -> UserError:
     return UserError(f"{workdir} holds no checkpoint; train the run until it has saved one")
+
+
+def hash_of(arrays) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the arrays' bytes, one after another."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

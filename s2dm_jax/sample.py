@@ -6,6 +6,7 @@ Image i of a seed depends on (seed, i) alone, not on the batch or the order that
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,8 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from s2dm_jax import losses, unet
+from s2dm_jax import heads, losses, moments, unet
 from s2dm_jax.config import build_schedule
+from s2dm_jax.covariance import cov_x0, optimal_grid
+from s2dm_jax.heads import Head
 from s2dm_jax.methods import FACTS, check_options, plan
 from s2dm_jax.parallel import split_batch
 from s2dm_jax.report import to_uint8
@@ -32,6 +35,8 @@ def make_sampler(
     *,
     eta: float = 0.0,
     scale: np.ndarray | None = None,
+    ms_eps: np.ndarray | None = None,
+    head: Head | None = None,
     **options,
 ) -> Callable[..., jax.Array]:
     """A compiled function of (params, timesteps [S], seed, indices [B]) → uint8 images [B, H, W, C].
@@ -45,21 +50,49 @@ def make_sampler(
       network: the network that the weights belong to.
       schedule: the forward process; sampling again with the same object compiles nothing.
       method: one of `samplers.METHODS`.
-      eta: of DDIM, from 0 (deterministic) to 1 (DDPM's posterior variance).
+      eta: of DDIM and the form "ddim" of others, from 0 (deterministic) to 1 (DDPM's posterior variance).
       scale: float [T], a factor on the network's output at each level (`losses.skip_scale`).
-      **options: keyword arguments of the method's own: clip_x0, variance, convention, order.
+      ms_eps: float [T], the network's statistic (`moments.estimate`), which "analytic" needs.
+      head: the network's second head, which "sn" and "npr" need.
+      **options: keyword arguments of the method's own: those of `methods.OPTIONS` that it has.
 
     Raises:
-      ValueError: for an unknown method, or an option or value that it does not have.
+      ValueError: for an unknown method, an option or value that it does not have, or what it needs missing.
     """
     check_options(method, eta=eta, **options)
+    known = _known(schedule, method, scale, ms_eps, head)
     program = _Program(network, schedule, method, tuple(sorted(options.items())))
 
     def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
         # Without noise nothing is drawn: eta 0 is a program of its own.
-        return _run(program, trajectory, params, timesteps, seed, indices, eta or None, scale, x_T)
+        return _run(program, trajectory, params, timesteps, seed, indices, eta or None, scale, known, x_T)
 
     return sample
+
+
+def _known(schedule, method, scale, ms_eps, head):
+    """What a method is given besides the network: cov(x_0 | x_t) at each level, or a head's parameters."""
+    needs = FACTS[method].needs
+    if needs == "ms_eps":
+        if ms_eps is None:
+            raise ValueError(
+                f"method={method!r} needs ms_eps, the network's statistic; moments.estimate makes it, and so "
+                f"does --mode=sample --config.sample.method={method}"
+            )
+        # Scaled noise has a scaled mean square.
+        return cov_x0(schedule, ms_eps if scale is None else ms_eps * np.square(scale))
+    if not needs:
+        return None
+    if head is None or head.kind != needs:
+        raise ValueError(
+            f"method={method!r} needs a second head of the network; train one with the config's method "
+            f":{needs} and give its workdir"
+        )
+    if scale is not None:
+        raise ValueError(
+            f"skip_scale does not go with method={method!r}: its head knows the unscaled network"
+        )
+    return head.params
 
 
 class _Program(NamedTuple):
@@ -72,13 +105,18 @@ class _Program(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(program, trajectory, params, timesteps, seed, indices, eta, scale, x_T):
+def _run(program, trajectory, params, timesteps, seed, indices, eta, scale, known, x_T):
     network, schedule, method, options = program
     shape = (network.resolution, network.resolution, network.in_channels)
     eps_fn = unet.eps_fn(network, params)
     if scale is not None:
         eps_fn = scale_eps(eps_fn, scale)
     options = dict(options)
+    needs = FACTS[method].needs
+    if needs == "ms_eps":
+        options["cov_x0"] = known
+    elif needs:
+        eps_fn = heads.heads_fn(network, params, known)
     if eta is not None:
         options["eta"] = eta
     if eta is not None or FACTS[method].draws_noise:
@@ -146,6 +184,8 @@ class Model(NamedTuple):
       schedule: the forward process.
       params: the moving average of the weights.
       step: training steps behind them.
+      ms_eps: float [T], Analytic-DPM's statistic, or None where it has not been estimated.
+      head: the second head of SN- or NPR-DPM, or None.
     """
 
     config: ConfigDict
@@ -153,6 +193,8 @@ class Model(NamedTuple):
     schedule: NoiseSchedule
     params: dict
     step: int
+    ms_eps: np.ndarray | None = None
+    head: Head | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -161,7 +203,7 @@ class Model(NamedTuple):
 
     def sampler(self, method: str = "ddim", **how) -> tuple[Callable[..., jax.Array], np.ndarray]:
         """`configure` for this model."""
-        return configure(self.network, self.schedule, method, **how)
+        return configure(self.network, self.schedule, method, ms_eps=self.ms_eps, head=self.head, **how)
 
     def sample(
         self, n: int, method: str = "ddim", *, nfe: int = 0, seed: int = 0, batch_size: int = 500, **how
@@ -196,7 +238,15 @@ def load(workdir: str) -> Model:
       config.UserError: if the folder holds no run, no checkpoint, or a damaged one.
     """
     run = load_run(workdir)
-    return Model(run.config, run.network, build_schedule(run.config), run.ema, run.step)
+    schedule = build_schedule(run.config)
+    statistic = moments.kept(schedule, run.ema, moments_folder(workdir))
+    ms_eps = statistic and statistic.ms_eps
+    return Model(run.config, run.network, schedule, run.ema, run.step, ms_eps)
+
+
+def moments_folder(workdir: str) -> Path:
+    """Where the statistics of a run are kept."""
+    return Path(workdir) / "ms_eps"
 
 
 # The fields of the config's group `sample` that say how to sample; the others say what to make of it.
@@ -211,6 +261,8 @@ HOW = (
     "variance",
     "convention",
     "order",
+    "form",
+    "clip_pixel",
     "skip_scale",
     "skip_scale_tau",
     "skip_scale_preset",
@@ -234,6 +286,8 @@ def configure(
     skip_scale: int | np.ndarray | None = None,
     skip_scale_tau: float = 0.99,
     skip_scale_preset: str = "paper",
+    ms_eps: np.ndarray | None = None,
+    head: Head | None = None,
     **options,
 ) -> tuple[Callable[..., jax.Array], np.ndarray]:
     """A compiled sampler and the levels that it is to visit, from what a user says.
@@ -242,10 +296,11 @@ def configure(
       network: the network's shape.
       schedule: the forward process.
       method: one of `samplers.METHODS`.
-      steps, nfe, grid, timesteps: as for `methods.choose_timesteps`.
+      steps, nfe, grid, timesteps: as for `methods.choose_timesteps`; grid "optimal" is `optimal_grid`.
       skip_scale: the factor on the network's output that L_skip would train into it (`losses.skip_scale`): a
         skip, or your own float [T]; None or 0 for no factor.
       skip_scale_tau, skip_scale_preset: tau and preset of that skip.
+      ms_eps, head: as for `make_sampler`; "optimal" needs ms_eps, too.
       **options: eta and the method's own, as for `make_sampler`; None stands for the method's default.
 
     Returns:
@@ -256,6 +311,12 @@ def configure(
     """
     options = {name: value for name, value in options.items() if value is not None}
     levels = plan(schedule.T, method, steps=steps, nfe=nfe, grid=grid, timesteps=timesteps, **options)
+    if grid == "optimal" and not len(timesteps):
+        if ms_eps is None:
+            raise ValueError(
+                "grid='optimal' needs ms_eps, the network's statistic; moments.estimate makes it"
+            )
+        levels = optimal_grid(schedule, ms_eps, len(levels))
     scale = skip_scale
     if np.ndim(skip_scale) == 0:
         skip = skip_scale or 0
@@ -267,4 +328,4 @@ def configure(
             f"skip_scale has shape {np.shape(skip_scale)}; it is a skip, or one number per level, "
             f"shape ({schedule.T},)"
         )
-    return make_sampler(network, schedule, method, scale=scale, **options), levels
+    return make_sampler(network, schedule, method, scale=scale, ms_eps=ms_eps, head=head, **options), levels

@@ -14,12 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import s2dm_jax
-from s2dm_jax import pictures
-from s2dm_jax.evaluate import hash_of
-from s2dm_jax.methods import num_evaluations
+from s2dm_jax import moments, pictures
+from s2dm_jax.data import DATASETS
+from s2dm_jax.methods import FACTS, num_evaluations
 from s2dm_jax.report import image_grid, save_png
-from s2dm_jax.runs import compared_workdirs
-from s2dm_jax.sample import Model, how, load, sample_batches
+from s2dm_jax.runs import compared_workdirs, hash_of
+from s2dm_jax.sample import Model, how, load, moments_folder, sample_batches
 
 _MOST_COLUMNS = 20
 
@@ -42,7 +42,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     """
     options = config.sample
     workdirs = [workdir, *compared_workdirs(config)]
-    models = [load(folder) for folder in workdirs]
+    models = [_with_statistic(load(folder), folder, options) for folder in workdirs]
     settings = _settings(options, models)
     method, steps, evaluations = options.method, settings["steps"], settings["evaluations"]
     for folder, model in zip(workdirs, models, strict=True):
@@ -78,6 +78,28 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     return path
 
 
+def _with_statistic(model: Model, workdir: str, options: ConfigDict) -> Model:
+    """The model with Analytic-DPM's statistic, estimated now where the method needs one that is not kept."""
+    if FACTS[options.method].needs != "ms_eps":
+        return model
+    count = options.ms_eps_images
+    statistic = moments.kept(model.schedule, model.params, moments_folder(workdir), count)
+    if statistic is None:
+        print(f"estimating the mean square of the noise at {model.schedule.T:,} levels, {count:,} images …")
+        statistic = moments.estimate(
+            model.network,
+            model.schedule,
+            model.params,
+            DATASETS[model.config.data.name]().train,
+            moments_folder(workdir),
+            num_images=count,
+            batch_size=options.batch_size,
+        )
+    worst = np.max(statistic.standard_error)
+    print(f"ms_eps   {statistic.num_images:,} images a level, standard error at most {worst:.1e}")
+    return model._replace(ms_eps=statistic.ms_eps)
+
+
 def _settings(options: ConfigDict, models: list[Model]) -> dict:
     """All that the pictures depend on."""
     grids = [model.sampler(**how(options))[1] for model in models]
@@ -92,6 +114,7 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
             "weights_sha256": hash_of(jax.tree.leaves(model.params)),
             "schedule": model.config.diffusion.to_dict(),
             "timesteps": grid.tolist(),
+            "ms_eps_sha256": hash_of([model.ms_eps]) if FACTS[options.method].needs == "ms_eps" else None,
         }
         for model, grid in zip(models, grids, strict=True)
     ]

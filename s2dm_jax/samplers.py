@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2dm_jax.covariance import analytic, npr, sn
 from s2dm_jax.multistep import deis, dpmpp_2m, unipc
 from s2dm_jax.pndm import f_pndm, s_pndm
 from s2dm_jax.schedule import NoiseSchedule, log_alpha_bar
@@ -181,6 +182,9 @@ METHODS = {
     "deis": deis,
     "dpmpp_2m": dpmpp_2m,
     "unipc": unipc,
+    "analytic": analytic,
+    "sn": sn,
+    "npr": npr,
 }
 
 

@@ -73,7 +73,8 @@ def _conv2d_for_nnx(x, kernel, strides, padding, **_):
     return conv2d(x, kernel, strides[0], tuple(tuple(p) for p in padding))
 
 
-def _conv3x3(c_in: int, c_out: int, dtype, rngs, stride: int = 1) -> nnx.Conv:
+def conv3x3(c_in: int, c_out: int, dtype, rngs, stride: int = 1) -> nnx.Conv:
+    """3×3 convolution with the padding of the published code."""
     # The published downsampling pads one row at the bottom and one column on the right only.
     pad = (1, 1) if stride == 1 else (0, 1)
     return nnx.Conv(
@@ -122,11 +123,11 @@ class ResnetBlock(nnx.Module):
 
     def __init__(self, c_in: int, c_out: int, temb_dim: int, dropout: float, dtype, rngs):
         self.norm1 = GroupNorm(c_in)
-        self.conv1 = _conv3x3(c_in, c_out, dtype, rngs)
+        self.conv1 = conv3x3(c_in, c_out, dtype, rngs)
         self.temb_proj = _Linear(temb_dim, c_out, rngs=rngs)
         self.norm2 = GroupNorm(c_out)
         self.dropout = nnx.Dropout(dropout)
-        self.conv2 = _conv3x3(c_out, c_out, dtype, rngs)
+        self.conv2 = conv3x3(c_out, c_out, dtype, rngs)
         if c_in != c_out:
             self.nin_shortcut = _Linear(c_in, c_out, dtype=dtype, rngs=rngs)
 
@@ -181,7 +182,7 @@ class UNet(nnx.Module):
                 {"0": _Linear(ch, temb_dim, rngs=rngs), "1": _Linear(temb_dim, temb_dim, rngs=rngs)}
             )
         )
-        self.conv_in = _conv3x3(config.in_channels, ch, dtype, rngs)
+        self.conv_in = conv3x3(config.in_channels, ch, dtype, rngs)
 
         c = ch
         skips = [c]
@@ -194,7 +195,7 @@ class UNet(nnx.Module):
                 skips.append(c)
             if i != levels[-1]:
                 if config.resamp_with_conv:
-                    level["downsample"] = nnx.Dict(conv=_conv3x3(c, c, dtype, rngs, stride=2))
+                    level["downsample"] = nnx.Dict(conv=conv3x3(c, c, dtype, rngs, stride=2))
                 skips.append(c)
             self.down[str(i)] = level
 
@@ -207,13 +208,14 @@ class UNet(nnx.Module):
                 level.block[str(j)] = block(c + skips.pop(), ch * config.ch_mult[i])
                 c = ch * config.ch_mult[i]
             if i != 0 and config.resamp_with_conv:
-                level["upsample"] = nnx.Dict(conv=_conv3x3(c, c, dtype, rngs))
+                level["upsample"] = nnx.Dict(conv=conv3x3(c, c, dtype, rngs))
             self.up[str(i)] = level
 
         self.norm_out = GroupNorm(c)
-        self.conv_out = _conv3x3(c, config.out_channels, jnp.float32, rngs)
+        self.conv_out = conv3x3(c, config.out_channels, jnp.float32, rngs)
 
     def __call__(self, x, t, dropout_key=None):
+        """ε and the features that it is read from, [B, H, W, ch·ch_mult[0]]."""
         config = self.config
         levels = range(len(config.ch_mult))
         if dropout_key is None:
@@ -253,7 +255,7 @@ class UNet(nnx.Module):
                 if config.resamp_with_conv:
                     h = level.upsample.conv(h)
 
-        return self.conv_out(nnx.silu(self.norm_out(h)).astype(jnp.float32))
+        return self.conv_out(nnx.silu(self.norm_out(h)).astype(jnp.float32)), h
 
 
 def _average_pool(x):
@@ -279,15 +281,20 @@ def num_params(config: UNetConfig) -> int:
 
 
 def init_params(config: UNetConfig, seed: int) -> dict:
+    """`initial_values` of `param_shapes`."""
+    return initial_values(param_shapes(config), seed)
+
+
+def initial_values(shapes: dict, seed: int) -> dict:
     """Parameters as the published code starts: PyTorch's default U(−1/√fan_in, 1/√fan_in), norms 1 and 0.
 
     Each tensor is a function of (seed, its name) alone. Drawn by numpy: compiling JAX's initialisers
     takes longer than drawing.
 
     Returns:
-      Nested dict of float32 numpy arrays with the paths of `param_shapes`.
+      Nested dict of float32 numpy arrays with the paths of `shapes`.
     """
-    shapes = traverse_util.flatten_dict(param_shapes(config), sep=".")
+    shapes = traverse_util.flatten_dict(shapes, sep=".")
 
     def draw(name):
         module, leaf = name.rsplit(".", 1)
@@ -319,6 +326,13 @@ def apply(
     Raises:
       ValueError: if the images do not have the network's resolution and channels.
     """
+    return apply_with_features(config, params, x, t, dropout_key)[0]
+
+
+def apply_with_features(
+    config: UNetConfig, params: dict, x: jax.Array, t: jax.Array, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`apply`, and the features [B, H, W, ch·ch_mult[0]] that the last norm and convolution read ε from."""
     expected = (config.resolution, config.resolution, config.in_channels)
     if x.shape[1:] != expected:
         raise ValueError(f"the network takes images of shape {expected}, not {x.shape[1:]}")

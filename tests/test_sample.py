@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import s2dm_jax
-from s2dm_jax import checkpoint, losses, pictures, sample_mode, train
+from s2dm_jax import checkpoint, heads, losses, pictures, sample_mode, train
 from s2dm_jax import sample as sampling
 from s2dm_jax.check import check_config
 from s2dm_jax.config import UserError, build_network, default_config, to_json
@@ -149,21 +149,27 @@ def test_other_values_compile_nothing(toy):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_the_calls_it_says(model, quick_noise, monkeypatch, method):
     calls = []
-    network = sampling.unet.eps_fn
 
-    def counted(*arguments):
-        eps_fn = network(*arguments)
+    def counted(make):
+        def counting(*arguments):
+            network = make(*arguments)
 
-        def eps(x, t):
-            jax.debug.callback(lambda: calls.append(1))
-            return eps_fn(x, t)
+            def call(x, t):
+                jax.debug.callback(lambda: calls.append(1))
+                return network(x, t)
 
-        return eps
+            return call
 
-    monkeypatch.setattr(sampling.unet, "eps_fn", counted)
+        return counting
+
+    monkeypatch.setattr(sampling.unet, "eps_fn", counted(sampling.unet.eps_fn))
+    monkeypatch.setattr(sampling.heads, "heads_fn", counted(sampling.heads.heads_fn))
     nfe = FACTS[method].fewest_steps + FACTS[method].more_evaluations + 1
     # A schedule of its own: a compiled program of another test would not count.
-    sampler, timesteps = configure(model.network, linear_schedule(20), method, nfe=nfe)
+    schedule, head = linear_schedule(20), heads.Head(method, heads.init_params(model.network, 0))
+    sampler, timesteps = configure(
+        model.network, schedule, method, nfe=nfe, ms_eps=np.full(20, 0.5), head=head
+    )
     images = np.asarray(sampler(model.params, timesteps, 0, np.arange(2)))
     jax.effects_barrier()
     assert len(calls) == nfe
@@ -244,6 +250,24 @@ def test_files_tell_what_is_in_them(toy, workdir, capsys):
     expected = sample_mode.load(str(workdir)).sample(4, nfe=3, batch_size=3)
     for i, image in enumerate(expected):
         np.testing.assert_array_equal(Image.open(folder / f"{i:06d}.png"), image[:, :, 0])
+
+
+def test_analytic_estimates_its_statistic_once(workdir, capsys):
+    with pytest.raises(ValueError, match="needs ms_eps"):
+        s2dm_jax.load(str(workdir)).sample(2, "analytic", nfe=3)
+    config = small_config(method="analytic", ms_eps_images=3)
+    first = sample_mode.sample(config, str(workdir))
+    assert "estimating the mean square of the noise at 20 levels, 3 images" in capsys.readouterr().out
+    assert sample_mode.sample(config, str(workdir)) == first
+    printed = capsys.readouterr().out
+    assert "estimating" not in printed
+    assert "ms_eps   3 images a level" in printed
+
+    model = s2dm_jax.load(str(workdir))
+    even, best = (model.sample(4, "analytic", nfe=3, grid=grid) for grid in ("linspace", "optimal"))
+    assert (even != best).any()
+    np.testing.assert_array_equal(model.sampler("analytic", nfe=3, grid="optimal")[1][-1], 19)
+    assert sample_mode.sample(small_config(method="analytic", ms_eps_images=4), str(workdir)) != first
 
 
 @pytest.mark.parametrize(
