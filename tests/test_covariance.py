@@ -11,6 +11,7 @@ from test_samplers import assert_close, golden_eps, injected
 
 from s2dm_jax.covariance import analytic, cov_x0, npr, optimal_grid, reverse_coefficients, sn, step_costs
 from s2dm_jax.grids import linspace_grid
+from s2dm_jax.samplers import ddpm
 from s2dm_jax.schedule import SCHEDULES, linear_schedule, log_alpha_bar
 
 LINEAR = linear_schedule()
@@ -112,6 +113,18 @@ def test_gaussian_data_keep_their_variance_at_any_number_of_steps(method, form, 
     # variance 1, where the data noised to the last level have 3e-5 less.
     missing = (1 - ms_eps[0]) * (1 - LINEAR.alpha_bar[0]) / LINEAR.alpha_bar[0]
     np.testing.assert_allclose(variance, VARIANCE - missing, rtol=5e-5)
+
+
+def test_ddpm_loses_variance_where_these_keep_it():
+    eps, _ = gaussian_eps(LINEAR)
+    with jax.enable_x64(True):
+        gains = []
+        for row in np.eye(6):
+            noise = jnp.asarray(row[1:]).reshape(-1, 1, 1, 1, 1)
+            x_T, how = jnp.full((1, 1, 1, 1), row[0]), {"variance": "small", "clip_x0": False}
+            gains.append(ddpm(eps, x_T, LINEAR, linspace_grid(1000, 5), noise_fn=noise.__getitem__, **how))
+        variance = float(sum(jnp.square(gain) for gain in gains).squeeze())
+    assert variance == pytest.approx(0.044, abs=5e-4)
 
 
 def test_ddim_form_with_eta_1_is_the_ddpm_form():
