@@ -7,11 +7,14 @@ import math
 
 from ml_collections import ConfigDict
 
-from s2dm_jax.config import FIELDS, IMAGES, OPTIONAL, UserError, flatten
+from s2dm_jax.config import FIELDS, IMAGES, OPTIONAL, UserError, flatten, image_shape
 from s2dm_jax.methods import FACTS, GRID_NAMES, OPTIONS, plan
 
 # field: (lowest, highest), both allowed; None: no bound.
 _RANGES = {
+    "data.size": (0, 1024),
+    "data.bad_limit": (0.0, 1.0),
+    "data.device_share": (0.0, 1.0),
     "diffusion.T": (2, None),
     "model.ch": (32, None),
     "model.num_res_blocks": (1, None),
@@ -48,7 +51,10 @@ _RANGES = {
     "eval.seed": (0, 2**31 - 1),
 }
 _CHOICES = {
-    "data.name": ("digits",),
+    "data.name": tuple(IMAGES),
+    "data.channels": (0, 1, 3),
+    "data.crop": ("auto", "none", "center", "ddim", "center_crop_140"),
+    "data.resize": ("bilinear", "bicubic", "lanczos", "box"),
     "diffusion.schedule": ("linear", "cosine", "quad", "const", "sigmoid"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "loss.preset": ("paper", "released"),
@@ -90,9 +96,10 @@ def check_config(config: ConfigDict) -> None:
     for name, choices in _CHOICES.items():
         if fields[name] is not None and fields[name] not in choices:
             raise UserError(
-                f"config.{name}={fields[name]!r} is not known; choose one of {', '.join(choices)}"
+                f"config.{name}={fields[name]!r} is not known; choose one of {', '.join(map(str, choices))}"
             )
-    _check_model(fields)
+    _check_data(fields)
+    _check_model(fields, image_shape(config)[0])
     _check_levels(fields)
     _check_sampling(fields)
 
@@ -120,11 +127,34 @@ def _check_type(name: str, value) -> None:
         raise UserError(f"config.{name}={value!r} has the wrong type: it must be {allowed_type(expected)}")
 
 
-def _check_model(fields: dict) -> None:
+def _check_data(fields: dict) -> None:
+    """The data sets that come as they are take no other size, channels or crop than fit them."""
+    if fields["data.source"]:
+        return
+    name, crop = fields["data.name"], fields["data.crop"]
+    size, channels = IMAGES[name]
+    given = fields["data.size"] or size, fields["data.channels"] or channels
+    if name == "digits" and given != (size, channels):
+        raise UserError(
+            f"config.data.size={fields['data.size']} and config.data.channels={fields['data.channels']} do "
+            f"not go with the digits, which are {size} pixels of one channel; leave both 0"
+        )
+    if name == "celebahq" and fields["data.size"] > size:
+        raise UserError(
+            f"config.data.size={fields['data.size']} is more than the {size} pixels of celebahq; larger ones "
+            "can be had as config.data.source"
+        )
+    if name != "celeba" and crop not in ("auto", "none"):
+        raise UserError(
+            f"config.data.crop={crop!r} is for celeba and for config.data.source, not for {name}: it must be "
+            "auto"
+        )
+
+
+def _check_model(fields: dict, resolution: int) -> None:
     ch, ch_mult = fields["model.ch"], fields["model.ch_mult"]
     if ch % _NORM_GROUPS:
         raise UserError(f"config.model.ch={ch} must be a multiple of {_NORM_GROUPS}, the groups of the norms")
-    resolution, _ = IMAGES[fields["data.name"]]
     if resolution % 2 ** (len(ch_mult) - 1):
         raise UserError(
             f"config.model.ch_mult={ch_mult} halves images of {resolution} pixels {len(ch_mult) - 1} times, "

@@ -21,6 +21,18 @@ def default_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.name = "digits"
     c.data.random_flip = False
+    # Your own images: a folder, a .zip or .tar of one, an .npy or .npz; empty: the data set `name`.
+    c.data.source = ""
+    # Pixels of a side, channels; 0: as the data set `name` has them.
+    c.data.size = 0
+    c.data.channels = 0
+    # "auto": "ddim" for CelebA, "center" for your own images, "none" for the rest; `images.crop_box`.
+    c.data.crop = "auto"
+    c.data.resize = "bilinear"
+    # The largest share of your own images that may be damaged or unfit; those are skipped.
+    c.data.bad_limit = 0.01
+    # The largest share of a device's memory that images may take; larger sets are read as training goes.
+    c.data.device_share = 0.4
 
     c.diffusion = ConfigDict()
     c.diffusion.schedule = "linear"
@@ -115,13 +127,62 @@ def default_config() -> ConfigDict:
 
 
 # Pixels of a side, channels.
-IMAGES = {"digits": (8, 1)}
+IMAGES = {"digits": (8, 1), "cifar10": (32, 3), "celeba": (64, 3), "celebahq": (256, 3)}
+
+# What both papers trained: S²-DMs' skips (section 4), SA-DPM's K with the λ that its section on λ prefers.
+METHODS = {
+    "ddpm": {},
+    "s2_2": {"skip": 2},
+    "s2_10": {"skip": 10},
+    "s2_50": {"skip": 50},
+    "sa_2": {"K": 2, "lam": 1.0},
+    "sa_3": {"K": 3, "lam": 0.3},
+    "sa_4": {"K": 4, "lam": 0.2},
+}
+SCHEDULES = ("linear", "cosine")
 
 _DEFAULT = default_config()
 FIELDS = {f"{group}.{name}": _DEFAULT[group].get_type(name) for group in _DEFAULT for name in _DEFAULT[group]}
 OPTIONAL = {
     f"{group}.{name}" for group in _DEFAULT for name, value in _DEFAULT[group].items() if value is None
 }
+
+
+def set_method(config: ConfigDict, method: str) -> None:
+    """Sets the objective and the noise schedule that a name such as "s2_10", "s2_10+sa_2+cosine" stands for.
+
+    Raises:
+      ValueError: for an unknown part, or for two parts that set the same thing.
+    """
+    parts = method.split("+")
+    for part in parts:
+        if part not in METHODS and part not in SCHEDULES:
+            raise ValueError(
+                f"method {method!r} is not known; choose one of {', '.join(METHODS)}, one of s2_ with one of "
+                f"sa_ as in s2_10+sa_2, and {' or '.join(SCHEDULES)} after another +"
+            )
+    kinds = ["schedule" if part in SCHEDULES else part.split("_")[0] for part in parts]
+    if len(set(kinds)) < len(kinds) or ("ddpm" in kinds and {"s2", "sa"} & set(kinds)):
+        raise ValueError(
+            f"method {method!r} names things that exclude one another; join at most one s2_, one sa_ and one "
+            "schedule, or ddpm and a schedule"
+        )
+    for part in parts:
+        if part in SCHEDULES:
+            config.diffusion.schedule = part
+        else:
+            config.loss.update(METHODS[part])
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int]:
+    """Pixels of a side and channels of the images that the config trains on."""
+    size, channels = IMAGES[config.data.name]
+    return config.data.size or size, config.data.channels or channels
+
+
+def data_label(config: ConfigDict) -> str:
+    """What the images are called: the path of the user's own, else the data set's name."""
+    return config.data.source or config.data.name
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -174,5 +235,5 @@ def build_network(config: ConfigDict):
     if model["dtype"] == "auto":
         # Convolutions in bfloat16 are slower than in float32 on CPU.
         model["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    resolution, channels = IMAGES[config.data.name]
+    resolution, channels = image_shape(config)
     return UNetConfig(resolution=resolution, in_channels=channels, out_channels=channels, **model)

@@ -1,13 +1,17 @@
 """Data sets as uint8 arrays, and the order in which training sees them.
 
-Rows stay on the device; which rows make the batch of a step is a function of (seed, step) alone.
+Which rows make the batch of a step is a function of (seed, step) alone.
 """
 
+import json
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
+
+from s2dm_jax.prepare import PROVENANCE, SPLITS, prepare
 
 _HELD_OUT = 500
 
@@ -16,7 +20,7 @@ class Dataset(NamedTuple):
     """Images and labels of two disjoint splits.
 
     Attributes:
-      train, held_out: uint8 [N, H, W, C].
+      train, held_out: uint8 [N, H, W, C], in memory or mapped from a file.
       train_labels, held_out_labels: int [N].
       num_classes: number of different labels.
       provenance: one line that says what this is and where it comes from.
@@ -54,7 +58,35 @@ def load_digits() -> Dataset:
     )
 
 
-DATASETS = {"digits": load_digits}
+def load_dataset(config: ConfigDict) -> Dataset:
+    """The images that the config names, prepared before if they are not in the cache.
+
+    Arrays of the cache are mapped, not read: what is never touched never takes memory.
+
+    Args:
+      config: a checked config.
+
+    Raises:
+      UserError: as `prepare.prepare`.
+    """
+    folder = prepare(config)
+    if folder is None:
+        return load_digits()
+    told = json.loads((folder / PROVENANCE).read_text())
+    images = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
+    labels = [np.load(folder / f"{split}_labels.npy") for split in SPLITS]
+    version = f" {told['version']}" if told["version"] else ""
+    return Dataset(
+        images[0],
+        labels[0],
+        images[1],
+        labels[1],
+        len(told["classes"]),
+        f"{told['source']}{version}, {told['size']}×{told['size']}×{told['channels']}, crop {told['crop']}, "
+        f"{told['resize']}, {len(images[0]):,} for training, {len(images[1]):,} held out, "
+        f"{len(told['skipped'])} skipped, sha256 "
+        f"{told['files']['train.npy']['sha256'][:16]}",
+    )
 
 
 def batch_indices(key: jax.Array, start: int, steps: int, batch_size: int, size: int) -> jax.Array:
@@ -88,18 +120,19 @@ def _gather_order(key, first_epoch, offset, steps, batch_size, size, epochs):
     return order[offset + jnp.arange(steps * batch_size)].reshape(steps, batch_size)
 
 
-def batch_at(images: jax.Array, rows: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
+def batch_at(images: jax.Array | None, rows: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
     """Gathers rows of uint8 images and scales them to [−1, 1], flipping half of them if given a key.
 
     Args:
-      images: uint8 [N, H, W, C].
-      rows: int [B].
+      images: uint8 [N, H, W, C]; None where the host has gathered the rows.
+      rows: int [B]; or the images themselves, uint8 [B, H, W, C].
       flip_key: key of the horizontal flips, or None for no flips.
 
     Returns:
       float32 [B, H, W, C].
     """
-    x = images[rows].astype(jnp.float32) / 127.5 - 1
+    batch = rows if images is None else images[rows]
+    x = batch.astype(jnp.float32) / 127.5 - 1
     if flip_key is None:
         return x
     flipped = jax.random.bernoulli(flip_key, shape=(len(rows), 1, 1, 1))

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 from s2dm_jax import runs
 from s2dm_jax.check import allowed_type, check_config
 from s2dm_jax.config import FIELDS, UserError
+from s2dm_jax.prepare import check_preparable, prepare
 from s2dm_jax.runs import compared_workdirs, prepare_workdir, read_config
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -97,7 +98,9 @@ def run(argv: list[str]) -> None:
         config = _sampling_config(given, config)
     else:
         check_config(config)
+        check_preparable(config)
         prepare_workdir(_WORKDIR.value, config)
+        prepare(config)
     logging.set_verbosity(logging.ERROR)
     # Compiled programs are kept, so that a second start takes seconds; the user's own settings win.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/s2dm_jax"))

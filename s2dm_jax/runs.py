@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.check import check_config
-from s2dm_jax.config import UserError, build_network, flatten, from_json
+from s2dm_jax.config import UserError, build_network, data_label, flatten, from_json
 
 # jax and orbax take seconds to import: a wrong path is told before.
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A run may go on with other values of these, and of everything in the groups `sample` and `eval`.
 _MAY_CHANGE = (
+    "data.device_share",
     "train.steps",
     "train.log_every",
     "train.sample_every",
@@ -127,10 +128,10 @@ def compared_workdirs(config: ConfigDict) -> list[str]:
     workdirs = [name.strip() for name in config.sample.compare.split(",") if name.strip()]
     for workdir in workdirs:
         other = read_config(workdir)
-        if other.data.name != config.data.name:
+        if data_label(other) != data_label(config):
             raise UserError(
-                f"config.sample.compare names {workdir}, a run on {other.data.name}, not {config.data.name}; "
-                "compare runs on one data set"
+                f"config.sample.compare names {workdir}, a run on {data_label(other)}, not "
+                f"{data_label(config)}; compare runs on one data set"
             )
         other.sample = config.sample
         try:

@@ -25,12 +25,14 @@ from s2dm_jax.config import (
     build_network,
     build_objective,
     build_schedule,
+    data_label,
     to_json,
 )
-from s2dm_jax.data import DATASETS, batch_at, batch_indices
+from s2dm_jax.data import batch_at, load_dataset
 from s2dm_jax.evaluate import evaluate, results_table
+from s2dm_jax.feed import make_feed
 from s2dm_jax.losses import Objective
-from s2dm_jax.parallel import copy_to_all, split_batch
+from s2dm_jax.parallel import copy_to_all, on_all
 from s2dm_jax.report import image_grid, save_png
 from s2dm_jax.runs import prepare_workdir
 from s2dm_jax.sample import configure, how, sample_batches
@@ -139,6 +141,8 @@ def make_chunk(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A function of (state, images, rows [n, B], key) that does n steps in one `lax.scan`.
 
+    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C].
+
     Returns:
       The function; it returns the new state and each metric as an array [n].
     """
@@ -187,7 +191,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         return
     (workdir / "config.json").write_text(to_json(config))
     (workdir / "samples").mkdir(exist_ok=True)
-    data = DATASETS[config.data.name]()
+    data = load_dataset(config)
     network = build_network(config)
     schedule = build_schedule(config)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
@@ -210,18 +214,17 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     # One stream orders the data, the other feeds the steps.
     order_key, step_key = jax.random.split(jax.random.key(config.train.seed))
-    images, step_key = copy_to_all((data.train, step_key))
-    chunk = jax.jit(make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=images.sharding)
+    feed = make_feed(data.train, order_key, batch_size, steps, config.data.device_share)
+    print(f"images   {feed.told}", flush=True)
+    step_key = copy_to_all(step_key)
+    chunk = jax.jit(make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=on_all())
     compiled = {}
 
-    def rows_of(first, length):
-        return split_batch(batch_indices(order_key, first, length, batch_size, len(images)), axis=1)
-
-    def compiled_chunk(length):
+    def compiled_chunk(length, rows):
         if length not in compiled:
             began = time.monotonic()
             print(f"compiling {length} training steps as one program …", flush=True)
-            compiled[length] = chunk.lower(state, images, rows_of(0, length), step_key).compile()
+            compiled[length] = chunk.lower(state, feed.images, rows, step_key).compile()
             print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
         return compiled[length]
 
@@ -229,7 +232,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     writer = MetricWriter(workdir, step)
     interrupted = _stop_on_signals()
     if step < steps:
-        compiled_chunk(min(config.train.log_every, steps - step))
+        length = min(config.train.log_every, steps - step)
+        compiled_chunk(length, feed.batches(step, length))
     progress = Progress(step, steps, batch_size)
     saved = manager.latest_step()
 
@@ -250,7 +254,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     pending = None
     while step < steps and not interrupted:
         length = min(config.train.log_every, steps - step)
-        state, metrics = compiled_chunk(length)(state, images, rows_of(step, length), step_key)
+        rows = feed.batches(step, length)
+        state, metrics = compiled_chunk(length, rows)(state, feed.images, rows, step_key)
         first, step = step, step + length
         # The previous chunk's metrics are read while this one runs.
         if pending:
@@ -286,8 +291,15 @@ def train(config: ConfigDict, workdir: str) -> None:
         )
         raise SystemExit(128 + interrupted[0])
 
+    if data.num_classes < 2:
+        manager.close()
+        print(
+            f"trained {steps:,} steps; {data_label(config)} has no labels to train a classifier on, so no "
+            f"distance to real images is measured\npictures: {workdir / 'samples'}"
+        )
+        return
     print(
-        f"training a classifier on {config.data.name}, then sampling {config.eval.num_images:,} images "
+        f"training a classifier on {data_label(config)}, then sampling {config.eval.num_images:,} images "
         f"in each of {', '.join(map(str, config.eval.nfe))} evaluations …",
         flush=True,
     )

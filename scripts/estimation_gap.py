@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from s2dm_jax.config import UserError
+from s2dm_jax.config import UserError, data_label
 from s2dm_jax.runs import load_run, read_config
 
 _DESCRIPTION = """\
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--seed={args.seed} is out of range: it must be from 0 to {2**31 - 1}")
     if not args.out.endswith(".png"):
         raise UserError(f"--out={args.out} must end in .png")
-    names = {read_config(workdir).data.name for workdir in args.workdirs}
+    names = {data_label(read_config(workdir)) for workdir in args.workdirs}
     if len(names) > 1:
         raise UserError(
             f"the runs were trained on {' and '.join(sorted(names))}; compare runs on one data set"
@@ -81,13 +81,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
     """One run's curve, and what it was measured on; `schedules` keeps those of the runs before."""
     from s2dm_jax.config import build_schedule
-    from s2dm_jax.data import DATASETS
+    from s2dm_jax.data import load_dataset
     from s2dm_jax.estimation_gap import gap_curve
 
     run = load_run(workdir)
     # Runs that share the schedule object share the compiled program.
     schedule = schedules.setdefault(run.config.diffusion.to_json(), build_schedule(run.config))
-    data = DATASETS[run.config.data.name]()
+    data = load_dataset(run.config)
     images = getattr(data, args.split)[: args.images]
     start = min(args.start, schedule.T - 1)
     curve = gap_curve(

@@ -1,0 +1,138 @@
+"""The child process that prepares a data set with tensorflow-datasets, the only one to import TensorFlow.
+
+`python -m s2dm_jax.prepare_tfds REQUEST`, where REQUEST is a JSON list: name, treatment, path of the result,
+folder for what tensorflow-datasets keeps. The arrays are written beside the result, which is {"error": one
+sentence} or what goes into the provenance.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from s2dm_jax.images import Treatment, decode
+from s2dm_jax.prepare import manual_folder
+from s2dm_jax.prepare_source import SplitFile
+from s2dm_jax.sources import held_out_rows
+
+_BUILDERS = {"cifar10": "cifar10", "celeba": "celeb_a", "celebahq": "celeb_a_hq/256"}
+_TITLES = {"cifar10": "CIFAR-10", "celeba": "CelebA", "celebahq": "CelebA-HQ 256"}
+_FILES = {
+    "cifar10": "cifar-10-binary.tar.gz",
+    "celeba": "img_align_celeba.zip, list_eval_partition.txt, list_attr_celeba.txt, "
+    "list_landmarks_align_celeba.txt and identity_CelebA.txt",
+    "celebahq": "data256x256.tar",
+}
+_CELEBA_CLASSES = ["female", "male", "female, smiling", "male, smiling"]
+
+
+def build(name: str, folder: Path):
+    """The data set's builder, prepared; found in tensorflow-datasets' own place, or made in `folder`."""
+    import tensorflow_datasets as tfds
+
+    usual = tfds.builder(_BUILDERS[name])
+    if usual.data_path.exists():
+        return usual
+    # What an interrupted preparation left; the caller holds the lock of this data set.
+    for leftover in folder.glob(f"{_BUILDERS[name].split('/')[0]}/**/incomplete.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    builder = tfds.builder(_BUILDERS[name], data_dir=folder)
+    builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(manual_dir=manual_folder()),
+    )
+    return builder
+
+
+def label_of(name: str, example: dict) -> int:
+    """CIFAR-10: its class; CelebA: 1 for male + 2 for smiling; CelebA-HQ has no labels."""
+    if name == "cifar10":
+        return int(example["label"])
+    if name == "celeba":
+        return int(example["attributes"]["Male"]) + 2 * int(example["attributes"]["Smiling"])
+    return 0
+
+
+def encoded_examples(builder, split: str):
+    """The examples of a split with their images as they are stored, PNG or JPEG."""
+    import tensorflow_datasets as tfds
+
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    if builder.info.file_format.value == "array_record":
+        return builder.as_data_source(split=split, decoders=decoders)
+    return tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
+
+
+def write_split(name, examples, count, held_out, wanted: Treatment, folder: Path) -> dict[str, int]:
+    """Writes the examples to train.npy and held_out.npy, as bool [count] says; returns the counts."""
+    counts = {}
+    parts = {"train": ~held_out, "held_out": held_out}
+    row = np.empty(count, np.int64)
+    files, labels = {}, {}
+    for part, mask in parts.items():
+        if mask.any():
+            counts[part] = int(mask.sum())
+            row[mask] = np.arange(counts[part])
+            files[part] = SplitFile(folder / f"{part}.npy", counts[part], wanted)
+            labels[part] = np.zeros(counts[part], np.int64)
+    bar = tqdm(examples, total=count, unit=" images", mininterval=0.2 if sys.stderr.isatty() else 10)
+    for index, example in enumerate(bar):
+        part = "held_out" if held_out[index] else "train"
+        files[part].write(int(row[index]), decode(example["image"], wanted))
+        labels[part][row[index]] = label_of(name, example)
+    for part, file in files.items():
+        file.close()
+        np.save(folder / f"{part}_labels.npy", labels[part])
+    return counts
+
+
+def run(name: str, wanted: Treatment, folder: Path, tfds_folder: Path) -> dict:
+    """Prepares the data set and writes its arrays into `folder`; returns what goes into the provenance."""
+    builder = build(name, tfds_folder)
+    splits = builder.info.splits
+    count = splits["train"].num_examples
+    held_out = np.zeros(count, bool)
+    if "test" in splits:
+        tests = splits["test"].num_examples
+        counts = write_split(
+            name, encoded_examples(builder, "test"), tests, np.ones(tests, bool), wanted, folder
+        )
+    else:
+        counts = {}
+        held_out[held_out_rows(count)] = True
+    counts |= write_split(name, encoded_examples(builder, "train"), count, held_out, wanted, folder)
+    classes = {"cifar10": lambda: builder.info.features["label"].names, "celeba": lambda: _CELEBA_CLASSES}
+    return {
+        "source": f"{_TITLES[name]} of tensorflow-datasets",
+        "version": str(builder.version),
+        "splits": {part: {"count": n} for part, n in sorted(counts.items())},
+        "classes": classes.get(name, lambda: ["."])(),
+        "skipped": [],
+    }
+
+
+def main() -> None:
+    name, wanted, result, tfds_folder = json.loads(sys.argv[1])
+    # The parent holds the other end: it closes when the parent dies, however that is.
+    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
+    try:
+        told = run(name, Treatment(*wanted), Path(result).parent, Path(tfds_folder))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # Downloads, checksums and builders each have errors of their own.
+        said = " ".join(str(error).split())[:300]
+        told = {
+            "error": f"{type(error).__name__}: {said}; if the download is what fails, get {_FILES[name]} by "
+            f"hand, put it into {manual_folder()} and run the same command again"
+        }
+    Path(result).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
