@@ -211,12 +211,18 @@ def _run_tfds(name: str, wanted: Treatment, temporary: Path) -> dict:
     The child ends when its standard input closes: with this process, however that ends.
     """
     print(f"preparing {name} with tensorflow-datasets in {cache_folder()}", flush=True)
-    request = json.dumps([name, wanted, str(temporary / _RESULT), str(cache_folder() / "tfds")])
+    request = json.dumps([name, wanted, str(temporary / _RESULT), str(cache_folder() / "tfds" / name)])
     child = subprocess.Popen(
         tfds_command(request),
         stdin=subprocess.PIPE,
         close_fds=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        # Without the GPU's memory, and without remarks on how TensorFlow was built.
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "TF_ENABLE_ONEDNN_OPTS": "0",
+        },
     )
     try:
         status = child.wait()

@@ -89,7 +89,7 @@ def prepare_source(source: str, wanted: Treatment, bad_limit: float, folder: Pat
         names, jobs = members.names, members.read()
         if members.others:
             kinds = ", ".join(f"{n:,} × {kind!r}" for kind, n in members.others.most_common(5))
-            print(f"not images by their suffix, left out: {kinds}", flush=True)
+            print(f"left out, for their suffix or as hidden: {kinds}", flush=True)
         held_out, labels, classes = arrange(names)
         order = np.argsort(np.array(names, object), kind="stable")
     if len(names) < 2:

@@ -38,8 +38,8 @@ def build(name: str, folder: Path):
     usual = tfds.builder(_BUILDERS[name])
     if usual.data_path.exists():
         return usual
-    # What an interrupted preparation left; the caller holds the lock of this data set.
-    for leftover in folder.glob(f"{_BUILDERS[name].split('/')[0]}/**/incomplete.*"):
+    # What an interrupted download, extraction or preparation left; the caller holds this data set's lock.
+    for leftover in [*folder.rglob("incomplete.*"), *folder.glob("downloads/**/*.tmp.*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     builder = tfds.builder(_BUILDERS[name], data_dir=folder)
     builder.download_and_prepare(
@@ -119,7 +119,7 @@ def run(name: str, wanted: Treatment, folder: Path, tfds_folder: Path) -> dict:
 def main() -> None:
     name, wanted, result, tfds_folder = json.loads(sys.argv[1])
     # The parent holds the other end: it closes when the parent dies, however that is.
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     try:
         told = run(name, Treatment(*wanted), Path(result).parent, Path(tfds_folder))
     except KeyboardInterrupt:

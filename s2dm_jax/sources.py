@@ -33,7 +33,7 @@ class Members(NamedTuple):
 
     Attributes:
       names: relative paths with "/", in the order in which `read` gives them.
-      others: number of files left out because their suffix is no image's, by suffix.
+      others: number of files left out because their suffix is no image's, by suffix, or as "hidden".
       read: gives (position in `names`, the file's bytes or the error that reading it met).
     """
 
@@ -93,6 +93,7 @@ def list_members(source: str) -> Members:
     wanted = [index for index in visible if everything[index].lower().endswith(SUFFIXES)]
     others = Counter(os.path.splitext(everything[index])[1].lower() or "no suffix" for index in visible)
     others.subtract(os.path.splitext(everything[index])[1].lower() for index in wanted)
+    others["hidden"] = len(everything) - len(visible)
     position = {index: i for i, index in enumerate(wanted)}
 
     def read():

@@ -7,6 +7,7 @@ They need TensorFlow, the extra `prepare`: `pip install -e '.[test,prepare]'`, t
 import importlib.util
 import io
 import json
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -77,7 +78,7 @@ def make_cifar10(folder):
         for i, name in enumerate([*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]):
             rows = range(4 * i, 4 * i + 4)
             add(name, b"".join(bytes([labels[r]]) + images[r].transpose(2, 0, 1).tobytes() for r in rows))
-        classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+        classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
         add("batches.meta.txt", "\n".join(classes).encode())
     return images[:20], labels[:20], images[20:], labels[20:]
 
@@ -103,10 +104,24 @@ def test_cifar10_from_the_builder_to_a_training_step(places, tmp_path, capfd):
     assert load_dataset(config).provenance == data.provenance
 
 
+@needs_tensorflow
+def test_what_tensorflow_datasets_has_prepared_is_used_whatever_its_format(places, tmp_path):
+    train_images, train_labels, _, _ = make_cifar10(places)
+    # As a user of tensorflow-datasets does: in its own folder and its default format, TFRecord.
+    own = CHILD.replace("prepare_tfds.main()", "import tensorflow_datasets as tfds; tfds.load('cifar10')")
+    subprocess.run([sys.executable, "-c", own], check=True, capture_output=True)
+    (places / "cifar-10-binary.tar.gz").unlink()
+    config = default_config()
+    config.data.name = "cifar10"
+    data = load_dataset(config)
+    assert as_pairs(data.train, data.train_labels) == as_pairs(train_images, train_labels)
+    assert not (prepare.cache_folder() / "tfds").exists()
+
+
 def make_celeba(folder):
     """The five files of CelebA with 14 faces: 8 for training, 2 for validation, 4 for the test."""
     names = [f"{i:06d}.jpg" for i in range(1, 15)]
-    decoded, smiles = {}, {}
+    decoded = {}
     with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
         for i, name in enumerate(names):
             buffer = io.BytesIO()
