@@ -24,6 +24,7 @@ class Dataset(NamedTuple):
       train_labels, held_out_labels: int [N].
       num_classes: number of different labels.
       provenance: one line that says what this is and where it comes from.
+      digest: SHA-256 of the file of `train`; empty for images that never change.
     """
 
     train: np.ndarray
@@ -32,6 +33,7 @@ class Dataset(NamedTuple):
     held_out_labels: np.ndarray
     num_classes: int
     provenance: str
+    digest: str = ""
 
 
 def load_digits() -> Dataset:
@@ -75,6 +77,7 @@ def load_dataset(config: ConfigDict) -> Dataset:
     told = json.loads((folder / PROVENANCE).read_text())
     images = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
     labels = [np.load(folder / f"{split}_labels.npy") for split in SPLITS]
+    digest = told["files"]["train.npy"]["sha256"]
     version = f" {told['version']}" if told["version"] else ""
     return Dataset(
         images[0],
@@ -84,8 +87,8 @@ def load_dataset(config: ConfigDict) -> Dataset:
         len(told["classes"]),
         f"{told['source']}{version}, {told['size']}×{told['size']}×{told['channels']}, crop {told['crop']}, "
         f"{told['resize']}, {len(images[0]):,} for training, {len(images[1]):,} held out, "
-        f"{len(told['skipped'])} skipped, sha256 "
-        f"{told['files']['train.npy']['sha256'][:16]}",
+        f"{len(told['skipped'])} skipped, sha256 {digest[:16]}",
+        digest,
     )
 
 

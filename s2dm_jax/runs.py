@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # A run may go on with other values of these, and of everything in the groups `sample` and `eval`.
 _MAY_CHANGE = (
+    # Whether the images are the same is told by their hash.
+    "data.source",
+    "data.bad_limit",
     "data.device_share",
     "train.steps",
     "train.log_every",
@@ -67,6 +70,28 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
                 "give another --workdir or the same config"
             )
+
+
+def check_same_images(workdir: Path, digest: str) -> None:
+    """Remembers in `workdir` which images a run is trained on, and refuses others when it goes on.
+
+    Args:
+      workdir: folder of the run.
+      digest: hash of the training images; empty for images that never change.
+
+    Raises:
+      UserError: if the run began with other images.
+    """
+    path = workdir / "images.sha256"
+    if not digest:
+        return
+    if not path.exists():
+        path.write_text(f"{digest}\n")
+    elif (began_with := path.read_text().strip()) != digest:
+        raise UserError(
+            f"--workdir={workdir} was trained on images with sha256 {began_with[:16]}…, not {digest[:16]}…: its "
+            "images have changed; give those of then, or another --workdir"
+        )
 
 
 class Run(NamedTuple):

@@ -34,7 +34,7 @@ from s2dm_jax.feed import make_feed
 from s2dm_jax.losses import Objective
 from s2dm_jax.parallel import copy_to_all, on_all
 from s2dm_jax.report import image_grid, save_png
-from s2dm_jax.runs import prepare_workdir
+from s2dm_jax.runs import check_same_images, prepare_workdir
 from s2dm_jax.sample import configure, how, sample_batches
 from s2dm_jax.schedule import NoiseSchedule
 from s2dm_jax.telemetry import MetricWriter, Progress, describe
@@ -192,6 +192,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     (workdir / "config.json").write_text(to_json(config))
     (workdir / "samples").mkdir(exist_ok=True)
     data = load_dataset(config)
+    check_same_images(workdir, data.digest)
     network = build_network(config)
     schedule = build_schedule(config)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)

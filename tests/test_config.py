@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from s2dm_jax import check
+from s2dm_jax import check, prepare
 from s2dm_jax import config as c
 from s2dm_jax.check import check_config
 from s2dm_jax.config import UserError, default_config, from_json, to_json
@@ -95,7 +95,12 @@ def test_bad_config_files(tmp_path, config, sentence):
         ),
         ("model.ch_mult", (1, 1, 1, 1, 1), "halves images of 8 pixels 4 times"),
         ("diffusion.schedule", "log", "choose one of linear, cosine, quad, const, sigmoid"),
-        ("data.name", "mnist", "choose one of digits"),
+        ("data.name", "mnist", "choose one of digits, cifar10, celeba, celebahq"),
+        ("data.size", 16, "config.data.size=16 and config.data.channels=0 do not go with the digits"),
+        ("data.channels", 2, "choose one of 0, 1, 3"),
+        ("data.crop", "ddim", "is for celeba and for config.data.source, not for digits: it must be auto"),
+        ("data.resize", "nearest", "choose one of bilinear, bicubic, lanczos, box"),
+        ("data.bad_limit", 1.5, "must be from 0.0 to 1.0"),
     ],
 )
 def test_bad_fields(field, value, sentence):
@@ -106,6 +111,30 @@ def test_bad_fields(field, value, sentence):
         check_config(config)
     assert sentence in str(error.value)
     assert field in str(error.value)
+
+
+def test_images_that_cannot_be_had_are_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    workdir = f"--workdir={tmp_path / 'run'}"
+    for flags, sentence in (
+        ([f"--config.data.source={tmp_path / 'pictures'}"], "pictures: there is no such file or folder"),
+        (["--config.data.source=README.md"], "config.data.source=README.md is no folder of images"),
+    ):
+        done = command(workdir, *flags)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert len(done.stderr.splitlines()) == 1
+        assert sentence in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_tensorflow_the_error_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path))
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    config = small_config()
+    config.data.name = "cifar10"
+    with pytest.raises(UserError, match=r"-m pip install 'tensorflow-cpu>=2\.21' \(the extra prepare\)"):
+        prepare.check_preparable(config)
 
 
 def small_config():

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from s2dm_jax import prepare, sources
-from s2dm_jax.config import UserError, default_config
+from s2dm_jax.config import UserError, default_config, to_json
 from s2dm_jax.data import load_dataset
+from s2dm_jax.runs import check_same_images, prepare_workdir
 from s2dm_jax.sources import arrange
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +248,20 @@ def test_the_cache_is_used_until_source_or_treatment_change(cache, tmp_path, mon
     assert len({first, grey, more}) == 3
     assert np.load(more / "train.npy").shape[0] == 19
     assert np.load(first / "train.npy").shape[0] == 18
+
+
+def test_a_run_goes_on_with_the_same_images_wherever_they_are_and_with_no_others(cache, tmp_path):
+    run = tmp_path / "run"
+    config = config_for(make_folder(tmp_path / "folder", PICTURES))
+    prepare_workdir(run, config)
+    (run / "config.json").write_text(to_json(config))
+    check_same_images(run, load_dataset(config).digest)
+    moved = config_for(make_zip(tmp_path / "some.zip", PICTURES))
+    prepare_workdir(run, moved)
+    check_same_images(run, load_dataset(moved).digest)
+    other = config_for(make_zip(tmp_path / "other.zip", {**PICTURES, "cat/00.png": png(77)}))
+    with pytest.raises(UserError, match=r"its images have changed"):
+        check_same_images(run, load_dataset(other).digest)
 
 
 def test_what_a_killed_process_left_is_made_anew(cache, tmp_path):
