@@ -89,8 +89,8 @@ def check_same_images(workdir: Path, digest: str) -> None:
         path.write_text(f"{digest}\n")
     elif (began_with := path.read_text().strip()) != digest:
         raise UserError(
-            f"--workdir={workdir} was trained on images with sha256 {began_with[:16]}…, not {digest[:16]}…: its "
-            "images have changed; give those of then, or another --workdir"
+            f"--workdir={workdir} was trained on images with sha256 {began_with[:16]}…, not {digest[:16]}…: "
+            "its images have changed; give those of then, or another --workdir"
         )
 
 

@@ -2,11 +2,13 @@
 
 python scripts/benchmark.py digits    # seconds from launch to first step and to the last line, memory
 python scripts/benchmark.py losses    # a training step with each objective against the plain one
+python scripts/benchmark.py data      # preparing 60,000 JPEGs; a training step fed in each way
 python scripts/benchmark.py samplers  # a 10-evaluation DDIM scan against ten jitted forward calls
 """
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import resource
@@ -121,6 +123,84 @@ def _stepper(program, state, x0, key):
     return run
 
 
+def benchmark_data(arguments):
+    """Prepares an archive of images, then times training steps of the CIFAR-10 UNet fed in each way."""
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.archive.exists():
+            _prepare(arguments.archive, folder)
+        else:
+            print(f"{arguments.archive} is not here: nothing prepared")
+        _time_feeds(arguments, Path(folder))
+
+
+def _prepare(archive: Path, folder: str):
+    program = (
+        "import resource, sys\n"
+        "from s2dm_jax.config import default_config\n"
+        "from s2dm_jax.prepare import prepare\n"
+        "config = default_config()\n"
+        "config.data.update(name='cifar10', source=sys.argv[1])\n"
+        "prepare(config)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(archive)],
+        cwd=ROOT,
+        env={**os.environ, "S2DM_JAX_DATA": folder},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    seconds = time.monotonic() - began
+    print(f"prepared {archive.name} in {seconds:.1f} s, {float(done.stdout.split()[-1]):.2f} GB at most")
+
+
+def _time_feeds(arguments, folder: Path):
+    import jax
+    import numpy as np
+
+    from s2dm_jax import train
+    from s2dm_jax.config import build_network, default_config
+    from s2dm_jax.feed import make_feed
+    from s2dm_jax.parallel import copy_to_all, on_all, use_all_cores
+
+    length = 2
+    config = default_config()
+    config.data.update(name="cifar10", random_flip=True)
+    use_all_cores(arguments.batch)
+    images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
+    np.save(folder / "images.npy", images)
+    mapped = np.load(folder / "images.npy", mmap_mode="r")
+    steps = length * (arguments.rounds + 2)
+    network, optimizer = build_network(config), train.make_optimizer(2e-4, 1.0)
+    feeds = {
+        name: make_feed(mapped, jax.random.key(0), arguments.batch, steps, share)
+        for name, share in (("on the device", 1.0), ("memory-mapped", 0.0))
+    }
+    for name, feed in feeds.items():
+        print(f"{name}: {feed.told}")
+    chunk = jax.jit(train.make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=on_all())
+    held = [copy_to_all(train.init_state(network, optimizer, 0))]
+    key, constant = copy_to_all(jax.random.key(1)), feeds["memory-mapped"].batches(0, length)
+    compiled = {}
+
+    firsts = {name: itertools.count(0, length) for name in feeds}
+
+    def run(name):
+        images, shown = None, constant
+        if name in feeds:
+            images, shown = feeds[name].images, feeds[name].batches(next(firsts[name]), length)
+        on_device = images is not None
+        if on_device not in compiled:
+            compiled[on_device] = chunk.lower(held[0], images, shown, key).compile()
+        held[0], metrics = compiled[on_device](held[0], images, shown, key)
+        metrics["loss"].block_until_ready()
+
+    runs = {name: functools.partial(run, name) for name in ("constant batch", *feeds)}
+    _print_ratios(runs, arguments.rounds, "constant batch", {})
+
+
 def benchmark_samplers(arguments):
     """Times a 10-evaluation DDIM scan of the CIFAR-10 UNet against ten jitted forward calls."""
     import jax
@@ -173,10 +253,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for function in (benchmark_digits, benchmark_losses, benchmark_samplers):
+    for function in (benchmark_digits, benchmark_losses, benchmark_data, benchmark_samplers):
         name = function.__name__.removeprefix("benchmark_")
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(run=function)
+        if name == "data":
+            archive = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.xz"
+            sub.add_argument("--archive", type=Path, default=archive, help=f"images to prepare ({archive})")
         if name != "digits":
             sub.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
             sub.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")

@@ -45,24 +45,24 @@ def palette(transparency=None):
     return encoded(image) if transparency is None else encoded(image, transparency=transparency)
 
 
-@pytest.mark.parametrize(
-    ("data", "pixel"),
-    [
-        (encoded(uniform("RGB", (10, 20, 30))), (10, 20, 30)),
-        (encoded(uniform("RGB", (10, 20, 30)), "WEBP", lossless=True), (10, 20, 30)),
-        (encoded(uniform("L", 77)), (77, 77, 77)),
-        (encoded(uniform("1", 1)), (255, 255, 255)),
-        (palette(), (10, 20, 30)),
-        (palette(transparency=1), (255, 255, 255)),
-        (encoded(uniform("RGBA", (0, 0, 0, 255))), (0, 0, 0)),
-        (encoded(uniform("RGBA", (0, 100, 200, 0))), (255, 255, 255)),
-        (encoded(uniform("LA", (0, 51))), (204, 204, 204)),
-        (png_of_16_bits(0, [0x12FF]), (0x12, 0x12, 0x12)),
-        (png_of_16_bits(0, [0xFFFF]), (255, 255, 255)),
-        (png_of_16_bits(2, [0x12FF, 0x3400, 0xFFFF]), (0x12, 0x34, 0xFF)),
-        (png_of_16_bits(6, [0, 0, 0, 0]), (255, 255, 255)),
-    ],
-)
+KINDS = {
+    "rgb": (encoded(uniform("RGB", (10, 20, 30))), (10, 20, 30)),
+    "webp": (encoded(uniform("RGB", (10, 20, 30)), "WEBP", lossless=True), (10, 20, 30)),
+    "grey": (encoded(uniform("L", 77)), (77, 77, 77)),
+    "bits": (encoded(uniform("1", 1)), (255, 255, 255)),
+    "palette": (palette(), (10, 20, 30)),
+    "palette_transparent": (palette(transparency=1), (255, 255, 255)),
+    "opaque": (encoded(uniform("RGBA", (0, 0, 0, 255))), (0, 0, 0)),
+    "transparent": (encoded(uniform("RGBA", (0, 100, 200, 0))), (255, 255, 255)),
+    "grey_alpha": (encoded(uniform("LA", (0, 51))), (204, 204, 204)),
+    "16_bits_grey": (png_of_16_bits(0, [0x12FF]), (0x12, 0x12, 0x12)),
+    "16_bits_white": (png_of_16_bits(0, [0xFFFF]), (255, 255, 255)),
+    "16_bits_rgb": (png_of_16_bits(2, [0x12FF, 0x3400, 0xFFFF]), (0x12, 0x34, 0xFF)),
+    "16_bits_transparent": (png_of_16_bits(6, [0, 0, 0, 0]), (255, 255, 255)),
+}
+
+
+@pytest.mark.parametrize(("data", "pixel"), KINDS.values(), ids=KINDS)
 def test_kinds_of_pixels(data, pixel):
     np.testing.assert_array_equal(decode(data, PLAIN), np.full((4, 4, 3), pixel, np.uint8))
 

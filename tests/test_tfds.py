@@ -7,9 +7,11 @@ They need TensorFlow, the extra `prepare`: `pip install -e '.[test,prepare]'`, t
 import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 
 import numpy as np
@@ -196,3 +198,43 @@ def test_a_download_that_fails_is_told_in_one_sentence(places, monkeypatch):
         load_dataset(config)
     assert "\n" not in str(error.value)
     assert not [p for p in prepare.cache_folder().iterdir() if p.suffix != ".lock" and p.name != "tfds"]
+
+
+@needs_tensorflow
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_next_run_works(places):
+    train_images, train_labels, _, _ = make_cifar10(places)
+    config = default_config()
+    config.data.name = "cifar10"
+    program = (
+        "import sys; from s2dm_jax import prepare; from s2dm_jax.config import default_config;"
+        "prepare.tfds_command = lambda request: [sys.executable, '-c', sys.argv[1], request];"
+        "config = default_config(); config.data.name = 'cifar10'; prepare.prepare(config)"
+    )
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", program, CHILD], stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start().wait() == 0
+    duration = time.monotonic() - began
+    folder = prepare.prepare(config)
+    rng = np.random.default_rng()
+    killed = 0
+    while killed < 10:
+        for made in (folder, prepare.cache_folder() / "tfds"):
+            shutil.rmtree(made)
+        with start() as process:
+            time.sleep(rng.uniform(0, duration))
+            if process.poll() is not None:
+                continue
+            process.kill()
+        killed += 1
+        assert not folder.exists() or prepare.is_ready(folder)
+        assert start().wait() == 0
+        data = load_dataset(config)
+        assert as_pairs(data.train, data.train_labels) == as_pairs(train_images, train_labels)
+        cache = prepare.cache_folder()
+        assert sorted(path.name for path in cache.iterdir()) == sorted([folder.name, "cifar10.lock", "tfds"])
+        assert not [*cache.rglob("incomplete.*")]
+    print(f"killed {killed} times within {duration:.1f} s")
