@@ -113,8 +113,9 @@ def check_preparable(config: ConfigDict) -> None:
             "-m pip install 'tensorflow-cpu>=2.21' (the extra prepare), then the same command again"
         )
     path = manual_folder() / "data256x256.tar"
-    prepared = manual_folder().parents[1] / "celeb_a_hq" / "256"
-    if name == "celebahq" and not path.exists() and not prepared.exists():
+    roots = (manual_folder().parents[1], cache_folder() / "tfds" / name)
+    prepared = any((root / "celeb_a_hq" / "256").exists() for root in roots)
+    if name == "celebahq" and not path.exists() and not prepared:
         raise UserError(
             f"CelebA-HQ cannot be downloaded: make data256x256.tar by hand and put it at {path}, or give its "
             "images as config.data.source (docs/data.md says how)"

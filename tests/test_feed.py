@@ -126,10 +126,22 @@ def test_four_devices_each_hold_a_part():
 
 
 @pytest.mark.slow
-def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resumed(tmp_path):
-    train.train(small_config(), tmp_path / "device")
-    host = {"data.device_share": 0.0}
+def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resumed(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "cache"))
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8))
+    own = {"data.source": str(tmp_path / "images.npy")}
+    train.train(small_config(**own), tmp_path / "device")
+    said = capsys.readouterr().out
+    assert "whole on every device" in said
+    assert "has no labels to train a classifier on, so no distance to real images is measured" in said
+    host = {**own, "data.device_share": 0.0}
     train.train(small_config(**host, **{"train.steps": 3, "train.log_every": 1}), tmp_path / "host")
     train.train(small_config(**host), tmp_path / "host")
+    assert "read by the host" in capsys.readouterr().out
     expected, actual = (final_state(tmp_path / name, small_config()) for name in ("device", "host"))
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    np.save(tmp_path / "images.npy", np.zeros((40, 8, 8, 1), np.uint8))
+    with pytest.raises(UserError, match="its images have changed"):
+        train.train(small_config(**host), tmp_path / "host")
