@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import s2dm_jax
 from s2dm_jax import moments, pictures
-from s2dm_jax.data import DATASETS
+from s2dm_jax.data import load_dataset
 from s2dm_jax.methods import FACTS, num_evaluations
 from s2dm_jax.report import image_grid, save_png
 from s2dm_jax.runs import compared_workdirs, hash_of
@@ -90,7 +90,7 @@ def _with_statistic(model: Model, workdir: str, options: ConfigDict) -> Model:
             model.network,
             model.schedule,
             model.params,
-            DATASETS[model.config.data.name]().train,
+            load_dataset(model.config).train,
             moments_folder(workdir),
             num_images=count,
             batch_size=options.batch_size,
