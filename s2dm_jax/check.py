@@ -34,6 +34,9 @@ _RANGES = {
     "train.sample_every": (1, None),
     "train.checkpoint_every": (1, None),
     "train.keep_checkpoints": (1, None),
+    "train.keep_every": (0, None),
+    "train.accumulate": (1, None),
+    "train.profile_steps": (0, None),
     "sample.steps": (0, None),
     "sample.nfe": (0, None),
     "sample.eta": (0.0, 1.0),
@@ -45,6 +48,7 @@ _RANGES = {
     "sample.batch_size": (1, None),
     "sample.num_images": (1, None),
     "sample.seed": (0, 2**31 - 1),
+    "sample.checkpoint": (0, None),
     "eval.num_images": (2, None),
     "eval.batch_size": (1, None),
     "eval.skip_scale": (0, None),
@@ -66,6 +70,8 @@ _CHOICES = {
     "loss.reduction": ("sum", "mean"),
     "head.kind": ("", "sn", "npr"),
     "train.ema_start": ("initial", "first_step"),
+    "train.on_nan": ("stop", "skip"),
+    "train.keep_best": ("", "loss", "simple", "skip", "sa", "grad_norm"),
     "sample.method": tuple(FACTS),
     "sample.grid": GRID_NAMES,
     "sample.form": ("ddpm", "ddim"),
@@ -96,10 +102,12 @@ def check_config(config: ConfigDict) -> None:
     for name, choices in _CHOICES.items():
         if fields[name] is not None and fields[name] not in choices:
             raise UserError(
-                f"config.{name}={fields[name]!r} is not known; choose one of {', '.join(map(str, choices))}"
+                f"config.{name}={fields[name]!r} is not known; choose one of "
+                + ", ".join(str(choice) or "nothing" for choice in choices)
             )
     _check_data(fields)
     _check_model(fields, image_shape(config)[0])
+    _check_training(fields)
     _check_levels(fields)
     _check_sampling(fields)
 
@@ -167,6 +175,21 @@ def _check_model(fields: dict, resolution: int) -> None:
                 f"config.model.attn_resolutions={fields['model.attn_resolutions']} names {attn}, which never "
                 f"occurs; this model's resolutions are {', '.join(map(str, levels))}"
             )
+
+
+def _check_training(fields: dict) -> None:
+    batch, parts = fields["train.batch_size"], fields["train.accumulate"]
+    if batch % parts:
+        raise UserError(
+            f"config.train.accumulate={parts} does not divide config.train.batch_size={batch} evenly; "
+            "the parts of a batch must be equal"
+        )
+    best = fields["train.keep_best"]
+    missing = (best == "skip" and not fields["loss.skip"]) or (best == "sa" and fields["loss.K"] == 1)
+    if missing:
+        raise UserError(
+            f"config.train.keep_best={best!r} names a term of the loss that is off; choose loss or simple"
+        )
 
 
 def _check_levels(fields: dict) -> None:

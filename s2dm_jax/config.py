@@ -46,6 +46,8 @@ def default_config() -> ConfigDict:
     c.model.dropout = 0.1
     c.model.resamp_with_conv = True
     c.model.dtype = "auto"
+    # Computes activations again in the backward pass instead of keeping them: less memory, more time.
+    c.model.remat = False
 
     c.loss = ConfigDict()
     c.loss.preset = "paper"
@@ -83,6 +85,18 @@ def default_config() -> ConfigDict:
     c.train.sample_every = 5_000
     c.train.checkpoint_every = 5_000
     c.train.keep_checkpoints = 3
+    # Also kept for good: one checkpoint in this many steps (0: none), and the one with the lowest mean of
+    # this metric since the one before ("": none).
+    c.train.keep_every = 0
+    c.train.keep_best = ""
+    # A loss or gradient that is not finite: "stop" the run, or "skip" the step.
+    c.train.on_nan = "stop"
+    # Parts of a batch that go through the network one after another; their gradients are averaged.
+    c.train.accumulate = 1
+    # Splits weights, average and moments over the devices instead of copying them to each.
+    c.train.split_state = False
+    # Steps to trace into workdir/profile, after the first chunk; 0: none.
+    c.train.profile_steps = 0
 
     c.sample = ConfigDict()
     c.sample.method = "ddim"
@@ -109,6 +123,8 @@ def default_config() -> ConfigDict:
     c.sample.num_images = 64
     c.sample.seed = 0
     c.sample.batch_size = 500
+    # The training step whose checkpoint to sample from; 0: the newest.
+    c.sample.checkpoint = 0
     # --mode=sample: "grid" (one PNG), "png" (one for each image) or "npz"; or else rows of pictures between
     # two noises (how many), every level's prediction, or the same noise through other workdirs (a,b,…).
     c.sample.output = "grid"

@@ -1,6 +1,7 @@
 """The command line: `python -m s2dm_jax.main --config=configs/digits.py --workdir=DIR [--mode=sample]`."""
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -23,6 +24,13 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that i
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "sample"], "Train a run, or sample from one as --config.sample.* say"
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes", 1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0", 0)
 # Ways of saying how many steps a sampler makes: one on the command line replaces another in the config.
 _HOW_MANY = {"steps": 0, "nfe": 0, "timesteps": ()}
 
@@ -79,6 +87,35 @@ def _parse(argv: list[str]) -> None:
         raise UserError(f"{rest[1]!r} is not a flag; flags start with -- (see --help)")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/digits")
+    _check_processes()
+
+
+def _check_processes() -> None:
+    """Checks the flags of several hosts against each other."""
+    said = {
+        "coordinator": _COORDINATOR.value,
+        "num_processes": _NUM_PROCESSES.value,
+        "process_id": _PROCESS_ID.value,
+    }
+    missing = [name for name, value in said.items() if value is None]
+    if len(missing) == len(said):
+        return
+    if missing:
+        raise UserError(
+            f"--{missing[0]} is missing: --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
+            "go together"
+        )
+    if not re.fullmatch(r".+:\d+", said["coordinator"]):
+        raise UserError(
+            f"--coordinator={said['coordinator']} is not HOST:PORT; for example --coordinator=node0:1234"
+        )
+    if said["process_id"] >= said["num_processes"]:
+        raise UserError(
+            f"--process_id={said['process_id']} is out of range: with "
+            f"--num_processes={said['num_processes']} it must be from 0 to {said['num_processes'] - 1}"
+        )
+    if _MODE.value != "train":
+        raise UserError(f"--coordinator does not go with --mode={_MODE.value}, which is for one process")
 
 
 def run(argv: list[str]) -> None:
@@ -112,10 +149,11 @@ def run(argv: list[str]) -> None:
 
         sample(config, _WORKDIR.value)
     else:
-        from s2dm_jax.parallel import use_all_cores
+        from s2dm_jax.parallel import join_hosts, use_all_cores
         from s2dm_jax.train import train
 
-        use_all_cores(config.train.batch_size)
+        use_all_cores(config.train.batch_size // (_NUM_PROCESSES.value or 1))
+        join_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         train(config, _WORKDIR.value)
 
 
@@ -140,6 +178,16 @@ def main() -> None:
         run(sys.argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"error: writing failed{where} ({error.strerror}); the checkpoints are untouched; make room, and "
+            "the same command goes on",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

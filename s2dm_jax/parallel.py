@@ -1,14 +1,113 @@
-"""Data parallelism: batches are split over all devices, everything else is copied to each."""
+"""One program on one device, on several, and on several hosts.
+
+Batches are split over all devices. Everything else is whole on each, or, if asked for, the weights, their
+average and the optimizer's moments are split as well (ZeRO; Rajbhandari et al. 2020).
+"""
 
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from s2dm_jax.config import UserError
 
 Tree = TypeVar("Tree")
 
 _IMAGES_PER_CPU_DEVICE = 16
+# Smaller arrays are not worth the traffic of splitting them.
+_LEAST_ELEMENTS = 2**12
+# What the launchers that `jax.distributed` knows leave in the environment of each of several processes.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def join_hosts(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of one run, before JAX's first computation; alone, does nothing.
+
+    Without arguments the processes are found under Slurm, Open MPI, and on TPU pods (GCE and GKE).
+
+    Args:
+      coordinator: "host:port" of process 0.
+      num_processes: how many in all.
+      process_id: which of them this is.
+
+    Raises:
+      UserError: if the others do not come.
+    """
+    if coordinator:
+        known = {
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
+    elif _under_a_launcher():
+        known = {}
+    else:
+        return
+    try:
+        jax.distributed.initialize(**known)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the processes of this run did not find each other ({reason}); start all of them together, or "
+            "give --coordinator=HOST:PORT --num_processes=N --process_id=I to each"
+        ) from error
+
+
+def _under_a_launcher() -> bool:
+    environment = os.environ
+    slurm = all(name in environment for name in _SLURM) and int(environment["SLURM_NTASKS"]) > 1
+    mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    # GKE sets the first; a TPU VM of GCE is known by its devices.
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    pod = "," in hosts or os.path.exists("/dev/accel0") or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    return slurm or mpi or pod
+
+
+def is_lead() -> bool:
+    """Whether this is the process that prints, and writes the run's files."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in any process; waits for all of them."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def stop_together(received: list[int]) -> Callable[[], bool]:
+    """A function, to call before every chunk, of whether to stop: whether any process received a signal.
+
+    With several processes the answer is that to the call before, so that none waits for the others while
+    the devices could work; all stop before the same chunk.
+    """
+    if jax.process_count() == 1:
+        return lambda: bool(received)
+    vote = np.zeros((), bool)
+    count = jax.jit(lambda flags: flags.any(), out_shardings=on_all())
+
+    def stop():
+        nonlocal vote
+        agreed = bool(np.asarray(vote))
+        mine = np.full(jax.local_device_count(), bool(received))
+        vote = count(
+            jax.make_array_from_process_local_data(NamedSharding(data_mesh(), PartitionSpec("data")), mine)
+        )
+        return agreed
+
+    return stop
 
 
 def data_mesh() -> Mesh:
@@ -23,8 +122,28 @@ def on_all() -> NamedSharding:
 
 
 def copy_to_all(tree: Tree) -> Tree:
-    """The arrays of `tree`, whole on every device."""
+    """The arrays of `tree`, whole on every device; each process has the same values."""
     return jax.device_put(tree, on_all())
+
+
+def key_on_all(key: jax.Array) -> jax.Array:
+    """A random key, on every device."""
+    # `device_put` refuses keys where another process owns some of the devices.
+    return jax.random.wrap_key_data(copy_to_all(np.asarray(jax.random.key_data(key))))
+
+
+def gather(tree: Tree) -> Tree:
+    """The arrays of `tree`, split or not, whole on every device."""
+    if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.jit(lambda x: x, out_shardings=on_all())(tree)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """An array that is split over devices, on every host."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def split_batch(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -33,6 +152,25 @@ def split_batch(x: jax.Array, axis: int = 0) -> jax.Array:
         PartitionSpec(*[None] * axis, "data") if x.shape[axis] % jax.device_count() == 0 else PartitionSpec()
     )
     return jax.device_put(x, NamedSharding(data_mesh(), spec))
+
+
+def state_shardings(state: Tree, split: bool) -> Tree:
+    """Each array's sharding: whole on every device, or split along the longest axis that goes evenly.
+
+    Args:
+      state: pytree of arrays or `jax.ShapeDtypeStruct`.
+      split: whether to split the arrays that are large enough.
+    """
+    mesh = data_mesh()
+
+    def sharding(leaf):
+        fitting = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
+        if not split or leaf.size < _LEAST_ELEMENTS or not fitting:
+            return NamedSharding(mesh, PartitionSpec())
+        longest = max(fitting, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+
+    return jax.tree.map(sharding, state)
 
 
 def use_all_cores(batch_size: int) -> None:

@@ -1,7 +1,14 @@
 """The folder of a run: made sure of before training, and read back: config, network and moving average."""
 
+import contextlib
+import fcntl
 import hashlib
+import importlib.metadata
 import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,14 +34,24 @@ _MAY_CHANGE = (
     "train.sample_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.keep_best",
+    "train.on_nan",
+    "train.split_state",
+    "train.profile_steps",
+    "model.remat",
 )
+
+
+_LOCK = ".lock"
 
 
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     """Creates the folder of a run, once sure that a run with this config can live there.
 
     Raises:
-      UserError: if the folder cannot be written to, or holds a run or files that are not this config's.
+      UserError: if the folder cannot be written to, holds a run or files that are not this config's, or is
+        in use by another process.
     """
     path = Path(workdir)
     existing = path
@@ -47,7 +64,7 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     saved_path = path / "config.json"
     if saved_path.exists():
         _check_same_run(saved_path, workdir, config)
-    elif path.exists() and any(path.iterdir()):
+    elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise UserError(f"--workdir={workdir} holds files but no run of ours; give a new or an empty folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -55,7 +72,52 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         raise UserError(
             f"--workdir={workdir} cannot be created ({error.strerror}); give another path"
         ) from error
+    if (path / _LOCK).exists():
+        # Shared: processes of one run may look at the same time.
+        with (path / _LOCK).open() as file:
+            _take(file, fcntl.LOCK_SH, workdir)
     return path
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
+    """`prepare_workdir`, and no other process may train there meanwhile.
+
+    Of the processes of one run the first takes the lock, and the others wait for it. The kernel lets go of it
+    when the process ends, however it ends.
+
+    Raises:
+      UserError: as `prepare_workdir`.
+    """
+    from s2dm_jax.parallel import is_lead, wait_for_all
+
+    with contextlib.ExitStack() as held:
+        if is_lead():
+            lock = held.enter_context((prepare_workdir(workdir, config) / _LOCK).open("a+"))
+            _take(lock, fcntl.LOCK_EX, workdir)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+        wait_for_all("workdir is ours")
+        yield Path(workdir)
+
+
+def _take(file, kind: int, workdir: str) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(
+            f"--workdir={workdir} is in use by {file.read() or 'another process'}, which trains there; wait "
+            "until it ends, or give another --workdir"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole or, if the process or the disk gives out, as it was before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
@@ -92,6 +154,30 @@ def check_same_images(workdir: Path, digest: str) -> None:
             f"--workdir={workdir} was trained on images with sha256 {began_with[:16]}…, not {digest[:16]}…: "
             "its images have changed; give those of then, or another --workdir"
         )
+
+
+def origin(config: ConfigDict) -> dict:
+    """What made a state: config, versions of the packages, commit of this code; plain data for JSON."""
+    names = ("s2dm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    versions["python"] = platform.python_version()
+    return {"config": config.to_dict(), "versions": versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    """The commit that this code is at, "+changes" if files differ from it; None outside of a checkout."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # Installed files may lie in someone else's repository, which does not track them.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class Run(NamedTuple):
@@ -166,18 +252,18 @@ def compared_workdirs(config: ConfigDict) -> list[str]:
     return workdirs
 
 
-def load_run(workdir: str) -> Run:
-    """The newest checkpoint of the run in `workdir`.
+def load_run(workdir: str, step: int | None = None) -> Run:
+    """The newest checkpoint of the run in `workdir` that verifies, or that of one step.
 
     Raises:
-      UserError: as `read_config`.
+      UserError: as `read_config`, and if no checkpoint, or not that of `step`, can be read.
     """
     config = read_config(workdir)
 
     import jax
 
     from s2dm_jax import checkpoint, unet
-    from s2dm_jax.train import TrainState, make_optimizer
+    from s2dm_jax.train_step import TrainState, make_optimizer
 
     network = build_network(config)
     params = unet.param_shapes(network)
@@ -187,7 +273,7 @@ def load_run(workdir: str) -> Run:
     )
     manager = checkpoint.open_checkpoints(workdir, config.train.keep_checkpoints)
     try:
-        state = checkpoint.restore_latest(manager, like)
+        state = checkpoint.restore_latest(manager, like, step=step)
     finally:
         manager.close()
     if state is None:

@@ -20,7 +20,7 @@ from s2dm_jax.config import build_schedule
 from s2dm_jax.covariance import cov_x0, optimal_grid
 from s2dm_jax.heads import Head
 from s2dm_jax.methods import FACTS, check_options, plan
-from s2dm_jax.parallel import split_batch
+from s2dm_jax.parallel import fetch, split_batch
 from s2dm_jax.report import to_uint8
 from s2dm_jax.runs import load_run
 from s2dm_jax.samplers import METHODS, image_keys, initial_noise, per_image_noise, scale_eps
@@ -169,10 +169,10 @@ def sample_batches(
             images = sampler(params, timesteps, seed, split_batch(first + np.arange(batch_size)))
             # The batch before is fetched while this one is computed.
             if waiting is not None:
-                yield np.asarray(waiting)
+                yield fetch(waiting)
                 bar.update(batch_size)
             waiting = images
-        yield np.asarray(waiting)[: num_images - first]
+        yield fetch(waiting)[: num_images - first]
 
 
 class Model(NamedTuple):
@@ -231,13 +231,13 @@ class Model(NamedTuple):
         return np.concatenate(list(batches))
 
 
-def load(workdir: str) -> Model:
-    """The newest checkpoint of the run in `workdir`, ready to sample from.
+def load(workdir: str, step: int | None = None) -> Model:
+    """The newest checkpoint of the run in `workdir` that verifies, or that of one step, to sample from.
 
     Raises:
-      config.UserError: if the folder holds no run, no checkpoint, or a damaged one.
+      config.UserError: if the folder holds no run, or no such checkpoint that is whole.
     """
-    run = load_run(workdir)
+    run = load_run(workdir, step)
     schedule = build_schedule(run.config)
     statistic = moments.kept(schedule, run.ema, moments_folder(workdir))
     ms_eps = statistic and statistic.ms_eps

@@ -42,7 +42,12 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     """
     options = config.sample
     workdirs = [workdir, *compared_workdirs(config)]
-    models = [_with_statistic(load(folder), folder, options) for folder in workdirs]
+    # The others' newest: their steps need not be those of this run.
+    steps = [options.checkpoint or None, *[None] * (len(workdirs) - 1)]
+    models = [
+        _with_statistic(load(folder, step), folder, options)
+        for folder, step in zip(workdirs, steps, strict=True)
+    ]
     settings = _settings(options, models)
     method, steps, evaluations = options.method, settings["steps"], settings["evaluations"]
     for folder, model in zip(workdirs, models, strict=True):

@@ -1,9 +1,11 @@
 """What a run tells while it runs: a progress bar or plain lines, `metrics.jsonl`, TensorBoard events."""
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,6 +17,8 @@ from tqdm import tqdm
 import s2dm_jax
 from s2dm_jax import unet
 from s2dm_jax.config import build_objective
+from s2dm_jax.hardware import memory_peak
+from s2dm_jax.parallel import is_lead
 from s2dm_jax.unet import UNetConfig
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -29,11 +33,12 @@ def describe(config: ConfigDict, network: UNetConfig, provenance: str, step: int
     if o.has_sequence:
         loss += f" + {o.lam:g}·L_sa (K = {o.K})"
     devices = jax.devices()
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
     return "\n".join(
         [
             f"s2dm_jax {s2dm_jax.__version__}, jax {jax.__version__}, {len(devices)} × "
-            f"{devices[0].device_kind}",
+            f"{devices[0].device_kind}{hosts}",
             f"data     {provenance}",
             f"network  UNet, {unet.num_params(network):,} parameters, activations in {network.dtype}",
             f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
@@ -47,10 +52,14 @@ def describe(config: ConfigDict, network: UNetConfig, provenance: str, step: int
 class MetricWriter:
     """Appends scalars to `metrics.jsonl` and TensorBoard events in `workdir`, pictures to the latter.
 
-    A resumed run computes the steps after its checkpoint again: their old lines are dropped first.
+    A resumed run computes the steps after its checkpoint again: their old lines are dropped first. Of several
+    processes only the first writes.
     """
 
     def __init__(self, workdir: str, resume_step: int):
+        self._writes = is_lead()
+        if not self._writes:
+            return
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= resume_step]
@@ -63,6 +72,8 @@ class MetricWriter:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records `values` as they stand after `step` steps."""
+        if not self._writes:
+            return
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
@@ -70,11 +81,13 @@ class MetricWriter:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a uint8 picture [H, W, C]."""
-        self._events.add_image(name, image, step, dataformats="HWC")
+        if self._writes:
+            self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        if self._writes:
+            self._lines.close()
+            self._events.close()
 
 
 def _step_of(line: str) -> float:
@@ -86,35 +99,126 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """Step, loss, images per second and time left: a bar on a terminal, a line now and then elsewhere."""
+    """Step, loss, speed and time left: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, start: int, total: int, images_per_step: int):
-        self._start, self._total, self._images_per_step = start, total, images_per_step
-        self._began = self._last_line = time.monotonic()
+    def __init__(
+        self, start: int, total: int, images_per_step: int, flops_per_step: float, peak: float | None
+    ):
+        """Begins to count time.
+
+        Args:
+          start: steps done before.
+          total: steps of the whole run.
+          images_per_step: of all devices together.
+          flops_per_step: likewise (`hardware.step_flops`).
+          peak: FLOP/s that all devices together could do, or None.
+        """
+        self._start, self._total = start, total
+        self._images, self._flops, self._peak = images_per_step, flops_per_step, peak
+        self._began = self._last_line = self._last_update = time.monotonic()
+        self._last_step, self._apart = start, 0.0
         self._shown = False
         self._bar = tqdm(
             total=total,
             initial=start,
-            disable=not sys.stderr.isatty(),
+            disable=not (is_lead() and sys.stderr.isatty()),
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]",
         )
 
-    def update(self, step: int, loss: float) -> float:
-        """Shows that `step` steps are done; returns images per second since the start."""
+    def update(self, step: int, loss: float) -> dict[str, float]:
+        """Shows that `step` steps are done.
+
+        Returns:
+          Of the steps since the last update: "step_seconds", "images_per_second",
+          "model_tflops_per_second", "mfu" (its share of the peak) where the peak is known; of the run:
+          "memory_peak_gb", "seconds_left".
+        """
         now = time.monotonic()
-        seconds_per_step = (now - self._began) / max(step - self._start, 1)
-        images_per_second = self._images_per_step / seconds_per_step
-        self._bar.set_postfix_str(f"loss {loss:.4g}, {images_per_second:,.0f} images/s", refresh=False)
+        step_seconds = (now - self._last_update - self._apart) / max(step - self._last_step, 1)
+        self._last_step, self._last_update, self._apart = step, now, 0.0
+        left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
+        speed = {
+            "step_seconds": step_seconds,
+            "images_per_second": self._images / step_seconds,
+            "model_tflops_per_second": self._flops / step_seconds / 1e12,
+        }
+        if self._peak:
+            speed["mfu"] = self._flops / step_seconds / self._peak
+        said = f"{speed['images_per_second']:,.0f} images/s"
+        said += f", {speed['mfu']:.0%} of peak" if self._peak else ""
+        self._bar.set_postfix_str(f"loss {loss:.4g}, {said}", refresh=False)
         self._bar.update(step - self._bar.n)
         due = now - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total or not self._shown
         self._shown = True
-        if self._bar.disable and due:
+        if self._bar.disable and due and is_lead():
             self._last_line = now
-            left = tqdm.format_interval(seconds_per_step * (self._total - step))
-            speed = f"{images_per_second:,.0f} images/s"
-            print(f"step {step:,}/{self._total:,}  loss {loss:.4g}  {speed}  {left} left", flush=True)
-        return images_per_second
+            line = f"step {step:,}/{self._total:,}  loss {loss:.4g}  {said}"
+            print(f"{line}  {tqdm.format_interval(left)} left", flush=True)
+        return {**speed, "memory_peak_gb": memory_peak() / 1e9, "seconds_left": left}
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keeps what happens inside out of the time per step."""
+        began = time.monotonic()
+        yield
+        self._apart += time.monotonic() - began
 
     def close(self) -> None:
         self._bar.close()
+
+
+class Profile:
+    """A trace of some steps for TensorBoard or Perfetto, in `workdir`/profile.
+
+    The first chunk is left out: it waits for what the others do not.
+    """
+
+    def __init__(self, workdir: str, start: int, steps: int):
+        self._folder, self._wanted = Path(workdir) / "profile", steps
+        self._start, self._from = start, None
+
+    def before_chunk(self, step: int) -> None:
+        """Starts the trace where it is due; the steps before `step` have been dispatched."""
+        if self._wanted and self._from is None and step > self._start:
+            jax.profiler.start_trace(str(self._folder))
+            self._from = step
+
+    def after_chunk(self, step: int, result) -> None:
+        """Ends the trace once it holds as many steps as were asked for."""
+        if self._from is not None and step - self._from >= self._wanted:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced."""
+        if self._wanted and self._from is not None:
+            jax.profiler.stop_trace()
+            self._wanted = 0
+            if is_lead():
+                print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
+
+
+def summarise(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:
+    """What a chunk of steps says about itself.
+
+    Args:
+      metrics: "levels" [n, 2, G], sums of L_simple and counts of the examples in each of G equal groups of
+        levels; everything else [n].
+      finite: bool [n], the steps that count.
+      T: number of levels.
+
+    Returns:
+      The mean of each metric, that of L_simple in each group of levels that occurred as "simple/t000-099",
+      and "skipped_steps" if there are some.
+    """
+    means = {name: float(values[finite].mean()) for name, values in metrics.items() if name != "levels"}
+    sums, counts = metrics["levels"][finite].astype(np.float64).sum(0)
+    edges = np.ceil(np.arange(len(sums) + 1) * T / len(sums)).astype(int)
+    digits = len(str(T - 1))
+    for i in np.flatnonzero(counts):
+        name = f"simple/t{edges[i]:0{digits}d}-{edges[i + 1] - 1:0{digits}d}"
+        means[name] = float(sums[i] / counts[i])
+    if not finite.all():
+        means["skipped_steps"] = int((~finite).sum())
+    return means

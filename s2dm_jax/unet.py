@@ -39,6 +39,7 @@ class UNetConfig:
       dropout: rate inside each residual block.
       resamp_with_conv: whether a convolution follows (up) or does (down) the resampling.
       dtype: of activations; parameters, norms, softmax, time embedding and output stay in float32.
+      remat: whether each block's activations are computed again in the backward pass instead of kept.
     """
 
     resolution: int
@@ -51,6 +52,7 @@ class UNetConfig:
     dropout: float = 0.0
     resamp_with_conv: bool = True
     dtype: str = "float32"
+    remat: bool = False
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
@@ -224,6 +226,9 @@ class UNet(nnx.Module):
             count = len(levels) * (2 * config.num_res_blocks + 1) + 2
             next_key = iter(jax.random.split(dropout_key, count)).__next__
 
+        def run(block, *inputs):
+            return jax.checkpoint(block)(*inputs) if config.remat else block(*inputs)
+
         temb = self.temb.dense["0"](timestep_embedding(t, config.ch))
         temb = self.temb.dense["1"](nnx.silu(temb))
 
@@ -232,24 +237,25 @@ class UNet(nnx.Module):
         for i in levels:
             level = self.down[str(i)]
             for j in range(config.num_res_blocks):
-                h = level.block[str(j)](h, temb, next_key())
+                h = run(level.block[str(j)], h, temb, next_key())
                 if str(j) in level.attn:
-                    h = level.attn[str(j)](h)
+                    h = run(level.attn[str(j)], h)
                 skips.append(h)
             if i != levels[-1]:
                 h = level.downsample.conv(h) if config.resamp_with_conv else _average_pool(h)
                 skips.append(h)
 
-        h = self.mid.block_1(h, temb, next_key())
-        h = self.mid.attn_1(h)
-        h = self.mid.block_2(h, temb, next_key())
+        h = run(self.mid.block_1, h, temb, next_key())
+        h = run(self.mid.attn_1, h)
+        h = run(self.mid.block_2, h, temb, next_key())
 
         for i in reversed(levels):
             level = self.up[str(i)]
             for j in range(config.num_res_blocks + 1):
-                h = level.block[str(j)](jnp.concatenate([h, skips.pop()], axis=-1), temb, next_key())
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = run(level.block[str(j)], h, temb, next_key())
                 if str(j) in level.attn:
-                    h = level.attn[str(j)](h)
+                    h = run(level.attn[str(j)], h)
             if i != 0:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
                 if config.resamp_with_conv:

@@ -69,12 +69,12 @@ def benchmark_losses(arguments):
     import jax
     import numpy as np
 
-    from s2dm_jax import losses, train, unet
+    from s2dm_jax import losses, train_step, unet
     from s2dm_jax.schedule import linear_schedule
 
     schedule = linear_schedule()
     network = _cifar10_network(unet, dropout=0.1)
-    optimizer = train.make_optimizer(2e-4, 1.0)
+    optimizer = train_step.make_optimizer(2e-4, 1.0)
     x0 = np.random.default_rng(0).uniform(-1, 1, (arguments.batch, 32, 32, 3)).astype(np.float32)
     one_call = functools.partial(unet.apply, network)
 
@@ -101,11 +101,11 @@ def benchmark_losses(arguments):
         def step(state, x0, key, objective=objective, apply=apply):
             draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
             draws = losses.draw(objective, draw_key, schedule.T, x0.shape)
-            return train.update(
+            return train_step.update(
                 apply, schedule, objective, optimizer, 0.9999, "initial", state, x0, draws, dropout_key
             )
 
-        state, key = train.init_state(network, optimizer, 0), jax.random.key(0)
+        state, key = train_step.init_state(network, optimizer, 0), jax.random.key(0)
         program = jax.jit(step, donate_argnums=0).lower(state, x0, key).compile()
         memory[name] = program.memory_analysis().temp_size_in_bytes
         steps[name] = _stepper(program, state, x0, key)

@@ -11,7 +11,7 @@ import pytest
 from conftest import group
 from test_unet import TINY, network_of
 
-from s2dm_jax import convert, losses, train, unet
+from s2dm_jax import convert, losses, train_step, unet
 from s2dm_jax.losses import Draws, Objective, paper, released
 from s2dm_jax.schedule import add_noise, cosine_schedule, linear_schedule
 
@@ -24,18 +24,18 @@ def published_run(arrays):
     network = network_of(arrays)
     params = convert.from_torch(group(arrays, "init/"), network)
     apply = functools.partial(unet.apply, network)
-    optimizer = train.make_optimizer(c["lr"], c["grad_clip"])
+    optimizer = train_step.make_optimizer(c["lr"], c["grad_clip"])
     if "skip_factors" in arrays:
         objective = released(skip=int(arrays["skip_factors"]) + 1, tau=float(arrays["tau"]))
         rest, second = arrays["e"][:, :0], arrays["e2"]
     else:
         objective = released(K=max(int(arrays["K"]), 1), lam=float(arrays["lam"]))
         rest, second = np.moveaxis(arrays["e_k"], 1, 2), [None] * len(arrays["t"])
-    state = train.TrainState(np.int32(0), params, params, optimizer.init(params))
+    state = train_step.TrainState(np.int32(0), params, params, optimizer.init(params))
 
     @jax.jit
     def step(state, x0, draws):
-        return train.update(
+        return train_step.update(
             apply, SCHEDULE, objective, optimizer, c["ema_rate"], "initial", state, x0, draws, None
         )
 

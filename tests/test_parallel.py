@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from s2dm_jax import checkpoint, train
+from s2dm_jax import checkpoint, train_step
 from s2dm_jax.config import build_network, from_json
 
 # What each process does: train a few steps, then leave the pictures that evaluation would draw.
@@ -37,8 +37,8 @@ def run_on(devices, workdir):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"devices {devices}"
     config = from_json((workdir / "config.json").read_text())
-    optimizer = train.make_optimizer(config.train.lr, config.train.grad_clip)
-    like = train.init_state(build_network(config), optimizer, 0)
+    optimizer = train_step.make_optimizer(config.train.lr, config.train.grad_clip)
+    like = train_step.init_state(build_network(config), optimizer, 0)
     return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like), np.load(
         workdir / "pictures.npy"
     )
@@ -49,9 +49,9 @@ def test_eight_devices_train_and_sample_like_one(tmp_path):
     eight, pictures_of_eight = run_on(8, tmp_path / "eight")
     # Adam divides by the gradient's size: where that is all but zero, rounding decides the direction, so the
     # weights are compared by how far they moved altogether.
-    start = train.init_state(
+    start = train_step.init_state(
         build_network(from_json((tmp_path / "one" / "config.json").read_text())),
-        train.make_optimizer(1e-4, 1.0),
+        train_step.make_optimizer(1e-4, 1.0),
         0,
     )
 

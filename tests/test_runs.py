@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from s2dm_jax import checkpoint, train
+from s2dm_jax import checkpoint, train_step
 from s2dm_jax.config import UserError, build_network, default_config, to_json
 from s2dm_jax.runs import load_run, read_config
 
@@ -35,8 +35,8 @@ def workdir(tmp_path_factory):
     config.model.attn_resolutions = ()
     config.sample.steps, config.eval.nfe = 10, (10,)
     (path / "config.json").write_text(to_json(config))
-    optimizer = train.make_optimizer(config.train.lr, config.train.grad_clip)
-    state = train.init_state(build_network(config), optimizer, seed=5)
+    optimizer = train_step.make_optimizer(config.train.lr, config.train.grad_clip)
+    state = train_step.init_state(build_network(config), optimizer, seed=5)
     state = state._replace(
         step=np.int32(7), ema=jax.tree.map(lambda leaf: np.asarray(leaf) * 0.5, state.params)
     )

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import s2dm_jax
-from s2dm_jax import checkpoint, heads, losses, pictures, sample_mode, train
+from s2dm_jax import checkpoint, heads, losses, pictures, sample_mode, train_step
 from s2dm_jax import sample as sampling
 from s2dm_jax.check import check_config
 from s2dm_jax.config import UserError, build_network, default_config, to_json
@@ -47,8 +47,8 @@ def workdir(tmp_path_factory):
     # Left in the config: what the command line says must replace it.
     config = small_config(nfe=0, steps=4)
     (path / "config.json").write_text(to_json(config))
-    optimizer = train.make_optimizer(config.train.lr, config.train.grad_clip)
-    state = train.init_state(build_network(config), optimizer, seed=0)
+    optimizer = train_step.make_optimizer(config.train.lr, config.train.grad_clip)
+    state = train_step.init_state(build_network(config), optimizer, seed=0)
     # The initial network changes little.
     ema = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, state.params)
     manager = checkpoint.open_checkpoints(path)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from s2dm_jax import checkpoint, train
+from s2dm_jax import checkpoint, train, train_step
 from s2dm_jax.config import UserError, build_network, default_config
 from s2dm_jax.unet import UNetConfig
 
@@ -52,7 +52,7 @@ def small_config(**changes):
 
 def final_state(workdir, config):
     network = build_network(config)
-    like = train.init_state(network, train.make_optimizer(1e-3, 1.0), 0)
+    like = train_step.init_state(network, train_step.make_optimizer(1e-3, 1.0), 0)
     return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
 
 
@@ -137,13 +137,15 @@ def test_first_signal_saves_and_says_how_to_go_on(tmp_path):
 def test_moving_average_starts_where_it_is_told():
     ema, params = {"w": np.float32(0)}, {"w": np.float32(1)}
     for start, expected in (("initial", 0.1), ("first_step", 1.0)):
-        np.testing.assert_allclose(train.update_ema(ema, params, 0.9, 0, start)["w"], expected, rtol=1e-6)
-        np.testing.assert_allclose(train.update_ema(ema, params, 0.9, 1, start)["w"], 0.1, rtol=1e-6)
+        np.testing.assert_allclose(
+            train_step.update_ema(ema, params, 0.9, 0, start)["w"], expected, rtol=1e-6
+        )
+        np.testing.assert_allclose(train_step.update_ema(ema, params, 0.9, 1, start)["w"], 0.1, rtol=1e-6)
 
 
 def test_initial_optimizer_state_is_optaxs():
     network = UNetConfig(8, 1, 1, 32, (1,), 1, ())
-    optimizer = train.make_optimizer(1e-3, 1.0)
-    state = train.init_state(network, optimizer, seed=0)
+    optimizer = train_step.make_optimizer(1e-3, 1.0)
+    state = train_step.init_state(network, optimizer, seed=0)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
     jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)

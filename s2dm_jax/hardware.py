@@ -1,0 +1,98 @@
+"""What a step costs and what a device could do: model FLOPs, peak rates, peak memory."""
+
+import resource
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from s2dm_jax import unet
+from s2dm_jax.unet import UNetConfig
+
+# Dense bfloat16 (V100, T4: float16) matrix products, TFLOP/s, of the makers' data sheets. The first name
+# that a device's begins with counts.
+_PEAK_TFLOPS = {
+    "NVIDIA GB200": 2500,
+    "NVIDIA B200": 2250,
+    "NVIDIA H200": 989,
+    "NVIDIA GH200": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H100": 989,
+    "NVIDIA A100": 312,
+    "NVIDIA A10": 125,
+    "NVIDIA L40S": 362,
+    "NVIDIA L4": 121,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA GeForce RTX 3090": 71,
+    "Tesla V100": 125,
+    "Tesla T4": 65,
+    "TPU v6": 918,
+    "TPU v5 lite": 197,
+    "TPU v5e": 197,
+    "TPU v5": 459,
+    "TPU v4": 275,
+    "TPU v3": 123,
+    "TPU v2": 45,
+}
+
+
+def peak_flops(dtype: str) -> float | None:
+    """FLOP/s that all devices together could do in matrix products; None where it is not known.
+
+    Args:
+      dtype: of the activations; float32's rate depends on settings and is not known.
+    """
+    kind = jax.devices()[0].device_kind
+    for name, tflops in _PEAK_TFLOPS.items():
+        if kind.startswith(name) and dtype == "bfloat16":
+            return tflops * 1e12 * jax.device_count()
+    return None
+
+
+def forward_flops(network: UNetConfig) -> int:
+    """FLOPs of one image's way through the network: two for each multiply-add of its matrix products and
+    convolutions; nothing else is counted."""
+    x = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, network.in_channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+    program = jax.make_jaxpr(lambda *inputs: unet.apply(network, *inputs))(unet.param_shapes(network), x, t)
+    return _count(program.jaxpr)
+
+
+def _count(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
+        if equation.primitive.name == "conv_general_dilated":
+            # Kernels are [KH, KW, I, O].
+            kernel, out = shapes[1], shapes[2]
+            total += 2 * out[0] * out[1] * out[2] * kernel[0] * kernel[1] * kernel[2] * kernel[3]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            elements = 1
+            for size in (*shapes[2], *(shapes[0][axis] for axis in contracted)):
+                elements *= size
+            total += 2 * elements
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
+            if hasattr(inner, "jaxpr"):
+                inner = inner.jaxpr
+            if hasattr(inner, "eqns"):
+                total += _count(inner)
+    return total
+
+
+def step_flops(network: UNetConfig, batch_size: int, num_levels: int) -> int:
+    """Model FLOPs of a training step: forward and, at twice the cost, backward; nothing computed again."""
+    return 3 * forward_flops(network) * batch_size * num_levels
+
+
+def memory_peak() -> int:
+    """The most bytes that the fullest of this host's devices held, or on CPU the process."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    if known:
+        return max(known)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

@@ -1,0 +1,192 @@
+"""One training step: the state, the update that the papers' code makes, a compiled chunk of steps."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from s2dm_jax import losses, unet
+from s2dm_jax.config import build_objective, build_schedule
+from s2dm_jax.data import batch_at
+from s2dm_jax.losses import Objective
+from s2dm_jax.parallel import on_all
+from s2dm_jax.schedule import NoiseSchedule
+from s2dm_jax.unet import UNetConfig
+
+# L_simple is told for as many equal groups of levels.
+_LEVEL_GROUPS = 10
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 [], number of steps done.
+      params, ema: nested dicts of float32 arrays, the weights and their moving average.
+      opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: dict
+    ema: dict
+    opt_state: optax.OptState
+
+
+def make_optimizer(lr: float, grad_clip: float) -> optax.GradientTransformation:
+    """Global-norm clipping and Adam as in the DDIM code: betas 0.9, 0.999, eps 1e-8, constant lr.
+
+    Args:
+      lr: learning rate.
+      grad_clip: largest global norm of the gradient; 0 for no clipping.
+    """
+    clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
+    return optax.chain(clip, optax.adam(lr))
+
+
+def init_state(network: UNetConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step; the moving average starts at the initial weights."""
+    params = unet.init_params(network, seed)
+    # Adam starts from zeros; made by numpy, because compiling the optimizer's own init takes a second.
+    opt_state = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params)
+    )
+    # Steps donate their buffers, so the average must not share them with the weights.
+    ema = jax.tree.map(np.copy, params)
+    return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state))
+
+
+def update_ema(ema: dict, params: dict, rate: float, step: jax.Array, start: str) -> dict:
+    """ema ← rate·ema + (1−rate)·params, with no warm-up.
+
+    Args:
+      ema, params: the average before and the weights after step number `step` (from 0).
+      rate: decay.
+      step: int [].
+      start: "initial": the average starts at the initial weights (DDIM code); "first_step": at the weights
+        after the first step (SA-DPM code).
+    """
+    if start == "first_step":
+        rate = jnp.where(step == 0, 0.0, rate)
+    return jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, ema, params)
+
+
+def update(
+    apply: Callable[..., jax.Array],
+    schedule: NoiseSchedule,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    ema_rate: float,
+    ema_start: str,
+    state: TrainState,
+    x0: jax.Array,
+    draws: losses.Draws,
+    dropout_key: jax.Array | None,
+    accumulate: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of the published training loop: gradient of the mean loss, clipping, Adam, moving average.
+
+    Args:
+      apply: the network, (params, x [N,H,W,C], t [N], dropout_key) → ε [N,H,W,C].
+      schedule, objective, optimizer, ema_rate, ema_start: what the step is made of.
+      state: before the step.
+      x0: images in [−1, 1], [B, H, W, C].
+      draws: levels and noise of the step.
+      dropout_key: None for no dropout.
+      accumulate: number of equal parts of the batch that go through the network one after another.
+
+    Returns:
+      The state after the step, and scalars: "loss", the mean of each of its terms, "grad_norm" before
+      clipping; and "levels", L_simple by groups of levels (`loss_by_level`).
+    """
+
+    def mean_loss(params, x0, draws, dropout_key):
+        def eps_fn(x, t):
+            return apply(params, x, t, dropout_key)
+
+        per_example, terms = losses.loss(eps_fn, schedule, objective, x0, draws)
+        levels = loss_by_level(terms["simple"], draws.t, schedule.T)
+        return per_example.mean(), {**jax.tree.map(jnp.mean, terms), "levels": levels}
+
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+    if accumulate == 1:
+        (loss, terms), grads = gradient(state.params, x0, draws, dropout_key)
+    else:
+        # Part i holds the images i, i + n, …, so that a batch split over devices stays in place.
+        parts = jax.tree.map(
+            lambda a: jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0), (x0, draws)
+        )
+
+        def add_part(total, part):
+            i, (x0, draws) = part
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+            (loss, terms), grads = gradient(state.params, x0, draws, key)
+            return jax.tree.map(jnp.add, total, grads), (loss, terms)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        total, (loss, terms) = jax.lax.scan(add_part, zeros, (jnp.arange(accumulate), parts))
+        grads = jax.tree.map(lambda g: g / accumulate, total)
+        levels = terms.pop("levels").sum(0)
+        loss, terms = loss.mean(), {**jax.tree.map(jnp.mean, terms), "levels": levels}
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, ema_rate, state.step, ema_start)
+    metrics = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+
+def loss_by_level(simple: jax.Array, t: jax.Array, T: int) -> jax.Array:
+    """Sums of L_simple [B] and counts of examples in equal groups of levels: float32 [2, groups]."""
+    groups = min(_LEVEL_GROUPS, T)
+    member = t[:, None] * groups // T == jnp.arange(groups)
+    return jnp.stack([jnp.where(member, simple[:, None], 0.0).sum(0), member.sum(0).astype(jnp.float32)])
+
+
+def make_chunk(
+    config: ConfigDict, network: UNetConfig, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """A function of (state, images, rows [n, B], key) that does n steps in one `lax.scan`.
+
+    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C].
+
+    Returns:
+      The function; it returns the new state and each metric as an array [n, …].
+    """
+    schedule, objective = build_schedule(config), build_objective(config)
+
+    def apply(params, *inputs):
+        if config.train.split_state:
+            # Weights that are split are put together for a step; their gradients are split by the update.
+            params = jax.lax.with_sharding_constraint(params, on_all())
+        return unet.apply(network, params, *inputs)
+
+    def chunk(state, images, rows, key):
+        def step(state, rows):
+            draw_key, dropout_key, flip_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+            x0 = batch_at(images, rows, flip_key if config.data.random_flip else None)
+            new, metrics = update(
+                apply,
+                schedule,
+                objective,
+                optimizer,
+                config.train.ema_rate,
+                config.train.ema_start,
+                state,
+                x0,
+                losses.draw(objective, draw_key, schedule.T, x0.shape),
+                dropout_key if network.dropout else None,
+                config.train.accumulate,
+            )
+            if config.train.on_nan == "skip":
+                finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+                kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+                new = kept._replace(step=new.step)
+            return new, metrics
+
+        return jax.lax.scan(step, state, rows)
+
+    return chunk
