@@ -104,11 +104,10 @@ def _told_in_one_sentence(manager):
         yield
     # Orbax and tensorstore raise ValueError for a write that failed as well as OSError.
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         whole = [int(p.name) for p in Path(manager.directory).iterdir() if p.name.isdigit()]
         left = f"step {max(whole):,}, saved before, is untouched" if whole else "none was saved before"
         raise UserError(
-            f"a checkpoint could not be written to {manager.directory} ({reason}); {left}; "
+            f"a checkpoint could not be written to {manager.directory} ({_reason(error)}); {left}; "
             "make room or mend the disk, and the same command goes on from there"
         ) from error
 
@@ -186,7 +185,7 @@ def _restore_verified(manager, step, abstract) -> tuple[State | None, str]:
         _read_through(folder / ("default" if old else "state"))
         about = {} if old else json.loads((folder / "about" / "metadata").read_text())
     except (ValueError, OSError) as error:
-        reason = _first_line(error)
+        reason = _reason(error)
     # What one process cannot read none may use: the others would wait for it for ever.
     if any_process(bool(reason)):
         return None, reason or "another process cannot read it"
@@ -199,7 +198,7 @@ def _restore_verified(manager, step, abstract) -> tuple[State | None, str]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         # ValueError is Orbax's for a structure that is not `like`'s; the others come from metadata that lack
         # a part.
-        reason = _first_line(error)
+        reason = _reason(error)
     if not reason and not old:
         expected, actual = about.get("digests", {}), digests(state)
         wrong = [name for name in actual if actual[name] != expected.get(name)]
@@ -211,8 +210,12 @@ def _restore_verified(manager, step, abstract) -> tuple[State | None, str]:
     return state, ""
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:120] or type(error).__name__
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {Path(error.filename).name}"
+    # tensorstore nests its errors, the innermost at the end of the line.
+    line = str(error).strip().partition("\n")[0].rpartition('": ')[2]
+    return line[:120] or type(error).__name__
 
 
 def _set_aside(manager, steps) -> None:

@@ -138,7 +138,8 @@ def run(argv: list[str]) -> None:
         check_preparable(config)
         prepare_workdir(_WORKDIR.value, config)
         prepare(config)
-    logging.set_verbosity(logging.ERROR)
+    # Orbax logs with a traceback what it also raises, and what is raised is told in one sentence.
+    logging.set_verbosity(logging.FATAL)
     # Compiled programs are kept, so that a second start takes seconds; the user's own settings win.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/s2dm_jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

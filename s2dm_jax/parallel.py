@@ -20,6 +20,8 @@ Tree = TypeVar("Tree")
 _IMAGES_PER_CPU_DEVICE = 16
 # Smaller arrays are not worth the traffic of splitting them.
 _LEAST_ELEMENTS = 2**12
+# The processes leave together; one that failed does not keep the others longer than this.
+_SECONDS_TO_LEAVE = 60
 # What the launchers that `jax.distributed` knows leave in the environment of each of several processes.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -50,7 +52,7 @@ def join_hosts(
     else:
         return
     try:
-        jax.distributed.initialize(**known)
+        jax.distributed.initialize(**known, shutdown_timeout_seconds=_SECONDS_TO_LEAVE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(

@@ -99,12 +99,14 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
         raise UserError(
             f"config.train.steps={steps} is less than the {step} steps that {workdir} has trained"
         )
+    params = gather(state.params)
     if is_lead():
         write_whole(workdir / "config.json", to_json(config))
         check_same_images(workdir, data.digest)
         (workdir / "samples").mkdir(exist_ok=True)
-        overview = parameter_overview.get_parameter_overview(state.params)
+        overview = parameter_overview.get_parameter_overview(params)
         (workdir / "parameters.txt").write_text(overview + "\n")
+    del params
     say(describe(config, network, data.provenance, step))
 
     # One stream orders the data, the other feeds the steps.

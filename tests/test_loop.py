@@ -1,0 +1,198 @@
+"""The loop of training around a toy network that compiles in a second: resume, faults, telemetry, parts."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import small_config
+
+from s2dm_jax import checkpoint, losses, train, train_step, unet
+from s2dm_jax.config import UserError, build_network, build_schedule
+from s2dm_jax.schedule import linear_schedule
+
+SHAPES = {"conv": {"kernel": (1, 16), "bias": (16,)}, "out": {"kernel": (16, 1)}}
+
+
+def toy(network, params, x, t, dropout_key=None):
+    """Two layers pixel by pixel, with dropout between them."""
+    h = jnp.tanh(x @ params["conv"]["kernel"] + params["conv"]["bias"] + t[:, None, None, None] / 1000)
+    if dropout_key is not None:
+        h = h * jax.random.bernoulli(dropout_key, 0.9, h.shape) / 0.9
+    return h @ params["out"]["kernel"]
+
+
+def toy_params(network, seed):
+    rng = np.random.default_rng(seed)
+    return {
+        layer: {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        for layer, shapes in SHAPES.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _toy_network(monkeypatch):
+    # Threefry, the default, takes XLA:CPU seconds to compile in each program.
+    monkeypatch.setattr(jax.random, "key", functools.partial(jax.random.key, impl="unsafe_rbg"))
+    monkeypatch.setattr(unet, "apply", toy)
+    monkeypatch.setattr(unet, "init_params", toy_params)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), toy_params(None, 0))
+    monkeypatch.setattr(unet, "param_shapes", lambda _: shapes)
+    results = {"rows": [], "provenance": {"metric": "none"}}
+    monkeypatch.setattr(
+        train,
+        "evaluate",
+        lambda config, *_: {"step": config.train.steps, "eval": config.eval.to_dict(), **results},
+    )
+
+
+def run_config(**changes):
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    defaults = {
+        "train.steps": 400,
+        "train.log_every": 50,
+        "train.sample_every": 400,
+        "train.checkpoint_every": 100,
+    }
+    return small_config(**{**defaults, **changes})
+
+
+def newest_state(workdir, config):
+    optimizer = train_step.make_optimizer(config.train.lr, config.train.grad_clip)
+    like = train_step.init_state(build_network(config), optimizer, 0)
+    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def straight(tmp_path):
+    """A run of 400 steps without a break."""
+    train.train(run_config(), tmp_path / "straight")
+    return tmp_path / "straight"
+
+
+def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tmp_path):
+    expected = newest_state(straight, run_config())
+    for log_every in (50, 40):
+        workdir = tmp_path / str(log_every)
+        train.train(run_config(train__steps=200, train__log_every=log_every), workdir)
+        train.train(run_config(train__log_every=log_every), workdir)
+        jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_exactness(straight, capsys):
+    expected = newest_state(straight, run_config())
+    (straight / "results.json").unlink()
+    manifest = straight / "checkpoints" / "400" / "state" / "manifest.ocdbt"
+    manifest.write_bytes(b"")
+    train.train(run_config(), straight)
+    told = capsys.readouterr()
+    assert "the checkpoint of step 400 is damaged" in told.err
+    assert "from step 300 of 400" in told.out
+    jax.tree.map(np.testing.assert_array_equal, newest_state(straight, run_config()), expected)
+    assert (straight / "damaged_checkpoints" / "400").is_dir()
+
+
+def poison(monkeypatch, steps):
+    """Makes the noise of some steps infinite."""
+    draw = losses.draw
+
+    def bad_draw(objective, key, T, shape):
+        draws = draw(objective, key, T, shape)
+        data = jax.random.key_data(key).reshape(-1)[0]
+        is_bad = jnp.isin(data, jnp.asarray(keys))
+        return draws._replace(noise=jnp.where(is_bad, jnp.inf, draws.noise))
+
+    step_key = jax.random.split(jax.random.key(0))[1]
+    keys = [
+        jax.random.key_data(jax.random.split(jax.random.fold_in(step_key, step), 3)[0])[0] for step in steps
+    ]
+    monkeypatch.setattr(losses, "draw", bad_draw)
+
+
+def test_stop_keeps_the_last_good_checkpoint_and_skip_goes_on_from_it(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, [130, 170])
+    with pytest.raises(
+        UserError, match=r"not finite from step 130 on, seen in steps 100 to 149; the last good che"
+    ):
+        train.train(run_config(train__steps=200), tmp_path / "run")
+    assert int(newest_state(tmp_path / "run", run_config()).step) == 100
+    train.train(run_config(train__steps=200, train__on_nan="skip"), tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "skipped 1 steps whose loss or gradient is not finite (130)" in told
+    state = newest_state(tmp_path / "run", run_config())
+    assert int(state.step) == 200
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    # Adam counts its own steps: two were left out.
+    assert int(state.opt_state[1][0].count) == 198
+    assert [line.get("skipped_steps") for line in lines(tmp_path / "run")[2:]] == [1, 1]
+
+
+def test_no_data_come_from_the_host_while_steps_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "split_batch", lambda x, axis: np.asarray(x))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train.train(run_config(), tmp_path / "run")
+
+
+def test_what_a_run_tells(straight):
+    assert [line["step"] for line in lines(straight)] == list(range(50, 401, 50))
+    last = lines(straight)[-1]
+    told = {"loss", "simple", "skip", "sa", "grad_norm", "step_seconds", "images_per_second", "seconds_left"}
+    assert told | {"model_tflops_per_second", "memory_peak_gb"} < last.keys()
+    assert "mfu" not in last, "a CPU's peak is not known"
+    groups = {name for name in last if name.startswith("simple/t")}
+    assert groups == {f"simple/t{i}00-{i}99" for i in range(10)}
+    assert last["seconds_left"] == 0
+
+
+def test_loss_by_level_adds_up():
+    T, t = 25, jnp.asarray([0, 2, 3, 24, 24])
+    sums, counts = train_step.loss_by_level(jnp.asarray([1.0, 2.0, 4.0, 8.0, 16.0]), t, T)
+    # Ten groups of 25 levels begin at 0, 3 (2.5 rounded up), …, 23.
+    np.testing.assert_array_equal(counts, [2, 1, 0, 0, 0, 0, 0, 0, 0, 2])
+    np.testing.assert_array_equal(sums, [3, 4, 0, 0, 0, 0, 0, 0, 0, 24])
+
+
+def test_profile_traces_some_steps(tmp_path):
+    train.train(run_config(train__steps=150, train__profile_steps=60), tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
+    schedule, objective = linear_schedule(), losses.paper(skip=10, K=2, lam=1.0)
+    optimizer = train_step.make_optimizer(1e-3, 1.0)
+    network = build_network(small_config())
+    state = train_step.init_state(network, optimizer, 0)
+
+    @jax.jit
+    def step_in_parts():
+        x0 = jax.random.uniform(jax.random.key(1), (12, 8, 8, 1), minval=-1)
+        draws = losses.draw(objective, jax.random.key(2), 1000, x0.shape)
+        made_of = functools.partial(toy, network), schedule, objective, optimizer, 0.99, "initial"
+        return [train_step.update(*made_of, state, x0, draws, None, accumulate) for accumulate in (1, 3)]
+
+    (one, metrics), (parts, metrics_of_parts) = step_in_parts()
+    for a, b in ((metrics, metrics_of_parts), (one.opt_state, parts.opt_state)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), a, b)
+
+
+def test_batch_that_does_not_go_into_parts_and_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(UserError, match=r"batch_size=8 must be a multiple of 16: of the 4 devices times"):
+        train.train(run_config(train__accumulate=4), tmp_path / "run")
+
+
+def test_best_checkpoint_is_the_lowest_mean_loss(tmp_path):
+    config = run_config(train__keep_best="loss", train__keep_checkpoints=1)
+    train.train(config, tmp_path / "run")
+    told = lines(tmp_path / "run")
+    means = {told[i + 1]["step"]: told[i]["loss"] + told[i + 1]["loss"] for i in range(0, len(told), 2)}
+    best = min(means, key=means.get)
+    kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {best, 400}
+    assert build_schedule(config).T == 1000
