@@ -131,7 +131,8 @@ def copy_to_all(tree: Tree) -> Tree:
 def key_on_all(key: jax.Array) -> jax.Array:
     """A random key, on every device."""
     # `device_put` refuses keys where another process owns some of the devices.
-    return jax.random.wrap_key_data(copy_to_all(np.asarray(jax.random.key_data(key))))
+    data = copy_to_all(np.asarray(jax.random.key_data(key)))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
 def gather(tree: Tree) -> Tree:

@@ -110,7 +110,8 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
     say(describe(config, network, data.provenance, step))
 
     # One stream orders the data, the other feeds the steps.
-    order_key, step_key = jax.random.split(jax.random.key(config.train.seed))
+    # Of other generators the order of the data would depend on the chunks' length.
+    order_key, step_key = jax.random.split(jax.random.key(config.train.seed, impl="threefry2x32"))
     step_key = key_on_all(step_key)
     feed = make_feed(data.train, order_key, batch_size, steps, config.data.device_share)
     say(f"images   {feed.told}")

@@ -3,6 +3,7 @@
 python scripts/benchmark.py digits    # seconds from launch to first step and to the last line, memory
 python scripts/benchmark.py losses    # a training step with each objective against the plain one
 python scripts/benchmark.py data      # preparing 60,000 JPEGs; a training step fed in each way
+python scripts/benchmark.py train     # a training step against plain PyTorch's (--device=gpu on a GPU)
 python scripts/benchmark.py samplers  # a 10-evaluation DDIM scan against ten jitted forward calls
 """
 
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import benchmark_train as training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -253,14 +256,17 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for function in (benchmark_digits, benchmark_losses, benchmark_data, benchmark_samplers):
+    functions = benchmark_digits, training.benchmark_train, benchmark_losses, benchmark_data, benchmark_samplers
+    for function in functions:
         name = function.__name__.removeprefix("benchmark_")
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(run=function)
+        if name == "train":
+            training.add_arguments(sub)
         if name == "data":
             archive = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.xz"
             sub.add_argument("--archive", type=Path, default=archive, help=f"images to prepare ({archive})")
-        if name != "digits":
+        if name not in ("digits", "train"):
             sub.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
             sub.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     arguments = parser.parse_args()

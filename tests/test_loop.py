@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,18 @@ SHAPES = {"conv": {"kernel": (1, 16), "bias": (16,)}, "out": {"kernel": (16, 1)}
 
 
 def toy(network, params, x, t, dropout_key=None):
-    """Two layers pixel by pixel, with dropout between them."""
+    """Two layers pixel by pixel."""
     h = jnp.tanh(x @ params["conv"]["kernel"] + params["conv"]["bias"] + t[:, None, None, None] / 1000)
-    if dropout_key is not None:
-        h = h * jax.random.bernoulli(dropout_key, 0.9, h.shape) / 0.9
     return h @ params["out"]["kernel"]
+
+
+def cheap_draw(objective, key, T, shape):
+    """Levels and noise of a kind: XLA:CPU takes seconds to compile real ones, in every program anew."""
+    word = jax.random.key_data(key)[0]
+    t = (word + 7919 * jnp.arange(shape[0], dtype=jnp.uint32)) % T
+    pixels = jnp.arange(np.prod(shape) * objective.num_levels, dtype=jnp.uint32)
+    noise = jnp.sin((word % 1000 + pixels * 31).astype(jnp.float32))
+    return losses.Draws(t.astype(jnp.int32), noise.reshape(shape[0], -1, *shape[1:]), None)
 
 
 def toy_params(network, seed):
@@ -32,10 +40,15 @@ def toy_params(network, seed):
     }
 
 
-@pytest.fixture(autouse=True)
-def _toy_network(monkeypatch):
-    # Threefry, the default, takes XLA:CPU seconds to compile in each program.
-    monkeypatch.setattr(jax.random, "key", functools.partial(jax.random.key, impl="unsafe_rbg"))
+@pytest.fixture(scope="module", autouse=True)
+def _toy_network():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replace_what_compiles(monkeypatch)
+        yield
+
+
+def replace_what_compiles(monkeypatch):
+    monkeypatch.setattr(losses, "draw", cheap_draw)
     monkeypatch.setattr(unet, "apply", toy)
     monkeypatch.setattr(unet, "init_params", toy_params)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), toy_params(None, 0))
@@ -51,6 +64,8 @@ def _toy_network(monkeypatch):
 def run_config(**changes):
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     defaults = {
+        "model.dropout": 0.0,
+        "data.random_flip": False,
         "train.steps": 400,
         "train.log_every": 50,
         "train.sample_every": 400,
@@ -69,11 +84,12 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def straight(tmp_path):
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
     """A run of 400 steps without a break."""
-    train.train(run_config(), tmp_path / "straight")
-    return tmp_path / "straight"
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train.train(run_config(), workdir)
+    return workdir
 
 
 def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tmp_path):
@@ -85,17 +101,18 @@ def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tm
         jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
 
 
-def test_a_damaged_checkpoint_costs_steps_but_no_exactness(straight, capsys):
+def test_a_damaged_checkpoint_costs_steps_but_no_exactness(straight, tmp_path, capsys):
     expected = newest_state(straight, run_config())
-    (straight / "results.json").unlink()
-    manifest = straight / "checkpoints" / "400" / "state" / "manifest.ocdbt"
-    manifest.write_bytes(b"")
-    train.train(run_config(), straight)
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    (workdir / "results.json").unlink()
+    (workdir / "checkpoints" / "400" / "state" / "manifest.ocdbt").write_bytes(b"")
+    train.train(run_config(), workdir)
     told = capsys.readouterr()
     assert "the checkpoint of step 400 is damaged" in told.err
     assert "from step 300 of 400" in told.out
-    jax.tree.map(np.testing.assert_array_equal, newest_state(straight, run_config()), expected)
-    assert (straight / "damaged_checkpoints" / "400").is_dir()
+    jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
+    assert (workdir / "damaged_checkpoints" / "400").is_dir()
 
 
 def poison(monkeypatch, steps):
@@ -104,8 +121,7 @@ def poison(monkeypatch, steps):
 
     def bad_draw(objective, key, T, shape):
         draws = draw(objective, key, T, shape)
-        data = jax.random.key_data(key).reshape(-1)[0]
-        is_bad = jnp.isin(data, jnp.asarray(keys))
+        is_bad = jnp.isin(jax.random.key_data(key)[0], jnp.asarray(keys))
         return draws._replace(noise=jnp.where(is_bad, jnp.inf, draws.noise))
 
     step_key = jax.random.split(jax.random.key(0))[1]
@@ -168,10 +184,10 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     optimizer = train_step.make_optimizer(1e-3, 1.0)
     network = build_network(small_config())
     state = train_step.init_state(network, optimizer, 0)
+    x0 = np.random.default_rng(1).uniform(-1, 1, (12, 8, 8, 1)).astype(np.float32)
 
     @jax.jit
     def step_in_parts():
-        x0 = jax.random.uniform(jax.random.key(1), (12, 8, 8, 1), minval=-1)
         draws = losses.draw(objective, jax.random.key(2), 1000, x0.shape)
         made_of = functools.partial(toy, network), schedule, objective, optimizer, 0.99, "initial"
         return [train_step.update(*made_of, state, x0, draws, None, accumulate) for accumulate in (1, 3)]
