@@ -163,7 +163,7 @@ def _time_feeds(arguments, folder: Path):
     import jax
     import numpy as np
 
-    from s2dm_jax import train
+    from s2dm_jax import train_step
     from s2dm_jax.config import build_network, default_config
     from s2dm_jax.feed import make_feed
     from s2dm_jax.parallel import copy_to_all, on_all, use_all_cores
@@ -176,15 +176,17 @@ def _time_feeds(arguments, folder: Path):
     np.save(folder / "images.npy", images)
     mapped = np.load(folder / "images.npy", mmap_mode="r")
     steps = length * (arguments.rounds + 2)
-    network, optimizer = build_network(config), train.make_optimizer(2e-4, 1.0)
+    network, optimizer = build_network(config), train_step.make_optimizer(2e-4, 1.0)
     feeds = {
         name: make_feed(mapped, jax.random.key(0), arguments.batch, steps, share)
         for name, share in (("on the device", 1.0), ("memory-mapped", 0.0))
     }
     for name, feed in feeds.items():
         print(f"{name}: {feed.told}")
-    chunk = jax.jit(train.make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=on_all())
-    held = [copy_to_all(train.init_state(network, optimizer, 0))]
+    chunk = jax.jit(
+        train_step.make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=on_all()
+    )
+    held = [copy_to_all(train_step.init_state(network, optimizer, 0))]
     key, constant = copy_to_all(jax.random.key(1)), feeds["memory-mapped"].batches(0, length)
     compiled = {}
 
@@ -256,7 +258,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    functions = benchmark_digits, training.benchmark_train, benchmark_losses, benchmark_data, benchmark_samplers
+    functions = (
+        benchmark_digits,
+        training.benchmark_train,
+        benchmark_losses,
+        benchmark_data,
+        benchmark_samplers,
+    )
     for function in functions:
         name = function.__name__.removeprefix("benchmark_")
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)

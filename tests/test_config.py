@@ -41,6 +41,15 @@ BAD_COMMANDS = [
     (["surplus"], "'surplus' is not a flag"),
     (["--mode=fly"], "should be one of <train|sample>"),
     (["--workdir="], "--workdir is missing"),
+    (["--num_processes=2"], "--coordinator is missing: --coordinator=HOST:PORT, --num_processes=N and"),
+    (
+        ["--coordinator=host", "--num_processes=2", "--process_id=0"],
+        "--coordinator=host is not HOST:PORT; for example --coordinator=node0:1234",
+    ),
+    (
+        ["--coordinator=host:1", "--num_processes=2", "--process_id=2"],
+        "--process_id=2 is out of range: with --num_processes=2 it must be from 0 to 1",
+    ),
 ]
 
 

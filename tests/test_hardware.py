@@ -1,0 +1,89 @@
+"""What a step costs and a device can do; what recomputation changes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from s2dm_jax import unet
+from s2dm_jax.hardware import forward_flops, memory_peak, peak_flops, step_flops
+from s2dm_jax.unet import UNetConfig
+
+TINY = UNetConfig(8, 1, 1, 32, (1,), 1, (8,))
+
+
+@pytest.mark.parametrize(
+    ("network", "multiply_adds"),
+    [
+        (UNetConfig(32, 3, 3, 128, (1, 2, 2, 2), 2, (16,)), 6.222e9),
+        (UNetConfig(64, 3, 3, 128, (1, 2, 2, 2, 4), 2, (16,)), 24.05e9),
+    ],
+)
+def test_forward_flops_of_the_published_networks(network, multiply_adds):
+    """The counts that were taken from the published PyTorch code (design.md)."""
+    np.testing.assert_allclose(forward_flops(network), 2 * multiply_adds, rtol=2e-3)
+
+
+def test_recomputation_is_not_counted():
+    assert forward_flops(remat(TINY)) == forward_flops(TINY)
+    assert step_flops(TINY, batch_size=8, num_levels=2) == 3 * 8 * 2 * forward_flops(TINY)
+
+
+def remat(network):
+    return dataclasses.replace(network, remat=True)
+
+
+class FakeDevice:
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("cpu", None),
+    ],
+)
+def test_peak_is_that_of_all_devices_in_bfloat16(monkeypatch, kind, tflops):
+    monkeypatch.setattr(jax, "devices", lambda: [FakeDevice(kind)] * 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert peak_flops("bfloat16") == (tflops and 4e12 * tflops)
+    assert peak_flops("float32") is None
+
+
+def test_memory_peak_grows_with_what_is_held():
+    before = memory_peak()
+    block = np.ones(before // 8 // 4 * 5)
+    assert memory_peak() > before
+    assert block[0] == 1
+
+
+def gradient(network):
+    def loss(params, x):
+        return unet.apply(network, params, x, np.ones(len(x), np.float32), jax.random.key(1)).var()
+
+    return jax.grad(loss)
+
+
+def test_each_block_is_computed_again_if_asked():
+    x = np.zeros((2, 8, 8, 1), np.float32)
+    text = str(jax.make_jaxpr(gradient(remat(TINY)))(unet.init_params(TINY, 0), x))
+    # Two blocks and one attention down, three and two in the middle and up again, …
+    blocks = 1 + 1 + 3 + 2 + 2
+    assert text.count("prevent_cse") == blocks
+    assert "prevent_cse" not in str(jax.make_jaxpr(gradient(TINY))(unet.init_params(TINY, 0), x))
+
+
+@pytest.mark.slow
+def test_computing_again_changes_nothing():
+    network = UNetConfig(8, 1, 1, 32, (1, 2), 1, (4,), dropout=0.1)
+    params = unet.init_params(network, 0)
+    x = np.random.default_rng(0).standard_normal((4, 8, 8, 1), np.float32)
+    plain, again = (jax.jit(gradient(n))(params, x) for n in (network, remat(network)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
