@@ -13,16 +13,10 @@ from s2dm_jax.unet import UNetConfig
 TINY = UNetConfig(8, 1, 1, 32, (1,), 1, (8,))
 
 
-@pytest.mark.parametrize(
-    ("network", "multiply_adds"),
-    [
-        (UNetConfig(32, 3, 3, 128, (1, 2, 2, 2), 2, (16,)), 6.222e9),
-        (UNetConfig(64, 3, 3, 128, (1, 2, 2, 2, 4), 2, (16,)), 24.05e9),
-    ],
-)
-def test_forward_flops_of_the_published_networks(network, multiply_adds):
-    """The counts that were taken from the published PyTorch code (design.md)."""
-    np.testing.assert_allclose(forward_flops(network), 2 * multiply_adds, rtol=2e-3)
+def test_forward_flops_of_the_published_network():
+    """The count that was taken from the published PyTorch code for CIFAR-10 (design.md)."""
+    network = UNetConfig(32, 3, 3, 128, (1, 2, 2, 2), 2, (16,))
+    np.testing.assert_allclose(forward_flops(network), 2 * 6.222e9, rtol=2e-3)
 
 
 def test_recomputation_is_not_counted():

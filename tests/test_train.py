@@ -66,7 +66,7 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_its_files(straight):
     workdir, _ = straight
-    names = {p.name for p in workdir.iterdir()}
+    names = {p.name for p in workdir.iterdir() if p.name != ".lock"}
     expected = {"config.json", "parameters.txt", "metrics.jsonl", "tensorboard", "samples", "checkpoints"}
     assert names == expected | {"results.json", "results.md"}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -93,11 +93,11 @@ def test_resume_is_exact_at_any_chunk_size(straight, tmp_path):
 
 def test_a_finished_run_says_so_and_does_nothing(straight, capsys, monkeypatch):
     workdir, config = straight
-    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name != ".lock"}
     monkeypatch.setattr(train, "init_state", None)
     train.train(config, workdir)
     assert "is finished: 4 steps" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name != ".lock"} == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
