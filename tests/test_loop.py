@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_train import small_config
 
-from s2dm_jax import checkpoint, losses, train, train_step, unet
+from s2dm_jax import checkpoint, feed, losses, train, train_step, unet
 from s2dm_jax.config import UserError, build_network, build_schedule
 from s2dm_jax.schedule import linear_schedule
 
@@ -150,7 +150,7 @@ def test_stop_keeps_the_last_good_checkpoint_and_skip_goes_on_from_it(tmp_path, 
 
 
 def test_no_data_come_from_the_host_while_steps_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "split_batch", lambda x, axis: np.asarray(x))
+    monkeypatch.setattr(feed, "split_batch", lambda x, axis: np.asarray(x))
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train.train(run_config(), tmp_path / "run")
 
