@@ -4,6 +4,7 @@ Batches are split over all devices. Everything else is whole on each, or, if ask
 average and the optimizer's moments are split as well (ZeRO; Rajbhandari et al. 2020).
 """
 
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -47,13 +48,16 @@ def join_hosts(
             "num_processes": num_processes,
             "process_id": process_id,
         }
-    elif _under_a_launcher():
+    elif _has_companions() or _on_tpu_vm():
         known = {}
     else:
         return
     try:
         jax.distributed.initialize(**known, shutdown_timeout_seconds=_SECONDS_TO_LEAVE)
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and not coordinator and not _has_companions():
+            # A TPU on its own, as in a notebook: there is no cluster to find.
+            return
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"the processes of this run did not find each other ({reason}); start all of them together, or "
@@ -61,14 +65,20 @@ def join_hosts(
         ) from error
 
 
-def _under_a_launcher() -> bool:
+def _has_companions() -> bool:
+    """Whether a launcher says that this is one of several processes."""
     environment = os.environ
     slurm = all(name in environment for name in _SLURM) and int(environment["SLURM_NTASKS"]) > 1
     mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-    # GKE sets the first; a TPU VM of GCE is known by its devices.
+    # GKE sets these.
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
-    pod = "," in hosts or os.path.exists("/dev/accel0") or "MEGASCALE_COORDINATOR_ADDRESS" in environment
-    return slurm or mpi or pod
+    return slurm or mpi or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this may be a host of a TPU pod of GCE, which only its metadata server knows."""
+    devices = "/dev/accel0", "/dev/vfio/0"
+    return importlib.util.find_spec("libtpu") is not None and any(map(os.path.exists, devices))
 
 
 def is_lead() -> bool:

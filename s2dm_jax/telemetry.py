@@ -212,6 +212,8 @@ def summarise(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dic
       The mean of each metric, that of L_simple in each group of levels that occurred as "simple/t000-099",
       and "skipped_steps" if there are some.
     """
+    if not finite.any():
+        return {"skipped_steps": len(finite)}
     means = {name: float(values[finite].mean()) for name, values in metrics.items() if name != "levels"}
     sums, counts = metrics["levels"][finite].astype(np.float64).sum(0)
     edges = np.ceil(np.arange(len(sums) + 1) * T / len(sums)).astype(int)

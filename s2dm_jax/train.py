@@ -154,7 +154,7 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
         skipped = check_finite(finite, first, config.train.on_nan, saved, skipped)
         means = summarise(metrics, finite, schedule.T)
         since_save.append(means)
-        writer.scalars(last, {**means, **progress.update(last, means["loss"])})
+        writer.scalars(last, {**means, **progress.update(last, means.get("loss", np.nan))})
 
     def draw_samples():
         batches = sample_batches(

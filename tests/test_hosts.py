@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from s2dm_jax import checkpoint, train_step
-from s2dm_jax.config import build_network, from_json
+from s2dm_jax import checkpoint, parallel, train_step
+from s2dm_jax.config import UserError, build_network, from_json
 from s2dm_jax.parallel import join_hosts
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +123,18 @@ def test_launchers_are_recognised(monkeypatch, environment, joins):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **known: joined.append(known))
     join_hosts()
     assert len(joined) == joins
+
+
+def test_a_tpu_on_its_own_stays_alone_but_a_cluster_that_fails_is_told(monkeypatch):
+    def no_cluster(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    monkeypatch.setattr(parallel, "_on_tpu_vm", lambda: True)
+    join_hosts()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    with pytest.raises(UserError, match=r"did not find each other \(coordinator_address should be defined"):
+        join_hosts()
 
 
 def test_flags_are_passed_on(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_train import small_config
 
-from s2dm_jax import checkpoint, feed, losses, train, train_step, unet
+from s2dm_jax import checkpoint, feed, losses, telemetry, train, train_step, unet
 from s2dm_jax.config import UserError, build_network, build_schedule
 from s2dm_jax.schedule import linear_schedule
 
@@ -164,6 +164,11 @@ def test_what_a_run_tells(straight):
     groups = {name for name in last if name.startswith("simple/t")}
     assert groups == {f"simple/t{i}00-{i}99" for i in range(10)}
     assert last["seconds_left"] == 0
+
+
+def test_a_chunk_without_a_finite_step_has_no_means():
+    metrics = {"loss": np.full(3, np.nan), "levels": np.full((3, 2, 10), np.nan)}
+    assert telemetry.summarise(metrics, np.zeros(3, bool), 1000) == {"skipped_steps": 3}
 
 
 def test_loss_by_level_adds_up():
