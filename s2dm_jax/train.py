@@ -85,6 +85,12 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
             f"{jax.device_count()} devices times config.train.accumulate={config.train.accumulate}"
         )
 
+    if is_lead():
+        # First of all: a folder that holds anything without it is not taken for a run.
+        write_whole(workdir / "config.json", to_json(config))
+        check_same_images(workdir, data.digest)
+        (workdir / "samples").mkdir(exist_ok=True)
+
     # Its state: new, or the newest checkpoint's.
     state = init_state(network, optimizer, config.train.seed)
     shardings = state_shardings(state, config.train.split_state)
@@ -101,9 +107,6 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
         )
     params = gather(state.params)
     if is_lead():
-        write_whole(workdir / "config.json", to_json(config))
-        check_same_images(workdir, data.digest)
-        (workdir / "samples").mkdir(exist_ok=True)
         overview = parameter_overview.get_parameter_overview(params)
         (workdir / "parameters.txt").write_text(overview + "\n")
     del params
