@@ -17,9 +17,11 @@ training and the skip-step term make one network evaluation per image and step, 
 K = 2: ddpm and s2 are evaluated after STEPS steps (as many as the others) and after 2*STEPS (as many
 evaluations). ddpm is also sampled with its output scaled as training with the skip term would scale it.
 
-The table has mean and standard deviation over the seeds of the Frechet distance in the features of a
-classifier of the data set (not FID). Every run is evaluated from the same noise. What was done is not done
-again: the same command goes on after an interruption."""
+The first table has mean and standard deviation over the seeds of the Frechet distance in the features of a
+classifier of the data set (not FID), the second those of the difference between two runs of one seed, which
+begin with the same weights and see the same batches. Every run is evaluated from the same noise.
+
+What was done is not done again: the same command goes on after an interruption."""
 _EXAMPLE = """\
 example (digits, 5 seeds of 500 steps, about an hour on 2 cores):
   python scripts/compare_objectives.py runs/objectives"""
@@ -79,17 +81,48 @@ def results_of(args: argparse.Namespace, method: str, seed: int, steps: int, ski
     return results
 
 
+def distances_of(runs: list[dict]) -> list[list[float]]:
+    """Distances [run][number of evaluations]."""
+    return [[row["distance"] for row in run["rows"] if row["evaluations"]] for run in runs]
+
+
+def name_of(method: str, skip_scale: int) -> str:
+    """An objective, and what its output is scaled by, as a table has it."""
+    return method + (f", ε scaled (skip {skip_scale})" if skip_scale else "")
+
+
 def table(args: argparse.Namespace, results: dict) -> str:
     """Mean ± standard deviation over seeds, a row for each objective, training length and scale."""
     rows = []
     for (method, steps, skip_scale), runs in results.items():
-        name = method + (f", ε scaled (skip {skip_scale})" if skip_scale else "")
-        per_run = ([row["distance"] for row in run["rows"] if row["evaluations"]] for run in runs)
-        distances = zip(*per_run, strict=True)
-        cells = [f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in distances]
-        rows.append([name, f"{steps:,}", f"{steps * _METHODS[method][0]:,}", *cells])
+        per_budget = zip(*distances_of(runs), strict=True)
+        cells = [f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in per_budget]
+        evaluations = steps * _METHODS[method][0]
+        rows.append([name_of(method, skip_scale), f"{steps:,}", f"{evaluations:,}", *cells])
     header = ["objective", "steps", "evaluations per image of a batch", *args.nfe.split(",")]
     return markdown_table(header, rows)
+
+
+def differences(args: argparse.Namespace, results: dict) -> str:
+    """The same of one row less another, seed by seed."""
+    few, many = args.steps, 2 * args.steps
+    pairs = [
+        (("s2", few, 0), ("ddpm", few, 0)),
+        (("s2", few, 0), ("ddpm", few, _SKIP)),
+        (("s2", many, 0), ("ddpm", many, 0)),
+        (("s2", many, 0), ("ddpm", many, _SKIP)),
+        (("sa", few, 0), ("ddpm", few, 0)),
+        (("sa", few, 0), ("ddpm", many, 0)),
+        (("s2sa", few, 0), ("sa", few, 0)),
+    ]
+    rows = []
+    for one, other in pairs:
+        per_seed = zip(distances_of(results[one]), distances_of(results[other]), strict=True)
+        less = [[a - b for a, b in zip(*both, strict=True)] for both in per_seed]
+        cells = [f"{statistics.mean(d):+.2f} ± {statistics.stdev(d):.2f}" for d in zip(*less, strict=True)]
+        names = [f"{name_of(method, scale)}, {steps:,} steps" for method, steps, scale in (one, other)]
+        rows.append([" less ".join(names), *cells])
+    return markdown_table(["difference", *args.nfe.split(",")], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
                         results.setdefault((method, steps, skip_scale), []).append(one)
         text = table(args, results)
         floor, *_, ceiling = (row["distance"] for row in one["rows"])
-        text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n"
+        text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n\n"
+        text += differences(args, results) + "\n"
         (Path(args.out) / "table.md").write_text(text)
         print(f"\n{text}")
     except UserError as error:
