@@ -19,12 +19,12 @@ Hours on one H100: not measured. Computed from 23.4 ms a step, the arithmetic al
 (design.md): no less than 2.6 for ddpm and s2, 19.8 for sa_2 and 5.2 for s2_10+sa_2.
 """
 
-from s2dm_jax.config import default_config, set_method
+from s2dm_jax.config import HEADS, default_config, set_head, set_method
 
 
 def get_config(method: str = "s2_10"):
     c = default_config()
-    set_method(c, method)
+    set_method(c, "ddpm" if method in HEADS else method)
     only_sa = c.loss.K > 1 and not c.loss.skip
     c.data.name = "celeba"
     c.data.random_flip = True
@@ -41,4 +41,7 @@ def get_config(method: str = "s2_10"):
     c.sample.batch_size = 100
     c.eval.num_images = 50_000
     c.eval.batch_size = 100
+    if method in HEADS:
+        set_head(c, method)
+        c.train.steps = 500_000
     return c

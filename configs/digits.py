@@ -3,10 +3,11 @@
     python -m s2dm_jax.main --config=configs/digits.py --workdir=runs/digits
 
 The method follows a colon: `digits.py:ddpm` (plain), `:s2` (skip-step term), `:sa` (sequence-aware term),
-`:s2sa` (both, the default).
+`:s2sa` (both, the default). `:sn` and `:npr` train a second head on the network of the run that
+--config.head.base names.
 """
 
-from s2dm_jax.config import default_config
+from s2dm_jax.config import HEADS, default_config, set_head
 
 METHODS = {
     "ddpm": {},
@@ -17,8 +18,8 @@ METHODS = {
 
 
 def get_config(method: str = "s2sa"):
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
+    if method not in METHODS and method not in HEADS:
+        raise ValueError(f"method {method!r} is not known; choose one of {', '.join((*METHODS, *HEADS))}")
     c = default_config()
     c.data.name = "digits"
     c.model.ch = 32
@@ -26,7 +27,7 @@ def get_config(method: str = "s2sa"):
     c.model.num_res_blocks = 1
     c.model.attn_resolutions = (4,)
     c.model.dropout = 0.0
-    c.loss.update(METHODS[method])
+    c.loss.update(METHODS.get(method, {}))
     c.train.steps = 1_050
     c.train.batch_size = 64
     c.train.lr = 1e-3
@@ -35,4 +36,8 @@ def get_config(method: str = "s2sa"):
     c.train.sample_every = 350
     c.train.checkpoint_every = 350
     c.eval.num_images = 500
+    if method in HEADS:
+        set_head(c, method)
+        c.train.lr = 1e-3
+        c.train.steps = 500
     return c

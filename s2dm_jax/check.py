@@ -7,7 +7,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from s2dm_jax.config import FIELDS, IMAGES, OPTIONAL, UserError, flatten, image_shape
+from s2dm_jax.config import FIELDS, HEADS, IMAGES, OPTIONAL, UserError, flatten, image_shape
 from s2dm_jax.methods import FACTS, GRID_NAMES, OPTIONS, plan
 
 # field: (lowest, highest), both allowed; None: no bound.
@@ -68,7 +68,7 @@ _CHOICES = {
     "loss.window_ends": ("inner", "all"),
     "loss.sa_norm": ("K^2", "K"),
     "loss.reduction": ("sum", "mean"),
-    "head.kind": ("", "sn", "npr"),
+    "head.kind": ("", *HEADS),
     "train.ema_start": ("initial", "first_step"),
     "train.on_nan": ("stop", "skip"),
     "train.keep_best": ("", "loss", "simple", "skip", "sa", "grad_norm"),
@@ -183,6 +183,11 @@ def _check_training(fields: dict) -> None:
         raise UserError(
             f"config.train.accumulate={parts} does not divide config.train.batch_size={batch} evenly; "
             "the parts of a batch must be equal"
+        )
+    if fields["head.kind"] and parts > 1:
+        raise UserError(
+            f"config.train.accumulate={parts} does not go with config.head.kind={fields['head.kind']!r}, "
+            "whose steps keep no activations; it must be 1"
         )
     best = fields["train.keep_best"]
     missing = (best == "skip" and not fields["loss.skip"]) or (best == "sa" and fields["loss.K"] == 1)

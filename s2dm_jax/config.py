@@ -66,11 +66,11 @@ def default_config() -> ConfigDict:
     c.loss.reduction = placeholder(str)
     c.loss.antithetic = placeholder(bool)
 
-    # The second head of SN- or NPR-DPM, trained on the frozen network of another run.
+    # A second head, "sn" or "npr", trained on the frozen network of another run (its workdir), whose dropout
+    # is on or off.
     c.head = ConfigDict()
     c.head.kind = ""
     c.head.base = ""
-    c.head.base_sha256 = ""
     c.head.dropout = False
 
     c.train = ConfigDict()
@@ -156,6 +156,8 @@ METHODS = {
     "sa_4": {"K": 4, "lam": 0.2},
 }
 SCHEDULES = ("linear", "cosine")
+# Second heads of a trained network (SN-, NPR-DPM), as methods of a config.
+HEADS = ("sn", "npr")
 
 _DEFAULT = default_config()
 FIELDS = {f"{group}.{name}": _DEFAULT[group].get_type(name) for group in _DEFAULT for name in _DEFAULT[group]}
@@ -188,6 +190,15 @@ def set_method(config: ConfigDict, method: str) -> None:
             config.diffusion.schedule = part
         else:
             config.loss.update(METHODS[part])
+
+
+def set_head(config: ConfigDict, kind: str) -> None:
+    """Makes a config that of a second head, with the released code's Adam: 1e-4, no clipping."""
+    config.head.kind = kind
+    config.train.lr = 1e-4
+    config.train.grad_clip = 0.0
+    config.sample.method = kind
+    config.sample.grid = "linspace"
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int]:

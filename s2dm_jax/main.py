@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from s2dm_jax import runs
 from s2dm_jax.check import allowed_type, check_config
 from s2dm_jax.config import FIELDS, UserError
+from s2dm_jax.head_runs import with_base
 from s2dm_jax.prepare import check_preparable, prepare
 from s2dm_jax.runs import compared_workdirs, prepare_workdir, read_config
 
@@ -134,6 +135,7 @@ def run(argv: list[str]) -> None:
     if _MODE.value == "sample":
         config = _sampling_config(given, config)
     else:
+        config = _head_config(given, config)
         check_config(config)
         check_preparable(config)
         prepare_workdir(_WORKDIR.value, config)
@@ -156,6 +158,17 @@ def run(argv: list[str]) -> None:
         use_all_cores(config.train.batch_size // (_NUM_PROCESSES.value or 1))
         join_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         train(config, _WORKDIR.value)
+
+
+def _head_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:
+    """The config of a head with what it has from its base; any other config as it is."""
+    for flag in given:
+        if config.head.kind and flag.startswith(("config.data.", "config.diffusion.", "config.model.")):
+            raise UserError(
+                f"--{flag} cannot be changed with config.head.kind={config.head.kind!r}, which takes it from "
+                "the run in config.head.base"
+            )
+    return with_base(config)
 
 
 def _sampling_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:

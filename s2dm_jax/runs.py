@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _MAY_CHANGE = (
     # Whether the images are the same is told by their hash.
     "data.source",
+    # Whether it is the same network is told by the hash of its weights.
+    "head.base",
     "data.bad_limit",
     "data.device_share",
     "train.steps",
@@ -181,19 +183,21 @@ def _git_commit() -> str | None:
 
 
 class Run(NamedTuple):
-    """A trained network and where it comes from.
+    """A trained network and where it comes from; of a head's run its base's network.
 
     Attributes:
       config: the run's config, checked.
       network: the network that `ema` belongs to.
       ema: nested dict of float32 arrays, the moving average of the weights: what to sample from.
-      step: number of training steps behind it.
+      step: number of training steps behind it, or behind the head.
+      head: moving average of the weights of its second head, or None.
     """
 
     config: ConfigDict
     network: "UNetConfig"
     ema: dict
     step: int
+    head: dict | None = None
 
 
 def read_config(workdir: str) -> ConfigDict:
@@ -262,11 +266,12 @@ def load_run(workdir: str, step: int | None = None) -> Run:
 
     import jax
 
-    from s2dm_jax import checkpoint, unet
+    from s2dm_jax import checkpoint, heads, unet
+    from s2dm_jax.head_runs import load_base
     from s2dm_jax.train_step import TrainState, make_optimizer
 
     network = build_network(config)
-    params = unet.param_shapes(network)
+    params = (heads if config.head.kind else unet).param_shapes(network)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     like = TrainState(
         jax.ShapeDtypeStruct((), np.int32), params, params, jax.eval_shape(optimizer.init, params)
@@ -278,6 +283,8 @@ def load_run(workdir: str, step: int | None = None) -> Run:
         manager.close()
     if state is None:
         raise _no_checkpoint(workdir)
+    if config.head.kind:
+        return Run(config, network, load_base(workdir, config), int(state.step), state.ema)
     return Run(config, network, state.ema, int(state.step))
 
 

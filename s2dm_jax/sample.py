@@ -241,7 +241,8 @@ def load(workdir: str, step: int | None = None) -> Model:
     schedule = build_schedule(run.config)
     statistic = moments.kept(schedule, run.ema, moments_folder(workdir))
     ms_eps = statistic and statistic.ms_eps
-    return Model(run.config, run.network, schedule, run.ema, run.step, ms_eps)
+    head = None if run.head is None else Head(run.config.head.kind, run.head)
+    return Model(run.config, run.network, schedule, run.ema, run.step, ms_eps, head)
 
 
 def moments_folder(workdir: str) -> Path:

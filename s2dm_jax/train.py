@@ -16,7 +16,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from s2dm_jax import checkpoint
+from s2dm_jax import checkpoint, heads
 from s2dm_jax.config import (
     UserError,
     build_network,
@@ -29,8 +29,12 @@ from s2dm_jax.data import load_dataset
 from s2dm_jax.evaluate import evaluate, results_table
 from s2dm_jax.faults import check_finite, finite_steps, stop_on_signals
 from s2dm_jax.feed import make_feed
-from s2dm_jax.hardware import peak_flops, step_flops
+from s2dm_jax.hardware import forward_flops, peak_flops, step_flops
+from s2dm_jax.head_runs import load_base
+from s2dm_jax.heads import Head
+from s2dm_jax.methods import FACTS
 from s2dm_jax.parallel import (
+    copy_to_all,
     gather,
     is_lead,
     key_on_all,
@@ -40,9 +44,9 @@ from s2dm_jax.parallel import (
 )
 from s2dm_jax.report import image_grid, save_png
 from s2dm_jax.runs import check_same_images, open_workdir, origin, write_whole
-from s2dm_jax.sample import configure, how, sample_batches
+from s2dm_jax.sample import Model, how, sample_batches
 from s2dm_jax.telemetry import MetricWriter, Profile, Progress, describe, summarise
-from s2dm_jax.train_step import init_state, make_chunk, make_optimizer
+from s2dm_jax.train_step import init_state, make_chunk, make_optimizer, new_state
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -84,6 +88,11 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
             f"config.train.batch_size={batch_size} must be a multiple of {parts}: of the "
             f"{jax.device_count()} devices times config.train.accumulate={config.train.accumulate}"
         )
+    if FACTS[config.sample.method].needs == "ms_eps":
+        raise UserError(
+            f"config.sample.method={config.sample.method!r} cannot show a training as it goes on: its "
+            "statistic is of a network that stays; train with ddim, and use it with --mode=sample"
+        )
 
     if is_lead():
         # First of all: a folder that holds anything without it is not taken for a run.
@@ -92,7 +101,13 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
         (workdir / "samples").mkdir(exist_ok=True)
 
     # Its state: new, or the newest checkpoint's.
-    state = init_state(network, optimizer, config.train.seed)
+    if config.head.kind:
+        frozen = copy_to_all(load_base(workdir, config))
+        state = new_state(heads.init_params(network, config.train.seed), optimizer)
+        flops = forward_flops(network) * batch_size
+    else:
+        frozen, state = None, init_state(network, optimizer, config.train.seed)
+        flops = step_flops(network, batch_size, build_objective(config).num_levels)
     shardings = state_shardings(state, config.train.split_state)
     manager = checkpoint.open_checkpoints(
         workdir, config.train.keep_checkpoints, config.train.keep_every, config.train.keep_best
@@ -125,18 +140,16 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
     def compile_chunk(rows):
         began = time.monotonic()
         say(f"compiling {len(rows)} training steps as one program …")
-        program = chunk.lower(state, feed.images, rows, step_key).compile()
+        program = chunk.lower(state, feed.images, rows, step_key, frozen).compile()
         say(f"compiled in {time.monotonic() - began:.1f} s")
         return program
 
     length = min(config.train.log_every, steps - step)
     programs = {length: compile_chunk(feed.batches(step, length))} if length else {}
-    sampler, timesteps = configure(network, schedule, **how(config.sample))
 
     # What it tells, and what it listens to.
     writer = MetricWriter(workdir, step)
     held.callback(writer.close)
-    flops = step_flops(network, batch_size, build_objective(config).num_levels)
     progress = Progress(step, steps, batch_size, flops, peak_flops(network.dtype))
     held.callback(progress.close)
     profile = Profile(workdir, step, config.train.profile_steps)
@@ -159,10 +172,19 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
         since_save.append(means)
         writer.scalars(last, {**means, **progress.update(last, means.get("loss", np.nan))})
 
+    def trained():
+        """The run so far, as what samples."""
+        ema = gather(state.ema)
+        if frozen is None:
+            return Model(config, network, schedule, ema, step)
+        return Model(config, network, schedule, frozen, step, head=Head(config.head.kind, ema))
+
     def draw_samples():
+        model = trained()
+        sampler, timesteps = model.sampler(**how(config.sample))
         batches = sample_batches(
             sampler,
-            gather(state.ema),
+            model.params,
             timesteps,
             seed=config.sample.seed,
             num_images=config.sample.num_images,
@@ -195,7 +217,7 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
         profile.before_chunk(step)
         # All that the steps need is on the devices.
         with jax.transfer_guard("disallow"):
-            state, metrics = programs[length](state, feed.images, rows, step_key)
+            state, metrics = programs[length](state, feed.images, rows, step_key, frozen)
         # The previous chunk's metrics are read while this one runs.
         report()
         first, step = step, step + length

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from s2dm_jax import losses, unet
+from s2dm_jax import heads, losses, unet
 from s2dm_jax.config import build_objective, build_schedule
 from s2dm_jax.data import batch_at
 from s2dm_jax.losses import Objective
 from s2dm_jax.parallel import on_all
-from s2dm_jax.schedule import NoiseSchedule
+from s2dm_jax.schedule import NoiseSchedule, add_noise
 from s2dm_jax.unet import UNetConfig
 
 # L_simple is told for as many equal groups of levels.
@@ -49,7 +49,11 @@ def make_optimizer(lr: float, grad_clip: float) -> optax.GradientTransformation:
 
 def init_state(network: UNetConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step; the moving average starts at the initial weights."""
-    params = unet.init_params(network, seed)
+    return new_state(unet.init_params(network, seed), optimizer)
+
+
+def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, from initial weights."""
     # Adam starts from zeros; made by numpy, because compiling the optimizer's own init takes a second.
     opt_state = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params)
@@ -132,11 +136,59 @@ def update(
         levels = terms.pop("levels").sum(0)
         loss, terms = loss.mean(), {**jax.tree.map(jnp.mean, terms), "levels": levels}
 
+    metrics = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
+    return apply_gradient(optimizer, ema_rate, ema_start, state, grads), metrics
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation, ema_rate: float, ema_start: str, state: TrainState, grads: dict
+) -> TrainState:
+    """The state after a step with this gradient: clipping, Adam, moving average."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema, params, ema_rate, state.step, ema_start)
+    return TrainState(state.step + 1, params, ema, opt_state)
+
+
+def update_head(
+    network: UNetConfig,
+    kind: str,
+    schedule: NoiseSchedule,
+    optimizer: optax.GradientTransformation,
+    ema_rate: float,
+    ema_start: str,
+    frozen: dict,
+    state: TrainState,
+    x0: jax.Array,
+    draws: losses.Draws,
+    dropout_key: jax.Array | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of SN- or NPR-DPM's training (Bao et al. 2022b): the head learns, the network stays.
+
+    Args:
+      network, frozen: the network and its weights.
+      kind: "sn" or "npr".
+      schedule, optimizer, ema_rate, ema_start: what the step is made of.
+      state: of the head, before the step.
+      x0: images in [−1, 1], [B, H, W, C].
+      draws: levels and noise of the step.
+      dropout_key: None for no dropout in the frozen network.
+
+    Returns:
+      The head's state after the step, and metrics as `update`'s; "simple" and "levels" are the network's.
+    """
+    noise = draws.noise[:, 0]
+    x_t = add_noise(schedule, x0, draws.t, noise)
+
+    def mean_loss(head_params):
+        eps_hat, head = heads.apply(network, frozen, head_params, x_t, draws.t, dropout_key)
+        simple = jnp.square(noise - eps_hat).sum((1, 2, 3))
+        terms = {"simple": simple.mean(), "levels": loss_by_level(simple, draws.t, schedule.T)}
+        return heads.loss(kind, noise, eps_hat, head).mean(), terms
+
+    (loss, terms), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     metrics = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    return apply_gradient(optimizer, ema_rate, ema_start, state, grads), metrics
 
 
 def loss_by_level(simple: jax.Array, t: jax.Array, T: int) -> jax.Array:
@@ -149,14 +201,17 @@ def loss_by_level(simple: jax.Array, t: jax.Array, T: int) -> jax.Array:
 def make_chunk(
     config: ConfigDict, network: UNetConfig, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A function of (state, images, rows [n, B], key) that does n steps in one `lax.scan`.
+    """A function of (state, images, rows [n, B], key, frozen) that does n steps in one `lax.scan`.
 
-    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C].
+    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `frozen` are the weights of
+    the network whose head is trained, or None.
 
     Returns:
       The function; it returns the new state and each metric as an array [n, …].
     """
-    schedule, objective = build_schedule(config), build_objective(config)
+    schedule, accumulate = build_schedule(config), config.train.accumulate
+    # A head's levels and noise are drawn as plain training's.
+    objective = losses.paper() if config.head.kind else build_objective(config)
 
     def apply(params, *inputs):
         if config.train.split_state:
@@ -164,23 +219,22 @@ def make_chunk(
             params = jax.lax.with_sharding_constraint(params, on_all())
         return unet.apply(network, params, *inputs)
 
-    def chunk(state, images, rows, key):
+    def chunk(state, images, rows, key, frozen=None):
         def step(state, rows):
             draw_key, dropout_key, flip_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
             x0 = batch_at(images, rows, flip_key if config.data.random_flip else None)
-            new, metrics = update(
-                apply,
-                schedule,
-                objective,
-                optimizer,
-                config.train.ema_rate,
-                config.train.ema_start,
-                state,
-                x0,
-                losses.draw(objective, draw_key, schedule.T, x0.shape),
-                dropout_key if network.dropout else None,
-                config.train.accumulate,
-            )
+            draws = losses.draw(objective, draw_key, schedule.T, x0.shape)
+            how = optimizer, config.train.ema_rate, config.train.ema_start
+            if config.head.kind:
+                dropout_key = dropout_key if config.head.dropout else None
+                new, metrics = update_head(
+                    network, config.head.kind, schedule, *how, frozen, state, x0, draws, dropout_key
+                )
+            else:
+                dropout_key = dropout_key if network.dropout else None
+                new, metrics = update(
+                    apply, schedule, objective, *how, state, x0, draws, dropout_key, accumulate
+                )
             if config.train.on_nan == "skip":
                 finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
                 kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
