@@ -12,8 +12,8 @@ _EXTRAPOLATION_POINTS = 15
 _ROWS = 1000
 
 
-class Moments(NamedTuple):
-    """Count, mean and centred sum of products of vectors that come in batches.
+class FeatureSums(NamedTuple):
+    """Count, mean and centred sums of products of feature vectors that come in batches.
 
     Attributes:
       count: number of vectors so far.
@@ -26,46 +26,46 @@ class Moments(NamedTuple):
     products: np.ndarray
 
 
-def no_moments(dimensions: int) -> Moments:
-    """The moments of no vectors of D = `dimensions` numbers."""
-    return Moments(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
+def no_features(dimensions: int) -> FeatureSums:
+    """The sums over no vectors of D = `dimensions` numbers."""
+    return FeatureSums(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
 
 
-def add_moments(moments: Moments, features: np.ndarray) -> Moments:
-    """The moments with a batch more (Chan, Golub & LeVeque 1979: nothing cancels, in whatever batches).
+def add_features(sums: FeatureSums, features: np.ndarray) -> FeatureSums:
+    """The sums over a batch more (Chan, Golub & LeVeque 1979: nothing cancels, in whatever batches).
 
     Args:
-      moments: of the vectors before.
+      sums: of the vectors before.
       features: real [N,D], N ≥ 1, finite.
 
     Raises:
       ValueError: for another shape or a value that is not finite.
     """
     features = _checked(features, "features", 1)
-    if features.shape[1] != len(moments.mean):
-        raise ValueError(f"features must have {len(moments.mean)} columns, got {features.shape[1]}")
+    if features.shape[1] != len(sums.mean):
+        raise ValueError(f"features must have {len(sums.mean)} columns, got {features.shape[1]}")
     mean = features.mean(axis=0)
     centred = features - mean
-    count = moments.count + len(features)
-    shift = mean - moments.mean
-    between = moments.count * len(features) / count
-    return Moments(
+    count = sums.count + len(features)
+    shift = mean - sums.mean
+    between = sums.count * len(features) / count
+    return FeatureSums(
         count,
-        moments.mean + shift * (len(features) / count),
-        moments.products + centred.T @ centred + np.outer(shift, shift) * between,
+        sums.mean + shift * (len(features) / count),
+        sums.products + centred.T @ centred + np.outer(shift, shift) * between,
     )
 
 
-def statistics_of(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+def statistics_of(sums: FeatureSums) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased covariance, as `feature_statistics` gives for all vectors at once.
 
     Raises:
       ValueError: for fewer than two vectors.
     """
-    if moments.count < 2:
-        raise ValueError(f"features must hold at least 2 vectors for a covariance, got {moments.count}")
-    _warn_if_singular(moments.count, len(moments.mean))
-    return moments.mean, moments.products / (moments.count - 1)
+    if sums.count < 2:
+        raise ValueError(f"features must hold at least 2 vectors for a covariance, got {sums.count}")
+    _warn_if_singular(sums.count, len(sums.mean))
+    return sums.mean, sums.products / (sums.count - 1)
 
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

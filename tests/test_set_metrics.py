@@ -5,13 +5,13 @@ import pytest
 import scipy.linalg
 
 from s2dm_jax.metrics import (
-    add_moments,
+    add_features,
     extrapolated_distance,
     feature_statistics,
     frechet_distance,
     inception_score,
     kernel_distance,
-    no_moments,
+    no_features,
     precision_recall,
     statistics_of,
 )
@@ -21,11 +21,11 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def moments_in_batches(features, size):
-    moments = no_moments(features.shape[1])
+def sums_in_batches(features, size):
+    sums = no_features(features.shape[1])
     for start in range(0, len(features), size):
-        moments = add_moments(moments, features[start : start + size])
-    return moments
+        sums = add_features(sums, features[start : start + size])
+    return sums
 
 
 def test_frechet_distance_equals_scipys_matrix_root():
@@ -39,19 +39,19 @@ def test_frechet_distance_equals_scipys_matrix_root():
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 200])
-def test_moments_do_not_depend_on_the_batches(size):
+def test_sums_do_not_depend_on_the_batches(size):
     # A mean that is large beside the spread: sums of plain squares would lose nine of the sixteen digits.
     features = 1000 + 0.01 * normal(3, 200, 5)
-    moments = moments_in_batches(features, size)
-    assert moments.count == 200
-    mean, cov = statistics_of(moments)
+    sums = sums_in_batches(features, size)
+    assert sums.count == 200
+    mean, cov = statistics_of(sums)
     np.testing.assert_allclose(mean, features.mean(0), rtol=1e-12)
     np.testing.assert_allclose(cov, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-12)
 
 
 def test_a_set_in_other_batches_is_at_zero_from_itself():
     features = np.abs(normal(4, 500, 64))
-    one, other = (statistics_of(moments_in_batches(features, size)) for size in (500, 33))
+    one, other = (statistics_of(sums_in_batches(features, size)) for size in (500, 33))
     assert frechet_distance(*one, *other) < 1e-6
 
 
@@ -60,15 +60,15 @@ def test_fewer_images_than_features_warn_and_stay_finite():
     with pytest.warns(RuntimeWarning, match="20 images are too few for a covariance of 50 features"):
         one = feature_statistics(features)
     with pytest.warns(RuntimeWarning, match="singular"):
-        other = statistics_of(moments_in_batches(features + 1, 6))
+        other = statistics_of(sums_in_batches(features + 1, 6))
     assert frechet_distance(*one, *other) == pytest.approx(50, rel=1e-9)
 
 
-def test_moments_refuse_other_widths_and_single_vectors():
+def test_sums_refuse_other_widths_and_single_vectors():
     with pytest.raises(ValueError, match="features must have 3 columns, got 2"):
-        add_moments(no_moments(3), np.zeros((4, 2)))
+        add_features(no_features(3), np.zeros((4, 2)))
     with pytest.raises(ValueError, match="at least 2 vectors for a covariance, got 1"):
-        statistics_of(add_moments(no_moments(3), np.zeros((1, 3))))
+        statistics_of(add_features(no_features(3), np.zeros((1, 3))))
 
 
 def test_extrapolation_removes_the_bias_of_few_samples():
@@ -89,10 +89,10 @@ def test_extrapolation_refuses_few_vectors():
 
 def test_kernel_distance_of_gaussians_on_a_line():
     # D = 1: E(xy+1)³ = E(x³)E(y³) + 3E(x²)E(y²) + 3E(x)E(y) + 1, so MMD² = 9·0 + 3(σ₁²−σ₂²)² for means 0.
-    x, y = normal(8, 60_000, 1), 1.5 * normal(9, 60_000, 1)
+    x, y = normal(8, 6000, 1), 1.5 * normal(9, 6000, 1)
     value, error = kernel_distance(x, y)
     assert value == pytest.approx(3 * (1 - 2.25) ** 2, abs=4 * error)
-    assert error < 0.2
+    assert 0 < error < 1
 
 
 def test_standard_error_of_the_kernel_distance_is_that_of_repetitions():
