@@ -125,6 +125,7 @@ def comparison_table(runs: Sequence[Evaluated]) -> str:
 def plot_distances(runs: Sequence[Evaluated]):
     """A matplotlib figure: distance against network evaluations, both axes logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -140,6 +141,8 @@ def plot_distances(runs: Sequence[Evaluated]):
     axes.set_yscale("log")
     axes.set_xticks(budgets, map(str, budgets))
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.set(
         xlabel="network evaluations per image",
         ylabel=runs[0].results["provenance"].get("distance", "Fréchet distance"),

@@ -24,7 +24,7 @@ from s2dm_jax.data import Dataset, load_dataset
 from s2dm_jax.features import Features, build_features
 from s2dm_jax.methods import FACTS
 from s2dm_jax.parallel import split_batch
-from s2dm_jax.reference import Reference, digest_of, image_batches, load_reference
+from s2dm_jax.reference import Reference, digest_of, hash_of_images, image_batches, load_reference
 from s2dm_jax.report import to_uint8
 from s2dm_jax.results import results_table, write_results, write_whole
 from s2dm_jax.runs import hash_of
@@ -144,6 +144,8 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         "activations": model.network.dtype,
     }
 
+    scaled = f", skip_scale {options.skip_scale}" if options.skip_scale else ""
+
     def row(name, evaluations, depends_on, batches):
         measured = _kept(
             Path(workdir) / "evaluations" / "cells",
@@ -180,11 +182,13 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
 
         return in_batches(compute, count, at_once)
 
-    rows = [row("real (floor)", None, {"images": hash_of([others])}, real)]
+    rows = [row("real (floor)", None, {"images": hash_of_images(others)}, real)]
     for cell in cells:
         steps = len(cell.timesteps(schedule.T))
         depends_on = {**trained, "cell": {**cell._asdict(), "steps": steps}, **_known(model, cell.method)}
-        rows.append({**row(cell.name, cell.nfe, depends_on, lambda cell=cell: sampled(cell)), "steps": steps})
+        rows.append(
+            {**row(cell.name + scaled, cell.nfe, depends_on, lambda cell=cell: sampled(cell)), "steps": steps}
+        )
     rows.append(row("noise (ceiling)", None, {"images": "noise"}, noise))
     floor, ceiling = rows[0]["distance"], rows[-1]["distance"]
     for each in rows:

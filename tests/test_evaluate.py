@@ -12,7 +12,7 @@ from s2dm_jax import unet
 from s2dm_jax.check import check_config, check_evaluation_files
 from s2dm_jax.config import UserError, default_config
 from s2dm_jax.data import Dataset
-from s2dm_jax.features import build_features
+from s2dm_jax.features import FeaturesMissing, build_features
 from s2dm_jax.metrics import feature_statistics, frechet_distance
 from s2dm_jax.reference import image_batches, load_reference
 from s2dm_jax.sample import Model
@@ -150,7 +150,7 @@ def test_other_weights_seeds_and_options_are_measured_anew(config, data, sampled
 def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):
     model = Model(config, NETWORK, linear_schedule(20), unet.init_params(NETWORK, 0), 7)
     monkeypatch.setattr(evaluation, "load", lambda _: model)
-    monkeypatch.setitem(evaluation.DATASETS, "digits", lambda: data)
+    monkeypatch.setattr(evaluation, "load_dataset", lambda _: data)
     config.eval.update({"nfe": (2,), "num_images": 24})
     texts = []
     for name, batch_size in (("a", 16), ("b", 16), ("c", 5)):
@@ -241,12 +241,10 @@ def test_auto_falls_back_to_the_classifier_and_says_why(config, monkeypatch, cap
     config.eval.features = "auto"
     assert feature_functions.resolve(config, labelled=True) == "classifier"
     assert not capsys.readouterr().out
-    with config.unlocked():
-        config.data.name = "photographs"
+    config.data.name = "cifar10"
     assert feature_functions.resolve(config, labelled=True) == "classifier"
     assert "is no FID: the weights cannot be fetched; get them" in capsys.readouterr().out
-    with pytest.raises(UserError, match="cannot be fetched"):
+    with pytest.raises(FeaturesMissing, match="cifar10 has no labels, and the weights cannot be fetched"):
         feature_functions.resolve(config, labelled=False)
-    monkeypatch.setattr(feature_functions.inception_weights, "inception_params", dict)
     monkeypatch.setattr(feature_functions.inception_weights, "inception_params", lambda *_: {})
     assert feature_functions.resolve(config, labelled=True) == "inception"
