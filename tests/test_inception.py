@@ -134,9 +134,7 @@ def test_other_files_are_refused_in_one_sentence(tmp_path, cache):
         inception_weights.inception_params(str(path))
     with pytest.raises(UserError, match=r"does not hold the FID Inception's weights: fc\.weight is missing"):
         inception_weights.inception_params(str(path), sha256(path))
-    with pytest.raises(
-        UserError, match=r"missing\.pth cannot be read \(No such file.*get it from https://github\.com/"
-    ):
+    with pytest.raises(UserError, match=r"missing\.pth cannot be read \(No such file.*get it from "):
         inception_weights.inception_params(str(tmp_path / "missing.pth"))
     assert not list(cache.rglob("*.*"))
 
