@@ -31,9 +31,9 @@ _COST = {
     "cifar10": (6.222, 128),
     "celeba64": (24.05, 128),
     "celebahq256": (248.5, 24),
-    "digits": (0.0147, 64),
+    "digits": (0.0131, 64),
 }
-_INCEPTION_COST = 5.7
+_INCEPTION_COST = 5.5
 # An H100 in bfloat16, measured (shared/spec/design.md).
 _TFLOPS = 790e12
 _PICTURES = ("grid", "rows", "interpolation", "gap")
