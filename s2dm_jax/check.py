@@ -52,6 +52,7 @@ _RANGES = {
     "sample.num_images": (1, None),
     "sample.seed": (0, 2**31 - 1),
     "sample.checkpoint": (0, None),
+    "eval.checkpoint": (0, None),
     "eval.eta": (0.0, 1.0),
     "eval.clip_pixel": (1e-6, None),
     "eval.ms_eps_images": (2, None),

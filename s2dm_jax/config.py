@@ -160,6 +160,8 @@ def default_config() -> ConfigDict:
     # File or URL of Inception's weights, and its SHA-256; empty: the standard ones.
     c.eval.inception_weights = ""
     c.eval.inception_sha256 = ""
+    # The training step whose checkpoint to evaluate; 0: the newest. A training's own is always its last.
+    c.eval.checkpoint = 0
     c.eval.num_images = 50_000
     c.eval.batch_size = 500
     c.eval.seed = 0

@@ -23,11 +23,11 @@ from s2dm_jax.config import UserError
 from s2dm_jax.data import Dataset, load_dataset
 from s2dm_jax.features import Features, build_features
 from s2dm_jax.methods import FACTS
-from s2dm_jax.parallel import split_batch
+from s2dm_jax.parallel import is_lead, split_batch
 from s2dm_jax.reference import Reference, digest_of, hash_of_images, image_batches, load_reference
 from s2dm_jax.report import to_uint8
-from s2dm_jax.results import results_table, write_results, write_whole
-from s2dm_jax.runs import hash_of
+from s2dm_jax.results import results_table, write_results
+from s2dm_jax.runs import hash_of, write_whole
 from s2dm_jax.sample import Model, in_batches, load, sample_batches
 from s2dm_jax.sample_mode import with_statistic
 from s2dm_jax.samplers import initial_noise
@@ -154,7 +154,8 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
             lambda: measure(batches(), features, reference, names),
         )
         label = name if evaluations is None else f"{name}, {evaluations} evaluations"
-        print(f"{label}: {features.distance} {measured['distance']:.2f}", flush=True)
+        if is_lead():
+            print(f"{label}: {features.distance} {measured['distance']:.2f}", flush=True)
         return {"images": name, "evaluations": evaluations, **measured}
 
     def sampled(cell: Cell):
@@ -224,7 +225,7 @@ def evaluate_run(config: ConfigDict, workdir: str) -> dict:
     Raises:
       UserError: as `evaluate`, and if the run cannot be read.
     """
-    model = load(workdir)._replace(config=config)
+    model = load(workdir, config.eval.checkpoint or None)._replace(config=config)
     print(f"run      {workdir}, moving average at step {model.step:,}", flush=True)
     results = evaluate(model, load_dataset(config), workdir)
     show_results(workdir, results)
@@ -232,7 +233,9 @@ def evaluate_run(config: ConfigDict, workdir: str) -> dict:
 
 
 def show_results(workdir: str | Path, results: dict) -> None:
-    """Writes the results of a run to its folder and prints their table."""
+    """Writes the results of a run to its folder and prints their table; of several processes one does."""
+    if not is_lead():
+        return
     asked = {name: value for name, value in results["eval"].items() if name != "batch_size"}
     path = write_results(workdir, results, f"step{results['step']}_{digest_of(asked)[:8]}")
     print(f"\n{results_table(results)}\n{results['provenance']['metric']}.")
@@ -252,12 +255,13 @@ def _kept(folder: Path, name: str, depends_on: dict, compute: Callable[[], dict]
     """What `compute` gives, or gave before with the same `depends_on`."""
     label = "".join(c if c.isalnum() else "_" for c in name)
     path = folder / f"{label}_{digest_of(depends_on)}.json"
-    if path.exists():
+    # Several processes need not see the same files, and each must take part in computing.
+    if jax.process_count() == 1 and path.exists():
         return json.loads(path.read_text())["measured"]
     began = time.monotonic()
     measured = compute()
     kept = {"measured": measured, "seconds": time.monotonic() - began, "depends_on": depends_on}
-    if jax.process_index() == 0:
+    if is_lead():
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(kept, indent=1) + "\n")
     return measured

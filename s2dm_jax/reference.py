@@ -15,7 +15,7 @@ from s2dm_jax.config import UserError
 from s2dm_jax.data import Dataset
 from s2dm_jax.features import Features
 from s2dm_jax.inception_weights import cache_folder
-from s2dm_jax.parallel import split_batch
+from s2dm_jax.parallel import is_lead, split_batch
 from s2dm_jax.runs import hash_of
 from s2dm_jax.sample import in_batches
 
@@ -114,11 +114,11 @@ def load_reference(
 def _cached(statistics: Callable, depends_on: dict) -> tuple[np.ndarray, np.ndarray]:
     """Inception's statistics of a data set, which take minutes, kept in the cache."""
     path = cache_folder() / "statistics" / f"{digest_of(depends_on)}.npz"
-    if path.exists():
+    if jax.process_count() == 1 and path.exists():
         with np.load(path) as arrays:
             return arrays["mu"], arrays["sigma"]
     mean, cov = statistics()
-    if jax.process_index() == 0:
+    if is_lead():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}.tmp.npz")
         np.savez(temporary, mu=mean, sigma=cov)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from s2dm_jax.report import markdown_table
+from s2dm_jax.runs import write_whole
 
 # Names in a row, and what stands over and in their column.
 _COLUMNS = {
@@ -72,16 +73,6 @@ def write_results(workdir: str | os.PathLike, results: dict, name: str) -> Path:
         write_whole(stem.with_name(f"{stem.name}.md"), page)
         write_whole(stem.with_name(f"{stem.name}.json"), text)
     return folder / f"{name}.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then renames it, so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

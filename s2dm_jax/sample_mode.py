@@ -45,9 +45,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     # The others' newest: their steps need not be those of this run.
     steps = [options.checkpoint or None, *[None] * (len(workdirs) - 1)]
     models = [
-        with_statistic(
-            load(folder, step), folder, options.method, options.ms_eps_images, options.batch_size
-        )
+        with_statistic(load(folder, step), folder, options.method, options.ms_eps_images, options.batch_size)
         for folder, step in zip(workdirs, steps, strict=True)
     ]
     settings = _settings(options, models)

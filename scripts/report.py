@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         args = parse(argv)
         from s2dm_jax.comparison import plot_distances, read_evaluated
         from s2dm_jax.page import report_page
-        from s2dm_jax.results import write_whole
+        from s2dm_jax.runs import write_whole
 
         write_whole(Path(args.out), report_page(args.workdirs))
         print(f"page: {args.out}")

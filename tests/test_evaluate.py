@@ -149,7 +149,7 @@ def test_other_weights_seeds_and_options_are_measured_anew(config, data, sampled
 
 def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):
     model = Model(config, NETWORK, linear_schedule(20), unet.init_params(NETWORK, 0), 7)
-    monkeypatch.setattr(evaluation, "load", lambda _: model)
+    monkeypatch.setattr(evaluation, "load", lambda _, step: model)
     monkeypatch.setattr(evaluation, "load_dataset", lambda _: data)
     config.eval.update({"nfe": (2,), "num_images": 24})
     texts = []
