@@ -4,9 +4,12 @@ jax is not imported: a mistake must be told before seconds of imports.
 """
 
 import math
+import os
+import re
 
 from ml_collections import ConfigDict
 
+from s2dm_jax.cells import FEATURES, REFERENCES, metrics_in, plan_cells
 from s2dm_jax.config import FIELDS, HEADS, IMAGES, OPTIONAL, UserError, flatten, image_shape
 from s2dm_jax.methods import FACTS, GRID_NAMES, OPTIONS, plan
 
@@ -49,6 +52,10 @@ _RANGES = {
     "sample.num_images": (1, None),
     "sample.seed": (0, 2**31 - 1),
     "sample.checkpoint": (0, None),
+    "eval.checkpoint": (0, None),
+    "eval.eta": (0.0, 1.0),
+    "eval.clip_pixel": (1e-6, None),
+    "eval.ms_eps_images": (2, None),
     "eval.num_images": (2, None),
     "eval.batch_size": (1, None),
     "eval.skip_scale": (0, None),
@@ -110,6 +117,7 @@ def check_config(config: ConfigDict) -> None:
     _check_training(fields)
     _check_levels(fields)
     _check_sampling(fields)
+    _check_evaluation(fields)
 
 
 def allowed_type(expected: type) -> str:
@@ -205,10 +213,6 @@ def _check_levels(fields: dict) -> None:
             raise UserError(
                 f"config.{name}={fields[name]} must be at most {most}, with config.diffusion.T={T}"
             )
-    if max(fields["eval.nfe"]) > T:
-        raise UserError(
-            f"config.eval.nfe={fields['eval.nfe']} must hold at most config.diffusion.T={T} evaluations each"
-        )
 
 
 def _check_sampling(fields: dict) -> None:
@@ -220,11 +224,7 @@ def _check_sampling(fields: dict) -> None:
     except ValueError as error:
         raise UserError(f"config.sample.{error}") from error
     needs = FACTS[sample["method"]].needs
-    if needs in ("sn", "npr") and fields["head.kind"] != needs:
-        raise UserError(
-            f"config.sample.method={sample['method']!r} needs a second head, which this run has not; train "
-            f"one with --config=…:{needs} --config.head.base=WORKDIR and sample from that run"
-        )
+    _check_head(fields, f"config.sample.method={sample['method']!r}", needs)
     if sample["grid"] == "optimal" and needs != "ms_eps":
         raise UserError(
             f"config.sample.grid='optimal' is only for method analytic, not {sample['method']}, whose "
@@ -251,3 +251,63 @@ def _check_sampling(fields: dict) -> None:
                 f"config.sample.interpolate={sample['interpolate']} needs a method that draws no noise, and "
                 "config.sample.eta=0"
             )
+
+
+def _check_head(fields: dict, told: str, needs: str) -> None:
+    if needs in ("sn", "npr") and fields["head.kind"] != needs:
+        raise UserError(
+            f"{told} needs a second head, which this run has not; train one with --config=…:{needs} "
+            "--config.head.base=WORKDIR and sample from that run"
+        )
+
+
+def _check_evaluation(fields: dict) -> None:
+    group = {name.removeprefix("eval."): fields[name] for name in fields if name.startswith("eval.")}
+    try:
+        cells, _ = plan_cells(fields["diffusion.T"], group)
+        metrics = metrics_in(group["metrics"])
+    except ValueError as error:
+        raise UserError(f"config.eval.{error}") from error
+    for cell in cells:
+        _check_head(fields, f"config.eval.methods={group['methods']!r}", FACTS[cell.method].needs)
+    features, reference, sha256 = group["features"], group["reference"], group["inception_sha256"]
+    if features not in FEATURES and not all(features.rpartition(":")):
+        raise UserError(
+            f"config.eval.features={features!r} is not known; choose one of {', '.join(FEATURES)}, or "
+            "FILE.py:function"
+        )
+    if features not in FEATURES and "is" in metrics:
+        raise UserError(
+            f"config.eval.metrics={group['metrics']!r} names is, which needs class probabilities: "
+            f"config.eval.features={features!r} must be inception or classifier for that"
+        )
+    for metric, fewest in {"kid": 20, "is": 10, "pr": 4}.items():
+        if metric in metrics and group["num_images"] < fewest:
+            raise UserError(
+                f"config.eval.num_images={group['num_images']} is too few for {metric}, which needs {fewest}"
+            )
+    if reference not in REFERENCES and {"kid", "pr"} & set(metrics):
+        raise UserError(
+            f"config.eval.metrics={group['metrics']!r} needs the reference's images, which "
+            f"config.eval.reference={reference!r} does not hold; give train or held_out"
+        )
+    if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise UserError(
+            f"config.eval.inception_sha256={sha256!r} is no SHA-256: it must be 64 hexadecimal digits"
+        )
+
+
+def check_evaluation_files(config: ConfigDict) -> None:
+    """Checks that the files which the group `eval` names are there; only an evaluation needs them.
+
+    Raises:
+      UserError: one sentence that names the field and the file.
+    """
+    features, reference = config.eval.features, config.eval.reference
+    if features not in FEATURES and not os.path.isfile(features.rpartition(":")[0]):
+        path = features.rpartition(":")[0]
+        raise UserError(f"config.eval.features={features!r} names the file {path}, which is not there")
+    if reference not in REFERENCES and not os.path.isfile(reference):
+        raise UserError(
+            f"config.eval.reference={reference!r} must be {', '.join(REFERENCES)}, or a file that is there"
+        )

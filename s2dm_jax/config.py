@@ -133,9 +133,35 @@ def default_config() -> ConfigDict:
     c.sample.compare = ""
 
     c.eval = ConfigDict()
+    # Samplers (a,b,…), each at these numbers of network evaluations.
+    c.eval.methods = "ddim"
     c.eval.nfe = (10, 20, 50)
+    c.eval.grid = "uniform"
+    # Options of some methods, used by those that have them; None: as the method has it.
+    c.eval.eta = 0.0
+    c.eval.clip_x0 = placeholder(bool)
+    c.eval.variance = placeholder(str)
+    c.eval.convention = placeholder(str)
+    c.eval.order = placeholder(int)
+    c.eval.form = placeholder(str)
+    c.eval.clip_pixel = placeholder(float)
+    # Training images per level behind Analytic-DPM's statistic.
+    c.eval.ms_eps_images = 100
     # The skip of `losses.skip_scale`; 0: the network as it is.
     c.eval.skip_scale = 0
+    # What images are compared in: "inception", "classifier" (trained on the data set's labels), your own
+    # "FILE.py:function" of uint8 [B, H, W, C]; "auto": the classifier for the digits, else Inception if it
+    # can be had. And by what: fid, kid, is, pr, fid_inf (a,b,…).
+    c.eval.features = "auto"
+    c.eval.metrics = "fid"
+    # Compared with: "train", "held_out", or FILE.npz with mu and sigma; "auto": train for Inception, as the
+    # papers do, else held_out.
+    c.eval.reference = "auto"
+    # File or URL of Inception's weights, and its SHA-256; empty: the standard ones.
+    c.eval.inception_weights = ""
+    c.eval.inception_sha256 = ""
+    # The training step whose checkpoint to evaluate; 0: the newest. A training's own is always its last.
+    c.eval.checkpoint = 0
     c.eval.num_images = 50_000
     c.eval.batch_size = 500
     c.eval.seed = 0
@@ -199,6 +225,8 @@ def set_head(config: ConfigDict, kind: str) -> None:
     config.train.grad_clip = 0.0
     config.sample.method = kind
     config.sample.grid = "linspace"
+    config.eval.methods = kind
+    config.eval.grid = "linspace"
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int]:

@@ -1,124 +1,267 @@
-"""Samples from trained weights and measures how far they are from held-out images.
+"""Samples from trained weights and measures how far they are from real images.
 
-The distance is Fréchet's in the features of a small classifier that is trained on the data set's own labels
-in seconds. It is not FID, whose features come from Inception: compare it only with itself, on one data set.
+Images go from noise through the sampler to bytes and on to features on the device, and are kept nowhere. The
+features (float32) come to the host batch by batch, where their mean and covariance are summed in float64; the
+features themselves are kept, in memory, only for metrics that need them.
 """
 
-import datetime
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 import s2dm_jax
-from s2dm_jax import classifier
-from s2dm_jax.config import build_schedule
-from s2dm_jax.data import Dataset
-from s2dm_jax.grids import uniform_grid
-from s2dm_jax.losses import skip_scale
-from s2dm_jax.metrics import feature_statistics, frechet_distance
-from s2dm_jax.report import markdown_table, to_uint8
-from s2dm_jax.runs import hash_of
-from s2dm_jax.sample import make_sampler, sample_batches
+from s2dm_jax import metrics
+from s2dm_jax.cells import Cell, metrics_in, plan_cells
+from s2dm_jax.config import UserError
+from s2dm_jax.data import Dataset, load_dataset
+from s2dm_jax.features import Features, build_features
+from s2dm_jax.methods import FACTS
+from s2dm_jax.parallel import is_lead, split_batch
+from s2dm_jax.reference import Reference, digest_of, hash_of_images, image_batches, load_reference
+from s2dm_jax.report import to_uint8
+from s2dm_jax.results import results_table, write_results
+from s2dm_jax.runs import hash_of, write_whole
+from s2dm_jax.sample import Model, in_batches, load, sample_batches
+from s2dm_jax.sample_mode import with_statistic
 from s2dm_jax.samplers import initial_noise
-from s2dm_jax.unet import UNetConfig
 
-_CLASSIFIER_SEED = 0
+# As in ADM's evaluator: three sets of distances between 10,000 and 10,000 images.
+_MOST_FOR_PRECISION = 10_000
+_CPU_BATCH = 16
 
 
-def evaluate(config: ConfigDict, network: UNetConfig, params: dict, data: Dataset, step: int) -> dict:
-    """Draws `config.eval.num_images` by DDIM at each number of evaluations and compares them with real ones.
+def images_at_once(batch_size: int) -> int:
+    """How many images to compute at once: on CPU a number that does not depend on `batch_size`.
 
-    Two anchors are measured alike: "real", as many training images (the floor), and "noise", the x_T that
-    sampling starts from (the ceiling). `above_floor` is 0 at the former and 1 at the latter.
+    Rounding depends on the shapes of a computation, and a grey level of one pixel in 30,000 on the rounding.
+    On a GPU that is the price of speed; on CPU larger batches are no faster.
+    """
+    if jax.default_backend() != "cpu":
+        return batch_size
+    return -(-_CPU_BATCH // jax.device_count()) * jax.device_count()
+
+
+def measure(
+    batches: Iterable[np.ndarray], features: Features, reference: Reference, names: list[str]
+) -> dict:
+    """The metrics of images whose features come in batches.
 
     Args:
-      config: the run's config.
-      network: the network that `params` belong to.
-      params: weights to sample from, as a rule the moving average.
+      batches: float32 [B, D + L] each, as `features.apply` makes them.
+      features: what they were made by.
+      reference: what to compare with.
+      names: of cells.METRICS.
+
+    Returns:
+      "num_images", counted; "distance"; for each further metric its value, and "kid_se", "is_std",
+      "fid_inf_se"; "notes", a list of sentences.
+    """
+    sums, kept = metrics.no_features(features.dimensions), []
+    keep = bool({"kid", "pr", "fid_inf", "is"} & set(names))
+    for batch in batches:
+        sums = metrics.add_features(sums, batch[:, : features.dimensions])
+        if keep:
+            kept.append(batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        mean, cov = metrics.statistics_of(sums)
+    row = {
+        "num_images": sums.count,
+        "distance": metrics.frechet_distance(mean, cov, reference.mean, reference.cov),
+        "notes": [str(warning.message) for warning in caught],
+    }
+    whole = np.concatenate(kept) if kept else None
+    vectors = whole[:, : features.dimensions] if keep else None
+    if "kid" in names:
+        row["kid"], row["kid_se"] = metrics.kernel_distance(reference.features, vectors)
+    if "is" in names:
+        row["is"], row["is_std"] = metrics.inception_score(whole[:, features.dimensions :])
+    if "pr" in names:
+        row["precision"], row["recall"] = metrics.precision_recall(
+            reference.features[:_MOST_FOR_PRECISION], vectors[:_MOST_FOR_PRECISION]
+        )
+    if "fid_inf" in names:
+        row["fid_inf"], row["fid_inf_se"] = metrics.extrapolated_distance(
+            vectors, reference.mean, reference.cov
+        )
+    return row
+
+
+def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
+    """Draws `model.config.eval.num_images` by each method at each number of evaluations and compares them.
+
+    Two anchors are measured alike: "real", as many real images that are not the reference's (the floor), and
+    "noise", the x_T that sampling starts from (the ceiling). `above_floor` is 0 at the former and 1 at the
+    latter. Each line's numbers are kept in `workdir`/evaluations/cells and not computed again.
+
+    Args:
+      model: what to sample from; its config, checked, says how in the group `eval`.
       data: the data set.
-      step: training steps that made `params`; recorded.
+      workdir: folder of the run.
 
     Returns:
       {"step", "eval": the config's group, "rows": one dict per line of the table, "provenance": all that the
-      numbers depend on}.
+      numbers depend on}; plain data, the same on every run with the same versions on the same device.
+
+    Raises:
+      UserError: for features or a reference that cannot be had.
     """
-    schedule = build_schedule(config)
-    skip = config.eval.skip_scale
-    sampler = make_sampler(network, schedule, scale=skip_scale(schedule, skip) if skip else None)
-    judge = classifier.train_classifier(
-        data.train, data.train_labels, data.num_classes, seed=_CLASSIFIER_SEED
-    )
-    reference = feature_statistics(classifier.features(judge, data.held_out))
-
-    def distance(images):
-        return frechet_distance(*feature_statistics(classifier.features(judge, images)), *reference)
-
-    def sample(nfe):
-        batches = sample_batches(
-            sampler,
-            params,
-            uniform_grid(schedule.T, nfe),
-            seed=config.eval.seed,
-            num_images=count,
-            batch_size=config.eval.batch_size,
+    options, schedule = model.config.eval, model.schedule
+    cells, gaps = plan_cells(schedule.T, options.to_dict())
+    names, count = metrics_in(options.metrics), options.num_images
+    at_once = images_at_once(options.batch_size)
+    features = build_features(model.config, data)
+    if "fid_inf" in names and count < 4 * features.dimensions:
+        raise UserError(
+            f"config.eval.num_images={count} is too few for fid_inf in {features.dimensions} features, which "
+            f"needs {4 * features.dimensions}"
         )
-        return np.concatenate(list(batches))
+    reference, others = load_reference(model.config, data, features, names, at_once)
+    weights = hash_of(jax.tree.leaves(model.params))
+    for method in dict.fromkeys(cell.method for cell in cells):
+        model = with_statistic(model, workdir, method, options.ms_eps_images, options.batch_size)
+    common = {
+        "features": features.provenance,
+        "reference": reference.provenance,
+        "metrics": names,
+        "seed": options.seed,
+        "num_images": count,
+        "s2dm_jax": s2dm_jax.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+    trained = {
+        "weights": weights,
+        "schedule": model.config.diffusion.to_dict(),
+        "skip_scale": options.skip_scale,
+        "activations": model.network.dtype,
+    }
 
-    count = config.eval.num_images
-    noise = initial_noise(config.eval.seed, np.arange(count), data.train.shape[1:])
-    real = data.train[np.random.default_rng(config.eval.seed).permutation(len(data.train))[:count]]
-    floor, ceiling = distance(real), distance(np.asarray(to_uint8(noise)))
-    rows = [_row("real (floor)", None, floor, floor, ceiling, len(real))]
-    for nfe in config.eval.nfe:
-        rows.append(_row("ddim", nfe, distance(sample(nfe)), floor, ceiling, count))
-    rows.append(_row("noise (ceiling)", None, ceiling, floor, ceiling, count))
+    scaled = f", skip_scale {options.skip_scale}" if options.skip_scale else ""
 
+    def row(name, evaluations, depends_on, batches):
+        measured = _kept(
+            Path(workdir) / "evaluations" / "cells",
+            name if evaluations is None else f"{name}_nfe{evaluations}",
+            {**common, **depends_on},
+            lambda: measure(batches(), features, reference, names),
+        )
+        label = name if evaluations is None else f"{name}, {evaluations} evaluations"
+        if is_lead():
+            print(f"{label}: {features.distance} {measured['distance']:.2f}", flush=True)
+        return {"images": name, "evaluations": evaluations, **measured}
+
+    def sampled(cell: Cell):
+        sampler, timesteps = model.sampler(
+            cell.method, nfe=cell.nfe, grid=cell.grid, skip_scale=options.skip_scale, **cell.options
+        )
+        return sample_batches(
+            sampler,
+            model.params,
+            timesteps,
+            seed=options.seed,
+            num_images=count,
+            batch_size=at_once,
+            then=features.apply,
+        )
+
+    def real():
+        rows = np.random.default_rng(options.seed).permutation(len(others))[:count]
+        return image_batches(others, features, at_once, rows)
+
+    def noise():
+        def compute(indices):
+            shape = data.train.shape[1:]
+            return features.apply(to_uint8(initial_noise(options.seed, split_batch(indices), shape)))
+
+        return in_batches(compute, count, at_once)
+
+    rows = [row("real (floor)", None, {"images": hash_of_images(others)}, real)]
+    for cell in cells:
+        steps = len(cell.timesteps(schedule.T))
+        depends_on = {**trained, "cell": {**cell._asdict(), "steps": steps}, **_known(model, cell.method)}
+        rows.append(
+            {**row(cell.name + scaled, cell.nfe, depends_on, lambda cell=cell: sampled(cell)), "steps": steps}
+        )
+    rows.append(row("noise (ceiling)", None, {"images": "noise"}, noise))
+    floor, ceiling = rows[0]["distance"], rows[-1]["distance"]
+    for each in rows:
+        each["above_floor"] = (each["distance"] - floor) / (ceiling - floor)
+    notes = gaps + sorted({note for each in rows for note in each.pop("notes")})
+    skip = options.skip_scale
     return {
-        "step": step,
-        "eval": config.eval.to_dict(),
+        "step": model.step,
+        "eval": options.to_dict(),
         "rows": rows,
         "provenance": {
-            "metric": "Fréchet distance in the 64 features of a classifier trained on this data set; not FID",
-            "classifier": {
-                "seed": _CLASSIFIER_SEED,
-                "held_out_accuracy": classifier.accuracy(judge, data.held_out, data.held_out_labels),
-            },
-            "reference": f"{len(data.held_out)} held-out images, sha256 {hash_of([data.held_out])}",
+            "metric": features.metric,
+            "distance": features.distance,
+            "score": "Inception Score" if features.name == "inception" else "score of the classifier",
+            **common,
             "data": data.provenance,
-            "weights": f"moving average at step {step}, sha256 {hash_of(jax.tree.leaves(params))}",
-            "sampler": "ddim, eta 0, uniform grid, last step to the clean image; one evaluation a step"
+            "weights": f"moving average at step {model.step}, sha256 {weights}",
+            "sampler": "last step to the clean image, no clipping but what a method's name says"
             + (f"; output scaled as training with skip {skip} would scale it" if skip else ""),
-            "seed": config.eval.seed,
-            "num_images": count,
-            "s2dm_jax": s2dm_jax.__version__,
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "date": datetime.date.today().isoformat(),
+            "activations": model.network.dtype,
+            "notes": notes,
         },
     }
 
 
-def results_table(results: dict) -> str:
-    """The rows of `evaluate` as a Markdown table."""
-    header = ["images", "evaluations", "Fréchet distance", "above the floor, noise = 100"]
-    rows = [
-        [
-            row["images"],
-            row["evaluations"] or "–",
-            f"{row['distance']:.2f}",
-            f"{100 * row['above_floor']:.1f}",
-        ]
-        for row in results["rows"]
-    ]
-    return markdown_table(header, rows)
+def evaluate_run(config: ConfigDict, workdir: str) -> dict:
+    """What `--mode=evaluate` does: evaluates a run as the group `eval` says; leaves and prints the table.
+
+    Args:
+      config: the run's config, checked, with the group `eval` to use.
+      workdir: folder of the run.
+
+    Raises:
+      UserError: as `evaluate`, and if the run cannot be read.
+    """
+    model = load(workdir, config.eval.checkpoint or None)._replace(config=config)
+    print(f"run      {workdir}, moving average at step {model.step:,}", flush=True)
+    results = evaluate(model, load_dataset(config), workdir)
+    show_results(workdir, results)
+    return results
 
 
-def _row(name, nfe, distance, floor, ceiling, count):
-    return {
-        "images": name,
-        "evaluations": nfe,
-        "num_images": count,
-        "distance": distance,
-        "above_floor": (distance - floor) / (ceiling - floor),
-    }
+def show_results(workdir: str | Path, results: dict) -> None:
+    """Writes the results of a run to its folder and prints their table; of several processes one does."""
+    if not is_lead():
+        return
+    asked = {name: value for name, value in results["eval"].items() if name != "batch_size"}
+    path = write_results(workdir, results, f"step{results['step']}_{digest_of(asked)[:8]}")
+    print(f"\n{results_table(results)}\n{results['provenance']['metric']}.")
+    for note in results["provenance"]["notes"]:
+        print(f"note: {note}")
+    print(f"numbers: {path}")
+
+
+def _known(model: Model, method: str) -> dict:
+    """What a method's images depend on besides the network's weights."""
+    needs = FACTS[method].needs
+    known = model.ms_eps if needs == "ms_eps" else needs and model.head.params
+    return {needs: hash_of(jax.tree.leaves(known))} if needs else {}
+
+
+def _kept(folder: Path, name: str, depends_on: dict, compute: Callable[[], dict]) -> dict:
+    """What `compute` gives, or gave before with the same `depends_on`."""
+    label = "".join(c if c.isalnum() else "_" for c in name)
+    path = folder / f"{label}_{digest_of(depends_on)}.json"
+    # Several processes need not see the same files, and each must take part in computing.
+    if jax.process_count() == 1 and path.exists():
+        return json.loads(path.read_text())["measured"]
+    began = time.monotonic()
+    measured = compute()
+    kept = {"measured": measured, "seconds": time.monotonic() - began, "depends_on": depends_on}
+    if is_lead():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(kept, indent=1) + "\n")
+    return measured

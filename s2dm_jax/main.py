@@ -1,4 +1,4 @@
-"""The command line: `python -m s2dm_jax.main --config=configs/digits.py --workdir=DIR [--mode=sample]`."""
+"""The command line: `python -m s2dm_jax.main --config=configs/digits.py --workdir=DIR [--mode=MODE]`."""
 
 import difflib
 import errno
@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax import runs
-from s2dm_jax.check import allowed_type, check_config
+from s2dm_jax.check import allowed_type, check_config, check_evaluation_files
 from s2dm_jax.config import FIELDS, UserError
 from s2dm_jax.head_runs import with_base
 from s2dm_jax.prepare import check_preparable, prepare
@@ -19,11 +19,14 @@ from s2dm_jax.runs import compared_workdirs, prepare_workdir, read_config
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, with the method after a colon: configs/digits.py:s2sa; to sample, by default the run's own",
+    "Config file, with the method after a colon: configs/digits.py:s2sa; the other modes take the run's own",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there goes on")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "sample"], "Train a run, or sample from one as --config.sample.* say"
+    "mode",
+    "train",
+    ["train", "sample", "evaluate"],
+    "Train a run, sample from one as --config.sample.* say, or evaluate one as --config.eval.* say",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -34,6 +37,8 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0", 0)
 # Ways of saying how many steps a sampler makes: one on the command line replaces another in the config.
 _HOW_MANY = {"steps": 0, "nfe": 0, "timesteps": ()}
+# What may be changed of a run that is there, by mode.
+_GROUPS = {"sample": "sample", "evaluate": "eval"}
 
 
 def _given(argv: list[str]) -> dict[str, str]:
@@ -59,10 +64,10 @@ def _check_names(given: dict[str, str]) -> None:
 
 
 def _own_config(given: dict[str, str]) -> list[str]:
-    """The flag that makes a run's own config the config to sample with, where no other is given."""
+    """The flag that makes a run's own config the config to start from, where no other is given."""
     workdir = given.get("workdir")
     if not workdir:
-        raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
+        raise UserError(f"--workdir is missing; for example --mode={given['mode']} --workdir=runs/digits")
     read_config(workdir)
     return [] if "config" in given else [f"--config={runs.__file__}:{workdir}"]
 
@@ -124,7 +129,7 @@ def run(argv: list[str]) -> None:
     app.define_help_flags()
     given = _given(argv[1:])
     if not any(flag.startswith("help") for flag in given):
-        if given.get("mode") == "sample":
+        if given.get("mode") in _GROUPS:
             argv = [argv[0], *_own_config(given), *argv[1:]]
         _check_names(_given(argv[1:]))
     _parse(argv)
@@ -132,12 +137,13 @@ def run(argv: list[str]) -> None:
     named = [name for name in _HOW_MANY if f"config.sample.{name}" in given]
     if named:
         config.sample.update({name: value for name, value in _HOW_MANY.items() if name not in named})
-    if _MODE.value == "sample":
-        config = _sampling_config(given, config)
+    if _MODE.value in _GROUPS:
+        config = _config_of_run(given, config)
     else:
         config = _head_config(given, config)
         check_config(config)
         check_preparable(config)
+        check_evaluation_files(config)
         prepare_workdir(_WORKDIR.value, config)
         prepare(config)
     # Orbax logs with a traceback what it also raises, and what is raised is told in one sentence.
@@ -151,11 +157,18 @@ def run(argv: list[str]) -> None:
         from s2dm_jax.sample_mode import sample
 
         sample(config, _WORKDIR.value)
+        return
+    from s2dm_jax.parallel import join_hosts, use_all_cores
+
+    # Evaluation too, so that a run's own and a later one are the same.
+    use_all_cores(config.train.batch_size // (_NUM_PROCESSES.value or 1))
+    if _MODE.value == "evaluate":
+        from s2dm_jax.evaluate import evaluate_run
+
+        evaluate_run(config, _WORKDIR.value)
     else:
-        from s2dm_jax.parallel import join_hosts, use_all_cores
         from s2dm_jax.train import train
 
-        use_all_cores(config.train.batch_size // (_NUM_PROCESSES.value or 1))
         join_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         train(config, _WORKDIR.value)
 
@@ -171,18 +184,22 @@ def _head_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:
     return with_base(config)
 
 
-def _sampling_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:
-    """The run's own config with the group `sample` of the config given, checked."""
+def _config_of_run(given: dict[str, str], config: ConfigDict) -> ConfigDict:
+    """The run's own config with the group that the mode is about of the config given, checked."""
+    group = _GROUPS[_MODE.value]
     for flag in given:
-        if flag.startswith("config.") and not flag.startswith("config.sample."):
+        if flag.startswith("config.") and not flag.startswith(f"config.{group}."):
             raise UserError(
-                f"--{flag} cannot be changed with --mode=sample, which takes it from the run; only "
-                "--config.sample.* can"
+                f"--{flag} cannot be changed with --mode={_MODE.value}, which takes it from the run; only "
+                f"--config.{group}.* can"
             )
     own = read_config(_WORKDIR.value)
-    own.sample = config.sample
+    own[group] = config[group]
     check_config(own)
-    compared_workdirs(own)
+    if group == "sample":
+        compared_workdirs(own)
+    else:
+        check_evaluation_files(own)
     return own
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # A run may go on with other values of these, and of everything in the groups `sample` and `eval`.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     # Whether the images are the same is told by their hash.
     "data.source",
     # Whether it is the same network is told by the hash of its weights.
@@ -128,7 +128,7 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
     for name, value in flatten(config).items():
-        fixed = not name.startswith(("sample.", "eval.", *_MAY_CHANGE))
+        fixed = not name.startswith(("sample.", "eval.", *MAY_CHANGE))
         if fixed and saved[name] != value:
             raise UserError(
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "

@@ -139,6 +139,7 @@ def sample_batches(
     num_images: int,
     batch_size: int,
     progress: bool = True,
+    then: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Iterator[np.ndarray]:
     """Images 0 … num_images−1 of a seed, a batch at a time, with a progress bar on a terminal.
 
@@ -150,9 +151,34 @@ def sample_batches(
       num_images: how many in all.
       batch_size: how many at once; the memory needed is that of two batches.
       progress: whether to show the bar.
+      then: a function of the images, on the device; its result takes their place.
 
     Yields:
       uint8 [B, H, W, C] with B = batch_size, in the last batch what is left.
+
+    Raises:
+      ValueError: for num_images or batch_size below 1.
+    """
+
+    def compute(indices):
+        images = sampler(params, timesteps, seed, split_batch(indices))
+        return then(images) if then else images
+
+    return in_batches(compute, num_images, batch_size, progress)
+
+
+def in_batches(
+    compute: Callable[[np.ndarray], jax.Array], num_images: int, batch_size: int, progress: bool = True
+) -> Iterator[np.ndarray]:
+    """What `compute` makes of the indices 0 … num_images−1, a batch at a time.
+
+    Args:
+      compute: indices int [B] → array [B, …] on the device; B is the same in every call, so that one program
+        serves, and indices from num_images on are made and dropped.
+      num_images, batch_size, progress: as for `sample_batches`.
+
+    Yields:
+      Arrays [B, …] on the host, in the last batch what is left.
 
     Raises:
       ValueError: for num_images or batch_size below 1.
@@ -165,13 +191,12 @@ def sample_batches(
     with tqdm(total=num_images, unit=" images", dynamic_ncols=True, leave=False, disable=not show) as bar:
         waiting = None
         for first in range(0, num_images, batch_size):
-            # The last batch is filled up and cut, so that every batch is one program.
-            images = sampler(params, timesteps, seed, split_batch(first + np.arange(batch_size)))
+            made = compute(first + np.arange(batch_size))
             # The batch before is fetched while this one is computed.
             if waiting is not None:
                 yield fetch(waiting)
                 bar.update(batch_size)
-            waiting = images
+            waiting = made
         yield fetch(waiting)[: num_images - first]
 
 

@@ -45,7 +45,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     # The others' newest: their steps need not be those of this run.
     steps = [options.checkpoint or None, *[None] * (len(workdirs) - 1)]
     models = [
-        _with_statistic(load(folder, step), folder, options)
+        with_statistic(load(folder, step), folder, options.method, options.ms_eps_images, options.batch_size)
         for folder, step in zip(workdirs, steps, strict=True)
     ]
     settings = _settings(options, models)
@@ -83,11 +83,10 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     return path
 
 
-def _with_statistic(model: Model, workdir: str, options: ConfigDict) -> Model:
-    """The model with Analytic-DPM's statistic, estimated now where the method needs one that is not kept."""
-    if FACTS[options.method].needs != "ms_eps":
+def with_statistic(model: Model, workdir: str, method: str, count: int, batch_size: int) -> Model:
+    """The model with Analytic-DPM's statistic, estimated now where `method` needs one that is not kept."""
+    if FACTS[method].needs != "ms_eps":
         return model
-    count = options.ms_eps_images
     statistic = moments.kept(model.schedule, model.params, moments_folder(workdir), count)
     if statistic is None:
         print(f"estimating the mean square of the noise at {model.schedule.T:,} levels, {count:,} images …")
@@ -98,7 +97,7 @@ def _with_statistic(model: Model, workdir: str, options: ConfigDict) -> Model:
             load_dataset(model.config).train,
             moments_folder(workdir),
             num_images=count,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
         )
     worst = np.max(statistic.standard_error)
     print(f"ms_eps   {statistic.num_images:,} images a level, standard error at most {worst:.1e}")

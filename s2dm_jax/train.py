@@ -22,12 +22,13 @@ from s2dm_jax.config import (
     build_network,
     build_objective,
     build_schedule,
-    data_label,
+    default_config,
     to_json,
 )
 from s2dm_jax.data import load_dataset
-from s2dm_jax.evaluate import evaluate, results_table
+from s2dm_jax.evaluate import evaluate, show_results
 from s2dm_jax.faults import check_finite, finite_steps, stop_on_signals
+from s2dm_jax.features import FeaturesMissing, check_features
 from s2dm_jax.feed import make_feed
 from s2dm_jax.hardware import forward_flops, peak_flops, step_flops
 from s2dm_jax.head_runs import load_base
@@ -43,6 +44,7 @@ from s2dm_jax.parallel import (
     stop_together,
 )
 from s2dm_jax.report import image_grid, save_png
+from s2dm_jax.results import results_table
 from s2dm_jax.runs import check_same_images, open_workdir, origin, write_whole
 from s2dm_jax.sample import Model, how, sample_batches
 from s2dm_jax.telemetry import MetricWriter, Profile, Progress, describe, summarise
@@ -78,6 +80,7 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
 
     # What the run is made of.
     data = load_dataset(config)
+    check_features(config, data)
     network = build_network(config)
     schedule = build_schedule(config)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
@@ -241,25 +244,15 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
         say(f"stopped at step {step:,} of {steps:,}, saved in {workdir}; the same command goes on from there")
         raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
 
-    if data.num_classes < 2:
-        checkpoint.finish(manager)
-        say(
-            f"trained {steps:,} steps; {data_label(config)} has no labels to train a classifier on, so no "
-            f"distance to real images is measured\npictures: {workdir / 'samples'}"
-        )
-        return
-    say(
-        f"training a classifier on {data_label(config)}, then sampling {config.eval.num_images:,} images "
-        f"in each of {', '.join(map(str, config.eval.nfe))} evaluations …"
-    )
-    results = evaluate(config, network, gather(state.ema), data, step)
     checkpoint.finish(manager)
-    table = results_table(results)
-    if is_lead():
-        (workdir / "results.md").write_text(f"{table}\n{results['provenance']['metric']}.\n")
-        write_whole(workdir / "results.json", json.dumps(results, indent=1) + "\n")
-    say(f"\n{table}\n{results['provenance']['metric']}.")
-    say(f"pictures: {workdir / 'samples'}, numbers: {workdir / 'results.json'}")
+    say(f"evaluating with {config.eval.num_images:,} images …")
+    try:
+        results = evaluate(trained(), data, workdir)
+    except FeaturesMissing as error:
+        say(f"trained {steps:,} steps; no distance to real images is measured: {error}")
+    else:
+        show_results(workdir, results)
+    say(f"pictures: {workdir / 'samples'}")
 
 
 def _finished_results(workdir: Path, config: ConfigDict) -> dict | None:
@@ -268,8 +261,10 @@ def _finished_results(workdir: Path, config: ConfigDict) -> dict | None:
     if not path.exists():
         return None
     results = json.loads(path.read_text())
-    same = results["step"] == config.train.steps and results["eval"] == json.loads(to_json(config))["eval"]
-    return results if same else None
+    wanted = json.loads(to_json(config))["eval"]
+    # Results of before a field was there were made with its default.
+    made = {**json.loads(to_json(default_config()))["eval"], **results["eval"]}
+    return results if results["step"] == config.train.steps and made == wanted else None
 
 
 def _crossed(first: int, last: int, every: int) -> bool:

@@ -5,6 +5,7 @@ python scripts/benchmark.py losses    # a training step with each objective agai
 python scripts/benchmark.py data      # preparing 60,000 JPEGs; a training step fed in each way
 python scripts/benchmark.py train     # a training step against plain PyTorch's (--device=gpu on a GPU)
 python scripts/benchmark.py samplers  # a 10-evaluation DDIM scan against ten jitted forward calls
+python scripts/benchmark.py evaluate  # sampling with Inception's features against both alone; FID's time
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import benchmark_evaluate as evaluation
 import benchmark_train as training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,6 +266,7 @@ def main():
         benchmark_losses,
         benchmark_data,
         benchmark_samplers,
+        evaluation.benchmark_evaluate,
     )
     for function in functions:
         name = function.__name__.removeprefix("benchmark_")
@@ -274,6 +277,8 @@ def main():
         if name == "data":
             archive = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.xz"
             sub.add_argument("--archive", type=Path, default=archive, help=f"images to prepare ({archive})")
+        if name == "evaluate":
+            sub.add_argument("--nfe", type=int, default=2, help="network evaluations per image (default: 2)")
         if name not in ("digits", "train"):
             sub.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
             sub.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")

@@ -29,6 +29,16 @@ def _compilation_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_download():
+    """Nothing is fetched from the network; a test that fetches names its own server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "s2dm_jax.inception_weights.URL", "file:///nowhere/pt_inception-2015-12-05-6726825d.pth"
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Function of a file's name giving its arrays: images as NHWC, parameters as PyTorch has them."""

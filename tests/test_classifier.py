@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from s2dm_jax.classifier import accuracy, features, train_classifier
+from s2dm_jax.classifier import accuracy, features, features_and_logits, train_classifier
 from s2dm_jax.metrics import feature_statistics, frechet_distance
 
 
@@ -80,6 +80,24 @@ def test_colour_images_of_another_size():
     params = train_classifier(images, labels, num_classes=2, steps=20)
     assert accuracy(params, images, labels) == 1
     assert features(params, images).shape == (40, 64)
+
+
+def test_convolutions_for_larger_images():
+    # A bright square left or right, on noise: what a mean over pixels could not tell.
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 60)
+    images = rng.integers(0, 120, (60, 18, 20, 3), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[6:12, 12 * label + 1 : 12 * label + 7] += 130
+    params = train_classifier(images[:40], labels[:40], num_classes=2, steps=60)
+    assert {"conv0_w", "conv2_w", "hidden0_w"} < params.keys()
+    assert accuracy(params, images[40:], labels[40:]) > 0.9
+    found, logits = features_and_logits(params, images[40:])
+    np.testing.assert_allclose(found, features(params, images[40:]), rtol=1e-5, atol=1e-5)
+    assert found.shape == (20, 64)
+    assert (np.asarray(logits).argmax(1) == labels[40:]).mean() > 0.9
+    with pytest.raises(ValueError, match="images must have the classifier's"):
+        features(params, random_images(2, 40, 40, 3))
 
 
 @pytest.mark.parametrize(

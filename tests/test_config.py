@@ -39,7 +39,7 @@ BAD_COMMANDS = [
     (["--config.loss.skip=1000"], "config.loss.skip=1000 must be at most 999"),
     (["--wat=1"], "Unknown command line flag 'wat'"),
     (["surplus"], "'surplus' is not a flag"),
-    (["--mode=fly"], "should be one of <train|sample>"),
+    (["--mode=fly"], "should be one of <train|sample|evaluate>"),
     (["--workdir="], "--workdir is missing"),
     (["--num_processes=2"], "--coordinator is missing: --coordinator=HOST:PORT, --num_processes=N and"),
     (
@@ -92,7 +92,7 @@ def test_bad_config_files(tmp_path, config, sentence):
         ("loss.lam", float("inf"), "config.loss.lam=inf has the wrong type: it must be a finite number"),
         ("loss.skip_noise", "same", "choose one of shared, independent, expected"),
         ("loss.skip_factors", 1001, "config.loss.skip_factors=1001 must be at most 1000"),
-        ("eval.nfe", (10, 1001), "must hold at most config.diffusion.T=1000 evaluations each"),
+        ("eval.nfe", (10, 1001), "config.eval.nfe=1001 cannot be had: steps=1001 is not a number of steps"),
         ("eval.nfe", (), "has the wrong type: it must be a tuple of positive integers"),
         ("eval.nfe", (10, -1), "has the wrong type: it must be a tuple of positive integers"),
         ("sample.steps", 2000, "config.sample.steps=2000 is not a number of steps that T=1000 levels allow"),

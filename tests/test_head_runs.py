@@ -25,7 +25,6 @@ def head_config(base, kind="sn", **changes):
     set_head(config, kind)
     config.head.base = str(base)
     config.train.lr = 1e-3
-    config.eval.methods = kind
     return with_base(config)
 
 

@@ -68,7 +68,7 @@ def test_a_run_leaves_its_files(straight):
     workdir, _ = straight
     names = {p.name for p in workdir.iterdir() if p.name != ".lock"}
     expected = {"config.json", "parameters.txt", "metrics.jsonl", "tensorboard", "samples", "checkpoints"}
-    assert names == expected | {"results.json", "results.md"}
+    assert names == expected | {"results.json", "results.md", "evaluations"}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     assert {"loss", "simple", "skip", "sa", "grad_norm", "images_per_second"} < lines[0].keys()

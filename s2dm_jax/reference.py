@@ -1,0 +1,145 @@
+"""What samples are compared with: real images in the features of choice, or statistics from a file."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2dm_jax import metrics
+from s2dm_jax.config import UserError
+from s2dm_jax.data import Dataset
+from s2dm_jax.features import Features
+from s2dm_jax.inception_weights import cache_folder
+from s2dm_jax.parallel import is_lead, split_batch
+from s2dm_jax.runs import hash_of
+from s2dm_jax.sample import in_batches
+
+
+class Reference(NamedTuple):
+    """What is compared with.
+
+    Attributes:
+      mean, cov: float64 [D] and [D,D].
+      features: float32 [N,D], or None where no metric needs them.
+      provenance: plain data.
+    """
+
+    mean: np.ndarray
+    cov: np.ndarray
+    features: np.ndarray | None
+    provenance: dict
+
+
+def image_batches(
+    images: np.ndarray, features: Features, batch_size: int, rows: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """The features of images that are there.
+
+    Args:
+      images: uint8 [N,H,W,C], in memory or mapped from a file.
+      features: what to make of them.
+      batch_size: how many at once.
+      rows: which of them, in which order; by default all.
+
+    Yields:
+      float32 [B, D + L].
+    """
+    rows = np.arange(len(images)) if rows is None else rows
+
+    def compute(indices):
+        # Beyond the last image it is repeated; `in_batches` cuts that off.
+        return features.apply(split_batch(images[rows[np.minimum(indices, len(rows) - 1)]]))
+
+    return in_batches(compute, len(rows), batch_size)
+
+
+def hash_of_images(images: np.ndarray) -> str:
+    """`runs.hash_of` of images that need not fit into memory."""
+    return hash_of(images[start : start + 1000] for start in range(0, len(images), 1000))
+
+
+def digest_of(depends_on: dict) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_reference(
+    config: ConfigDict, data: Dataset, features: Features, names: list[str], batch_size: int
+) -> tuple[Reference, np.ndarray]:
+    """What to compare with, and real images that are not in it.
+
+    Args:
+      config: a checked config.
+      data: the data set.
+      features: what images are compared in.
+      names: the metrics, of cells.METRICS.
+      batch_size: images at once.
+
+    Returns:
+      The reference, and uint8 [N,H,W,C].
+
+    Raises:
+      UserError: for a file that does not hold the statistics of these features.
+    """
+    chosen = config.eval.reference
+    if chosen == "auto":
+        chosen = "train" if features.name == "inception" else "held_out"
+    if chosen not in ("train", "held_out"):
+        return _reference_file(chosen, features), data.train
+    images, others = (data.train, data.held_out) if chosen == "train" else (data.held_out, data.train)
+    told = "training" if chosen == "train" else "held-out"
+    provenance = {"images": f"{len(images)} {told} images", "sha256": hash_of_images(images)}
+    needs = bool({"kid", "pr"} & set(names))
+    batches = image_batches(images, features, batch_size)
+    if needs:
+        vectors = np.concatenate([batch[:, : features.dimensions] for batch in batches])
+        return Reference(*metrics.feature_statistics(vectors), vectors, provenance), others
+
+    def statistics():
+        sums = metrics.no_features(features.dimensions)
+        for batch in batches:
+            sums = metrics.add_features(sums, batch[:, : features.dimensions])
+        return metrics.statistics_of(sums)
+
+    if features.name != "inception":
+        return Reference(*statistics(), None, provenance), others
+    return Reference(*_cached(statistics, {**features.provenance, **provenance}), None, provenance), others
+
+
+def _cached(statistics: Callable, depends_on: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Inception's statistics of a data set, which take minutes, kept in the cache."""
+    path = cache_folder() / "statistics" / f"{digest_of(depends_on)}.npz"
+    if jax.process_count() == 1 and path.exists():
+        with np.load(path) as arrays:
+            return arrays["mu"], arrays["sigma"]
+    mean, cov = statistics()
+    if is_lead():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.tmp.npz")
+        np.savez(temporary, mu=mean, sigma=cov)
+        temporary.replace(path)
+    return mean, cov
+
+
+def _reference_file(path: str, features: Features) -> Reference:
+    try:
+        with np.load(path) as arrays:
+            mean, cov = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
+            metrics.frechet_distance(mean, cov, mean, cov)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"config.eval.reference={path!r} cannot be read ({error}); it must be an .npz with mu [D] and "
+            "sigma [D,D], as pytorch-fid writes"
+        ) from error
+    if len(mean) != features.dimensions:
+        raise UserError(
+            f"config.eval.reference={path!r} holds {len(mean)} features, config.eval.features="
+            f"{features.name!r} makes {features.dimensions}; they must be the same"
+        )
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Reference(mean, cov, None, {"file": path, "sha256": sha256})

@@ -1,0 +1,72 @@
+"""Writes one self-contained HTML page about one evaluated run or several."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from s2dm_jax.config import UserError
+from s2dm_jax.runs import read_config
+
+_DESCRIPTION = """\
+Gathers what runs have left in their folders: results.json (tables and provenance), the newest grid of
+samples, the loss. Runs that differ in nothing but config.train.seed become one line with mean and standard
+deviation. The page needs no network and no other file."""
+_EXAMPLE = """\
+example:
+  python scripts/report.py runs/ddpm runs/s2 --out=runs/report.html --plot=runs/distances.png"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+      UserError: for a folder that holds no run, another suffix, or a missing matplotlib.
+    """
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "workdirs", nargs="+", metavar="WORKDIR", help="folder of an evaluated run, one or more"
+    )
+    parser.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
+    parser.add_argument("--plot", help="also writes the plot of distances, a .png or .svg")
+    args = parser.parse_args(argv)
+    if not args.out.endswith(".html"):
+        raise UserError(f"--out={args.out} must end in .html")
+    if args.plot and not args.plot.endswith((".png", ".svg")):
+        raise UserError(f"--plot={args.plot} must end in .png or .svg")
+    for workdir in args.workdirs:
+        read_config(workdir)
+    for path in filter(None, (args.out, args.plot)):
+        if not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: its folder does not exist")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("the page needs matplotlib; install it with pip install 's2dm_jax[plot]'") from error
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: a `UserError` becomes one sentence and exit status 2."""
+    try:
+        args = parse(argv)
+        from s2dm_jax.comparison import plot_distances, read_evaluated
+        from s2dm_jax.page import report_page
+        from s2dm_jax.runs import write_whole
+
+        write_whole(Path(args.out), report_page(args.workdirs))
+        print(f"page: {args.out}")
+        if args.plot:
+            temporary = Path(args.plot).with_name(f".{os.getpid()}.{Path(args.plot).name}")
+            plot_distances(read_evaluated(args.workdirs)).savefig(temporary, dpi=150)
+            os.replace(temporary, args.plot)
+            print(f"plot: {args.plot}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
