@@ -1,4 +1,4 @@
-"""The command line: `python -m s2dm_jax.main --config=configs/digits.py --workdir=DIR [--mode=sample]`."""
+"""The command line: `python -m s2dm_jax.main --config=configs/digits.py --workdir=DIR [--mode=…]`."""
 
 import difflib
 import errno
@@ -18,11 +18,14 @@ from s2dm_jax.runs import compared_workdirs, prepare_workdir, read_config
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, with the method after a colon: configs/digits.py:s2sa; to sample, by default the run's own",
+    "Config file, with the method after a colon: configs/digits.py:s2sa; by default the run's own",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there goes on")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "sample"], "Train a run, or sample from one as --config.sample.* say"
+    "mode",
+    "train",
+    ["train", "sample", "export"],
+    "Train a run, sample from one as --config.sample.* say, or export that sampler as one file",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -61,7 +64,8 @@ def _own_config(given: dict[str, str]) -> list[str]:
     """The flag that makes a run's own config the config to sample with, where no other is given."""
     workdir = given.get("workdir")
     if not workdir:
-        raise UserError("--workdir is missing; for example --mode=sample --workdir=runs/digits")
+        mode = given.get("mode", "sample")
+        raise UserError(f"--workdir is missing; for example --mode={mode} --workdir=runs/digits")
     read_config(workdir)
     return [] if "config" in given else [f"--config={runs.__file__}:{workdir}"]
 
@@ -123,7 +127,9 @@ def run(argv: list[str]) -> None:
     app.define_help_flags()
     given = _given(argv[1:])
     if not any(flag.startswith("help") for flag in given):
-        if given.get("mode") == "sample":
+        # A folder that holds a run goes on with the run's config where no other is given.
+        goes_on = "config" not in given and os.path.isfile(f"{given.get('workdir', '')}/config.json")
+        if given.get("mode") in ("sample", "export") or goes_on:
             argv = [argv[0], *_own_config(given), *argv[1:]]
         _check_names(_given(argv[1:]))
     _parse(argv)
@@ -131,13 +137,13 @@ def run(argv: list[str]) -> None:
     named = [name for name in _HOW_MANY if f"config.sample.{name}" in given]
     if named:
         config.sample.update({name: value for name, value in _HOW_MANY.items() if name not in named})
-    if _MODE.value == "sample":
-        config = _sampling_config(given, config)
-    else:
+    if _MODE.value == "train":
         check_config(config)
         check_preparable(config)
         prepare_workdir(_WORKDIR.value, config)
         prepare(config)
+    else:
+        config = _own_config_with(given, config)
     # Orbax logs with a traceback what it also raises, and what is raised is told in one sentence.
     logging.set_verbosity(logging.FATAL)
     # Compiled programs are kept, so that a second start takes seconds; the user's own settings win.
@@ -149,6 +155,10 @@ def run(argv: list[str]) -> None:
         from s2dm_jax.sample_mode import sample
 
         sample(config, _WORKDIR.value)
+    elif _MODE.value == "export":
+        from s2dm_jax.export import export
+
+        export(config, _WORKDIR.value)
     else:
         from s2dm_jax.parallel import join_hosts, use_all_cores
         from s2dm_jax.train import train
@@ -158,16 +168,17 @@ def run(argv: list[str]) -> None:
         train(config, _WORKDIR.value)
 
 
-def _sampling_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:
-    """The run's own config with the group `sample` of the config given, checked."""
+def _own_config_with(given: dict[str, str], config: ConfigDict) -> ConfigDict:
+    """The run's own config with the groups of the config given that sampling and exporting read, checked."""
+    groups = ("config.sample.", "config.export.") if _MODE.value == "export" else ("config.sample.",)
     for flag in given:
-        if flag.startswith("config.") and not flag.startswith("config.sample."):
+        if flag.startswith("config.") and not flag.startswith(groups):
             raise UserError(
-                f"--{flag} cannot be changed with --mode=sample, which takes it from the run; only "
-                "--config.sample.* can"
+                f"--{flag} cannot be changed with --mode={_MODE.value}, which takes it from the run; only "
+                f"{' and '.join(f'--{group}*' for group in groups)} can"
             )
     own = read_config(_WORKDIR.value)
-    own.sample = config.sample
+    own.sample, own.export = config.sample, config.export
     check_config(own)
     compared_workdirs(own)
     return own
