@@ -133,9 +133,8 @@ def run(argv: list[str] | None) -> None:
     exchange.write(args.out, args.to, weights, config, source=source, license=args.license)
     print(f"wrote    {args.out}: {args.to}, with a model card")
     if args.to == "workdir" and not weights.card:
-        print(
-            f"data     {data_label(config)}{'' if args.data or args.config else ', by the size of the images'}"
-        )
+        guessed = "" if args.data or args.config else ", by the size of the images"
+        print(f"data     {data_label(config)}{guessed}")
     if args.to == "workdir":
         print(f"sample   python -m s2dm_jax.main --mode=sample --workdir={args.out}")
         print(f"go on    python -m s2dm_jax.main --workdir={args.out} --config.train.steps=N")

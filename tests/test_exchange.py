@@ -16,11 +16,10 @@ from conftest import save_run
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from s2dm_jax import convert, diffusers, exchange, unet
+from s2dm_jax import convert, exchange, unet
 from s2dm_jax.config import UserError, default_config, from_json
 from s2dm_jax.export import export
 from s2dm_jax.runs import load_run
-from s2dm_jax.schedule import SCHEDULES
 from s2dm_jax.torch_files import write_torch
 from s2dm_jax.unet import UNetConfig
 from s2dm_jax.weights_files import digest_of, read_weights, to_state
@@ -328,61 +327,6 @@ def test_a_config_must_be_that_of_the_weights(files):
     wide = weights._replace(network=UNetConfig(**{**vars(NETWORK), "out_channels": 2}))
     with pytest.raises(UserError, match=r"conv_out.weight has 2 channels, conv_in.weight 1"):
         exchange.config_for(wide)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("norm_eps", None),
-        ("freq_shift", 0),
-        ("attention_head_dim", 8),
-        ("_class_name", "UNet2DConditionModel"),
-        ("down_block_types", ["SkipDownBlock2D"]),
-        ("sample_size", None),
-        ("block_out_channels", [48, 32]),
-    ],
-)
-def test_a_diffusers_network_of_another_kind_is_refused(files, tmp_path, field, value):
-    folder = tmp_path / "d"
-    shutil.copytree(files / "diffusers", folder)
-    (folder / "SHA256SUMS").unlink()
-    path = folder / "unet" / "config.json"
-    config = json.loads(path.read_text())
-    config[field] = value
-    # A field that is not there has diffusers' default, which is another one.
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    with pytest.raises(UserError, match=r"config.json does not describe a network .*(its|it is)") as error:
-        read_weights(str(folder))
-    assert "\n" not in str(error.value)
-
-
-def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
-    """Everything in one folder, attention under its old names, weights as a .bin."""
-    state = diffusers.to_diffusers(published(), NETWORK)
-    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
-        state = {name.replace(new, old): value for name, value in state.items()}
-    assert any("query" in name for name in state)
-    write_torch(tmp_path / "diffusion_pytorch_model.bin", state, "")
-    (tmp_path / "config.json").write_text(json.dumps(diffusers.unet_config(NETWORK)))
-    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 50, "beta_schedule": "linear"}
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
-    weights = read_weights(str(tmp_path))
-    assert weights.schedule == ("linear", 50)
-    assert_equal_trees(to_state(weights.ema), published())
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config.json does not describe a network"):
-        read_weights(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_is_known_again(name):
-    config = diffusers.scheduler_config(name, 40)
-    assert diffusers.read_scheduler_config(json.loads(json.dumps(config))) == (name, 40)
-    config["beta_start"], config["trained_betas"] = 0.2, None
-    if name == "cosine":
-        config["beta_schedule"] = "sigmoid"
-    with pytest.raises(ValueError, match="none of our schedules"):
-        diffusers.read_scheduler_config(config)
 
 
 @pytest.mark.slow
