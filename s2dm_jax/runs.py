@@ -276,7 +276,7 @@ def compared_workdirs(config: ConfigDict) -> list[str]:
 
 
 def load_run(workdir: str, step: int | None = None) -> Run:
-    """The newest checkpoint of the run in `workdir` that verifies, or that of one step, or an exported sampler.
+    """The newest checkpoint of a run that verifies, or that of one step; or an exported sampler.
 
     Raises:
       UserError: as `read_config`, and if no checkpoint, or not that of `step`, can be read.
