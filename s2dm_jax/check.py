@@ -118,6 +118,8 @@ def check_config(config: ConfigDict) -> None:
     _check_levels(fields)
     _check_sampling(fields)
     _check_evaluation(fields)
+    if fields["export.path"] and not fields["export.path"].endswith(".npz"):
+        raise UserError(f"config.export.path={fields['export.path']!r} must end in .npz")
 
 
 def allowed_type(expected: type) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from s2dm_jax.config import UserError, flatten
 from s2dm_jax.report import markdown_table
 from s2dm_jax.results import mean_and_spread
-from s2dm_jax.runs import MAY_CHANGE, read_config
+from s2dm_jax.runs import MAY_CHANGE, OTHER_GROUPS, read_config
 
 # Results that differ in one of these are not in one unit.
 _SAME = ("metric", "features", "reference", "num_images", "seed")
@@ -66,7 +66,7 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
         kept = {
             name: value
             for name, value in fields.items()
-            if not name.startswith(("sample.", "eval.")) and name not in MAY_CHANGE
+            if not name.startswith(OTHER_GROUPS) and name not in MAY_CHANGE
         }
         runs.append(Evaluated(workdir, {**kept, "step": results["step"]}, results))
     for run in runs[1:]:

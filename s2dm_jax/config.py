@@ -165,6 +165,11 @@ def default_config() -> ConfigDict:
     c.eval.num_images = 50_000
     c.eval.batch_size = 500
     c.eval.seed = 0
+
+    c.export = ConfigDict()
+    # Empty: named by the sampler, in the run's folder.
+    c.export.path = ""
+    c.export.license = ""
     return c
 
 

@@ -25,8 +25,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that i
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "sample", "evaluate"],
-    "Train a run, sample from one as --config.sample.* say, or evaluate one as --config.eval.* say",
+    ["train", "sample", "evaluate", "export"],
+    "Train a run, sample from one as --config.sample.* say, evaluate one as --config.eval.* say, or export "
+    "its sampler as one file",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -38,7 +39,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of 
 # Ways of saying how many steps a sampler makes: one on the command line replaces another in the config.
 _HOW_MANY = {"steps": 0, "nfe": 0, "timesteps": ()}
 # What may be changed of a run that is there, by mode.
-_GROUPS = {"sample": "sample", "evaluate": "eval"}
+_GROUPS = {"sample": ("sample",), "evaluate": ("eval",), "export": ("sample", "export")}
 
 
 def _given(argv: list[str]) -> dict[str, str]:
@@ -67,7 +68,8 @@ def _own_config(given: dict[str, str]) -> list[str]:
     """The flag that makes a run's own config the config to start from, where no other is given."""
     workdir = given.get("workdir")
     if not workdir:
-        raise UserError(f"--workdir is missing; for example --mode={given['mode']} --workdir=runs/digits")
+        mode = given.get("mode", "train")
+        raise UserError(f"--workdir is missing; for example --mode={mode} --workdir=runs/digits")
     read_config(workdir)
     return [] if "config" in given else [f"--config={runs.__file__}:{workdir}"]
 
@@ -129,7 +131,9 @@ def run(argv: list[str]) -> None:
     app.define_help_flags()
     given = _given(argv[1:])
     if not any(flag.startswith("help") for flag in given):
-        if given.get("mode") in _GROUPS:
+        # A folder that holds a run goes on with the run's config where no other is given.
+        goes_on = "config" not in given and os.path.isfile(f"{given.get('workdir', '')}/config.json")
+        if given.get("mode") in _GROUPS or goes_on:
             argv = [argv[0], *_own_config(given), *argv[1:]]
         _check_names(_given(argv[1:]))
     _parse(argv)
@@ -137,15 +141,15 @@ def run(argv: list[str]) -> None:
     named = [name for name in _HOW_MANY if f"config.sample.{name}" in given]
     if named:
         config.sample.update({name: value for name, value in _HOW_MANY.items() if name not in named})
-    if _MODE.value in _GROUPS:
-        config = _config_of_run(given, config)
-    else:
+    if _MODE.value == "train":
         config = _head_config(given, config)
         check_config(config)
         check_preparable(config)
         check_evaluation_files(config)
         prepare_workdir(_WORKDIR.value, config)
         prepare(config)
+    else:
+        config = _config_of_run(given, config)
     # Orbax logs with a traceback what it also raises, and what is raised is told in one sentence.
     logging.set_verbosity(logging.FATAL)
     # Compiled programs are kept, so that a second start takes seconds; the user's own settings win.
@@ -157,6 +161,11 @@ def run(argv: list[str]) -> None:
         from s2dm_jax.sample_mode import sample
 
         sample(config, _WORKDIR.value)
+        return
+    if _MODE.value == "export":
+        from s2dm_jax.export import export
+
+        export(config, _WORKDIR.value)
         return
     from s2dm_jax.parallel import join_hosts, use_all_cores
 
@@ -185,18 +194,20 @@ def _head_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:
 
 
 def _config_of_run(given: dict[str, str], config: ConfigDict) -> ConfigDict:
-    """The run's own config with the group that the mode is about of the config given, checked."""
-    group = _GROUPS[_MODE.value]
+    """The run's own config with the groups that the mode is about of the config given, checked."""
+    groups = _GROUPS[_MODE.value]
+    can = [f"config.{group}." for group in groups]
     for flag in given:
-        if flag.startswith("config.") and not flag.startswith(f"config.{group}."):
+        if flag.startswith("config.") and not flag.startswith(tuple(can)):
             raise UserError(
                 f"--{flag} cannot be changed with --mode={_MODE.value}, which takes it from the run; only "
-                f"--config.{group}.* can"
+                f"{' and '.join(f'--{group}*' for group in can)} can"
             )
     own = read_config(_WORKDIR.value)
-    own[group] = config[group]
+    for group in groups:
+        own[group] = config[group]
     check_config(own)
-    if group == "sample":
+    if "sample" in groups:
         compared_workdirs(own)
     else:
         check_evaluation_files(own)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from s2dm_jax import exported
 from s2dm_jax.check import check_config
 from s2dm_jax.config import UserError, build_network, data_label, flatten, from_json
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from s2dm_jax.unet import UNetConfig
 
 
-# A run may go on with other values of these, and of everything in the groups `sample` and `eval`.
+# A run may go on with other values of these, and of everything in these groups.
+OTHER_GROUPS = ("sample.", "eval.", "export.")
 MAY_CHANGE = (
     # Whether the images are the same is told by their hash.
     "data.source",
@@ -128,7 +130,7 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
     for name, value in flatten(config).items():
-        fixed = not name.startswith(("sample.", "eval.", *MAY_CHANGE))
+        fixed = not name.startswith((*OTHER_GROUPS, *MAY_CHANGE))
         if fixed and saved[name] != value:
             raise UserError(
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
@@ -190,6 +192,7 @@ class Run(NamedTuple):
       network: the network that `ema` belongs to.
       ema: nested dict of float32 arrays, the moving average of the weights: what to sample from.
       step: number of training steps behind it, or behind the head.
+      params: nested dict of float32 arrays, the weights that training changes: the network's or the head's.
       head: moving average of the weights of its second head, or None.
     """
 
@@ -197,32 +200,52 @@ class Run(NamedTuple):
     network: "UNetConfig"
     ema: dict
     step: int
+    params: dict
     head: dict | None = None
+
+
+def checked_config(text: str, place: str | Path) -> ConfigDict:
+    """A config from its JSON text, checked.
+
+    Raises:
+      UserError: for what is no config of ours; `place` says where it was found.
+    """
+    try:
+        config = from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place} is not a config of ours ({error}); give another run") from error
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{place} cannot be used: {error}") from error
+    return config
 
 
 def read_config(workdir: str) -> ConfigDict:
     """The config of the run in `workdir`, once sure that the run has saved something; imports no jax.
 
+    Args:
+      workdir: folder of a run, or the file of an exported sampler.
+
     Raises:
       UserError: if the folder is missing, or holds no run, a config that is not ours, or no checkpoint.
     """
     path = Path(workdir)
+    if path.is_file():
+        return checked_config(exported.read_about(path)["config"], path)
     if not path.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a training run")
     try:
-        config = from_json((path / "config.json").read_text())
+        text = (path / "config.json").read_text()
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} holds no config.json, so it is no training run; give the --workdir of one"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path / 'config.json'} is not a config of ours ({error}); give another run"
         ) from error
-    try:
-        check_config(config)
-    except UserError as error:
-        raise UserError(f"{path / 'config.json'} cannot be used: {error}") from error
+    config = checked_config(text, path / "config.json")
     checkpoints = path / "checkpoints"
     if not checkpoints.is_dir() or not any(entry.name.isdigit() for entry in checkpoints.iterdir()):
         raise _no_checkpoint(workdir)
@@ -257,12 +280,17 @@ def compared_workdirs(config: ConfigDict) -> list[str]:
 
 
 def load_run(workdir: str, step: int | None = None) -> Run:
-    """The newest checkpoint of the run in `workdir` that verifies, or that of one step.
+    """The newest checkpoint of a run that verifies, or that of one step; or an exported sampler.
 
     Raises:
       UserError: as `read_config`, and if no checkpoint, or not that of `step`, can be read.
     """
     config = read_config(workdir)
+    if Path(workdir).is_file():
+        params, about = exported.read_weights(workdir, config)
+        if step not in (None, about["step"]):
+            raise UserError(f"{workdir} holds the weights of step {about['step']}, not of step {step}")
+        return Run(config, build_network(config), params, about["step"], params)
 
     import jax
 
@@ -284,8 +312,9 @@ def load_run(workdir: str, step: int | None = None) -> Run:
     if state is None:
         raise _no_checkpoint(workdir)
     if config.head.kind:
-        return Run(config, network, load_base(workdir, config), int(state.step), state.ema)
-    return Run(config, network, state.ema, int(state.step))
+        base = load_base(workdir, config)
+        return Run(config, network, base, int(state.step), state.params, state.ema)
+    return Run(config, network, state.ema, int(state.step), state.params)
 
 
 def _no_checkpoint(workdir: str) -> UserError:

@@ -5,7 +5,7 @@ Image i of a seed depends on (seed, i) alone, not on the batch or the order that
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +15,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from s2dm_jax import heads, losses, moments, unet
+from s2dm_jax import heads, moments, unet
 from s2dm_jax.config import build_schedule
-from s2dm_jax.covariance import cov_x0, optimal_grid
+from s2dm_jax.covariance import cov_x0
 from s2dm_jax.heads import Head
-from s2dm_jax.methods import FACTS, check_options, plan
+from s2dm_jax.methods import FACTS, check_options
 from s2dm_jax.parallel import fetch, split_batch
 from s2dm_jax.report import to_uint8
+from s2dm_jax.resolve import resolve
 from s2dm_jax.runs import load_run
 from s2dm_jax.samplers import METHODS, image_keys, initial_noise, per_image_noise, scale_eps
 from s2dm_jax.schedule import NoiseSchedule
@@ -60,8 +61,8 @@ def make_sampler(
       ValueError: for an unknown method, an option or value that it does not have, or what it needs missing.
     """
     check_options(method, eta=eta, **options)
-    known = _known(schedule, method, scale, ms_eps, head)
-    program = _Program(network, schedule, method, tuple(sorted(options.items())))
+    known = known_for(schedule, method, scale, ms_eps, head)
+    program = Program(network, schedule, method, tuple(sorted(options.items())))
 
     def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
         # Without noise nothing is drawn: eta 0 is a program of its own.
@@ -70,8 +71,12 @@ def make_sampler(
     return sample
 
 
-def _known(schedule, method, scale, ms_eps, head):
-    """What a method is given besides the network: cov(x_0 | x_t) at each level, or a head's parameters."""
+def known_for(schedule, method, scale, ms_eps, head):
+    """What a method is given besides the network: cov(x_0 | x_t) at each level, or a head's parameters.
+
+    Raises:
+      ValueError: if what the method needs is missing.
+    """
     needs = FACTS[method].needs
     if needs == "ms_eps":
         if ms_eps is None:
@@ -95,8 +100,8 @@ def _known(schedule, method, scale, ms_eps, head):
     return head.params
 
 
-class _Program(NamedTuple):
-    """What a compiled sampler is made for."""
+class Program(NamedTuple):
+    """What a compiled sampler is made for; options are pairs of name and value."""
 
     network: UNetConfig
     schedule: NoiseSchedule
@@ -104,8 +109,35 @@ class _Program(NamedTuple):
     options: tuple
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(program, trajectory, params, timesteps, seed, indices, eta, scale, known, x_T):
+def draw(
+    program: Program,
+    params,
+    timesteps,
+    seed,
+    indices,
+    *,
+    eta=None,
+    scale=None,
+    known=None,
+    x_T=None,
+    return_x0=False,
+):
+    """The images that a sampler makes, to be compiled by the caller.
+
+    Args:
+      program: network, schedule, method and options.
+      params: the weights.
+      timesteps: int [S], ascending levels.
+      seed, indices: of the noise; the images with these indices, int [B].
+      eta: of DDIM; None for no noise in its steps.
+      scale: float [T], a factor on the network's output; None for none.
+      known: from `known_for`.
+      x_T: float [B, H, W, C] to start from; None for the indices' own noise.
+      return_x0: also return each step's prediction of x_0.
+
+    Returns:
+      float32 [B, H, W, C] around [−1, 1]; with `return_x0` also [S, B, H, W, C].
+    """
     network, schedule, method, options = program
     shape = (network.resolution, network.resolution, network.in_channels)
     eps_fn = unet.eps_fn(network, params)
@@ -123,7 +155,13 @@ def _run(program, trajectory, params, timesteps, seed, indices, eta, scale, know
         options["noise_fn"] = per_image_noise(image_keys(seed, indices), shape)
     if x_T is None:
         x_T = initial_noise(seed, indices, shape)
-    result = METHODS[method](eps_fn, x_T, schedule, timesteps, return_x0=trajectory, **options)
+    return METHODS[method](eps_fn, x_T, schedule, timesteps, return_x0=return_x0, **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(program, trajectory, params, timesteps, seed, indices, eta, scale, known, x_T):
+    inputs = {"eta": eta, "scale": scale, "known": known, "x_T": x_T}
+    result = draw(program, params, timesteps, seed, indices, **inputs, return_x0=trajectory)
     if not trajectory:
         return to_uint8(result)
     x_0, predictions = result
@@ -259,6 +297,9 @@ class Model(NamedTuple):
 def load(workdir: str, step: int | None = None) -> Model:
     """The newest checkpoint of the run in `workdir` that verifies, or that of one step, to sample from.
 
+    Args:
+      workdir: folder of a run, or the file of an exported sampler, whose weights any method can use.
+
     Raises:
       config.UserError: if the folder holds no run, or no such checkpoint that is whole.
     """
@@ -275,46 +316,8 @@ def moments_folder(workdir: str) -> Path:
     return Path(workdir) / "ms_eps"
 
 
-# The fields of the config's group `sample` that say how to sample; the others say what to make of it.
-HOW = (
-    "method",
-    "steps",
-    "nfe",
-    "grid",
-    "timesteps",
-    "eta",
-    "clip_x0",
-    "variance",
-    "convention",
-    "order",
-    "form",
-    "clip_pixel",
-    "skip_scale",
-    "skip_scale_tau",
-    "skip_scale_preset",
-)
-
-
-def how(sample: ConfigDict) -> dict:
-    """The keyword arguments of `configure` that a config's group `sample` stands for."""
-    return {name: sample[name] for name in HOW}
-
-
 def configure(
-    network: UNetConfig,
-    schedule: NoiseSchedule,
-    method: str = "ddim",
-    *,
-    steps: int = 0,
-    nfe: int = 0,
-    grid: str = "uniform",
-    timesteps: Sequence[int] = (),
-    skip_scale: int | np.ndarray | None = None,
-    skip_scale_tau: float = 0.99,
-    skip_scale_preset: str = "paper",
-    ms_eps: np.ndarray | None = None,
-    head: Head | None = None,
-    **options,
+    network: UNetConfig, schedule: NoiseSchedule, method: str = "ddim", **how
 ) -> tuple[Callable[..., jax.Array], np.ndarray]:
     """A compiled sampler and the levels that it is to visit, from what a user says.
 
@@ -322,12 +325,7 @@ def configure(
       network: the network's shape.
       schedule: the forward process.
       method: one of `samplers.METHODS`.
-      steps, nfe, grid, timesteps: as for `methods.choose_timesteps`; grid "optimal" is `optimal_grid`.
-      skip_scale: the factor on the network's output that L_skip would train into it (`losses.skip_scale`): a
-        skip, or your own float [T]; None or 0 for no factor.
-      skip_scale_tau, skip_scale_preset: tau and preset of that skip.
-      ms_eps, head: as for `make_sampler`; "optimal" needs ms_eps, too.
-      **options: eta and the method's own, as for `make_sampler`; None stands for the method's default.
+      **how: as for `resolve`.
 
     Returns:
       The function as from `make_sampler`, and the levels int32 [S], ascending.
@@ -335,23 +333,6 @@ def configure(
     Raises:
       ValueError: for an unknown method, and for values that are not allowed or contradict one another.
     """
-    options = {name: value for name, value in options.items() if value is not None}
-    levels = plan(schedule.T, method, steps=steps, nfe=nfe, grid=grid, timesteps=timesteps, **options)
-    if grid == "optimal" and not len(timesteps):
-        if ms_eps is None:
-            raise ValueError(
-                "grid='optimal' needs ms_eps, the network's statistic; moments.estimate makes it"
-            )
-        levels = optimal_grid(schedule, ms_eps, len(levels))
-    scale = skip_scale
-    if np.ndim(skip_scale) == 0:
-        skip = skip_scale or 0
-        if not 0 <= skip < schedule.T:
-            raise ValueError(f"skip_scale={skip} is out of range: a skip is from 0 to T−1={schedule.T - 1}")
-        scale = losses.skip_scale(schedule, skip, skip_scale_tau, skip_scale_preset) if skip else None
-    elif np.shape(skip_scale) != (schedule.T,):
-        raise ValueError(
-            f"skip_scale has shape {np.shape(skip_scale)}; it is a skip, or one number per level, "
-            f"shape ({schedule.T},)"
-        )
-    return make_sampler(network, schedule, method, scale=scale, ms_eps=ms_eps, head=head, **options), levels
+    levels, scale, options = resolve(schedule, method, **how)
+    needed = {name: how.get(name) for name in ("ms_eps", "head")}
+    return make_sampler(network, schedule, method, scale=scale, **needed, **options), levels

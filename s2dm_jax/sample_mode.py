@@ -18,21 +18,22 @@ from s2dm_jax import moments, pictures
 from s2dm_jax.data import load_dataset
 from s2dm_jax.methods import FACTS, num_evaluations
 from s2dm_jax.report import image_grid, save_png
+from s2dm_jax.resolve import how
 from s2dm_jax.runs import compared_workdirs, hash_of
-from s2dm_jax.sample import Model, how, load, moments_folder, sample_batches
+from s2dm_jax.sample import Model, load, moments_folder, sample_batches
 
 _MOST_COLUMNS = 20
 
 
 def sample(config: ConfigDict, workdir: str) -> Path:
-    """Samples from the run in `workdir` and writes to `workdir`/samples.
+    """Samples from the run in `workdir` and writes to `workdir`/samples, of an exported sampler beside it.
 
     A file's name tells method, network evaluations and seed, and ends in a hash of all that the pictures
     depend on: what is overwritten is the same pictures.
 
     Args:
       config: a checked config whose group `sample` says what to do.
-      workdir: folder of the run.
+      workdir: folder of the run, or the file of an exported sampler.
 
     Returns:
       The file, or for output "png" the folder.
@@ -61,7 +62,8 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     began = time.monotonic()
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     kind = "".join(f"_{name}" for name in ("interpolate", "trajectory", "compare") if options[name])
-    folder = Path(workdir) / "samples"
+    folder = Path(workdir)
+    folder = folder / "samples" if folder.is_dir() else folder.with_name(f"{folder.stem}_samples")
     folder.mkdir(exist_ok=True)
     path = folder / f"{method}_nfe{evaluations}_seed{options.seed}{kind}_{digest}"
     if kind or options.output == "grid":

@@ -36,6 +36,7 @@ _DTYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+_NOTE = "s2dm_jax.json"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 # What a zip file that is cut short or has flipped bits makes zipfile raise.
@@ -170,6 +171,9 @@ def _open_zip(archive, size):
     names = [info.filename for info in archive.infolist()]
     if sum(info.file_size for info in archive.infolist()) > size:
         raise ValueError("its parts claim to be larger than the file")
+    for info in archive.infolist():
+        # Compares the name with that in front of the part: with a damaged one it would seem to be away.
+        archive.open(info).close()
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ValueError("there is no data.pkl in it")
@@ -234,12 +238,29 @@ def _array(read, tensor: Tensor) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(whole[offset:], shape, strides).copy()
 
 
-def write_torch(path: str | os.PathLike, contents: object) -> None:
+def read_note(path: str | os.PathLike) -> str | None:
+    """The note that `write_torch` put beside the tensors, or None where there is none.
+
+    Raises:
+      UserError: if the file is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            notes = [name for name in archive.namelist() if name.endswith(f"/{_NOTE}")]
+            return archive.read(notes[0]).decode() if notes else None
+    except ZIP_DAMAGE as error:
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def write_torch(path: str | os.PathLike, contents: object, note: str) -> None:
     """Writes what `torch.load` reads, also with `weights_only`: torch's zip format, protocol 2.
 
     Args:
       path: where to; it is the caller's to rename it once it is whole.
       contents: arrays of float32, as tensors, in dicts, lists and tuples with numbers, strings and None.
+      note: text to keep in a part of its own, which torch does not look at.
 
     Raises:
       TypeError: for anything else in `contents`.
@@ -248,7 +269,8 @@ def write_torch(path: str | os.PathLike, contents: object) -> None:
     data = pickle.PROTO + b"\x02" + _pickled(contents, arrays) + pickle.STOP
     with zipfile.ZipFile(path, "w") as archive:
         root = Path(path).stem.lstrip(".")
-        for name, value in (("data.pkl", data), ("byteorder", b"little"), ("version", b"3\n")):
+        parts = {"data.pkl": data, "byteorder": b"little", "version": b"3\n", _NOTE: note.encode()}
+        for name, value in parts.items():
             archive.writestr(zipfile.ZipInfo(f"{root}/{name}"), value)
         for key, array in enumerate(arrays):
             archive.writestr(zipfile.ZipInfo(f"{root}/data/{key}"), array.astype("<f4").tobytes())

@@ -44,9 +44,10 @@ from s2dm_jax.parallel import (
     stop_together,
 )
 from s2dm_jax.report import image_grid, save_png
+from s2dm_jax.resolve import how
 from s2dm_jax.results import results_table
 from s2dm_jax.runs import check_same_images, open_workdir, origin, write_whole
-from s2dm_jax.sample import Model, how, sample_batches
+from s2dm_jax.sample import Model, sample_batches
 from s2dm_jax.telemetry import MetricWriter, Profile, Progress, describe, summarise
 from s2dm_jax.train_step import init_state, make_chunk, make_optimizer, new_state
 

@@ -7,6 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
+
+from s2dm_jax import checkpoint, main, train_step
+from s2dm_jax.config import build_network, to_json
 
 # Most of the suite's time is compiling programs that run once; the processes that tests start inherit this.
 _QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -54,6 +58,33 @@ def golden():
             return {k: v if k.startswith(parameters) else _nhwc(v) for k, v in arrays.items()}
 
     return load
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """Function of arguments that runs `python -m s2dm_jax.main` with them in this process."""
+
+    def run(*argv):
+        # A config's fields become flags each time that one is read.
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        monkeypatch.setattr("sys.argv", ["main", *argv])
+        main.main()
+
+    return run
+
+
+def save_run(path, config, *, seed, ema_factor):
+    """Makes `path` the folder of a run of 7 steps that were never trained; its average is a multiple."""
+    path.mkdir()
+    (path / "config.json").write_text(to_json(config))
+    optimizer = train_step.make_optimizer(config.train.lr, config.train.grad_clip)
+    state = train_step.init_state(build_network(config), optimizer, seed)
+    ema = jax.tree.map(lambda leaf: np.asarray(leaf) * ema_factor, state.params)
+    manager = checkpoint.open_checkpoints(path)
+    checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema=ema)))
+    manager.close()
 
 
 def group(arrays, prefix):

@@ -39,7 +39,7 @@ BAD_COMMANDS = [
     (["--config.loss.skip=1000"], "config.loss.skip=1000 must be at most 999"),
     (["--wat=1"], "Unknown command line flag 'wat'"),
     (["surplus"], "'surplus' is not a flag"),
-    (["--mode=fly"], "should be one of <train|sample|evaluate>"),
+    (["--mode=fly"], "should be one of <train|sample|evaluate|export>"),
     (["--workdir="], "--workdir is missing"),
     (["--num_processes=2"], "--coordinator is missing: --coordinator=HOST:PORT, --num_processes=N and"),
     (

@@ -1,0 +1,166 @@
+"""A sampler as one file that runs with jax alone: StableHLO programs through `jax.export`, with the weights.
+
+The programs take any batch size, and run on CPU, CUDA and TPU. What is in the file: docs/weights.md.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import export as jax_export
+from ml_collections import ConfigDict
+
+from s2dm_jax import model_card, moments, unet
+from s2dm_jax.config import UserError, build_network, build_schedule, default_config, from_json, to_json
+from s2dm_jax.exported import FORMAT, WEIGHTS, digest_of_weights
+from s2dm_jax.heads import Head
+from s2dm_jax.methods import FACTS, num_evaluations
+from s2dm_jax.new_files import new_files
+from s2dm_jax.resolve import how, resolve
+from s2dm_jax.runs import load_run
+from s2dm_jax.sample import Program, draw, known_for, moments_folder
+from s2dm_jax.schedule import NoiseSchedule
+from s2dm_jax.unet import UNetConfig
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_programs(
+    network: UNetConfig,
+    schedule: NoiseSchedule,
+    method: str = "ddim",
+    *,
+    platforms: tuple[str, ...] = PLATFORMS,
+    **said,
+) -> dict[str, jax_export.Exported]:
+    """A sampler and its network as programs that need neither s2dm_jax nor flax.
+
+    Args:
+      network: the network's shape; its dtype is that of the programs' activations.
+      schedule: the forward process.
+      method: one of `samplers.METHODS`.
+      platforms: that the programs can run on.
+      **said: as for `sample.resolve`; all of it is baked in.
+
+    Returns:
+      "sampler": (weights, seed int32 [], indices int32 [b]) → images; "sampler_from_noise": (weights,
+      x_T float32 [b, H, W, C], seed int32 [], which is read where the method draws noise) → images;
+      "network": (weights, x_t float32 [b, H, W, C], t float32 [b]) → ε. Images are float32 [b, H, W, C]
+      around [−1, 1]; weights are a flat dict.
+
+    Raises:
+      ValueError: as `sample.resolve`.
+    """
+    levels, scale, options = resolve(schedule, method, **said)
+    known = known_for(schedule, method, scale, said.get("ms_eps"), said.get("head"))
+    baked_in = {"eta": options.pop("eta", None) or None, "scale": scale, "known": known}
+    program = Program(network, schedule, method, tuple(sorted(options.items())))
+
+    def nested(weights):
+        return traverse_util.unflatten_dict(weights, sep=".")
+
+    def sampler(weights, seed, indices):
+        return draw(program, nested(weights), levels, seed, indices, **baked_in)
+
+    def sampler_from_noise(weights, x_T, seed):
+        indices = jnp.arange(x_T.shape[0])
+        return draw(program, nested(weights), levels, seed, indices, **baked_in, x_T=x_T)
+
+    def eps(weights, x_t, t):
+        return unet.apply(network, nested(weights), x_t, t)
+
+    (batch,) = jax_export.symbolic_shape("b")
+    side, channels = network.resolution, network.in_channels
+    shapes = traverse_util.flatten_dict(unet.param_shapes(network), sep=".")
+    images = jax.ShapeDtypeStruct((batch, side, side, channels), np.float32)
+    number = jax.ShapeDtypeStruct((), np.int32)
+    arguments = {
+        "sampler": (sampler, number, jax.ShapeDtypeStruct((batch,), np.int32)),
+        "sampler_from_noise": (sampler_from_noise, images, number),
+        "network": (eps, images, jax.ShapeDtypeStruct((batch,), np.float32)),
+    }
+    return {
+        name: jax_export.export(jax.jit(function), platforms=platforms)(shapes, *others)
+        for name, (function, *others) in arguments.items()
+    }
+
+
+def export(config: ConfigDict, workdir: str) -> Path:
+    """What `--mode=export` does: the sampler of the group `sample`, with the moving average, as one file.
+
+    Args:
+      config: the run's, checked, with the groups `sample` and `export` as they were asked for.
+      workdir: folder of the run.
+
+    Returns:
+      The file; its model card lies beside it, as .md and .json.
+
+    Raises:
+      UserError: if the run is missing or damaged, or the file is there already.
+    """
+    run = load_run(workdir)
+    schedule, options = build_schedule(config), config.sample
+    # One file for all platforms: in float32, unless the run says otherwise.
+    if config.model.dtype == "auto":
+        config.model.dtype = "float32"
+    network = build_network(config)
+    said = how(options)
+    statistic = moments.kept(schedule, run.ema, moments_folder(workdir))
+    head = None if run.head is None else Head(config.head.kind, run.head)
+    needed = {"ms_eps": statistic and statistic.ms_eps, "head": head}
+    try:
+        levels, scale, _ = resolve(schedule, **said, **needed)
+        known_for(schedule, options.method, scale, **needed)
+    except ValueError as error:
+        raise UserError(f"config.sample.{error}") from error
+    evaluations = num_evaluations(options.method, len(levels))
+    try:
+        card = model_card.of_run(run, workdir)
+    except ValueError as error:
+        raise UserError(f"{workdir} cannot be used: {error}") from error
+    card["license"] = config.export.license or card["license"]
+    card["config"] = json.loads(config.to_json())
+    card["sampler"] = {
+        "method": options.method,
+        "steps": len(levels),
+        "evaluations": evaluations,
+        **{name: value for name, value in said.items() if name not in ("method", "steps", "nfe", "grid")},
+        "timesteps": levels.tolist(),
+        "draws_noise": bool(options.eta or FACTS[options.method].draws_noise),
+    }
+    # As the pictures' names: other settings or weights make another file.
+    digest = hashlib.sha256(json.dumps([card["sampler"], card["weights"]]).encode()).hexdigest()[:8]
+    name = f"{options.method}_nfe{evaluations}_{digest}.npz"
+    path = Path(config.export.path or Path(workdir) / "exports" / name)
+    with new_files(path, *model_card.beside(path)) as (file, *card_files):
+        print(
+            f"exporting {options.method} in {evaluations:,} evaluations for {', '.join(PLATFORMS)} …",
+            flush=True,
+        )
+        programs = export_programs(network, schedule, **said, **needed)
+        # A head is in the programs; what others read of the file is the network.
+        own = from_json(to_json(config))
+        own.head = default_config().head
+        flat = traverse_util.flatten_dict(run.ema, sep=".")
+        flat = {name: np.asarray(value) for name, value in flat.items()}
+        about = {
+            "format": FORMAT,
+            "config": to_json(own),
+            "step": run.step,
+            "image_shape": [network.resolution, network.resolution, network.in_channels],
+            "platforms": PLATFORMS,
+            "jax": jax.__version__,
+            "weights_sha256": digest_of_weights(flat),
+            "card": card,
+        }
+        arrays = {name: np.frombuffer(program.serialize(), np.uint8) for name, program in programs.items()}
+        arrays |= {f"{WEIGHTS}{name}": value for name, value in flat.items()}
+        with open(file, "wb") as out:
+            np.savez(out, about=json.dumps(about), **arrays)
+        model_card.write(card, *card_files)
+    print(f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB), its model card beside it")
+    return path

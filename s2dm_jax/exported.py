@@ -1,0 +1,97 @@
+"""The file of an exported sampler, read: an .npz of compiled programs, weights and a description.
+
+Imports no jax. docs/weights.md says what is in the file, and has the loader that needs none of this.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2dm_jax.config import UserError
+from s2dm_jax.torch_files import ZIP_DAMAGE
+
+FORMAT = "s2dm_jax sampler, version 1"
+WEIGHTS = "weights/"
+
+
+def read_about(path: str | os.PathLike) -> dict:
+    """The description in an exported sampler: config, step, sampler, programs, digests.
+
+    Raises:
+      UserError: if the file is damaged, or no exported sampler.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            about = json.loads(str(_member(archive, "about")))
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
+        for name, expected in (("config", str), ("step", int), ("weights_sha256", str)):
+            if type(about[name]) is not expected:
+                raise ValueError(f"its {name} is not what it must be")
+        return about
+    except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_weights(path: str | os.PathLike, config: ConfigDict) -> tuple[dict, dict]:
+    """The weights in an exported sampler, each checked, and its description.
+
+    Args:
+      config: the one that `read_about` has, checked.
+
+    Returns:
+      Nested dict of float32 arrays as from `unet.init_params`, and the dict that `read_about` gives.
+
+    Raises:
+      UserError: if the file is damaged, or its weights are not those of its config's network.
+    """
+    from flax import traverse_util
+
+    from s2dm_jax.config import build_network
+    from s2dm_jax.unet import param_shapes
+
+    about = read_about(path)
+    shapes = traverse_util.flatten_dict(param_shapes(build_network(config)), sep=".")
+    flat = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # The programs too, though nothing of ours runs them: who was given the file will.
+            if archive.testzip():
+                raise ValueError(f"bad CRC-32 of {archive.testzip()}")
+            for name, leaf in shapes.items():
+                flat[name] = _member(archive, f"{WEIGHTS}{name}")
+                if flat[name].shape != leaf.shape or flat[name].dtype != leaf.dtype:
+                    raise ValueError(
+                        f"{name} has shape {flat[name].shape}, but the network needs {leaf.shape}"
+                    )
+    except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
+        raise _damaged(path, error) from error
+    if digest_of_weights(flat) != about["weights_sha256"]:
+        raise _damaged(path, "its weights are not those that it was written with")
+    return traverse_util.unflatten_dict(flat, sep="."), about
+
+
+def digest_of_weights(flat: dict) -> str:
+    """SHA-256 of the arrays, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(flat):
+        digest.update(np.ascontiguousarray(flat[name]).data)
+    return digest.hexdigest()
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    # Reading a member whole checks its CRC-32, before its header can ask for any amount of memory.
+    return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+
+
+def _damaged(path, reason) -> UserError:
+    reason = str(reason).strip().partition("\n")[0][:120] or type(reason).__name__
+    return UserError(
+        f"{path} is damaged or no exported sampler ({reason}); export it again, or give the --workdir of a "
+        "training run"
+    )
