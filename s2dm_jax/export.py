@@ -144,7 +144,9 @@ def export(config: ConfigDict, workdir: str) -> Path:
         programs = export_programs(network, schedule, **said, **needed)
         # A head is in the programs; what others read of the file is the network.
         own = from_json(to_json(config))
-        own.head = default_config().head
+        if run.head is not None:
+            for group in ("head", "sample", "eval"):
+                own[group] = default_config()[group]
         flat = traverse_util.flatten_dict(run.ema, sep=".")
         flat = {name: np.asarray(value) for name, value in flat.items()}
         about = {
