@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py digits    # seconds from launch to first step and to the last line, memory
 python scripts/benchmark.py losses    # a training step with each objective against the plain one
+python scripts/benchmark.py heads     # a training step of a second head against a full one
 python scripts/benchmark.py data      # preparing 60,000 JPEGs; a training step fed in each way
 python scripts/benchmark.py train     # a training step against plain PyTorch's (--device=gpu on a GPU)
 python scripts/benchmark.py samplers  # a 10-evaluation DDIM scan against ten jitted forward calls
@@ -118,11 +119,50 @@ def benchmark_losses(arguments):
     _print_ratios(steps, arguments.rounds, "plain", {n: f"{m / 2**20:,.0f} MiB" for n, m in memory.items()})
 
 
-def _stepper(program, state, x0, key):
+def benchmark_heads(arguments):
+    """Times a training step of a second head on the frozen CIFAR-10 UNet, relative to a plain full step."""
+    import jax
+    import numpy as np
+
+    from s2dm_jax import heads, losses, train_step, unet
+    from s2dm_jax.schedule import linear_schedule
+
+    schedule, objective = linear_schedule(), losses.paper()
+    network = _cifar10_network(unet, dropout=0.1)
+    optimizer = train_step.make_optimizer(1e-4, 1.0)
+    made_of = optimizer, 0.9999, "initial"
+    x0 = np.random.default_rng(0).uniform(-1, 1, (arguments.batch, 32, 32, 3)).astype(np.float32)
+    frozen, key = jax.device_put(unet.init_params(network, 0)), jax.random.key(0)
+
+    def draws_of(state, key):
+        draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        return losses.draw(objective, draw_key, schedule.T, x0.shape), dropout_key
+
+    def full(state, x0, key):
+        draws, dropout_key = draws_of(state, key)
+        apply = functools.partial(unet.apply, network)
+        return train_step.update(apply, schedule, objective, *made_of, state, x0, draws, dropout_key)
+
+    def head(state, x0, key, frozen):
+        draws, _ = draws_of(state, key)
+        return train_step.update_head(network, "sn", schedule, *made_of, frozen, state, x0, draws, None)
+
+    whole = train_step.init_state(network, optimizer, 0)
+    own = train_step.new_state(heads.init_params(network, 0), optimizer)
+    full_step = jax.jit(full, donate_argnums=0).lower(whole, x0, key).compile()
+    head_step = jax.jit(head, donate_argnums=0).lower(own, x0, key, frozen).compile()
+    runs = {
+        "full step": _stepper(full_step, whole, x0, key),
+        "head's step": _stepper(head_step, own, x0, key, frozen),
+    }
+    _print_ratios(runs, arguments.rounds, "full step", {})
+
+
+def _stepper(program, state, x0, key, *frozen):
     held = [state]
 
     def run():
-        held[0], metrics = program(held[0], x0, key)
+        held[0], metrics = program(held[0], x0, key, *frozen)
         metrics["loss"].block_until_ready()
 
     return run
@@ -264,6 +304,7 @@ def main():
         benchmark_digits,
         training.benchmark_train,
         benchmark_losses,
+        benchmark_heads,
         benchmark_data,
         benchmark_samplers,
         evaluation.benchmark_evaluate,
