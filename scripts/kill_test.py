@@ -85,7 +85,7 @@ def main() -> None:
         seconds = time.monotonic() - began
         print(f"a run without a break takes {seconds:.1f} s", flush=True)
 
-        kills = 0
+        kills, ended = 0, 0
         while kills < arguments.kills:
             before = checkpoints(killed)
             process = start(killed, arguments.flags)
@@ -102,11 +102,13 @@ def main() -> None:
                 )
             if "damaged" in output or "Traceback" in output or "error:" in output:
                 sys.exit(f"a start after a kill did not go well:\n{output}")
-            print(f"kill {kills}: checkpoints {checkpoints(killed)}", flush=True)
-            if process.returncode == 0 and kills < arguments.kills:
+            if process.returncode == 0:
                 # It came to its end before the kill: the rest hits a new run.
                 check(whole, killed)
-                killed = killed.with_name(f"killed_{kills}")
+                ended += 1
+                killed = killed.with_name(f"killed_{ended}")
+            else:
+                print(f"kill {kills}: checkpoints {checkpoints(killed)}", flush=True)
         finish(start(killed, arguments.flags))
         check(whole, killed)
         print(
