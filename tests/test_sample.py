@@ -94,7 +94,7 @@ def toy(monkeypatch, quick_noise):
     monkeypatch.setattr(sampling.unet, "eps_fn", eps_fn)
     model = Model(small_config(), NETWORK, linear_schedule(20), np.float32(0.7), 7)
     monkeypatch.setattr(
-        sample_mode, "load", lambda path: model._replace(params=np.float32(0.5 + len(path) / 1000))
+        sample_mode, "load", lambda path, step=None: model._replace(params=np.float32(0.5 + len(path) / 1000))
     )
     return model, traced
 
