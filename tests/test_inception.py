@@ -105,7 +105,7 @@ def server(tmp_path):
 
 def test_weights_are_fetched_checked_converted_once_and_kept(state_dict, params, tmp_path, cache, server):
     path = tmp_path / "weights.pth"
-    write_torch(path, state_dict)
+    write_torch(path, state_dict, "")
     digest = sha256(path)
     assert not inception_weights.at_hand(sha256=digest)
     fetched = inception_weights.inception_params(f"{server}/weights.pth", digest)
@@ -127,7 +127,7 @@ def test_weights_are_fetched_checked_converted_once_and_kept(state_dict, params,
 
 def test_other_files_are_refused_in_one_sentence(tmp_path, cache):
     path = tmp_path / "weights.pth"
-    write_torch(path, {"conv.weight": np.zeros((2, 2), np.float32)})
+    write_torch(path, {"conv.weight": np.zeros((2, 2), np.float32)}, "")
     with pytest.raises(
         UserError, match=rf"has the SHA-256 {sha256(path)}, not 6726825d.*: it is cut short or"
     ):
@@ -141,7 +141,7 @@ def test_other_files_are_refused_in_one_sentence(tmp_path, cache):
 
 def test_code_in_a_file_is_not_run(tmp_path, cache):
     path, victim = tmp_path / "evil.pth", tmp_path / "victim"
-    write_torch(path, {"a": np.zeros(1, np.float32)})
+    write_torch(path, {"a": np.zeros(1, np.float32)}, "")
     path.write_bytes(f"cposix\nsystem\n(S'touch {victim}'\ntR.".encode())
     with pytest.raises(UserError, match=r"posix\.system"):
         inception_weights.inception_params(str(path), sha256(path))

@@ -57,8 +57,13 @@ def replace_what_compiles(monkeypatch):
     monkeypatch.setattr(
         train,
         "evaluate",
-        lambda config, *_: {"step": config.train.steps, "eval": config.eval.to_dict(), **results},
+        lambda model, *_: {"step": model.step, "eval": model.config.eval.to_dict(), **results},
     )
+
+    def show_results(workdir, results):
+        (workdir / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(train, "show_results", show_results)
 
 
 def run_config(**changes):
