@@ -101,8 +101,11 @@ def benchmark_losses(arguments):
         "K = 4": (losses.paper(K=4, lam=1.0), one_call),
         "K = 4, 4 calls": (losses.paper(K=4, lam=1.0), K_calls(4)),
     }
+    wanted = arguments.only.split(",") if arguments.only else cases
     steps, memory = {}, {}
     for name, (objective, apply) in cases.items():
+        if name not in ("plain", *wanted):
+            continue
 
         def step(state, x0, key, objective=objective, apply=apply):
             draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -313,6 +316,8 @@ def main():
         name = function.__name__.removeprefix("benchmark_")
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(run=function)
+        if name == "losses":
+            sub.add_argument("--only", default="", help='these beside plain, such as "K = 2,K = 4"; else all')
         if name == "train":
             training.add_arguments(sub)
         if name == "data":
