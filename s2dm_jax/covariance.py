@@ -132,7 +132,7 @@ def sn(
     """
 
     def predict(x, t, odds):
-        eps, head = _evaluate_heads(heads_fn, x, t)
+        eps, head = evaluate(heads_fn, x, t)
         return eps, jnp.clip(odds * (head - eps**2), 0, 1)
 
     return _optimal(predict, x_T, schedule, timesteps, noise_fn, form, eta, clip_pixel, clip_x0, return_x0)
@@ -157,15 +157,10 @@ def npr(
     """
 
     def predict(x, t, odds):
-        eps, head = _evaluate_heads(heads_fn, x, t)
+        eps, head = evaluate(heads_fn, x, t)
         return eps, jnp.clip(odds * head, 0, 1)
 
     return _optimal(predict, x_T, schedule, timesteps, noise_fn, form, eta, clip_pixel, clip_x0, return_x0)
-
-
-def _evaluate_heads(heads_fn, x, t):
-    heads = heads_fn(x, jnp.full(x.shape[:1], t, jnp.float32))
-    return tuple(head.astype(x.dtype) for head in heads)
 
 
 def _optimal(predict, x_T, schedule, timesteps, noise_fn, form, eta, clip_pixel, clip_x0, return_x0):

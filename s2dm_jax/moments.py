@@ -96,8 +96,10 @@ def kept(
     schedule: NoiseSchedule, params: dict, folder: str | os.PathLike, num_images: int | None = None
 ) -> Moments | None:
     """What `estimate` has kept of these weights, of most images unless `num_images` is given; or None."""
-    found = []
-    for path in Path(folder).glob(f"{_stem(schedule, params)}_*.npz"):
+    folder, found = Path(folder), []
+    # Most runs have no statistic: the weights are hashed only where there is one to compare with.
+    paths = folder.glob(f"{_stem(schedule, params)}_*.npz") if any(folder.glob("*.npz")) else ()
+    for path in paths:
         mean, standard_error = _read(path)
         count = int(path.stem.split("_")[1])
         if len(mean) == schedule.T and num_images in (None, count):

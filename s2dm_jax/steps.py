@@ -42,8 +42,12 @@ def signal_and_sigma(log_alpha_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def evaluate(eps_fn: EpsFn, x: jax.Array, t: jax.Array) -> jax.Array:
-    """One call of the network at one level t, its output in x's dtype: x stays float32 around bfloat16."""
-    return eps_fn(x, jnp.full(x.shape[:1], t, jnp.float32)).astype(x.dtype)
+    """One call of the network at one level t, its output in x's dtype: x stays float32 around bfloat16.
+
+    Of a network with two heads, both outputs.
+    """
+    output = eps_fn(x, jnp.full(x.shape[:1], t, jnp.float32))
+    return jax.tree.map(lambda head: head.astype(x.dtype), output)
 
 
 def predict_x0(x: jax.Array, eps: jax.Array, signal: jax.Array, sigma: jax.Array) -> jax.Array:

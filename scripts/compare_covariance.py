@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from s2dm_jax.config import UserError
 from s2dm_jax.report import markdown_table
+from s2dm_jax.runs import write_whole
 
 _DESCRIPTION = """\
 Trains ddpm and sa from each seed, and on each a second head for SN-DPM and one for NPR-DPM, by the ordinary
@@ -68,9 +68,7 @@ def distances_of(args: argparse.Namespace, kept: Path, workdir: Path, commands: 
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
                 raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text((workdir / "results.json").read_text())
-        os.replace(temporary, kept)
+        write_whole(kept, (workdir / "results.json").read_text())
     distances = {}
     for row in json.loads(kept.read_text())["rows"]:
         if row["evaluations"]:

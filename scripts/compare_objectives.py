@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from s2dm_jax.config import UserError
 from s2dm_jax.report import markdown_table
+from s2dm_jax.runs import write_whole
 
 _DESCRIPTION = """\
 Trains ddpm, s2, sa and s2sa from each seed by the ordinary command, and evaluates each by DDIM. Plain
@@ -72,9 +72,7 @@ def results_of(args: argparse.Namespace, method: str, seed: int, steps: int, ski
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text((workdir / "results.json").read_text())
-        os.replace(temporary, kept)
+        write_whole(kept, (workdir / "results.json").read_text())
     results = json.loads(kept.read_text())
     if results["eval"]["nfe"] != budgets:
         raise UserError(f"{kept} was made with other --nfe; give another DIR, or the same --nfe")
