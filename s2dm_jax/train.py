@@ -49,7 +49,7 @@ from s2dm_jax.results import results_table
 from s2dm_jax.runs import check_same_images, open_workdir, origin, write_whole
 from s2dm_jax.sample import Model, sample_batches
 from s2dm_jax.telemetry import MetricWriter, Profile, Progress, describe, summarise
-from s2dm_jax.train_step import init_state, make_chunk, make_optimizer, new_state
+from s2dm_jax.train_step import init_state, jit_step, make_chunk, make_optimizer, new_state
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -137,9 +137,7 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
     step_key = key_on_all(step_key)
     feed = make_feed(data.train, order_key, batch_size, steps, config.data.device_share)
     say(f"images   {feed.told}")
-    chunk = jax.jit(
-        make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=(shardings, on_all())
-    )
+    chunk = jit_step(make_chunk(config, network, optimizer), out_shardings=(shardings, on_all()))
 
     def compile_chunk(rows):
         began = time.monotonic()

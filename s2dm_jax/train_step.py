@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from s2dm_jax import heads, losses, unet
 from s2dm_jax.config import build_objective, build_schedule
 from s2dm_jax.data import batch_at
+from s2dm_jax.hardware import compiler_options
 from s2dm_jax.losses import Objective
 from s2dm_jax.parallel import on_all
 from s2dm_jax.schedule import NoiseSchedule, add_noise
@@ -19,6 +20,11 @@ from s2dm_jax.unet import UNetConfig
 
 # L_simple is told for as many equal groups of levels.
 _LEVEL_GROUPS = 10
+
+
+def jit_step(step: Callable, **options) -> Callable:
+    """`jax.jit` for a function of (state, …): the state's memory is used again, XLA told what is fast."""
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(), **options)
 
 
 class TrainState(NamedTuple):

@@ -115,7 +115,7 @@ def benchmark_losses(arguments):
             )
 
         state, key = train_step.init_state(network, optimizer, 0), jax.random.key(0)
-        program = jax.jit(step, donate_argnums=0).lower(state, x0, key).compile()
+        program = train_step.jit_step(step).lower(state, x0, key).compile()
         memory[name] = program.memory_analysis().temp_size_in_bytes
         steps[name] = _stepper(program, state, x0, key)
         print(f"compiled {name}", flush=True)
@@ -152,8 +152,8 @@ def benchmark_heads(arguments):
 
     whole = train_step.init_state(network, optimizer, 0)
     own = train_step.new_state(heads.init_params(network, 0), optimizer)
-    full_step = jax.jit(full, donate_argnums=0).lower(whole, x0, key).compile()
-    head_step = jax.jit(head, donate_argnums=0).lower(own, x0, key, frozen).compile()
+    full_step = train_step.jit_step(full).lower(whole, x0, key).compile()
+    head_step = train_step.jit_step(head).lower(own, x0, key, frozen).compile()
     runs = {
         "full step": _stepper(full_step, whole, x0, key),
         "head's step": _stepper(head_step, own, x0, key, frozen),
@@ -228,9 +228,7 @@ def _time_feeds(arguments, folder: Path):
     }
     for name, feed in feeds.items():
         print(f"{name}: {feed.told}")
-    chunk = jax.jit(
-        train_step.make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=on_all()
-    )
+    chunk = train_step.jit_step(train_step.make_chunk(config, network, optimizer), out_shardings=on_all())
     held = [copy_to_all(train_step.init_state(network, optimizer, 0))]
     key, constant = copy_to_all(jax.random.key(1)), feeds["memory-mapped"].batches(0, length)
     compiled = {}

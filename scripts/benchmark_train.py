@@ -152,7 +152,7 @@ def work(s: dict) -> None:
     from s2dm_jax import parallel
     from s2dm_jax.config import default_config
     from s2dm_jax.hardware import step_flops
-    from s2dm_jax.train_step import init_state, make_chunk, make_optimizer
+    from s2dm_jax.train_step import init_state, jit_step, make_chunk, make_optimizer
     from s2dm_jax.unet import UNetConfig, num_params
 
     if s["devices"]:
@@ -173,7 +173,7 @@ def work(s: dict) -> None:
     images = parallel.copy_to_all(rng.integers(0, 256, (1024, shape[0], shape[0], 3), np.uint8))
     rows = rng.integers(0, 1024, (s["steps"], s["batch"])).astype(np.int32)
     arguments = images, parallel.split_batch(rows, axis=1), parallel.key_on_all(jax.random.key(0))
-    chunk = jax.jit(make_chunk(config, network, optimizer), donate_argnums=0, out_shardings=parallel.on_all())
+    chunk = jit_step(make_chunk(config, network, optimizer), out_shardings=parallel.on_all())
     began = time.perf_counter()
     lowered = chunk.lower(state, *arguments)
     traced = time.perf_counter()
