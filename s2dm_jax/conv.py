@@ -1,4 +1,4 @@
-"""A 2-D convolution whose gradients stay fast inside `lax.scan` on CPU."""
+"""Convolution and matrix product whose gradients stay fast on CPU, inside `lax.scan` too."""
 
 from functools import partial
 
@@ -66,7 +66,39 @@ def _backward(stride, pad, residuals, g):
         rhs_dilation=(stride, stride),
         dimension_numbers=_LAYOUT,
     )
-    return grad_x, grad_w.transpose(1, 2, 0, 3)
+    # A sum over the pixels of grad_x, as upsampling has, is not to be fused with its convolution on CPU.
+    return lax.optimization_barrier(grad_x), grad_w.transpose(1, 2, 0, 3)
 
 
 conv2d.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x·w over the channels, with gradients that read their inputs as they lie in memory.
+
+    XLA:CPU otherwise writes a transposed copy of x or of the incoming gradient, by steps so long that it
+    takes several times the product itself.
+
+    Args:
+      x: float [..., I].
+      w: [I, O], of x's type.
+
+    Returns:
+      [..., O], of x's type.
+    """
+    return x @ w
+
+
+def _matmul_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _matmul_backward(residuals, g):
+    x, w = residuals
+    # Fused into what computes them, their transposition would be slow.
+    rows_x, rows_g = lax.optimization_barrier((x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])))
+    return g @ w.T, lax.dot_general(rows_x, rows_g, (((0,), (0,)), ((), ())))
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -48,8 +48,9 @@ class Table(NamedTuple):
 
     Attributes:
       title: what it shows.
-      kind: "fid" or "is" (a table of that metric), "grid" (samples), "rows" (the same noise through several
-        models), "interpolation", "gap" (`scripts/estimation_gap.py`), "training" or "sampling" (seconds).
+      kind: "fid" or "is" (a table of that metric), "curves" (of FID), "grid" (samples), "rows" (the same
+        noise through several models), "interpolation", "gap" (`scripts/estimation_gap.py`), "training" or
+        "sampling" (seconds).
       columns: sampling steps.
       lines: its lines.
       note: what the paper leaves open, or what is done differently here.

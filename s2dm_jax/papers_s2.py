@@ -124,7 +124,7 @@ TABLES = {
     ),
     "s2-figure3": Table(
         "S²-DMs, Figure 3: Table 5 as curves",
-        "fid",
+        "curves",
         (10, 20, 50, 100, 200, 400, 1000),
         _S2_ABLATION_LINES,
     ),

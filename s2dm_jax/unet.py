@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from s2dm_jax.conv import conv2d
+from s2dm_jax.conv import conv2d, matmul
 from s2dm_jax.steps import EpsFn
 
 NORM_GROUPS = 32
@@ -22,7 +22,7 @@ NORM_EPS = 1e-6
 
 # NNX wants an initialiser to learn the shapes; the values come from `init_params`.
 _ZEROS = nnx.initializers.zeros_init()
-_Linear = functools.partial(nnx.Linear, kernel_init=_ZEROS)
+_Linear = functools.partial(nnx.Linear, kernel_init=_ZEROS, dot_general=lambda x, w, *_, **__: matmul(x, w))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from s2dm_jax.conv import conv2d
+from s2dm_jax.conv import conv2d, matmul
 
 CASES = [
     # kernel, stride, pad, height, width
@@ -107,3 +107,40 @@ def test_backward_convolutions_keep_the_layout_that_cpu_loops_run_fast():
     assert len(forward) == 1
     assert layouts(conv2d, differentiate=True) == forward
     assert layouts(plain, differentiate=True) != forward
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matmul_has_the_value_and_the_gradients_of_a_product(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 4, 5), np.float32), dtype)
+    w = jnp.asarray(rng.standard_normal((5, 6), np.float32), dtype)
+
+    def both(product):
+        value = lambda x, w: jnp.sum(jnp.sin(product(x, w)).astype(jnp.float32))  # noqa: E731
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(x, w)
+
+    (value, grads), (expected, expected_grads) = both(matmul), both(jnp.matmul)
+    tolerance = {jnp.float32: 1e-6, jnp.bfloat16: 2e-2}[dtype]
+    np.testing.assert_allclose(value, expected, rtol=tolerance)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == dtype
+        np.testing.assert_allclose(
+            grad.astype(jnp.float32), expected_grad.astype(jnp.float32), rtol=tolerance, atol=10 * tolerance
+        )
+
+
+def test_per_example_and_second_order_gradients_of_matmul():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, 5), np.float32))
+    w = jnp.asarray(rng.standard_normal((5, 6), np.float32))
+
+    def per_example(product):
+        return jax.jit(jax.vmap(jax.grad(lambda w, x: jnp.sum(product(x, w) ** 3)), (None, 0)))(w, x)
+
+    def of_gradient_norm(product):
+        return jax.jit(jax.grad(lambda w: jnp.sum(jax.grad(lambda w: jnp.sum(product(x, w) ** 3))(w) ** 2)))(
+            w
+        )
+
+    for derivative in (per_example, of_gradient_norm):
+        np.testing.assert_allclose(derivative(matmul), derivative(jnp.matmul), rtol=1e-4, atol=1e-3)

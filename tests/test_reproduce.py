@@ -64,6 +64,10 @@ def test_commands_train_and_sample_what_the_table_says(tmp_path):
     assert (plain["config.eval.methods"], plain["config.eval.variance"]) == ("ddpm", "small")
     analytic = fields(reproduce.command_of(reproduce.TABLES["sa-table2"], lines["CIFAR10 LS, B+A"], args))
     assert (analytic["config.eval.clip_pixel"], analytic["config.eval.grid"]) == ("2.0", "linspace")
+    npr = fields(reproduce.command_of(reproduce.TABLES["sa-table2"], lines["CIFAR10 LS, SA+NPR"], args))
+    assert (npr["config"], npr["config.train.steps"]) == ("configs/cifar10.py:npr", "500000")
+    base = fields(reproduce.command_of(reproduce.TABLES["sa-table2"], lines["CIFAR10 LS, SA"], args))
+    assert npr["config.head.base"] == base["workdir"] != npr["workdir"]
     pndm = reproduce.TABLES["s2-table1"].lines[3]
     assert fields(reproduce.command_of(reproduce.TABLES["s2-table1"], pndm, args))["config.eval.nfe"] == (
         "19,29,59,109,209,509,1009"
@@ -77,11 +81,13 @@ def test_every_command_on_the_digits_is_one_that_the_program_takes(tmp_path):
     for name in reproduce.TABLES:
         args = reproduce.parse([name, "--scale=digits", f"--out={tmp_path}"])
         table = reproduce.scaled(reproduce.TABLES[name], args)
+        trained = set()
         for line in table.lines:
-            if line.head:
-                continue
             given = fields(reproduce.command_of(table, line, args))
-            config = module.get_config("ddpm")
+            trained.add(given["workdir"])
+            # A head's base is trained by an earlier line.
+            assert not line.head or given["config.head.base"] in trained
+            config = module.get_config(line.head or "ddpm")
             for key, value in given.items():
                 name = key.removeprefix("config.")
                 if name in FIELDS:
@@ -136,6 +142,20 @@ def test_the_papers_figures_stand_beside_ours_and_nothing_is_done_twice(launched
     assert "|S²-DMs(PNDMs)|ours|1.90|2.90|5.90|10.90|20.90|50.90|100.90|" in lines
     reproduce.main(command)
     assert len(launched) == 5
+
+
+def test_a_head_costs_its_training(tmp_path, capsys):
+    reproduce.main(["sa-table2", "--dry-run", f"--out={tmp_path}"])
+    # Three forwards for the bases, of two levels for SA; one for each of the four heads of a block.
+    cifar, celeba = 2 * 6.222e9 * 128, 2 * 24.05e9 * 128
+    bases = 3 * (2 * 468_000 * 3 * cifar + 1_525_200 * 3 * celeba)
+    heads = 500_000 * (2 * 4 * cifar + 4 * celeba)
+    assert f"at least {(bases + heads) / 790e12 / 3600:.1f} hours of training" in capsys.readouterr().out
+
+
+def test_curves_are_drawn_from_the_measured_distances(launched, tmp_path):
+    reproduce.main(["s2-figure3", "--scale=digits", f"--out={tmp_path}"])
+    assert (tmp_path / "s2-figure3.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_figure_makes_its_pictures(launched, tmp_path):
