@@ -92,6 +92,38 @@ def load_dataset(config: ConfigDict) -> Dataset:
     )
 
 
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The keys of a training run's data order, and of all else that its steps draw."""
+    # Of other generators the order of the data would depend on the chunks' length.
+    order_key, step_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+    return order_key, step_key
+
+
+def step_keys(step_key: jax.Array, step: int | jax.Array) -> jax.Array:
+    """Keys [3] of a step: of levels and noise, of dropout, of flips."""
+    return jax.random.split(jax.random.fold_in(step_key, step), 3)
+
+
+def batch_at(
+    seed: int, step: int, images: np.ndarray, batch_size: int, random_flip: bool = False
+) -> jax.Array:
+    """The images that a step of a training run sees: a function of (seed, step) alone.
+
+    Args:
+      seed: the run's `config.train.seed`.
+      step: from 0.
+      images: uint8 [N, H, W, C], the training split.
+      batch_size, random_flip: as the run's config has them.
+
+    Returns:
+      float32 [B, H, W, C] in [−1, 1].
+    """
+    order_key, step_key = run_keys(seed)
+    rows = np.asarray(batch_indices(order_key, step, 1, batch_size, len(images)))[0]
+    flip_key = step_keys(step_key, step)[2] if random_flip else None
+    return gather_batch(None, jnp.asarray(images[rows]), flip_key)
+
+
 def batch_indices(key: jax.Array, start: int, steps: int, batch_size: int, size: int) -> jax.Array:
     """Rows of the batches of `steps` steps from `start` on: every epoch is one permutation of all rows.
 
@@ -123,7 +155,7 @@ def _gather_order(key, first_epoch, offset, steps, batch_size, size, epochs):
     return order[offset + jnp.arange(steps * batch_size)].reshape(steps, batch_size)
 
 
-def batch_at(images: jax.Array | None, rows: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
+def gather_batch(images: jax.Array | None, rows: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
     """Gathers rows of uint8 images and scales them to [−1, 1], flipping half of them if given a key.
 
     Args:

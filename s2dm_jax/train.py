@@ -25,7 +25,7 @@ from s2dm_jax.config import (
     default_config,
     to_json,
 )
-from s2dm_jax.data import load_dataset
+from s2dm_jax.data import load_dataset, run_keys
 from s2dm_jax.evaluate import evaluate, show_results
 from s2dm_jax.faults import check_finite, finite_steps, stop_on_signals
 from s2dm_jax.features import FeaturesMissing, check_features
@@ -131,9 +131,7 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
     del params
     say(describe(config, network, data.provenance, step))
 
-    # One stream orders the data, the other feeds the steps.
-    # Of other generators the order of the data would depend on the chunks' length.
-    order_key, step_key = jax.random.split(jax.random.key(config.train.seed, impl="threefry2x32"))
+    order_key, step_key = run_keys(config.train.seed)
     step_key = key_on_all(step_key)
     feed = make_feed(data.train, order_key, batch_size, steps, config.data.device_share)
     say(f"images   {feed.told}")

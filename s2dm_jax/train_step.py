@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from s2dm_jax import heads, losses, unet
 from s2dm_jax.config import build_objective, build_schedule
-from s2dm_jax.data import batch_at
+from s2dm_jax.data import gather_batch, step_keys
 from s2dm_jax.hardware import compiler_options
 from s2dm_jax.losses import Objective
 from s2dm_jax.parallel import on_all
@@ -227,8 +227,8 @@ def make_chunk(
 
     def chunk(state, images, rows, key, frozen=None):
         def step(state, rows):
-            draw_key, dropout_key, flip_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-            x0 = batch_at(images, rows, flip_key if config.data.random_flip else None)
+            draw_key, dropout_key, flip_key = step_keys(key, state.step)
+            x0 = gather_batch(images, rows, flip_key if config.data.random_flip else None)
             draws = losses.draw(objective, draw_key, schedule.T, x0.shape)
             how = optimizer, config.train.ema_rate, config.train.ema_start
             if config.head.kind:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits as sklearn_digits
 
-from s2dm_jax.data import batch_at, batch_indices, load_digits
+from s2dm_jax.data import batch_indices, gather_batch, load_digits
 
 
 def test_digits_are_split_once_without_overlap_and_keep_their_grey_levels():
@@ -46,9 +46,9 @@ def test_order_is_defined_past_32_bits_of_images():
 def test_scaling_reaches_both_ends_and_flips_half_of_the_images():
     images = np.zeros((4, 1, 2, 1), np.uint8)
     images[:, :, 1] = 255
-    x = batch_at(jnp.asarray(images), jnp.arange(4))
+    x = gather_batch(jnp.asarray(images), jnp.arange(4))
     np.testing.assert_array_equal(x[:, 0, :, 0], [[-1, 1]] * 4)
     rows = jnp.zeros(2000, jnp.int32)
-    x = batch_at(jnp.asarray(images), rows, jax.random.key(0))
+    x = gather_batch(jnp.asarray(images), rows, jax.random.key(0))
     assert set(map(tuple, np.asarray(x)[:, 0, :, 0])) == {(-1, 1), (1, -1)}
     assert abs(float(jnp.mean(x[:, 0, 0, 0]))) < 0.1

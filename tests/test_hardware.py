@@ -6,11 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from s2dm_jax import unet
+from s2dm_jax import hardware, unet
 from s2dm_jax.hardware import forward_flops, memory_peak, peak_flops, step_flops
 from s2dm_jax.unet import UNetConfig
 
 TINY = UNetConfig(8, 1, 1, 32, (1,), 1, (8,))
+
+
+def test_what_a_compiler_does_not_know_it_is_not_told(monkeypatch):
+    hardware.compiler_options.cache_clear()
+    # This jaxlib knows them.
+    assert hardware.compiler_options() == hardware._CPU_OPTIONS
+    hardware.compiler_options.cache_clear()
+    monkeypatch.setattr(hardware, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+    assert hardware.compiler_options() == {}
+    hardware.compiler_options.cache_clear()
 
 
 def test_forward_flops_of_the_published_network():

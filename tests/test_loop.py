@@ -12,6 +12,7 @@ from test_train import small_config
 
 from s2dm_jax import checkpoint, feed, losses, telemetry, train, train_step, unet
 from s2dm_jax.config import UserError, build_network
+from s2dm_jax.data import batch_at, load_digits
 from s2dm_jax.schedule import linear_schedule
 
 SHAPES = {"conv": {"kernel": (1, 16), "bias": (16,)}, "out": {"kernel": (16, 1)}}
@@ -104,6 +105,23 @@ def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tm
         train.train(run_config(train__steps=200, train__log_every=log_every), workdir)
         train.train(run_config(train__log_every=log_every), workdir)
         jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_batch_at_is_what_a_step_of_the_run_saw(flip, tmp_path, monkeypatch):
+    weights = np.random.default_rng(0).standard_normal((8, 8, 1)).astype(np.float32)
+
+    def projection(eps_fn, schedule, objective, x0, draws):
+        value = (x0 * weights).sum((1, 2, 3))
+        return value, {"simple": value}
+
+    monkeypatch.setattr(losses, "loss", projection)
+    config = run_config(train__steps=3, train__log_every=1, data__random_flip=flip, train__sample_every=3)
+    train.train(config, tmp_path / "run")
+    images = load_digits().train
+    for step, line in enumerate(lines(tmp_path / "run")):
+        x0 = batch_at(config.train.seed, step, images, config.train.batch_size, flip)
+        np.testing.assert_allclose(line["loss"], (x0 * weights).sum((1, 2, 3)).mean(), rtol=1e-4)
 
 
 def test_a_damaged_checkpoint_costs_steps_but_no_exactness(straight, tmp_path, capsys):
