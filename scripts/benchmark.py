@@ -281,19 +281,26 @@ def _cifar10_network(unet, dropout):
 
 
 def _print_ratios(runs, rounds, base, notes):
-    """Alternates the runs, so that a slow moment of the machine meets all of them, and compares medians."""
+    """Alternates the runs, so that a slow moment of the machine meets all of them, and compares medians.
+
+    Ratios are of wall times, and of the CPU seconds of this process, which other tenants disturb less.
+    """
     for run in runs.values():
         run()
-    times = {name: [] for name in runs}
+    times, cpu_times = ({name: [] for name in runs} for _ in range(2))
     for _ in range(rounds):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             run()
             times[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    for name, seconds in medians.items():
-        ratios = [t / b for t, b in zip(times[name], times[base], strict=True)]
-        print(f"{name:18s} {seconds * 1e3:9.1f} ms  {statistics.median(ratios):5.2f}×  {notes.get(name, '')}")
+            cpu_times[name].append(time.process_time() - cpu_began)
+    for name, seconds in times.items():
+        wall, cpu = (
+            statistics.median(t / b for t, b in zip(taken[name], taken[base], strict=True))
+            for taken in (times, cpu_times)
+        )
+        middle = statistics.median(seconds) * 1e3
+        print(f"{name:18s} {middle:9.1f} ms  {wall:5.2f}×  CPU time {cpu:5.2f}×  {notes.get(name, '')}")
 
 
 def main():
