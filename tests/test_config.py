@@ -1,8 +1,8 @@
 """A mistake in the command line is told in one sentence, with status 2, and writes nothing."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +23,14 @@ def command(*arguments, config="configs/digits.py"):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
+
+
+def cpu_seconds_of_children():
+    """Of the processes that have ended; unlike wall time, no other tenant of the machine adds to it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 BAD_COMMANDS = [
@@ -55,9 +61,9 @@ BAD_COMMANDS = [
 
 @pytest.mark.parametrize(("arguments", "sentence"), BAD_COMMANDS)
 def test_bad_command_lines(tmp_path, arguments, sentence):
-    began = time.monotonic()
+    began = cpu_seconds_of_children()
     done = command(f"--workdir={tmp_path / 'run'}", *arguments)
-    assert time.monotonic() - began < 5
+    assert cpu_seconds_of_children() - began < 5
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

@@ -100,7 +100,7 @@ def test_bad_bases_are_refused(runs, tmp_path):
 def test_what_the_base_decides_cannot_be_given(runs, tmp_path):
     command = [sys.executable, "-m", "s2dm_jax.main", "--config=configs/digits.py:npr"]
     command += [f"--workdir={tmp_path}/new", f"--config.head.base={runs}/base", "--config.model.ch=64"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config.model.ch cannot be changed with config.head.kind='npr'")
     assert not (tmp_path / "new").exists()

@@ -289,7 +289,7 @@ def command(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
 
 
@@ -412,5 +412,5 @@ def test_damaged_checkpoints(workdir, tmp_path):
 
 def test_importing_the_package_imports_no_jax():
     code = "import sys, s2dm_jax, s2dm_jax.config; print('jax' in sys.modules, callable(s2dm_jax.load))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == "False True\n", done.stderr
