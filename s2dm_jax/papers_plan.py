@@ -33,11 +33,9 @@ def scaled(table: Table, args: argparse.Namespace) -> Table:
     """The table as it is, or on the digits with short trainings, few steps and few images."""
     if args.scale == "full":
         return table
-    longest = args.steps or _DIGITS_STEPS
 
     def model(of):
-        steps = max(1, round(longest * min(1, of.steps / _DIGITS_LONGEST)))
-        return of._replace(dataset="digits", steps=steps, flip=False)
+        return of._replace(dataset="digits", steps=_on_digits(of.steps, args), flip=False)
 
     columns = [steps for steps in table.columns if steps <= _DIGITS_MOST] or [_DIGITS_MOST] * bool(
         table.columns
@@ -53,9 +51,12 @@ def images_of(args: argparse.Namespace) -> int:
 
 def head_steps(args: argparse.Namespace) -> int:
     """Training steps of a second head."""
-    if args.scale == "full":
-        return _HEAD_STEPS
-    return max(1, round((args.steps or _DIGITS_STEPS) * _HEAD_STEPS / _DIGITS_LONGEST))
+    return _HEAD_STEPS if args.scale == "full" else _on_digits(_HEAD_STEPS, args)
+
+
+def _on_digits(steps: int, args: argparse.Namespace) -> int:
+    """Training steps on the digits for so many of a paper's."""
+    return max(1, round((args.steps or _DIGITS_STEPS) * min(1, steps / _DIGITS_LONGEST)))
 
 
 def workdir_of(model: Model, args: argparse.Namespace, head: str = "") -> Path:

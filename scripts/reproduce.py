@@ -2,11 +2,14 @@
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from s2dm_jax.config import UserError, from_json
 from s2dm_jax.papers import Line, Model, Table
@@ -21,6 +24,7 @@ from s2dm_jax.papers_plan import (
 )
 from s2dm_jax.papers_s2 import TABLES as S2_TABLES
 from s2dm_jax.papers_sa import TABLES as SA_TABLES
+from s2dm_jax.runs import write_whole
 
 TABLES = {**S2_TABLES, **SA_TABLES}
 _DESCRIPTION = """\
@@ -83,9 +87,7 @@ def run_line(table: Table, line: Line, args: argparse.Namespace) -> dict:
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"{line.label}: the command above failed and says why; the same command goes on")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text((workdir / "results.json").read_text())
-        temporary.replace(kept)
+        write_whole(kept, (workdir / "results.json").read_text())
     return json.loads(kept.read_text())
 
 
@@ -158,14 +160,12 @@ def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace)
 
 def save_curves(path: Path, table: Table, results: dict[str, dict], args: argparse.Namespace) -> None:
     """The table as a picture: ours as lines, the paper's figures as dashes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
     for line in table.lines:
-        ours = [value or float("nan") for value in measured(table, line, results[line.label])]
+        ours = np.array(measured(table, line, results[line.label]), float)
         (drawn,) = axes.plot(table.columns, ours, marker="o", label=line.label)
         if line.paper and args.scale == "full":
             axes.plot(table.columns, line.paper, linestyle="--", color=drawn.get_color())
@@ -174,14 +174,13 @@ def save_curves(path: Path, table: Table, results: dict[str, dict], args: argpar
     axes.minorticks_off()
     axes.legend()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def reproduce(args: argparse.Namespace) -> None:
     """Runs or prints the plan of one table.
 
     Raises:
-      UserError: where a command fails.
+      UserError: where a command fails, or for curves without matplotlib.
     """
     table = scaled(TABLES[args.table], args)
     pictures = picture_commands(table, args) if table.kind in _PICTURES else []
@@ -197,10 +196,13 @@ def reproduce(args: argparse.Namespace) -> None:
         for command in pictures:
             print("\n" + " ".join(command[1:]))
         return
+    if table.kind == "curves" and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the curves need matplotlib; install it with pip install 's2dm_jax[plot]'")
     results = {line.label: run_line(table, line, args) for line in table.lines}
     if table.kind == "curves":
-        save_curves(Path(args.out) / f"{args.table}.png", table, results, args)
-        print(f"curves: {Path(args.out) / args.table}.png")
+        path = Path(args.out) / f"{args.table}.png"
+        save_curves(path, table, results, args)
+        print(f"curves: {path}")
     if table.kind != "gap":
         text = table_text(table, results, args)
         path = Path(args.out) / f"{args.table}.md"
