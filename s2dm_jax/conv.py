@@ -66,11 +66,37 @@ def _backward(stride, pad, residuals, g):
         rhs_dilation=(stride, stride),
         dimension_numbers=_LAYOUT,
     )
-    # A sum over the pixels of grad_x, as upsampling has, is not to be fused with its convolution on CPU.
-    return lax.optimization_barrier(grad_x), grad_w.transpose(1, 2, 0, 3)
+    return grad_x, grad_w.transpose(1, 2, 0, 3)
 
 
 conv2d.defvjp(_forward, _backward)
+
+
+def upsample_conv2d(x: jax.Array, w: jax.Array) -> jax.Array:
+    """A 3×3 convolution of the image enlarged twice by repeating pixels, without enlarging it.
+
+    Each of the four pixels that one becomes sees 2×2 of the small image, with those weights added that meet
+    the same pixel: 16 multiply-adds in place of 36.
+
+    Args:
+      x: float [B,H,W,I].
+      w: [3,3,I,O], of x's type.
+
+    Returns:
+      [B,2H,2W,O], of x's type.
+    """
+
+    def halves(w, axis):
+        first, middle, last = jnp.split(w, 3, axis)
+        pair = partial(jnp.concatenate, axis=axis)
+        return (pair((first, middle + last)), (1, 0)), (pair((first + middle, last)), (0, 1))
+
+    rows = []
+    for w_row, pad_row in halves(w, 0):
+        pixels = [conv2d(x, w_pixel, 1, (pad_row, pad)) for w_pixel, pad in halves(w_row, 1)]
+        rows.append(jnp.stack(pixels, axis=3))
+    b, height, width, _ = x.shape
+    return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, w.shape[-1])
 
 
 @jax.custom_vjp

@@ -70,8 +70,8 @@ def peak_flops(dtype: str) -> float | None:
 
 
 def forward_flops(network: UNetConfig) -> int:
-    """FLOPs of one image's way through the network: two for each multiply-add of its matrix products and
-    convolutions; nothing else is counted."""
+    """FLOPs of one image's way through the published network: two for each multiply-add of its matrix
+    products and convolutions; nothing else is counted."""
     x = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, network.in_channels), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.float32)
     program = jax.make_jaxpr(lambda *inputs: unet.apply(network, *inputs))(unet.param_shapes(network), x, t)
@@ -83,9 +83,11 @@ def _count(jaxpr) -> int:
     for equation in jaxpr.eqns:
         shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
         if equation.primitive.name == "conv_general_dilated":
-            # Kernels are [KH, KW, I, O].
+            # Kernels are [KH, KW, I, O]. Four of 2×2 stand for one of 3×3 over four times the pixels, as
+            # published (`conv.upsample_conv2d`).
             kernel, out = shapes[1], shapes[2]
-            total += 2 * out[0] * out[1] * out[2] * kernel[0] * kernel[1] * kernel[2] * kernel[3]
+            area = 9 if kernel[:2] == (2, 2) else kernel[0] * kernel[1]
+            total += 2 * out[0] * out[1] * out[2] * area * kernel[2] * kernel[3]
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             elements = 1

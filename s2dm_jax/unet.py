@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from s2dm_jax.conv import conv2d, matmul
+from s2dm_jax.conv import conv2d, matmul, upsample_conv2d
 from s2dm_jax.steps import EpsFn
 
 NORM_GROUPS = 32
@@ -75,8 +75,12 @@ def _conv2d_for_nnx(x, kernel, strides, padding, **_):
     return conv2d(x, kernel, strides[0], tuple(tuple(p) for p in padding))
 
 
-def conv3x3(c_in: int, c_out: int, dtype, rngs, stride: int = 1) -> nnx.Conv:
-    """3×3 convolution with the padding of the published code."""
+def _upsample_conv2d_for_nnx(x, kernel, *_, **__):
+    return upsample_conv2d(x, kernel)
+
+
+def conv3x3(c_in: int, c_out: int, dtype, rngs, stride: int = 1, upsample: bool = False) -> nnx.Conv:
+    """3×3 convolution, padded as in the published code; with `upsample`, of the image enlarged twice."""
     # The published downsampling pads one row at the bottom and one column on the right only.
     pad = (1, 1) if stride == 1 else (0, 1)
     return nnx.Conv(
@@ -87,7 +91,7 @@ def conv3x3(c_in: int, c_out: int, dtype, rngs, stride: int = 1) -> nnx.Conv:
         padding=(pad, pad),
         dtype=dtype,
         kernel_init=_ZEROS,
-        conv_general_dilated=_conv2d_for_nnx,
+        conv_general_dilated=_upsample_conv2d_for_nnx if upsample else _conv2d_for_nnx,
         rngs=rngs,
     )
 
@@ -210,7 +214,7 @@ class UNet(nnx.Module):
                 level.block[str(j)] = block(c + skips.pop(), ch * config.ch_mult[i])
                 c = ch * config.ch_mult[i]
             if i != 0 and config.resamp_with_conv:
-                level["upsample"] = nnx.Dict(conv=conv3x3(c, c, dtype, rngs))
+                level["upsample"] = nnx.Dict(conv=conv3x3(c, c, dtype, rngs, upsample=True))
             self.up[str(i)] = level
 
         self.norm_out = GroupNorm(c)
@@ -256,10 +260,10 @@ class UNet(nnx.Module):
                 h = run(level.block[str(j)], h, temb, next_key())
                 if str(j) in level.attn:
                     h = run(level.attn[str(j)], h)
-            if i != 0:
+            if i != 0 and config.resamp_with_conv:
+                h = level.upsample.conv(h)
+            elif i != 0:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                if config.resamp_with_conv:
-                    h = level.upsample.conv(h)
 
         return self.conv_out(nnx.silu(self.norm_out(h)).astype(jnp.float32)), h
 

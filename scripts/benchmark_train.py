@@ -29,7 +29,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--batch", type=int, help="images per step; default: 8, on a GPU 128")
     parser.add_argument("--K", type=int, default=1, help="levels per image, with L_sa above 1 (default: 1)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
-    parser.add_argument("--steps", type=int, help="steps of a round; default: 2, on a GPU 50")
+    parser.add_argument("--steps", type=int, help="steps of a round; default: 5, on a GPU 50")
     parser.add_argument(
         "--devices", type=int, default=0, help="devices to make of the CPU; default: as training"
     )
@@ -44,7 +44,7 @@ def benchmark_train(arguments) -> None:
     s |= {"device": arguments.device, "K": arguments.K, "devices": arguments.devices}
     s["dtype"] = arguments.dtype or ("bfloat16" if gpu else "float32")
     s["batch"] = arguments.batch or (128 if gpu else 8)
-    s["steps"] = arguments.steps or (50 if gpu else 2)
+    s["steps"] = arguments.steps or (50 if gpu else 5)
     s["threads"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
     variants = {"torch": {"channels_last": gpu, "compile": gpu}}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from s2dm_jax.conv import conv2d, matmul
+from s2dm_jax.conv import conv2d, matmul, upsample_conv2d
 
 CASES = [
     # kernel, stride, pad, height, width
@@ -58,6 +58,23 @@ def test_gradients_equal_lax_in_bfloat16():
     for grad, expected in zip(grads(conv2d), grads(plain), strict=True):
         assert grad.dtype == jnp.bfloat16
         np.testing.assert_array_equal(grad.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_upsampling_and_convolution_in_one_equal_one_after_the_other():
+    x, w = inputs(3, 5, 4)
+
+    def enlarged(x, w):
+        return plain(x.repeat(2, axis=1).repeat(2, axis=2), w, 1, SAME)
+
+    def both(conv):
+        value = lambda x, w: jnp.sum(jnp.sin(conv(x, w)))  # noqa: E731
+        return jax.jit(conv)(x, w), jax.jit(jax.grad(value, argnums=(0, 1)))(x, w)
+
+    (out, grads), (expected, expected_grads) = both(upsample_conv2d), both(enlarged)
+    assert out.shape == (2, 10, 8, 4)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-4)
 
 
 def test_vmap_of_gradient():
