@@ -1,4 +1,8 @@
-"""Convolution and matrix product whose gradients stay fast on CPU, inside `lax.scan` too."""
+"""Convolutions and matrix products that are fast on CPU, inside `lax.scan` too, and plain elsewhere.
+
+XLA's compilers for GPU and TPU know the gradients that autodiff makes, and turn them into their own kernels;
+the forms below are for what XLA:CPU lacks.
+"""
 
 from functools import partial
 
@@ -7,18 +11,16 @@ import jax.numpy as jnp
 from jax import lax
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+Pad = tuple[tuple[int, int], tuple[int, int]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv2d(
-    x: jax.Array, w: jax.Array, stride: int, pad: tuple[tuple[int, int], tuple[int, int]]
-) -> jax.Array:
+def conv2d(x: jax.Array, w: jax.Array, stride: int, pad: Pad) -> jax.Array:
     """`lax.conv_general_dilated` with gradients that stay fast inside a loop on CPU (jax issue 12868).
 
     XLA:CPU rewrites convolutions to its fast form only in the entry computation. Inside `lax.scan` the
     backward convolutions that autodiff makes, whose layouts are permuted, fall to a naive loop 20-40 times
-    slower. Here both are written in the fast form to begin with; the gradients are the same. Reverse mode of
-    any order and vmap work; `jax.jvp` of it raises TypeError, so what needs it calls lax directly.
+    slower. On CPU both are written in the fast form to begin with; the gradients are the same. Reverse mode
+    of any order and vmap work; `jax.jvp` of it raises TypeError on CPU, so what needs it calls lax directly.
 
     Args:
       x: float [B,H,W,I].
@@ -29,11 +31,24 @@ def conv2d(
     Returns:
       [B,H',W',O], of x's type.
     """
+    return _conv2d_on_cpu(x, w, stride, pad) if _on_cpu() else _plain_conv2d(x, w, stride, pad)
+
+
+def _on_cpu():
+    return jax.default_backend() == "cpu"
+
+
+def _plain_conv2d(x, w, stride, pad):
     return lax.conv_general_dilated(x, w, (stride, stride), pad, dimension_numbers=_LAYOUT)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d_on_cpu(x, w, stride, pad):
+    return _plain_conv2d(x, w, stride, pad)
+
+
 def _forward(x, w, stride, pad):
-    return conv2d(x, w, stride, pad), (x, w)
+    return _plain_conv2d(x, w, stride, pad), (x, w)
 
 
 def _backward(stride, pad, residuals, g):
@@ -69,14 +84,14 @@ def _backward(stride, pad, residuals, g):
     return grad_x, grad_w.transpose(1, 2, 0, 3)
 
 
-conv2d.defvjp(_forward, _backward)
+_conv2d_on_cpu.defvjp(_forward, _backward)
 
 
 def upsample_conv2d(x: jax.Array, w: jax.Array) -> jax.Array:
     """A 3×3 convolution of the image enlarged twice by repeating pixels, without enlarging it.
 
-    Each of the four pixels that one becomes sees 2×2 of the small image, with those weights added that meet
-    the same pixel: 16 multiply-adds in place of 36.
+    On CPU each of the four pixels that one becomes is made from 2×2 of the small image, with those weights
+    added that meet the same pixel: 16 multiply-adds in place of 36.
 
     Args:
       x: float [B,H,W,I].
@@ -85,6 +100,9 @@ def upsample_conv2d(x: jax.Array, w: jax.Array) -> jax.Array:
     Returns:
       [B,2H,2W,O], of x's type.
     """
+    if not _on_cpu():
+        enlarged = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return conv2d(enlarged, w, 1, ((1, 1), (1, 1)))
 
     def halves(w, axis):
         first, middle, last = jnp.split(w, 3, axis)
@@ -99,9 +117,8 @@ def upsample_conv2d(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, w.shape[-1])
 
 
-@jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x·w over the channels, with gradients that read their inputs as they lie in memory.
+    """x·w over the channels, on CPU with gradients that read their inputs as they lie in memory.
 
     XLA:CPU otherwise writes a transposed copy of x or of the incoming gradient, by steps so long that it
     takes several times the product itself.
@@ -113,6 +130,11 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     Returns:
       [..., O], of x's type.
     """
+    return _matmul_on_cpu(x, w) if _on_cpu() else x @ w
+
+
+@jax.custom_vjp
+def _matmul_on_cpu(x, w):
     return x @ w
 
 
@@ -127,4 +149,4 @@ def _matmul_backward(residuals, g):
     return g @ w.T, lax.dot_general(rows_x, rows_g, (((0,), (0,)), ((), ())))
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul_on_cpu.defvjp(_matmul_forward, _matmul_backward)

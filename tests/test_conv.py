@@ -60,11 +60,12 @@ def test_gradients_equal_lax_in_bfloat16():
         np.testing.assert_array_equal(grad.astype(jnp.float32), expected.astype(jnp.float32))
 
 
+def enlarged(x, w):
+    return plain(x.repeat(2, axis=1).repeat(2, axis=2), w, 1, SAME)
+
+
 def test_upsampling_and_convolution_in_one_equal_one_after_the_other():
     x, w = inputs(3, 5, 4)
-
-    def enlarged(x, w):
-        return plain(x.repeat(2, axis=1).repeat(2, axis=2), w, 1, SAME)
 
     def both(conv):
         value = lambda x, w: jnp.sum(jnp.sin(conv(x, w)))  # noqa: E731
@@ -124,6 +125,24 @@ def test_backward_convolutions_keep_the_layout_that_cpu_loops_run_fast():
     assert len(forward) == 1
     assert layouts(conv2d, differentiate=True) == forward
     assert layouts(plain, differentiate=True) != forward
+
+
+def test_elsewhere_than_on_cpu_all_is_what_compilers_know(monkeypatch):
+    x, w = inputs(3, 8, 8)
+    pairs = [
+        (lambda x, w: conv2d(x, w, 2, ASYMMETRIC), lambda x, w: plain(x, w, 2, ASYMMETRIC)),
+        (upsample_conv2d, enlarged),
+        (lambda x, w: matmul(x, w[0, 0]), lambda x, w: x @ w[0, 0]),
+    ]
+
+    def program(function):
+        return str(
+            jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum(jnp.sin(function(x, w))), argnums=(0, 1)))(x, w)
+        )
+
+    assert [program(ours) == program(theirs) for ours, theirs in pairs] == [False] * 3
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [program(ours) == program(theirs) for ours, theirs in pairs] == [True] * 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
