@@ -62,3 +62,48 @@ def test_eight_devices_train_and_sample_like_one(tmp_path):
     assert distance(one.params, eight.params) < 0.01 * distance(one.params, start.params)
     difference = pictures_of_one.astype(int) - pictures_of_eight
     assert np.abs(difference).max() <= 1
+
+
+LOOP = """
+import runpy, sys
+import jax, numpy as np
+from s2dm_jax import parallel, train_step
+from s2dm_jax.config import build_network
+from s2dm_jax.data import batch_indices, load_digits, run_keys
+
+config = runpy.run_path(sys.argv[1])["get_config"]("sa")
+network = build_network(config)
+optimizer = train_step.make_optimizer(config.train.lr, config.train.grad_clip)
+images = parallel.copy_to_all(load_digits().train)
+order_key, step_key = run_keys(0)
+step_key = parallel.key_on_all(step_key)
+chunk = train_step.jit_step(
+    train_step.make_chunk(config, network, optimizer), out_shardings=parallel.on_all()
+)
+
+def losses(length):
+    state = parallel.copy_to_all(train_step.init_state(network, optimizer, 0))
+    found = []
+    for first in range(0, 20, length):
+        rows = batch_indices(order_key, first, length, config.train.batch_size, len(images))
+        state, metrics = chunk(state, images, parallel.split_batch(rows, axis=1), step_key)
+        found.append(np.asarray(metrics["loss"]))
+    return np.concatenate(found)
+
+np.testing.assert_allclose(losses(20), losses(1), rtol=1e-4)
+"""
+
+
+def test_steps_in_a_loop_on_two_devices_are_those_done_one_by_one():
+    """With options that are faster on one device, XLA computes the 10th step wrongly on two."""
+    # As users compile: the quick compilation of the other tests does not show it.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    digits = Path(__file__).parents[1] / "configs" / "digits.py"
+    done = subprocess.run(
+        [sys.executable, "-c", LOOP, str(digits)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
