@@ -1,17 +1,15 @@
 """The comparison of reverse variances: what is trained and evaluated, what is kept, and the table."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import load_file
 
 PATH = Path(__file__).parents[1] / "scripts" / "compare_covariance.py"
-spec = importlib.util.spec_from_file_location("compare_covariance", PATH)
-compare_covariance = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare_covariance)
+compare_covariance = load_file(PATH)
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def launched(monkeypatch):
         (workdir / "results.json").write_text(json.dumps({"rows": rows}))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(compare_covariance.subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
     monkeypatch.chdir(PATH.parents[1])
     return commands
 

@@ -1,17 +1,15 @@
 """The comparison of objectives: what is trained how long, what is kept, and the table's statistics."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import load_file
 
 PATH = Path(__file__).parents[1] / "scripts" / "compare_objectives.py"
-spec = importlib.util.spec_from_file_location("compare_objectives", PATH)
-compare_objectives = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare_objectives)
+compare_objectives = load_file(PATH)
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def launched(monkeypatch, tmp_path):
         (workdir / "results.json").write_text(json.dumps({"eval": {"nfe": [5]}, "rows": rows}))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(compare_objectives.subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
     monkeypatch.chdir(PATH.parents[1])
     return commands
 

@@ -1,18 +1,16 @@
 """The papers' tables as plans: what is trained and evaluated, what it costs, what stands beside what."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from conftest import load_file
 
 from s2dm_jax.check import check_config
 from s2dm_jax.config import FIELDS
 
 PATH = Path(__file__).parents[1] / "scripts" / "reproduce.py"
-spec = importlib.util.spec_from_file_location("reproduce_command", PATH)
-reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
+reproduce = load_file(PATH)
 
 EXPECTED = {f"s2-table{i}" for i in range(1, 6)} | {f"s2-figure{i}" for i in range(3, 17)}
 EXPECTED |= {f"sa-table{i}" for i in range(1, 5)} | {f"sa-figure{i}" for i in range(2, 5)}
@@ -75,9 +73,7 @@ def test_commands_train_and_sample_what_the_table_says(tmp_path):
 
 
 def test_every_command_on_the_digits_is_one_that_the_program_takes(tmp_path):
-    digits = importlib.util.spec_from_file_location("digits", PATH.parents[1] / "configs" / "digits.py")
-    module = importlib.util.module_from_spec(digits)
-    digits.loader.exec_module(module)
+    digits = load_file(PATH.parents[1] / "configs" / "digits.py")
     for name in reproduce.TABLES:
         args = reproduce.parse([name, "--scale=digits", f"--out={tmp_path}"])
         table = reproduce.scaled(reproduce.TABLES[name], args)
@@ -87,7 +83,7 @@ def test_every_command_on_the_digits_is_one_that_the_program_takes(tmp_path):
             trained.add(given["workdir"])
             # A head's base is trained by an earlier line.
             assert not line.head or given["config.head.base"] in trained
-            config = module.get_config(line.head or "ddpm")
+            config = digits.get_config(line.head or "ddpm")
             for key, value in given.items():
                 name = key.removeprefix("config.")
                 if name in FIELDS:
