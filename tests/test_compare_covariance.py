@@ -51,6 +51,8 @@ def test_every_variance_on_every_base(launched, tmp_path, capsys):
     count = len(launched)
     compare_covariance.main(argv)
     assert len(launched) == count == 2 * 2 * 4
+    assert table.startswith("1 of 12\n")
+    assert capsys.readouterr().out.strip() == table[table.index("\n|") :].strip()
 
 
 @pytest.mark.parametrize("flag", ["--seeds=1", "--steps=0", "--images=1", "--config=nowhere.py"])

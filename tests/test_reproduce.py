@@ -132,12 +132,14 @@ def test_the_papers_figures_stand_beside_ours_and_nothing_is_done_twice(launched
     command = ["s2-table2", f"--out={tmp_path}"]
     reproduce.main(command)
     assert len(launched) == 5
+    assert "\n5 of 5, about " in capsys.readouterr().out
     text = (tmp_path / "s2-table2.md").read_text()
     lines = [line.replace(" ", "") for line in text.splitlines()]
     assert "|S²-DMs(PNDMs)|paper|11.4|7.58|4.94|3.91|3.38|3.01|2.94|" in lines
     assert "|S²-DMs(PNDMs)|ours|1.90|2.90|5.90|10.90|20.90|50.90|100.90|" in lines
     reproduce.main(command)
     assert len(launched) == 5
+    assert " of 5" not in capsys.readouterr().out
 
 
 def test_a_head_costs_its_training(tmp_path, capsys):
