@@ -73,7 +73,8 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
 
 
 def _conv2d_for_nnx(x, kernel, strides, padding, **_):
-    return conv2d(x, kernel, strides[0], tuple(tuple(p) for p in padding))
+    rows, columns = padding
+    return conv2d(x, kernel, strides[0], (tuple(rows), tuple(columns)))
 
 
 def _upsample_conv2d_for_nnx(x, kernel, *_, **__):
