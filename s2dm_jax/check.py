@@ -6,6 +6,7 @@ jax is not imported: a mistake must be told before seconds of imports.
 import math
 import os
 import re
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -128,7 +129,7 @@ def allowed_type(expected: type) -> str:
     return words.get(expected, "a tuple of positive integers such as 1,2,2")
 
 
-def _check_type(name: str, value) -> None:
+def _check_type(name: str, value: Any) -> None:
     expected = FIELDS[name]
     if value is None and name in OPTIONAL:
         return

@@ -10,7 +10,7 @@ import os
 import sys
 from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ _policies = ocp.checkpoint_managers
 
 
 def open_checkpoints(
-    workdir: str, keep: int = 1, keep_every: int = 0, best: str = ""
+    workdir: str | os.PathLike, keep: int = 1, keep_every: int = 0, best: str = ""
 ) -> ocp.CheckpointManager:
     """Opens `workdir`/checkpoints, creating it if need be; saves there run in the background.
 
@@ -175,12 +175,12 @@ def restore_latest(
     )
 
 
-def _restore_verified(manager, step, abstract) -> tuple[State | None, str]:
+def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State) -> tuple[State | None, str]:
     """The state of a step, or None and what is wrong with it; the same on every process."""
     folder = Path(manager.directory) / str(step)
     # Checkpoints of version 0.1 hold the state alone.
     old = (folder / "default").is_dir()
-    state, about, reason = None, {}, ""
+    state, about, reason = None, dict[str, Any](), ""
     try:
         _read_through(folder / ("default" if old else "state"))
         about = {} if old else json.loads((folder / "about" / "metadata").read_text())
@@ -218,7 +218,7 @@ def _reason(error: Exception) -> str:
     return line[:120] or type(error).__name__
 
 
-def _set_aside(manager, steps) -> None:
+def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
     root = Path(manager.directory)
     if is_lead():
         for step in steps:

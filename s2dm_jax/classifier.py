@@ -6,6 +6,7 @@ sets noise three times farther apart from real digits, in units of the distance 
 digits. Larger ones get convolutions of stride 2 down to 4 pixels, and a layer that sees where things are.
 """
 
+import functools
 import math
 
 import jax
@@ -14,15 +15,19 @@ import numpy as np
 import optax
 
 from s2dm_jax.conv import conv2d
+from s2dm_jax.parallel import is_lead
+from s2dm_jax.progress import counting
 
 NUM_FEATURES = 64
-_WIDTHS = (128, NUM_FEATURES)
+_WIDTHS: tuple[int, ...] = (128, NUM_FEATURES)
 _CONVOLVED_FROM = 16
 _CHANNELS = (32, 64, 128)
 _LARGEST_SIDE = 64
 _STEPS = {"perceptron": 600, "convolutional": 2000}
 _MOST_IMAGES, _MOST_BYTES = 50_000, 2**30
 _TRAIN_BATCH = 64
+# Steps in one compiled program, between two looks at how many are done.
+_STEPS_AT_ONCE = 50
 _FEATURE_BATCH = 256
 _LEARNING_RATE = 3e-3
 
@@ -72,7 +77,16 @@ def train_classifier(
     epochs = math.ceil(steps * size / len(images))
     order = np.concatenate([rng.permutation(len(images)) for _ in range(epochs)])
     batches = order[: steps * size].reshape(steps, size)
-    return _train(params, jnp.asarray(images), jnp.asarray(labels), jnp.asarray(batches))
+    # Adam starts from zeros; compiling its own init takes longer than making them.
+    moments = jax.eval_shape(_optimizer(steps).init, params)
+    state = params, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), moments)
+    on_device = jnp.asarray(images), jnp.asarray(labels)
+    with counting(steps, "steps of the classifier", shown=is_lead(), delay=2) as advance:
+        for first in range(0, steps, _STEPS_AT_ONCE):
+            piece = batches[first : first + _STEPS_AT_ONCE]
+            state = jax.block_until_ready(_train(steps, state, *on_device, piece))
+            advance(len(piece))
+    return state[0]
 
 
 def features(params: Params, images: np.ndarray) -> np.ndarray:
@@ -181,9 +195,13 @@ def _features(params, images):
     return x
 
 
-@jax.jit
-def _train(params, images, labels, batches):
-    optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, len(batches)))
+def _optimizer(steps):
+    return optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _train(steps, state, images, labels, batches):
+    """Weights and moments after a step on each of the batches, of `steps` in all."""
 
     def loss(params, batch):
         logits = _features(params, images[batch]) @ params["head_w"] + params["head_b"]
@@ -191,11 +209,10 @@ def _train(params, images, labels, batches):
 
     def step(state, batch):
         params, moments = state
-        updates, moments = optimizer.update(jax.grad(loss)(params, batch), moments)
+        updates, moments = _optimizer(steps).update(jax.grad(loss)(params, batch), moments)
         return (optax.apply_updates(params, updates), moments), None
 
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
-    return params
+    return jax.lax.scan(step, state, batches)[0]
 
 
 def _checked_images(images):

@@ -3,12 +3,16 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from s2dm_jax.config import UserError, flatten
 from s2dm_jax.report import markdown_table
 from s2dm_jax.results import mean_and_spread
 from s2dm_jax.runs import MAY_CHANGE, OTHER_GROUPS, read_config
+
+# matplotlib is an extra.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Results that differ in one of these are not in one unit.
 _SAME = ("metric", "features", "reference", "num_images", "seed")
@@ -82,7 +86,7 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
 
 def series_of(runs: Sequence[Evaluated]) -> list[Series]:
     """Distances of every sampler on every kind of run, mean and standard deviation over training seeds."""
-    kinds = {}
+    kinds: dict[str, list[Evaluated]] = {}
     for run in runs:
         kind = json.dumps({name: value for name, value in run.fields.items() if name != "train.seed"})
         kinds.setdefault(kind, []).append(run)
@@ -95,7 +99,7 @@ def series_of(runs: Sequence[Evaluated]) -> list[Series]:
                 f"{' and '.join(run.workdir for run in members)} share one train.seed and config; give one"
             )
         for sampler in samplers:
-            distances = {}
+            distances: dict[int, list[float]] = {}
             for run in members:
                 for row in _sampled(run):
                     if row["images"] == sampler:
@@ -122,7 +126,7 @@ def comparison_table(runs: Sequence[Evaluated]) -> str:
     return f"{table}\n{provenance['metric']}, by network evaluations; {anchors}.\n"
 
 
-def plot_distances(runs: Sequence[Evaluated]):
+def plot_distances(runs: Sequence[Evaluated]) -> "Figure":
     """A matplotlib figure: distance against network evaluations, both axes logarithmic."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator
@@ -130,10 +134,11 @@ def plot_distances(runs: Sequence[Evaluated]):
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
     for each in series_of(runs):
-        budgets, means, spreads = zip(*each.points, strict=True)
-        spreads = [spread or 0 for spread in spreads]
+        nfe, means, spreads = zip(*each.points, strict=True)
         seeds = f" ({len(each.workdirs)} seeds)" if len(each.workdirs) > 1 else ""
-        axes.errorbar(budgets, means, yerr=spreads, marker="o", capsize=3, label=each.name + seeds)
+        axes.errorbar(
+            nfe, means, yerr=[sd or 0 for sd in spreads], marker="o", capsize=3, label=each.name + seeds
+        )
     budgets = sorted({nfe for each in series_of(runs) for nfe, *_ in each.points})
     floor = runs[0].results["rows"][0]["distance"]
     axes.axhline(floor, color="0.5", linestyle="--", linewidth=1, label="real images")

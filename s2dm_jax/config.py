@@ -5,9 +5,17 @@ seconds of imports.
 """
 
 import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+if TYPE_CHECKING:
+    from s2dm_jax.losses import Objective
+    from s2dm_jax.schedule import NoiseSchedule
+    from s2dm_jax.unet import UNetConfig
 
 
 class UserError(Exception):
@@ -197,6 +205,31 @@ OPTIONAL = {
 }
 
 
+def packaged_configs() -> dict[str, Path]:
+    """The config files that come with this package, by the name that --config has for them."""
+    here = Path(__file__).parent
+    # A wheel has them inside the package, a clone beside it.
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {f"configs/{path.name}": path for path in sorted(folder.glob("*.py"))}
+
+
+def config_path(name: str) -> str:
+    """FILE[:METHOD] as it is where there is such a file, else with the path of the packaged one of that name.
+
+    Raises:
+      UserError: where there is neither.
+    """
+    file, colon, method = name.partition(":")
+    if os.path.isfile(file):
+        return name
+    packaged = packaged_configs()
+    if os.path.normpath(file) not in packaged:
+        raise UserError(
+            f"--config={name}: there is no such file; those that come with s2dm_jax are {', '.join(packaged)}"
+        )
+    return f"{packaged[os.path.normpath(file)]}{colon}{method}"
+
+
 def set_method(config: ConfigDict, method: str) -> None:
     """Sets the objective and the noise schedule that a name such as "s2_10", "s2_10+sa_2+cosine" stands for.
 
@@ -247,7 +280,7 @@ def data_label(config: ConfigDict) -> str:
 
 def flatten(config: ConfigDict) -> dict:
     """Every field of every group as {"group.name": value}."""
-    flat = {}
+    flat: dict = {}
     for group, value in config.items():
         if isinstance(value, ConfigDict):
             flat |= {f"{group}.{name}": v for name, v in value.items()}
@@ -270,14 +303,14 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
-def build_schedule(config: ConfigDict):
+def build_schedule(config: ConfigDict) -> "NoiseSchedule":
     """The `NoiseSchedule` that the config names."""
     from s2dm_jax.schedule import SCHEDULES
 
     return SCHEDULES[config.diffusion.schedule](config.diffusion.T)
 
 
-def build_objective(config: ConfigDict):
+def build_objective(config: ConfigDict) -> "Objective":
     """The `losses.Objective` that the config names: its preset with the options that are not None."""
     from s2dm_jax.losses import PRESETS
 
@@ -285,7 +318,7 @@ def build_objective(config: ConfigDict):
     return PRESETS[config.loss.preset](**values)
 
 
-def build_network(config: ConfigDict):
+def build_network(config: ConfigDict) -> "UNetConfig":
     """The `unet.UNetConfig` that the config names."""
     import jax
 

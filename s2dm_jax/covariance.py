@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2dm_jax.schedule import NoiseSchedule, log_alpha_bar
-from s2dm_jax.steps import EpsFn, descend, evaluate, predict_x0, signal_and_sigma
+from s2dm_jax.steps import EpsFn, NoiseFn, Sampled, descend, evaluate, predict_x0, signal_and_sigma
 
 # (x: f32[B, H, W, C], t: f32[B]) -> the noise in x and the second head's output, both of x's shape.
 HeadsFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -73,16 +73,16 @@ def analytic(
     eps_fn: EpsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
     cov_x0: np.ndarray,
-    noise_fn,
+    noise_fn: NoiseFn,
     form: str = "ddpm",
     eta: float | jax.Array = 0.0,
     clip_pixel: float | None = None,
     clip_x0: bool = True,
     return_x0: bool = False,
-):
+) -> Sampled:
     """Analytic-DPM (Bao et al. 2022a): ancestral (form "ddpm") or DDIM sampling with the optimal variance.
 
     Args:
@@ -117,15 +117,15 @@ def sn(
     heads_fn: HeadsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
-    noise_fn,
+    noise_fn: NoiseFn,
     form: str = "ddpm",
     eta: float | jax.Array = 0.0,
     clip_pixel: float | None = None,
     clip_x0: bool = True,
     return_x0: bool = False,
-):
+) -> Sampled:
     """SN-DPM (Bao et al. 2022b): the second head predicts E[ε²|x_t], and cov(ε|x_t) = head − ε̂².
 
     Arguments, result and errors as for `analytic`, without `cov_x0`.
@@ -142,15 +142,15 @@ def npr(
     heads_fn: HeadsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
-    noise_fn,
+    noise_fn: NoiseFn,
     form: str = "ddpm",
     eta: float | jax.Array = 0.0,
     clip_pixel: float | None = None,
     clip_x0: bool = True,
     return_x0: bool = False,
-):
+) -> Sampled:
     """NPR-DPM (Bao et al. 2022b): the second head predicts E[(ε−ε̂)²|x_t], the residual of ε̂ as it is.
 
     Arguments, result and errors as for `analytic`, without `cov_x0`.

@@ -99,7 +99,7 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     return order_key, step_key
 
 
-def step_keys(step_key: jax.Array, step: int | jax.Array) -> jax.Array:
+def step_keys(step_key: jax.Array, step: int | jax.Array | np.ndarray) -> jax.Array:
     """Keys [3] of a step: of levels and noise, of dropout, of flips."""
     return jax.random.split(jax.random.fold_in(step_key, step), 3)
 

@@ -5,6 +5,7 @@ against diffusers 0.42; the names of its versions before 0.14, which Google's ch
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def read_unet_config(config: Mapping) -> UNetConfig:
             f"its blocks are {down} and {config.get('up_block_types')}, where DDIM's network has DownBlock2D "
             "and AttnDownBlock2D, and the same backwards on the way up"
         )
-    sizes = {
+    sizes: dict[str, Any] = {
         name: config.get(name) for name in ("sample_size", "in_channels", "out_channels", "layers_per_block")
     }
     wrong = [name for name, value in sizes.items() if type(value) is not int or value < 1]
@@ -234,8 +235,8 @@ def _their_name(name: str, network: UNetConfig) -> str:
             return f"mid_block.resnets.{int(block[-1]) - 1}.{_IN_BLOCK.get(part, part)}.{leaf}"
         case ["down" | "up" as way, level, kind, *rest]:
             # diffusers counts the levels on the way up from the lowest resolution.
-            number = int(level) if way == "down" else len(network.ch_mult) - 1 - int(level)
-            path = f"{way}_blocks.{number}"
+            index = int(level) if way == "down" else len(network.ch_mult) - 1 - int(level)
+            path = f"{way}_blocks.{index}"
             if kind.endswith("sample"):
                 return f"{path}.{kind}rs.0.{'.'.join(rest)}"
             block, part, leaf = rest
@@ -253,7 +254,7 @@ def _stand_ins(network: UNetConfig) -> dict[str, np.ndarray]:
     """Convolutions that change nothing, for diffusers' blocks, which always have them: up the identity, down
     the mean of 2×2 pixels.
     """
-    convolutions = {}
+    convolutions: dict[str, np.ndarray] = {}
     last = len(network.ch_mult) - 1
     for level, mult in enumerate(network.ch_mult):
         width = network.ch * mult

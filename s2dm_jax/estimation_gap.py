@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2dm_jax import unet
+from s2dm_jax.progress import counting
 from s2dm_jax.samplers import ddim, image_keys, initial_noise, per_image_noise
 from s2dm_jax.schedule import NoiseSchedule, add_noise
-from s2dm_jax.steps import EpsFn
+from s2dm_jax.steps import EpsFn, NoiseFn
 from s2dm_jax.unet import UNetConfig
 
 
@@ -68,7 +69,7 @@ def estimation_gap(
     start: int,
     *,
     eta: float = 1.0,
-    noise_fn=None,
+    noise_fn: NoiseFn | None = None,
 ) -> Gap:
     """Noises real images, denoises them level by level, and follows the total gap (SA-DPM, Figure 4).
 
@@ -136,17 +137,18 @@ def gap_curve(
     Raises:
       ValueError: as `estimation_gap`.
     """
-
     square, mean = 0.0, 0.0
-    for first in range(0, len(images), batch_size):
-        batch = images[first : first + batch_size]
-        x0 = batch.astype(np.float32) / 127.5 - 1
-        gap = jax.device_get(
-            _gap_of(network, schedule, start, eta, params, seed, x0, first + np.arange(len(batch)))
-        )
-        share = len(batch) / len(images)
-        square += share * gap.square.mean(1, dtype=np.float64)
-        mean += share * gap.mean.astype(np.float64)
+    with counting(len(images), "images") as advance:
+        for first in range(0, len(images), batch_size):
+            batch = images[first : first + batch_size]
+            x0 = batch.astype(np.float32) / 127.5 - 1
+            gap = jax.device_get(
+                _gap_of(network, schedule, start, eta, params, seed, x0, first + np.arange(len(batch)))
+            )
+            share = len(batch) / len(images)
+            square += share * gap.square.mean(1, dtype=np.float64)
+            mean += share * gap.mean.astype(np.float64)
+            advance(len(batch))
     return {"t": gap.t, "rms": np.sqrt(square), "rms_of_mean": np.sqrt(np.square(mean).mean((1, 2, 3)))}
 
 

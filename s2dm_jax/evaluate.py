@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -73,19 +73,21 @@ def measure(
         warnings.simplefilter("always", RuntimeWarning)
         mean, cov = metrics.statistics_of(sums)
     row = {
-        "num_images": sums.count,
+        "num_images": sums.number,
         "distance": metrics.frechet_distance(mean, cov, reference.mean, reference.cov),
         "notes": [str(warning.message) for warning in caught],
     }
-    whole = np.concatenate(kept) if kept else None
-    vectors = whole[:, : features.dimensions] if keep else None
+    whole = np.concatenate(kept or [np.zeros((0, features.dimensions), np.float32)])
+    vectors = whole[:, : features.dimensions]
+    # Metrics that need vectors refuse none.
+    real = vectors[:0] if reference.features is None else reference.features
     if "kid" in names:
-        row["kid"], row["kid_se"] = metrics.kernel_distance(reference.features, vectors)
+        row["kid"], row["kid_se"] = metrics.kernel_distance(real, vectors)
     if "is" in names:
         row["is"], row["is_std"] = metrics.inception_score(whole[:, features.dimensions :])
     if "pr" in names:
         row["precision"], row["recall"] = metrics.precision_recall(
-            reference.features[:_MOST_FOR_PRECISION], vectors[:_MOST_FOR_PRECISION]
+            real[:_MOST_FOR_PRECISION], vectors[:_MOST_FOR_PRECISION]
         )
     if "fid_inf" in names:
         row["fid_inf"], row["fid_inf_se"] = metrics.extrapolated_distance(
@@ -158,7 +160,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
             print(f"{label}: {features.distance} {measured['distance']:.2f}", flush=True)
         return {"images": name, "evaluations": evaluations, **measured}
 
-    def sampled(cell: Cell):
+    def sampled(cell: Cell) -> Iterator[np.ndarray]:
         sampler, timesteps = model.sampler(
             cell.method, nfe=cell.nfe, grid=cell.grid, skip_scale=options.skip_scale, **cell.options
         )
@@ -247,7 +249,7 @@ def show_results(workdir: str | Path, results: dict) -> None:
 def _known(model: Model, method: str) -> dict:
     """What a method's images depend on besides the network's weights."""
     needs = FACTS[method].needs
-    known = model.ms_eps if needs == "ms_eps" else needs and model.head.params
+    known = model.head.params if model.head and needs != "ms_eps" else model.ms_eps
     return {needs: hash_of(jax.tree.leaves(known))} if needs else {}
 
 

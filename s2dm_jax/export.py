@@ -6,6 +6,7 @@ The programs take any batch size, and run on CPU, CUDA and TPU. What is in the f
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def export_programs(
     method: str = "ddim",
     *,
     platforms: tuple[str, ...] = PLATFORMS,
-    **said,
+    **said: Any,
 ) -> dict[str, jax_export.Exported]:
     """A sampler and its network as programs that need neither s2dm_jax nor flax.
 
@@ -57,7 +58,7 @@ def export_programs(
     """
     levels, scale, options = resolve(schedule, method, **said)
     known = known_for(schedule, method, scale, said.get("ms_eps"), said.get("head"))
-    baked_in = {"eta": options.pop("eta", None) or None, "scale": scale, "known": known}
+    baked_in: dict[str, Any] = {"eta": options.pop("eta", None) or None, "scale": scale, "known": known}
     program = Program(network, schedule, method, tuple(sorted(options.items())))
 
     def nested(weights):
@@ -111,7 +112,7 @@ def export(config: ConfigDict, workdir: str) -> Path:
     said = how(options)
     statistic = moments.kept(schedule, run.ema, moments_folder(workdir))
     head = None if run.head is None else Head(config.head.kind, run.head)
-    needed = {"ms_eps": statistic and statistic.ms_eps, "head": head}
+    needed: dict[str, Any] = {"ms_eps": statistic and statistic.ms_eps, "head": head}
     try:
         levels, scale, _ = resolve(schedule, **said, **needed)
         known_for(schedule, options.method, scale, **needed)
@@ -159,7 +160,9 @@ def export(config: ConfigDict, workdir: str) -> Path:
             "weights_sha256": digest_of_weights(flat),
             "card": card,
         }
-        arrays = {name: np.frombuffer(program.serialize(), np.uint8) for name, program in programs.items()}
+        arrays: dict[str, Any] = {
+            name: np.frombuffer(program.serialize(), np.uint8) for name, program in programs.items()
+        }
         arrays |= {f"{WEIGHTS}{name}": value for name, value in flat.items()}
         with open(file, "wb") as out:
             np.savez(out, about=json.dumps(about), **arrays)

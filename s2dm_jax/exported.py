@@ -89,9 +89,9 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
 
 
-def _damaged(path, reason) -> UserError:
-    reason = str(reason).strip().partition("\n")[0][:120] or type(reason).__name__
+def _damaged(path: str | os.PathLike, reason: str | Exception) -> UserError:
+    told = str(reason).strip().partition("\n")[0][:120] or type(reason).__name__
     return UserError(
-        f"{path} is damaged or no exported sampler ({reason}); export it again, or give the --workdir of a "
+        f"{path} is damaged or no exported sampler ({told}); export it again, or give the --workdir of a "
         "training run"
     )

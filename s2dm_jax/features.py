@@ -166,7 +166,7 @@ def _of_the_user(name: str, shape: tuple[int, ...]) -> Features:
     path, _, attribute = name.rpartition(":")
     spec = importlib.util.spec_from_file_location("user_features", path)
     field = f"config.eval.features={name!r}"
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"{field} must name a Python file, FILE.py:function")
     module = importlib.util.module_from_spec(spec)
     try:

@@ -6,7 +6,7 @@ wherever the set fits into a stated share of a device's memory.
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -94,7 +94,7 @@ def _read_ahead(images, key, batch_size, steps, share, memory):
     """The function `batches` of a feed that gathers a chunk's images while the one before it runs."""
     sharding = NamedSharding(data_mesh(), PartitionSpec(None, "data"))
     reader = ThreadPoolExecutor(1, "images")
-    ahead = {}
+    ahead: dict[tuple[int, int], Future] = {}
 
     def gather(rows):
         rows = np.asarray(rows)

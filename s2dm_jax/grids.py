@@ -4,6 +4,7 @@ Levels count as in `schedule.py`, from 0 (next to the clean image) to T−1.
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def uniform_grid(T: int, steps: int) -> np.ndarray:
@@ -58,7 +59,7 @@ def linspace_grid(T: int, steps: int) -> np.ndarray:
 GRIDS = {"uniform": uniform_grid, "quadratic": quadratic_grid, "linspace": linspace_grid}
 
 
-def check_grid(T: int, timesteps) -> np.ndarray:
+def check_grid(T: int, timesteps: ArrayLike) -> np.ndarray:
     """Your own list of levels, checked.
 
     Returns:

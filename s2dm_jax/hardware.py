@@ -3,6 +3,7 @@
 import functools
 import resource
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def forward_flops(network: UNetConfig) -> int:
     return _count(program.jaxpr)
 
 
-def _count(jaxpr) -> int:
+def _count(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
         shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]

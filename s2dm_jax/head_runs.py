@@ -1,6 +1,7 @@
 """A head's run and the run whose network it reads: which one, at which step, and that it stays the same."""
 
 import json
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -35,7 +36,7 @@ def with_base(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def load_base(workdir: str | Path, config: ConfigDict) -> dict:
+def load_base(workdir: str | os.PathLike, config: ConfigDict) -> dict:
     """The moving average that the head in `workdir` reads: the base's newest when it began, and ever since.
 
     Raises:

@@ -34,12 +34,12 @@ class VarianceHead(nnx.Module):
         self.norm_out2 = unet.GroupNorm(channels)
         self.conv_out2 = unet.conv3x3(channels, out_channels, jnp.float32, rngs)
 
-    def __call__(self, features):
+    def __call__(self, features: jax.Array) -> jax.Array:
         return self.conv_out2(nnx.silu(self.norm_out2(features)).astype(jnp.float32))
 
 
 @functools.lru_cache
-def _definition(network: UNetConfig):
+def _definition(network: UNetConfig) -> tuple[nnx.GraphDef, dict]:
     channels = network.ch * network.ch_mult[0]
     model = nnx.eval_shape(lambda: VarianceHead(channels, network.out_channels, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)

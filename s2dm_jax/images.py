@@ -98,6 +98,7 @@ def decode(data: bytes, treatment: Treatment) -> np.ndarray:
         pixels than `Image.MAX_IMAGE_PIXELS`.
     """
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width}×{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and image.width * image.height > most:
+            raise ValueError(f"{image.width}×{image.height} pixels, more than {most:,}")
         return to_array(image, treatment)

@@ -8,10 +8,10 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from s2dm_jax.config import UserError
 from s2dm_jax.inception import fold_norms, parameter_shapes
+from s2dm_jax.progress import counting
 from s2dm_jax.torch_files import Tensor, open_torch
 
 URL = (
@@ -100,14 +100,12 @@ def _fetch(url, folder, by_hand):
             urllib.request.urlopen(url, timeout=_SECONDS_TO_CONNECT) as response,
             temporary.open("wb") as file,
         ):
-            total = int(response.headers.get("Content-Length") or 0)
-            bar = tqdm(
-                desc="Inception", total=total or None, unit="B", unit_scale=True, leave=False, disable=None
-            )
-            with bar:
+            length = int(response.headers.get("Content-Length") or 0)
+            print(f"fetching the weights of Inception from {url} …", file=sys.stderr, flush=True)
+            with counting(-(-length // _CHUNK) or None, "MiB") as advance:
                 while chunk := response.read(_CHUNK):
                     file.write(chunk)
-                    bar.update(len(chunk))
+                    advance(1)
     except (OSError, ValueError) as error:
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "reason", None) or error

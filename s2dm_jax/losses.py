@@ -7,7 +7,7 @@ L_simple needs. `docs/objectives.md` lists where the papers and their authors' c
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,12 +68,12 @@ class Objective:
         return self.K if self.has_sequence else 1
 
 
-def paper(skip: int = 0, tau: float = 0.99, K: int = 1, lam: float = 0.0, **options) -> Objective:
+def paper(skip: int = 0, tau: float = 0.99, K: int = 1, lam: float = 0.0, **options: Any) -> Objective:
     """The objective as the two papers write it (S²-DMs eq. 12–13; SA-DPM Algorithm 3)."""
     return Objective(skip, tau, K, lam, **{"skip_factors": skip, **options})
 
 
-def released(skip: int = 0, tau: float = 0.99, K: int = 1, lam: float = 0.0, **options) -> Objective:
+def released(skip: int = 0, tau: float = 0.99, K: int = 1, lam: float = 0.0, **options: Any) -> Objective:
     """The objective as the authors' published code computes it.
 
     S²-DMs' code averages over pixels, SA-DPM's sums; with both terms on, this sums.
@@ -255,6 +255,9 @@ def loss(
 
     Returns:
       The loss of each example [B], and the terms that are on, unweighted: "simple", "skip", "sa", each [B].
+
+    Raises:
+      ValueError: for draws without the second noise that the objective needs.
     """
     levels = window_levels(objective, draws.t)
     known = jnp.clip(levels, 0, schedule.T - 1)
@@ -280,6 +283,8 @@ def loss(
         if objective.skip_noise == "expected":
             per_pixel = expected_skip_loss(eps[:, 0], c)
         elif objective.skip_noise == "independent":
+            if draws.skip_noise is None:
+                raise ValueError("draws.skip_noise is missing, which skip_noise='independent' needs")
             per_pixel = skip_loss(eps[:, 0], draws.skip_noise, c)
         else:
             per_pixel = skip_loss(eps[:, 0], draws.noise[:, 0], c)

@@ -1,5 +1,16 @@
-"""The command line: `python -m s2dm_jax.main --config=configs/digits.py --workdir=DIR [--mode=MODE]`."""
+"""Trains a run, samples from it, evaluates it, exports its sampler.
 
+  python -m s2dm_jax.main --config=configs/digits.py:s2sa --workdir=runs/digits
+  python -m s2dm_jax.main --workdir=runs/digits --config.train.steps=2000      # goes on
+  python -m s2dm_jax.main --mode=sample --workdir=runs/digits --config.sample.nfe=20
+  python -m s2dm_jax.main --mode=evaluate --workdir=runs/digits --config.eval.nfe=10,20
+  python -m s2dm_jax.main --mode=export --workdir=runs/digits
+
+Every field of s2dm_jax/config.py, which says what each is and in which unit, can be set as
+--config.GROUP.FIELD=VALUE.
+"""
+
+import contextlib
 import difflib
 import errno
 import os
@@ -11,7 +22,8 @@ from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax import runs
 from s2dm_jax.check import allowed_type, check_config, check_evaluation_files
-from s2dm_jax.config import FIELDS, UserError
+from s2dm_jax.command_line import mistakes_told
+from s2dm_jax.config import FIELDS, UserError, config_path
 from s2dm_jax.head_runs import with_base
 from s2dm_jax.prepare import check_preparable, prepare
 from s2dm_jax.runs import compared_workdirs, prepare_workdir, read_config
@@ -21,7 +33,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     None,
     "Config file, with the method after a colon: configs/digits.py:s2sa; the other modes take the run's own",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there goes on")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; a run that is there goes on")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -52,16 +64,27 @@ def _given(argv: list[str]) -> dict[str, str]:
 
 
 def _check_names(given: dict[str, str]) -> None:
-    """Checks that the config file and the fields named on the command line exist, before absl reads them."""
+    """Checks that a config is named, and only fields that exist, before absl reads them."""
     for flag in given:
         if flag.startswith("config.") and flag.removeprefix("config.") not in FIELDS:
             close = difflib.get_close_matches(flag.removeprefix("config."), FIELDS, n=1, cutoff=0)
             raise UserError(f"{flag} is not a field of a config; did you mean config.{close[0]}?")
-    path = given.get("config")
-    if not path:
+    if not given.get("config"):
         raise UserError("--config is missing; for example --config=configs/digits.py --workdir=runs/digits")
-    if not os.path.isfile(path.split(":")[0]):
-        raise UserError(f"--config={path}: there is no such file; the configs are in the folder configs/")
+
+
+def _with_config_path(argv: list[str]) -> list[str]:
+    """The arguments with `config_path` of what --config names, as --config=FILE or --config FILE."""
+    found = list(argv)
+    for i, argument in enumerate(argv):
+        flag, has_value, value = argument.partition("=")
+        if flag not in ("-config", "--config"):
+            continue
+        if has_value:
+            found[i] = f"{flag}={config_path(value)}"
+        elif i + 1 < len(argv):
+            found[i + 1] = config_path(argv[i + 1])
+    return found
 
 
 def _own_config(given: dict[str, str]) -> list[str]:
@@ -100,27 +123,22 @@ def _parse(argv: list[str]) -> None:
 
 def _check_processes() -> None:
     """Checks the flags of several hosts against each other."""
-    said = {
-        "coordinator": _COORDINATOR.value,
-        "num_processes": _NUM_PROCESSES.value,
-        "process_id": _PROCESS_ID.value,
-    }
-    missing = [name for name, value in said.items() if value is None]
-    if len(missing) == len(said):
-        return
-    if missing:
+    coordinator, count, number = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    if coordinator is None or count is None or number is None:
+        said = {"coordinator": coordinator, "num_processes": count, "process_id": number}
+        missing = [name for name, value in said.items() if value is None]
+        if len(missing) == len(said):
+            return
         raise UserError(
             f"--{missing[0]} is missing: --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
             "go together"
         )
-    if not re.fullmatch(r".+:\d+", said["coordinator"]):
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator={coordinator} is not HOST:PORT; for example --coordinator=node0:1234")
+    if number >= count:
         raise UserError(
-            f"--coordinator={said['coordinator']} is not HOST:PORT; for example --coordinator=node0:1234"
-        )
-    if said["process_id"] >= said["num_processes"]:
-        raise UserError(
-            f"--process_id={said['process_id']} is out of range: with "
-            f"--num_processes={said['num_processes']} it must be from 0 to {said['num_processes'] - 1}"
+            f"--process_id={number} is out of range: with --num_processes={count} it must be from 0 to "
+            f"{count - 1}"
         )
     if _MODE.value != "train":
         raise UserError(f"--coordinator does not go with --mode={_MODE.value}, which is for one process")
@@ -130,12 +148,17 @@ def run(argv: list[str]) -> None:
     """Checks the flags, the config and the folder, then does what --mode says; writes nothing before."""
     app.define_help_flags()
     given = _given(argv[1:])
-    if not any(flag.startswith("help") for flag in given):
-        # A folder that holds a run goes on with the run's config where no other is given.
-        goes_on = "config" not in given and os.path.isfile(f"{given.get('workdir', '')}/config.json")
-        if given.get("mode") in _GROUPS or goes_on:
-            argv = [argv[0], *_own_config(given), *argv[1:]]
-        _check_names(_given(argv[1:]))
+    if any(flag.startswith("help") for flag in given):
+        # absl shows it and exits with status 1, as for a mistake.
+        with contextlib.suppress(SystemExit):
+            _parse(argv)
+        return
+    # A folder that holds a run goes on with the run's config where no other is given.
+    goes_on = "config" not in given and os.path.isfile(f"{given.get('workdir', '')}/config.json")
+    if given.get("mode") in _GROUPS or goes_on:
+        argv = [argv[0], *_own_config(given), *argv[1:]]
+    _check_names(_given(argv[1:]))
+    argv = _with_config_path(argv)
     _parse(argv)
     config = _CONFIG.value
     named = [name for name in _HOW_MANY if f"config.sample.{name}" in given]
@@ -214,23 +237,19 @@ def _config_of_run(given: dict[str, str], config: ConfigDict) -> ConfigDict:
     return own
 
 
+@mistakes_told()
 def main() -> None:
-    """Entry point: a `UserError` becomes one sentence and exit status 2."""
+    """Entry point: a mistake, and a full disk, become one sentence and exit status 2."""
     try:
         run(sys.argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" at {error.filename}" if error.filename else ""
-        print(
-            f"error: writing failed{where} ({error.strerror}); the checkpoints are untouched; make room, and "
-            "the same command goes on",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        raise UserError(
+            f"writing failed{where} ({error.strerror}); the checkpoints are untouched; make room, and the "
+            "same command goes on"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ No jax, so that a mistake is told before jax is imported. Messages begin with th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,7 @@ FACTS = {
     "npr": Method(_OPTIMAL, draws_noise=True, needs="npr"),
 }
 # The values that an option may have; None: any number above 0.
-OPTIONS = {
+OPTIONS: dict[str, tuple | None] = {
     "clip_x0": (False, True),
     "variance": ("large", "small"),
     "convention": ("corrected", "published"),
@@ -135,7 +135,7 @@ def choose_timesteps(
     return levels
 
 
-def check_options(method: str, **options) -> None:
+def check_options(method: str, **options: Any) -> None:
     """Checks the keyword arguments that only some samplers have.
 
     Args:
@@ -158,11 +158,11 @@ def check_options(method: str, **options) -> None:
             raise ValueError(
                 f"{name}={value!r} is no option of a sampler; there are eta, {', '.join(OPTIONS)}"
             )
-        elif OPTIONS[name] is None:
+        elif (allowed := OPTIONS[name]) is None:
             if not value > 0:
                 raise ValueError(f"{name}={value!r} is not allowed: a number above 0, or inf")
-        elif value not in OPTIONS[name]:
-            raise ValueError(f"{name}={value!r} is not allowed: {' or '.join(map(repr, OPTIONS[name]))}")
+        elif value not in allowed:
+            raise ValueError(f"{name}={value!r} is not allowed: {' or '.join(map(repr, allowed))}")
         if name not in facts.options:
             have = ", ".join(other for other, its in FACTS.items() if name in its.options)
             raise ValueError(f"{name}={value!r} is no option of {method}, only of {have}")
@@ -178,7 +178,7 @@ def plan(
     nfe: int = 0,
     grid: str = "uniform",
     timesteps: Sequence[int] = (),
-    **options,
+    **options: Any,
 ) -> np.ndarray:
     """`choose_timesteps` for a method with these options, both checked, alone and together.
 

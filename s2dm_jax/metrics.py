@@ -1,10 +1,13 @@
 """Distances between sets of feature vectors, in float64 numpy on the host."""
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from s2dm_jax.progress import counting
 
 _KID_BLOCK = 1000
 _EXTRAPOLATION_POINTS = 15
@@ -17,12 +20,12 @@ class FeatureSums(NamedTuple):
     """Count, mean and centred sums of products of feature vectors that come in batches.
 
     Attributes:
-      count: number of vectors so far.
+      number: of vectors so far.
       mean: float64 [D].
       products: float64 [D,D], the sum of (x−mean)(x−mean)ᵀ.
     """
 
-    count: int
+    number: int
     mean: np.ndarray
     products: np.ndarray
 
@@ -47,9 +50,9 @@ def add_features(sums: FeatureSums, features: np.ndarray) -> FeatureSums:
         raise ValueError(f"features must have {len(sums.mean)} columns, got {features.shape[1]}")
     mean = features.mean(axis=0)
     centred = features - mean
-    count = sums.count + len(features)
+    count = sums.number + len(features)
     shift = mean - sums.mean
-    between = sums.count * len(features) / count
+    between = sums.number * len(features) / count
     return FeatureSums(
         count,
         sums.mean + shift * (len(features) / count),
@@ -63,10 +66,10 @@ def statistics_of(sums: FeatureSums) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: for fewer than two vectors.
     """
-    if sums.count < 2:
-        raise ValueError(f"features must hold at least 2 vectors for a covariance, got {sums.count}")
-    _warn_if_singular(sums.count, len(sums.mean))
-    return sums.mean, sums.products / (sums.count - 1)
+    if sums.number < 2:
+        raise ValueError(f"features must hold at least 2 vectors for a covariance, got {sums.number}")
+    _warn_if_singular(sums.number, len(sums.mean))
+    return sums.mean, sums.products / (sums.number - 1)
 
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,9 +172,11 @@ def extrapolated_distance(
     sizes = np.linspace(max(count // 10, 2 * dimensions), count, _EXTRAPOLATION_POINTS).astype(int)
     factor, rng = _factor(cov), np.random.default_rng(seed)
     distances = []
-    for size in sizes:
-        subset = features[rng.choice(count, size, replace=False)]
-        distances.append(_distance(mean, cov, factor, *feature_statistics(subset)))
+    with counting(len(sizes), "distances of fid_inf", delay=2) as advance:
+        for size in sizes:
+            subset = features[rng.choice(count, size, replace=False)]
+            distances.append(_distance(mean, cov, factor, *feature_statistics(subset)))
+            advance(1)
     (_, value), variance = np.polyfit(1 / sizes, distances, 1, cov=True)
     return float(value), float(np.sqrt(variance[1, 1]))
 
@@ -260,23 +265,28 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tup
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     real, generated = _checked_pair(real, generated, k + 1)
-    return _share_covered(real, generated, k), _share_covered(generated, real, k)
+    blocks = 2 * sum(math.ceil(len(each) / _ROWS) for each in (real, generated))
+    with counting(blocks, "blocks of distances for precision and recall", delay=2) as advance:
+        return _share_covered(real, generated, k, advance), _share_covered(generated, real, k, advance)
 
 
-def _share_covered(centres, vectors, k):
+def _share_covered(centres, vectors, k, advance):
     # Each vector is its own nearest: the k-th of the others is number k, counted from 0.
     radii = np.concatenate(
-        [np.partition(block, k, axis=1)[:, k] for block in _squared_distances(centres, centres)]
+        [np.partition(block, k, axis=1)[:, k] for block in _squared_distances(centres, centres, advance)]
     )
-    covered = [(block <= radii).any(axis=1) for block in _squared_distances(vectors, centres)]
+    covered = [(block <= radii).any(axis=1) for block in _squared_distances(vectors, centres, advance)]
     return float(np.mean(np.concatenate(covered)))
 
 
-def _squared_distances(a, b) -> Iterator[np.ndarray]:
+def _squared_distances(
+    a: np.ndarray, b: np.ndarray, advance: Callable[[int], object]
+) -> Iterator[np.ndarray]:
     norms = np.sum(b**2, axis=1)
     for start in range(0, len(a), _ROWS):
         rows = a[start : start + _ROWS]
         yield np.maximum(np.sum(rows**2, axis=1)[:, None] + norms - 2.0 * rows @ b.T, 0.0)
+        advance(1)
 
 
 def _checked(features, name, fewest):

@@ -148,7 +148,7 @@ def _list(facts: dict[str, str]) -> list[str]:
     return [f"- **{name}**: {value}" for name, value in facts.items()]
 
 
-def _sentence(value) -> str:
+def _sentence(value: object) -> str:
     if not isinstance(value, dict):
         return str(value)
     known = {name: _sentence(v) if isinstance(v, dict) else v for name, v in value.items() if v is not None}

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from s2dm_jax import unet
-from s2dm_jax.parallel import copy_to_all, split_batch
+from s2dm_jax.parallel import copy_to_all, is_lead, split_batch
+from s2dm_jax.progress import counting
 from s2dm_jax.runs import hash_of
 from s2dm_jax.samplers import initial_noise
 from s2dm_jax.schedule import NoiseSchedule, add_noise
@@ -72,23 +71,22 @@ def estimate(
     path = _path(folder, schedule, params, num_images, seed)
     mean, standard_error = _read(path)
     params = copy_to_all(params)
-    show = sys.stderr.isatty()
-    with tqdm(total=schedule.T, initial=len(mean), unit=" levels", leave=False, disable=not show) as bar:
+    with counting(schedule.T, "levels", done=len(mean), shown=is_lead()) as advance:
         while len(mean) < schedule.T:
             # The last piece is filled up and cut, so that every piece is one program.
             levels = np.minimum(len(mean) + np.arange(_LEVELS_AT_ONCE), schedule.T - 1)
-            squares = []
+            pieces = []
             for first in range(0, num_images, batch_size):
                 at = (first + np.arange(min(batch_size, num_images))) % num_images
                 batch = split_batch(images[rows[at]]), split_batch(at)
                 piece = _squares(network, schedule, params, *batch, levels, seed)
-                squares.append(np.asarray(piece, np.float64)[:, : num_images - first])
-            squares = np.concatenate(squares, axis=1)[: schedule.T - len(mean)]
+                pieces.append(np.asarray(piece, np.float64)[:, : num_images - first])
+            squares = np.concatenate(pieces, axis=1)[: schedule.T - len(mean)]
             mean = np.append(mean, squares.mean(1))
             spread = squares.std(1, ddof=1) / np.sqrt(num_images)
             standard_error = np.append(standard_error, spread)
             _write(path, mean, standard_error, num_images, seed)
-            bar.update(len(squares))
+            advance(len(squares))
     return Moments(mean, standard_error, num_images)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2dm_jax.schedule import NoiseSchedule, log_alpha_bar
-from s2dm_jax.steps import EpsFn, combine, descend, evaluate, predict_x0, signal_and_sigma
+from s2dm_jax.steps import EpsFn, Sampled, combine, descend, evaluate, predict_x0, signal_and_sigma
 
 # Gauss-Legendre quadrature moved from [−1, 1] to [0, 1]; all its weights are positive.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -20,11 +20,11 @@ def deis(
     eps_fn: EpsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
     order: int = 3,
     return_x0: bool = False,
-):
+) -> Sampled:
     """DEIS tAB (Zhang & Chen 2023, eq. 14, 15): ε extrapolated as a polynomial in t through the last `order`
     evaluations and integrated against the probability-flow ODE; S evaluations.
 
@@ -91,10 +91,10 @@ def dpmpp_2m(
     eps_fn: EpsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
     return_x0: bool = False,
-):
+) -> Sampled:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the prediction of x_0 extrapolated linearly in the
     half-log-SNR λ; S evaluations.
 
@@ -131,10 +131,10 @@ def unipc(
     eps_fn: EpsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
     return_x0: bool = False,
-):
+) -> Sampled:
     """UniPC of order 2 with B₂(h) = e^h − 1, predicting x_0 (Zhao et al. 2023, multistep UniP-2 and UniC-2):
     each evaluation corrects the step that led to it, then serves to predict the next one; S evaluations.
 

@@ -7,10 +7,14 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import s2dm_jax
 from s2dm_jax.comparison import Evaluated, comparison_table, plot_distances, read_evaluated
 from s2dm_jax.results import flat_provenance, results_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 60rem;
@@ -119,7 +123,7 @@ def _loss_curves(path: Path) -> str:
     return _svg(figure)
 
 
-def _svg(figure) -> str:
+def _svg(figure: "Figure") -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()

@@ -63,7 +63,8 @@ class Table(NamedTuple):
     note: str = ""
 
 
-DDIM = ("ddim", {})
-PNDM = ("f_pndm", {})
+# A method and its options.
+DDIM: tuple[str, dict] = ("ddim", {})
+PNDM: tuple[str, dict] = ("f_pndm", {})
 # "One type of DDPM" of the DDIM code.
-ETA_1 = ("ddim", {"eta": 1.0})
+ETA_1: tuple[str, dict] = ("ddim", {"eta": 1.0})

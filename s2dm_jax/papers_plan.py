@@ -118,7 +118,7 @@ def gpu_hours(table: Table, args: argparse.Namespace) -> tuple[float, float]:
         alike = (other.steps for other in models if other._replace(steps=model.steps) == model)
         return max((steps for steps in alike if steps < model.steps), default=0)
 
-    training = 0
+    training = 0.0
     for model in models:
         macs, batch = _COST[model.dataset]
         training += 3 * 2e9 * macs * batch * model.K * (model.steps - done_before(model))

@@ -12,8 +12,8 @@ def _s2(dataset, skip=0, longer=False):
 
 def _s2_table(dataset, figures):
     plain, longer, skip = _s2(dataset), _s2(dataset, longer=True), _s2(dataset, 10)
-    rows = (("DDIMs¹", plain, DDIM), ("DDIMs²", longer, DDIM), ("S²-DMs(DDIMs)", skip, DDIM))
-    rows += (("PNDMs", plain, PNDM), ("S²-DMs(PNDMs)", skip, PNDM))
+    rows = [("DDIMs¹", plain, DDIM), ("DDIMs²", longer, DDIM), ("S²-DMs(DDIMs)", skip, DDIM)]
+    rows += [("PNDMs", plain, PNDM), ("S²-DMs(PNDMs)", skip, PNDM)]
     return tuple(
         Line(name, model, *how, each) for (name, model, how), each in zip(rows, figures, strict=True)
     )

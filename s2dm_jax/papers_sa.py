@@ -19,7 +19,8 @@ def _sa_block(name, dataset, schedule, form, figures):
     lines = []
     for column, label in enumerate(_SA_COLUMNS):
         base, _, cov = label.partition("+")
-        model = _sa(dataset, *((2, 1.0) if base == "SA" else ()), schedule=schedule)
+        K, lam = (2, 1.0) if base == "SA" else (1, 0.0)
+        model = _sa(dataset, K, lam, schedule)
         grid = {"grid": "linspace"}
         if cov:
             method = {"A": "analytic", "NPR": "npr", "SN": "sn"}[cov]

@@ -7,7 +7,7 @@ average and the optimizer's moments are split as well (ZeRO; Rajbhandari et al. 
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def join_hosts(
       UserError: if the others do not come.
     """
     if coordinator:
-        known = {
+        known: dict[str, Any] = {
             "coordinator_address": coordinator,
             "num_processes": num_processes,
             "process_id": process_id,
@@ -141,7 +141,7 @@ def copy_to_all(tree: Tree) -> Tree:
 def key_on_all(key: jax.Array) -> jax.Array:
     """A random key, on every device."""
     # `device_put` refuses keys where another process owns some of the devices.
-    data = copy_to_all(np.asarray(jax.random.key_data(key)))
+    data = jax.device_put(np.asarray(jax.random.key_data(key)), on_all())
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
@@ -159,7 +159,7 @@ def fetch(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def split_batch(x: jax.Array, axis: int = 0) -> jax.Array:
+def split_batch(x: jax.Array | np.ndarray, axis: int = 0) -> jax.Array:
     """`x` with `axis` split evenly over the devices; whole on every one where that does not go evenly."""
     spec = (
         PartitionSpec(*[None] * axis, "data") if x.shape[axis] % jax.device_count() == 0 else PartitionSpec()

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from s2dm_jax.methods import FACTS
+from s2dm_jax.progress import counting
 from s2dm_jax.sample import Model
 from s2dm_jax.samplers import initial_noise, slerp
 
@@ -21,7 +23,7 @@ def interpolate(
     seed: int = 0,
     end_seed: int | None = None,
     method: str = "ddim",
-    **how,
+    **how: Any,
 ) -> np.ndarray:
     """Samples from noise on the great circle between two images' noise (DDIM, eq. 67; S²-DMs, Figure 6).
 
@@ -51,10 +53,12 @@ def interpolate(
     weights = jnp.linspace(0, 1, num_pictures)
     rows = []
     seeds = (seed, seed if end_seed is None else end_seed)
-    for pair in zip(starts, ends, strict=True):
-        x_T = _noise_between(model.image_shape, seeds, pair, weights)
-        # Every picture starts from x_T, and nothing is drawn: the indices say nothing.
-        rows.append(np.asarray(sampler(model.params, timesteps, 0, np.arange(num_pictures), x_T=x_T)))
+    with counting(len(starts), "rows") as advance:
+        for pair in zip(starts, ends, strict=True):
+            x_T = _noise_between(model.image_shape, seeds, pair, weights)
+            # Every picture starts from x_T, and nothing is drawn: the indices say nothing.
+            rows.append(np.asarray(sampler(model.params, timesteps, 0, np.arange(num_pictures), x_T=x_T)))
+            advance(1)
     return np.stack(rows)
 
 
@@ -66,7 +70,7 @@ def _noise_between(shape, seeds, pair, weights):
     return slerp(x_a, x_b, weights)
 
 
-def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **how) -> np.ndarray:
+def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **how: Any) -> np.ndarray:
     """What each image is predicted to become at every level on the way to it.
 
     Args:
@@ -86,7 +90,7 @@ def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **how) ->
     return np.asarray(sampler(model.params, timesteps, seed, np.asarray(indices), trajectory=True))
 
 
-def compare(models: Sequence[Model], n: int, *, seed: int = 0, **how) -> np.ndarray:
+def compare(models: Sequence[Model], n: int, *, seed: int = 0, **how: Any) -> np.ndarray:
     """The same noise through several models (S²-DMs, Figures 4 and 5).
 
     Args:

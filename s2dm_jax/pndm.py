@@ -5,20 +5,30 @@ The multistep history is part of the scan's state.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s2dm_jax.schedule import NoiseSchedule, log_alpha_bar
-from s2dm_jax.steps import EpsFn, combine, descend, evaluate, predict_x0, signal_and_sigma, transfer
+from s2dm_jax.steps import (
+    EpsFn,
+    Sampled,
+    combine,
+    descend,
+    evaluate,
+    predict_x0,
+    signal_and_sigma,
+    transfer,
+)
 
 
 def f_pndm(
     eps_fn: EpsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
     convention: str = "corrected",
     return_x0: bool = False,
-):
+) -> Sampled:
     """F-PNDM (Liu et al. 2022, algorithm 2): three pseudo Runge-Kutta steps of four evaluations each, then
     the four-step linear multistep formula; S + 9 evaluations.
 
@@ -54,11 +64,11 @@ def s_pndm(
     eps_fn: EpsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
     convention: str = "corrected",
     return_x0: bool = False,
-):
+) -> Sampled:
     """S-PNDM (Liu et al. 2022): one improved Euler step, then the two-step linear multistep formula; S + 1
     evaluations.
 

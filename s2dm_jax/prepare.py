@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -177,7 +178,7 @@ def _finish(temporary: Path, folder: Path, told: dict, wanted: Treatment) -> Non
 
 
 @contextlib.contextmanager
-def _locked(path: Path, name: str):
+def _locked(path: Path, name: str) -> Iterator[None]:
     """Holds the lock of a data set, once no other process does; the system frees it when a process dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +224,8 @@ def _run_tfds(name: str, wanted: Treatment, temporary: Path) -> dict:
             "CUDA_VISIBLE_DEVICES": "",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "TF_ENABLE_ONEDNN_OPTS": "0",
+            # Its bars, in a log.
+            **({} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "10"}),
         },
     )
     try:
@@ -232,7 +235,8 @@ def _run_tfds(name: str, wanted: Treatment, temporary: Path) -> dict:
         child.wait()
         raise
     finally:
-        child.stdin.close()
+        if child.stdin:
+            child.stdin.close()
     try:
         told = json.loads((temporary / _RESULT).read_text())
     except FileNotFoundError as error:

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from s2dm_jax.config import UserError
 from s2dm_jax.images import Treatment, decode, to_array
+from s2dm_jax.progress import counting
 from s2dm_jax.sources import ARRAYS, arrange, held_out_rows, list_members, open_array
 
 _NAMED = 10
@@ -77,6 +78,7 @@ def prepare_source(source: str, wanted: Treatment, bad_limit: float, folder: Pat
     """
     is_array = source.lower().endswith(ARRAYS) and not os.path.isdir(source)
     print(f"reading the {'array' if is_array else 'list of images'} of {source} …", flush=True)
+    jobs: Iterator[tuple[int, np.ndarray | bytes | Exception]]
     if is_array:
         count, jobs, labels = open_array(source)
         names = [f"image {i}" for i in range(count)]
@@ -155,7 +157,9 @@ def _write_splits(source, names, jobs, order, held_out, labels, wanted, bad_limi
     return skipped
 
 
-def _decoded(jobs, wanted: Treatment, count: int) -> Iterator[tuple[int, np.ndarray | Exception]]:
+def _decoded(
+    jobs: Iterator[tuple[int, np.ndarray | bytes | Exception]], wanted: Treatment, count: int
+) -> Iterator[tuple[int, np.ndarray | Exception]]:
     """Every job's image or the error that it met, in the jobs' order, decoded by one thread a core."""
 
     def decoded(data):
@@ -171,19 +175,20 @@ def _decoded(jobs, wanted: Treatment, count: int) -> Iterator[tuple[int, np.ndar
         return [(index, decoded(data)) for index, data in jobs]
 
     threads = os.cpu_count() or 1
-    waiting = collections.deque()
-    bar = tqdm(
-        total=count, unit=" images", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10
-    )
-    with bar, ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+    waiting: collections.deque[Future] = collections.deque()
+    with (
+        counting(count, "images") as advance,
+        ThreadPoolExecutor(threads) as pool,
+        warnings.catch_warnings(),
+    ):
         # Pillow warns of files that open into very many pixels.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for some in _together(jobs):
             waiting.append(pool.submit(decoded_all, some))
             if len(waiting) > 2 * threads:
-                yield from _counted(bar, waiting.popleft().result())
+                yield from _counted(advance, waiting.popleft().result())
         while waiting:
-            yield from _counted(bar, waiting.popleft().result())
+            yield from _counted(advance, waiting.popleft().result())
 
 
 def _together(jobs):
@@ -199,10 +204,10 @@ def _together(jobs):
         yield some
 
 
-def _counted(bar, results):
+def _counted(advance, results):
     for result in results:
         yield result
-        bar.update()
+        advance(1)
 
 
 def _convert(array: np.ndarray, wanted: Treatment) -> np.ndarray:

@@ -10,14 +10,16 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from s2dm_jax.images import Treatment, decode
 from s2dm_jax.prepare import manual_folder
 from s2dm_jax.prepare_source import SplitFile
+from s2dm_jax.progress import counting
 from s2dm_jax.sources import held_out_rows
 
 _BUILDERS = {"cifar10": "cifar10", "celeba": "celeb_a", "celebahq": "celeb_a_hq/256"}
@@ -31,7 +33,7 @@ _FILES = {
 _CELEBA_CLASSES = ["female", "male", "female, smiling", "male, smiling"]
 
 
-def build(name: str, folder: Path):
+def build(name: str, folder: Path) -> Any:
     """The data set's builder, prepared; found in tensorflow-datasets' own place, or made in `folder`."""
     import tensorflow_datasets as tfds
 
@@ -58,7 +60,7 @@ def label_of(name: str, example: dict) -> int:
     return 0
 
 
-def encoded_examples(builder, split: str):
+def encoded_examples(builder: Any, split: str) -> Iterable[dict]:
     """The examples of a split with their images as they are stored, PNG or JPEG."""
     import tensorflow_datasets as tfds
 
@@ -68,7 +70,14 @@ def encoded_examples(builder, split: str):
     return tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
 
 
-def write_split(name, examples, count, held_out, wanted: Treatment, folder: Path) -> dict[str, int]:
+def write_split(
+    name: str,
+    examples: Iterable[dict],
+    count: int,
+    held_out: np.ndarray,
+    wanted: Treatment,
+    folder: Path,
+) -> dict[str, int]:
     """Writes the examples to train.npy and held_out.npy, as bool [count] says; returns the counts."""
     counts = {}
     parts = {"train": ~held_out, "held_out": held_out}
@@ -80,11 +89,12 @@ def write_split(name, examples, count, held_out, wanted: Treatment, folder: Path
             row[mask] = np.arange(counts[part])
             files[part] = SplitFile(folder / f"{part}.npy", counts[part], wanted)
             labels[part] = np.zeros(counts[part], np.int64)
-    bar = tqdm(examples, total=count, unit=" images", mininterval=0.2 if sys.stderr.isatty() else 10)
-    for index, example in enumerate(bar):
-        part = "held_out" if held_out[index] else "train"
-        files[part].write(int(row[index]), decode(example["image"], wanted))
-        labels[part][row[index]] = label_of(name, example)
+    with counting(count, "images") as advance:
+        for index, example in enumerate(examples):
+            part = "held_out" if held_out[index] else "train"
+            files[part].write(int(row[index]), decode(example["image"], wanted))
+            labels[part][row[index]] = label_of(name, example)
+            advance(1)
     for part, file in files.items():
         file.close()
         np.save(folder / f"{part}_labels.npy", labels[part])

@@ -16,6 +16,7 @@ from s2dm_jax.data import Dataset
 from s2dm_jax.features import Features
 from s2dm_jax.inception_weights import cache_folder
 from s2dm_jax.parallel import is_lead, split_batch
+from s2dm_jax.progress import counting
 from s2dm_jax.runs import hash_of
 from s2dm_jax.sample import in_batches
 
@@ -60,7 +61,14 @@ def image_batches(
 
 def hash_of_images(images: np.ndarray) -> str:
     """`runs.hash_of` of images that need not fit into memory."""
-    return hash_of(images[start : start + 1000] for start in range(0, len(images), 1000))
+    with counting(len(images), "images hashed", shown=is_lead(), delay=2) as advance:
+
+        def pieces():
+            for start in range(0, len(images), 1000):
+                yield images[start : start + 1000]
+                advance(len(images[start : start + 1000]))
+
+        return hash_of(pieces())
 
 
 def digest_of(depends_on: dict) -> str:
@@ -106,9 +114,11 @@ def load_reference(
             sums = metrics.add_features(sums, batch[:, : features.dimensions])
         return metrics.statistics_of(sums)
 
-    if features.name != "inception":
-        return Reference(*statistics(), None, provenance), others
-    return Reference(*_cached(statistics, {**features.provenance, **provenance}), None, provenance), others
+    if features.name == "inception":
+        mean, cov = _cached(statistics, {**features.provenance, **provenance})
+    else:
+        mean, cov = statistics()
+    return Reference(mean, cov, None, provenance), others
 
 
 def _cached(statistics: Callable, depends_on: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +139,7 @@ def _cached(statistics: Callable, depends_on: dict) -> tuple[np.ndarray, np.ndar
 def _reference_file(path: str, features: Features) -> Reference:
     try:
         with np.load(path) as arrays:
-            mean, cov = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
+            mean, cov = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
             metrics.frechet_distance(mean, cov, mean, cov)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -1,6 +1,8 @@
 """From what a user says about sampling to the levels, factors and options that a sampler takes."""
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -49,7 +51,7 @@ def resolve(
     skip_scale_preset: str = "paper",
     ms_eps: np.ndarray | None = None,
     head: Head | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray | None, dict]:
     """What a sampler is told, from what a user says.
 
@@ -77,15 +79,18 @@ def resolve(
                 "grid='optimal' needs ms_eps, the network's statistic; moments.estimate makes it"
             )
         levels = optimal_grid(schedule, ms_eps, len(levels))
-    scale = skip_scale
-    if np.ndim(skip_scale) == 0:
-        skip = skip_scale or 0
+    scale = None
+    if skip_scale is None or np.ndim(skip_scale) == 0:
+        skip = operator.index(skip_scale or 0)
         if not 0 <= skip < schedule.T:
             raise ValueError(f"skip_scale={skip} is out of range: a skip is from 0 to T−1={schedule.T - 1}")
-        scale = losses.skip_scale(schedule, skip, skip_scale_tau, skip_scale_preset) if skip else None
+        if skip:
+            scale = losses.skip_scale(schedule, skip, skip_scale_tau, skip_scale_preset)
     elif np.shape(skip_scale) != (schedule.T,):
         raise ValueError(
             f"skip_scale has shape {np.shape(skip_scale)}; it is a skip, or one number per level, "
             f"shape ({schedule.T},)"
         )
+    else:
+        scale = np.asarray(skip_scale)
     return levels, scale, options

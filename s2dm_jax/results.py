@@ -49,7 +49,7 @@ def results_page(results: dict) -> str:
 
 def flat_provenance(provenance: dict) -> dict[str, str]:
     """The provenance as lines of text: groups become "group: name", lists are joined."""
-    flat = {}
+    flat: dict[str, str] = {}
     for name, value in provenance.items():
         if isinstance(value, dict):
             flat |= {f"{name}: {key}": str(inner) for key, inner in value.items()}

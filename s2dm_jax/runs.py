@@ -8,12 +8,13 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 from ml_collections import ConfigDict
+from numpy.typing import ArrayLike
 
 from s2dm_jax import exported
 from s2dm_jax.check import check_config
@@ -106,7 +107,7 @@ def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
         yield Path(workdir)
 
 
-def _take(file, kind: int, workdir: str) -> None:
+def _take(file: TextIO, kind: int, workdir: str) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -221,7 +222,7 @@ def checked_config(text: str, place: str | Path) -> ConfigDict:
     return config
 
 
-def read_config(workdir: str) -> ConfigDict:
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
     """The config of the run in `workdir`, once sure that the run has saved something; imports no jax.
 
     Args:
@@ -279,7 +280,7 @@ def compared_workdirs(config: ConfigDict) -> list[str]:
     return workdirs
 
 
-def load_run(workdir: str, step: int | None = None) -> Run:
+def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     """The newest checkpoint of a run that verifies, or that of one step; or an exported sampler.
 
     Raises:
@@ -301,9 +302,7 @@ def load_run(workdir: str, step: int | None = None) -> Run:
     network = build_network(config)
     params = (heads if config.head.kind else unet).param_shapes(network)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
-    like = TrainState(
-        jax.ShapeDtypeStruct((), np.int32), params, params, jax.eval_shape(optimizer.init, params)
-    )
+    like = TrainState(np.zeros((), np.int32), params, params, jax.eval_shape(optimizer.init, params))
     manager = checkpoint.open_checkpoints(workdir, config.train.keep_checkpoints)
     try:
         state = checkpoint.restore_latest(manager, like, step=step)
@@ -317,11 +316,11 @@ def load_run(workdir: str, step: int | None = None) -> Run:
     return Run(config, network, state.ema, int(state.step), state.params)
 
 
-def _no_checkpoint(workdir: str) -> UserError:
+def _no_checkpoint(workdir: str | os.PathLike) -> UserError:
     return UserError(f"{workdir} holds no checkpoint; train the run until it has saved one")
 
 
-def hash_of(arrays) -> str:
+def hash_of(arrays: Iterable[ArrayLike]) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of the arrays' bytes, one after another."""
     digest = hashlib.sha256()
     for array in arrays:

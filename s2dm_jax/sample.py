@@ -4,28 +4,29 @@ Image i of a seed depends on (seed, i) alone, not on the batch or the order that
 """
 
 import functools
-import sys
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from s2dm_jax import heads, moments, unet
 from s2dm_jax.config import build_schedule
 from s2dm_jax.covariance import cov_x0
 from s2dm_jax.heads import Head
 from s2dm_jax.methods import FACTS, check_options
-from s2dm_jax.parallel import fetch, split_batch
+from s2dm_jax.parallel import fetch, is_lead, split_batch
+from s2dm_jax.progress import counting
 from s2dm_jax.report import to_uint8
 from s2dm_jax.resolve import resolve
 from s2dm_jax.runs import load_run
 from s2dm_jax.samplers import METHODS, image_keys, initial_noise, per_image_noise, scale_eps
 from s2dm_jax.schedule import NoiseSchedule
+from s2dm_jax.steps import Sampled
 from s2dm_jax.unet import UNetConfig
 
 
@@ -38,7 +39,7 @@ def make_sampler(
     scale: np.ndarray | None = None,
     ms_eps: np.ndarray | None = None,
     head: Head | None = None,
-    **options,
+    **options: Any,
 ) -> Callable[..., jax.Array]:
     """A compiled function of (params, timesteps [S], seed, indices [B]) → uint8 images [B, H, W, C].
 
@@ -71,7 +72,13 @@ def make_sampler(
     return sample
 
 
-def known_for(schedule, method, scale, ms_eps, head):
+def known_for(
+    schedule: NoiseSchedule,
+    method: str,
+    scale: np.ndarray | None,
+    ms_eps: np.ndarray | None,
+    head: Head | None,
+) -> np.ndarray | dict | None:
     """What a method is given besides the network: cov(x_0 | x_t) at each level, or a head's parameters.
 
     Raises:
@@ -111,17 +118,17 @@ class Program(NamedTuple):
 
 def draw(
     program: Program,
-    params,
-    timesteps,
-    seed,
-    indices,
+    params: dict,
+    timesteps: jax.Array | np.ndarray,
+    seed: int | jax.Array,
+    indices: jax.Array,
     *,
-    eta=None,
-    scale=None,
-    known=None,
-    x_T=None,
-    return_x0=False,
-):
+    eta: float | jax.Array | None = None,
+    scale: np.ndarray | jax.Array | None = None,
+    known: Any = None,
+    x_T: jax.Array | None = None,
+    return_x0: bool = False,
+) -> Sampled:
     """The images that a sampler makes, to be compiled by the caller.
 
     Args:
@@ -138,12 +145,12 @@ def draw(
     Returns:
       float32 [B, H, W, C] around [−1, 1]; with `return_x0` also [S, B, H, W, C].
     """
-    network, schedule, method, options = program
+    network, schedule, method, given = program
     shape = (network.resolution, network.resolution, network.in_channels)
-    eps_fn = unet.eps_fn(network, params)
+    options: dict[str, Any] = dict(given)
+    eps_fn: Callable[..., Any] = unet.eps_fn(network, params)
     if scale is not None:
         eps_fn = scale_eps(eps_fn, scale)
-    options = dict(options)
     needs = FACTS[method].needs
     if needs == "ms_eps":
         options["cov_x0"] = known
@@ -179,7 +186,7 @@ def sample_batches(
     progress: bool = True,
     then: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Images 0 … num_images−1 of a seed, a batch at a time, with a progress bar on a terminal.
+    """Images 0 … num_images−1 of a seed, a batch at a time; how many are done is told as in `progress`.
 
     Args:
       sampler: from `make_sampler`.
@@ -188,7 +195,7 @@ def sample_batches(
       seed: of the noise.
       num_images: how many in all.
       batch_size: how many at once; the memory needed is that of two batches.
-      progress: whether to show the bar.
+      progress: whether to tell how many are done.
       then: a function of the images, on the device; its result takes their place.
 
     Yields:
@@ -225,17 +232,16 @@ def in_batches(
         if value < 1:
             raise ValueError(f"{name}={value} is out of range: it must be at least 1")
     batch_size = min(batch_size, num_images)
-    show = progress and sys.stderr.isatty()
-    with tqdm(total=num_images, unit=" images", dynamic_ncols=True, leave=False, disable=not show) as bar:
-        waiting = None
-        for first in range(0, num_images, batch_size):
+    with counting(num_images, "images", shown=progress and is_lead()) as advance:
+        firsts = range(0, num_images, batch_size)
+        waiting = compute(np.arange(batch_size))
+        for first in firsts[1:]:
             made = compute(first + np.arange(batch_size))
             # The batch before is fetched while this one is computed.
-            if waiting is not None:
-                yield fetch(waiting)
-                bar.update(batch_size)
+            yield fetch(waiting)
+            advance(batch_size)
             waiting = made
-        yield fetch(waiting)[: num_images - first]
+        yield fetch(waiting)[: num_images - firsts[-1]]
 
 
 class Model(NamedTuple):
@@ -264,12 +270,12 @@ class Model(NamedTuple):
         """(H, W, C)."""
         return self.network.resolution, self.network.resolution, self.network.in_channels
 
-    def sampler(self, method: str = "ddim", **how) -> tuple[Callable[..., jax.Array], np.ndarray]:
+    def sampler(self, method: str = "ddim", **how: Any) -> tuple[Callable[..., jax.Array], np.ndarray]:
         """`configure` for this model."""
         return configure(self.network, self.schedule, method, ms_eps=self.ms_eps, head=self.head, **how)
 
     def sample(
-        self, n: int, method: str = "ddim", *, nfe: int = 0, seed: int = 0, batch_size: int = 500, **how
+        self, n: int, method: str = "ddim", *, nfe: int = 0, seed: int = 0, batch_size: int = 500, **how: Any
     ) -> np.ndarray:
         """Images 0 … n−1 of a seed.
 
@@ -294,7 +300,7 @@ class Model(NamedTuple):
         return np.concatenate(list(batches))
 
 
-def load(workdir: str, step: int | None = None) -> Model:
+def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
     """The newest checkpoint of the run in `workdir` that verifies, or that of one step, to sample from.
 
     Args:
@@ -311,13 +317,13 @@ def load(workdir: str, step: int | None = None) -> Model:
     return Model(run.config, run.network, schedule, run.ema, run.step, ms_eps, head)
 
 
-def moments_folder(workdir: str) -> Path:
+def moments_folder(workdir: str | os.PathLike) -> Path:
     """Where the statistics of a run are kept."""
     return Path(workdir) / "ms_eps"
 
 
 def configure(
-    network: UNetConfig, schedule: NoiseSchedule, method: str = "ddim", **how
+    network: UNetConfig, schedule: NoiseSchedule, method: str = "ddim", **how: Any
 ) -> tuple[Callable[..., jax.Array], np.ndarray]:
     """A compiled sampler and the levels that it is to visit, from what a user says.
 
@@ -334,5 +340,5 @@ def configure(
       ValueError: for an unknown method, and for values that are not allowed or contradict one another.
     """
     levels, scale, options = resolve(schedule, method, **how)
-    needed = {name: how.get(name) for name in ("ms_eps", "head")}
-    return make_sampler(network, schedule, method, scale=scale, **needed, **options), levels
+    ms_eps, head = how.get("ms_eps"), how.get("head")
+    return make_sampler(network, schedule, method, scale=scale, ms_eps=ms_eps, head=head, **options), levels

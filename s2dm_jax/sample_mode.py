@@ -62,10 +62,10 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     began = time.monotonic()
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     kind = "".join(f"_{name}" for name in ("interpolate", "trajectory", "compare") if options[name])
-    folder = Path(workdir)
-    folder = folder / "samples" if folder.is_dir() else folder.with_name(f"{folder.stem}_samples")
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{method}_nfe{evaluations}_seed{options.seed}{kind}_{digest}"
+    place = Path(workdir)
+    place = place / "samples" if place.is_dir() else place.with_name(f"{place.stem}_samples")
+    place.mkdir(exist_ok=True)
+    path = place / f"{method}_nfe{evaluations}_seed{options.seed}{kind}_{digest}"
     if kind or options.output == "grid":
         path = path.with_name(f"{path.name}.png")
         images, columns = _rows(options, models)
@@ -85,7 +85,9 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     return path
 
 
-def with_statistic(model: Model, workdir: str, method: str, count: int, batch_size: int) -> Model:
+def with_statistic(
+    model: Model, workdir: str | os.PathLike, method: str, count: int, batch_size: int
+) -> Model:
     """The model with Analytic-DPM's statistic, estimated now where `method` needs one that is not kept."""
     if FACTS[method].needs != "ms_eps":
         return model
@@ -120,7 +122,7 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
             "weights_sha256": hash_of(jax.tree.leaves(model.params)),
             "schedule": model.config.diffusion.to_dict(),
             "timesteps": grid.tolist(),
-            "ms_eps_sha256": hash_of([model.ms_eps]) if FACTS[options.method].needs == "ms_eps" else None,
+            "ms_eps_sha256": _hash_of_statistic(model, options.method),
         }
         for model, grid in zip(models, grids, strict=True)
     ]
@@ -134,6 +136,12 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
         "trajectory": options.trajectory,
         "runs": runs,
     }
+
+
+def _hash_of_statistic(model: Model, method: str) -> str | None:
+    if FACTS[method].needs != "ms_eps" or model.ms_eps is None:
+        return None
+    return hash_of([model.ms_eps])
 
 
 def _provenance(settings: dict, workdir: str) -> str:

@@ -5,15 +5,18 @@ so a new grid of the same length compiles nothing. The step from the lowest leve
 image (level −1, alpha_bar = 1). Arithmetic is in x_T's dtype, whatever dtype the network answers in.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from s2dm_jax.covariance import analytic, npr, sn
 from s2dm_jax.multistep import deis, dpmpp_2m, unipc
 from s2dm_jax.pndm import f_pndm, s_pndm
 from s2dm_jax.schedule import NoiseSchedule, log_alpha_bar
-from s2dm_jax.steps import EpsFn, descend, evaluate, predict_x0, signal_and_sigma
+from s2dm_jax.steps import EpsFn, NoiseFn, Sampled, descend, evaluate, predict_x0, signal_and_sigma
 
 # Streams of a sampling seed. Training folds its step number into its seed: these are numbers that no run
 # reaches, so that sampling with the training's seed does not draw the training's noise again.
@@ -21,7 +24,12 @@ _X_T_STREAM = np.uint32(2**32 - 1)
 _STEP_STREAM = np.uint32(2**32 - 2)
 
 
-def initial_noise(seed: int, indices: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+def initial_noise(
+    seed: int | jax.Array,
+    indices: jax.Array | np.ndarray,
+    shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
     """x_T of the images with these indices: standard normal, image i depends on (seed, i) alone.
 
     Args:
@@ -35,13 +43,13 @@ def initial_noise(seed: int, indices: jax.Array, shape: tuple[int, ...], dtype=j
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(stream, i), shape, dtype))(indices)
 
 
-def image_keys(seed: int, indices: jax.Array) -> jax.Array:
+def image_keys(seed: int | jax.Array, indices: jax.Array | np.ndarray) -> jax.Array:
     """Keys [B] for `per_image_noise`: key i depends on (seed, i) alone, apart from x_T's noise."""
     stream = jax.random.fold_in(jax.random.key(seed), _STEP_STREAM)
     return jax.vmap(lambda i: jax.random.fold_in(stream, i))(indices)
 
 
-def per_image_noise(keys: jax.Array, shape: tuple[int, ...], dtype=jnp.float32):
+def per_image_noise(keys: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> NoiseFn:
     """A `noise_fn` for the stochastic samplers: the draw for image i at step j depends on (keys[i], j) alone.
 
     Args:
@@ -62,13 +70,13 @@ def ddim(
     eps_fn: EpsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
     eta: float | jax.Array = 0.0,
-    noise_fn=None,
+    noise_fn: NoiseFn | None = None,
     clip_x0: bool = False,
     return_x0: bool = False,
-):
+) -> Sampled:
     """DDIM (Song et al. 2020, eq. 12 and 16; `generalized_steps` of its code).
 
     Args:
@@ -88,8 +96,9 @@ def ddim(
     eta_is_traced = isinstance(eta, jax.core.Tracer)
     if not eta_is_traced and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} is not allowed: 0 (deterministic) to 1 (DDPM's posterior variance)")
-    stochastic = eta_is_traced or eta > 0
-    if stochastic and noise_fn is None:
+    if not eta_is_traced and eta == 0:
+        noise_fn = None
+    elif noise_fn is None:
         raise ValueError("ddim with eta above 0 draws noise at every step: noise_fn must say from where")
 
     t, t_next = descend(schedule, timesteps)
@@ -111,7 +120,7 @@ def ddim(
             eps = (x - signal * x0) / sigma
         # Move to the next level along the predicted noise, then replace a part of it by fresh noise.
         x = signal_next * x0 + sigma_kept * eps
-        if stochastic:
+        if noise_fn is not None:
             x += sigma_fresh * noise_fn(index).astype(x.dtype)
         return x, x0 if return_x0 else None
 
@@ -124,13 +133,13 @@ def ddpm(
     eps_fn: EpsFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
-    timesteps: jax.Array,
+    timesteps: jax.Array | np.ndarray,
     *,
-    noise_fn,
+    noise_fn: NoiseFn,
     variance: str = "large",
     clip_x0: bool = True,
     return_x0: bool = False,
-):
+) -> Sampled:
     """DDPM's ancestral sampling over some of the levels (Ho et al. 2020, eq. 6, 7; DDIM code's `ddpm_steps`).
 
     Args:
@@ -174,7 +183,7 @@ def ddpm(
     return (x_0, predictions) if return_x0 else x_0
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., Sampled]] = {
     "ddim": ddim,
     "ddpm": ddpm,
     "f_pndm": f_pndm,
@@ -188,7 +197,7 @@ METHODS = {
 }
 
 
-def scale_eps(eps_fn: EpsFn, scale: np.ndarray) -> EpsFn:
+def scale_eps(eps_fn: EpsFn, scale: np.ndarray | jax.Array) -> EpsFn:
     """The network with its output times a number per level: S²-DM's optimum in closed form, for any network.
 
     Args:

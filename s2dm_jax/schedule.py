@@ -7,10 +7,12 @@ The clean image is level −1, with alpha_bar = 1. The papers count 1 … T: the
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ def lookup(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def log_alpha_bar(schedule: NoiseSchedule, t: jax.Array, dtype=jnp.float32) -> jax.Array:
+def log_alpha_bar(schedule: NoiseSchedule, t: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """log alpha_bar at any level, linear between whole ones: a forward SDE of constant rate within each step.
 
     Samplers take √alpha_bar and √(1−alpha_bar) from it as exp(½·) and √(−expm1(·)), which loses nothing to
@@ -134,7 +136,7 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
     return NoiseSchedule(np.minimum(1 - alpha_bar(u + 1 / T) / alpha_bar(u), max_beta))
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": linear_schedule,
     "cosine": cosine_schedule,
     "quad": quad_schedule,

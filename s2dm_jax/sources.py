@@ -266,7 +266,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, archive):
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from error
@@ -276,7 +276,7 @@ def _tar_files(path):
     with tarfile.open(path, "r:*", tarinfo=_StrictTarInfo) as archive:
         for member in archive:
             # tarfile keeps every header that it has met.
-            archive.members = []
+            archive.members = []  # type: ignore[attr-defined]
             if not member.isdir():
                 yield archive, member
 

@@ -1,18 +1,27 @@
 """What every sampler is made of: the levels it visits, one call of the network, the prediction of x_0."""
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s2dm_jax.grids import check_grid
 from s2dm_jax.schedule import NoiseSchedule
 
 # (x: f32[B, H, W, C], t: f32[B]) -> the noise in x, same shape; t in [0, T), fractional in F-PNDM alone.
 EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
+# Index of a sampling step, counted from 0 -> standard normal [B, H, W, C].
+NoiseFn = Callable[[jax.Array], jax.Array]
+# What a sampler returns: x_0, or with `return_x0` a pair, for which Any spares every other caller a check.
+Sampled = jax.Array | Any
+
+# ε, or of a network with a second head both outputs.
+Output = TypeVar("Output")
 
 
-def descend(schedule: NoiseSchedule, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+def descend(schedule: NoiseSchedule, timesteps: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
     """The levels in the order of sampling, and the level each step arrives at: at last −1, the clean image.
 
     Args:
@@ -41,7 +50,7 @@ def signal_and_sigma(log_alpha_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.exp(log_alpha_bar / 2), jnp.sqrt(jnp.abs(jnp.expm1(log_alpha_bar)))
 
 
-def evaluate(eps_fn: EpsFn, x: jax.Array, t: jax.Array) -> jax.Array:
+def evaluate(eps_fn: Callable[[jax.Array, jax.Array], Output], x: jax.Array, t: jax.Array) -> Output:
     """One call of the network at one level t, its output in x's dtype: x stays float32 around bfloat16.
 
     Of a network with two heads, both outputs.

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ class MetricWriter:
     processes only the first writes.
     """
 
-    def __init__(self, workdir: str, resume_step: int):
+    def __init__(self, workdir: str | Path, resume_step: int):
         self._writes = is_lead()
         if not self._writes:
             return
@@ -174,9 +175,10 @@ class Profile:
     The first chunk is left out: it waits for what the others do not.
     """
 
-    def __init__(self, workdir: str, start: int, steps: int):
+    def __init__(self, workdir: str | Path, start: int, steps: int):
         self._folder, self._wanted = Path(workdir) / "profile", steps
-        self._start, self._from = start, None
+        self._start = start
+        self._from: int | None = None
 
     def before_chunk(self, step: int) -> None:
         """Starts the trace where it is due; the steps before `step` have been dispatched."""
@@ -184,7 +186,7 @@ class Profile:
             jax.profiler.start_trace(str(self._folder))
             self._from = step
 
-    def after_chunk(self, step: int, result) -> None:
+    def after_chunk(self, step: int, result: Any) -> None:
         """Ends the trace once it holds as many steps as were asked for."""
         if self._from is not None and step - self._from >= self._wanted:
             jax.block_until_ready(result)

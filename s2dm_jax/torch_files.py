@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -59,7 +59,7 @@ class Storage(NamedTuple):
 
     key: str
     dtype: np.dtype
-    count: int
+    elements: int
 
 
 class Tensor(NamedTuple):
@@ -120,11 +120,11 @@ class _Unpickler(pickle.Unpickler):
         return Storage(str(key), dtype, int(count))
 
 
-def _unpickle(stream: BinaryIO, size: int):
+def _unpickle(stream: BinaryIO, size: int) -> Any:
     start = stream.tell()
     for opcode, argument, _ in pickletools.genops(stream):
         # Unpickling makes room for every index up to the highest: a damaged one would take all memory.
-        if opcode.name in ("PUT", "LONG_BINPUT") and argument > size:
+        if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > size:
             raise ValueError("a memo index beyond the file")
     stream.seek(start)
     return _Unpickler(stream).load()
@@ -199,20 +199,20 @@ def _open_stream(file, size):
     offsets = {}
     for key in keys:
         offsets[key] = file.tell() + 8
-        if struct.unpack("<q", file.read(8)) != (storages[key].count,):
+        if struct.unpack("<q", file.read(8)) != (storages[key].elements,):
             raise ValueError(f"storage {key} is not of the size that its tensors name")
-        file.seek(storages[key].count * storages[key].dtype.itemsize, os.SEEK_CUR)
+        file.seek(storages[key].elements * storages[key].dtype.itemsize, os.SEEK_CUR)
     if file.tell() != size:
         raise ValueError(f"it has {size:,} bytes where its tensors need {file.tell():,}")
 
     def read(storage):
         file.seek(offsets[storage.key])
-        return file.read(storage.count * storage.dtype.itemsize)
+        return file.read(storage.elements * storage.dtype.itemsize)
 
     return contents, read
 
 
-def _storages(contents) -> Iterator[Storage]:
+def _storages(contents: object) -> Iterator[Storage]:
     if isinstance(contents, Tensor):
         yield contents.storage
     elif isinstance(contents, dict):
@@ -223,7 +223,7 @@ def _storages(contents) -> Iterator[Storage]:
             yield from _storages(value)
 
 
-def _array(read, tensor: Tensor) -> np.ndarray:
+def _array(read: Callable[[Storage], bytes], tensor: Tensor) -> np.ndarray:
     (key, dtype, count), offset, shape, strides = tensor
     whole = np.frombuffer(read(tensor.storage), dtype)
     numbers = (offset, *shape, *strides)
@@ -234,8 +234,8 @@ def _array(read, tensor: Tensor) -> np.ndarray:
         right = right and last < count
     if not right:
         raise ValueError(f"a tensor of shape {shape} does not fit into its storage {key} of {count} numbers")
-    strides = [stride * dtype.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(whole[offset:], shape, strides).copy()
+    in_bytes = [stride * dtype.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(whole[offset:], shape, in_bytes).copy()
 
 
 def read_note(path: str | os.PathLike) -> str | None:
@@ -265,7 +265,7 @@ def write_torch(path: str | os.PathLike, contents: object, note: str) -> None:
     Raises:
       TypeError: for anything else in `contents`.
     """
-    arrays = []
+    arrays: list[np.ndarray] = []
     data = pickle.PROTO + b"\x02" + _pickled(contents, arrays) + pickle.STOP
     with zipfile.ZipFile(path, "w") as archive:
         root = Path(path).stem.lstrip(".")
@@ -280,7 +280,7 @@ def _global(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
 
-def _pickled(value, arrays: list[np.ndarray]) -> bytes:
+def _pickled(value: object, arrays: list[np.ndarray]) -> bytes:
     """`value` as opcodes that torch's own safe unpickler knows; arrays go to `arrays`."""
 
     def items(values):

@@ -158,7 +158,8 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
     stop = stop_together(received)
     about = origin(config)
     saved = manager.latest_step()
-    pending, skipped, since_save = None, 0, []
+    pending, skipped = None, 0
+    since_save: list[dict[str, float]] = []
 
     def report():
         """Fetches the newest metrics not yet told, which blocks until their steps are computed."""

@@ -1,7 +1,7 @@
 """One training step: the state, the update that the papers' code makes, a compiled chunk of steps."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from s2dm_jax.unet import UNetConfig
 _LEVEL_GROUPS = 10
 
 
-def jit_step(step: Callable, **options) -> Callable:
+def jit_step(step: Callable, **options: Any) -> jax.stages.Wrapped:
     """`jax.jit` for a function of (state, …): the state's memory is used again, XLA told what is fast."""
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(), **options)
 
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
       opt_state: of the optimizer.
     """
 
-    step: jax.Array
+    step: jax.Array | np.ndarray
     params: dict
     ema: dict
     opt_state: optax.OptState
@@ -69,7 +69,7 @@ def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSta
     return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state))
 
 
-def update_ema(ema: dict, params: dict, rate: float, step: jax.Array, start: str) -> dict:
+def update_ema(ema: dict, params: dict, rate: float, step: jax.Array | np.ndarray, start: str) -> dict:
     """ema ← rate·ema + (1−rate)·params, with no warm-up.
 
     Args:
@@ -79,9 +79,8 @@ def update_ema(ema: dict, params: dict, rate: float, step: jax.Array, start: str
       start: "initial": the average starts at the initial weights (DDIM code); "first_step": at the weights
         after the first step (SA-DPM code).
     """
-    if start == "first_step":
-        rate = jnp.where(step == 0, 0.0, rate)
-    return jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, ema, params)
+    decay = jnp.where(step == 0, 0.0, rate) if start == "first_step" else rate
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
 
 def update(

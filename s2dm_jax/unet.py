@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.typing import DTypeLike
 
 from s2dm_jax.conv import conv2d, matmul, upsample_conv2d
 from s2dm_jax.steps import EpsFn
@@ -72,14 +73,17 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
 
 
 def _conv2d_for_nnx(x, kernel, strides, padding, **_):
-    return conv2d(x, kernel, strides[0], tuple(tuple(p) for p in padding))
+    rows, columns = padding
+    return conv2d(x, kernel, strides[0], (tuple(rows), tuple(columns)))
 
 
 def _upsample_conv2d_for_nnx(x, kernel, *_, **__):
     return upsample_conv2d(x, kernel)
 
 
-def conv3x3(c_in: int, c_out: int, dtype, rngs, stride: int = 1, upsample: bool = False) -> nnx.Conv:
+def conv3x3(
+    c_in: int, c_out: int, dtype: DTypeLike, rngs: nnx.Rngs, stride: int = 1, upsample: bool = False
+) -> nnx.Conv:
     """3×3 convolution, padded as in the published code; with `upsample`, of the image enlarged twice."""
     # The published downsampling pads one row at the bottom and one column on the right only.
     pad = (1, 1) if stride == 1 else (0, 1)
@@ -127,7 +131,9 @@ class GroupNorm(nnx.Module):
 class ResnetBlock(nnx.Module):
     """norm → swish → conv → + time → norm → swish → dropout → conv → + shortcut."""
 
-    def __init__(self, c_in: int, c_out: int, temb_dim: int, dropout: float, dtype, rngs):
+    def __init__(
+        self, c_in: int, c_out: int, temb_dim: int, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.norm1 = GroupNorm(c_in)
         self.conv1 = conv3x3(c_in, c_out, dtype, rngs)
         self.temb_proj = _Linear(temb_dim, c_out, rngs=rngs)
@@ -137,7 +143,7 @@ class ResnetBlock(nnx.Module):
         if c_in != c_out:
             self.nin_shortcut = _Linear(c_in, c_out, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, temb, dropout_key):
+    def __call__(self, x: jax.Array, temb: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
         h = h + self.temb_proj(nnx.silu(temb))[:, None, None].astype(h.dtype)
         h = nnx.silu(self.norm2(h))
@@ -149,14 +155,14 @@ class ResnetBlock(nnx.Module):
 class AttnBlock(nnx.Module):
     """Single-head self-attention over the pixels, added to its input."""
 
-    def __init__(self, channels: int, dtype, rngs):
+    def __init__(self, channels: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels)
         self.q = _Linear(channels, channels, dtype=dtype, rngs=rngs)
         self.k = _Linear(channels, channels, dtype=dtype, rngs=rngs)
         self.v = _Linear(channels, channels, dtype=dtype, rngs=rngs)
         self.proj_out = _Linear(channels, channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
         tokens = self.norm(x).reshape(b, height * width, 1, c)
         attended = jax.nn.dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens))
@@ -192,7 +198,7 @@ class UNet(nnx.Module):
 
         c = ch
         skips = [c]
-        self.down = nnx.Dict()
+        self.down: nnx.Dict = nnx.Dict()
         for i in levels:
             level = nnx.Dict(block=nnx.Dict(), attn=attentions(i, config.num_res_blocks))
             for j in blocks:
@@ -207,7 +213,7 @@ class UNet(nnx.Module):
 
         self.mid = nnx.Dict(block_1=block(c, c), attn_1=AttnBlock(c, dtype, rngs), block_2=block(c, c))
 
-        self.up = nnx.Dict()
+        self.up: nnx.Dict = nnx.Dict()
         for i in reversed(levels):
             level = nnx.Dict(block=nnx.Dict(), attn=attentions(i, config.num_res_blocks + 1))
             for j in range(config.num_res_blocks + 1):
@@ -220,7 +226,9 @@ class UNet(nnx.Module):
         self.norm_out = GroupNorm(c)
         self.conv_out = conv3x3(c, config.out_channels, jnp.float32, rngs)
 
-    def __call__(self, x, t, dropout_key=None):
+    def __call__(
+        self, x: jax.Array, t: jax.Array, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """ε and the features that it is read from, [B, H, W, ch·ch_mult[0]]."""
         config = self.config
         levels = range(len(config.ch_mult))
@@ -274,7 +282,7 @@ def _average_pool(x):
 
 
 @functools.lru_cache
-def _definition(config: UNetConfig):
+def _definition(config: UNetConfig) -> tuple[nnx.GraphDef, dict]:
     model = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)

@@ -6,9 +6,9 @@ be given, and what was checked is said.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import safetensors
@@ -25,6 +25,8 @@ _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 # The second head of NPR- and SN-DPM models, on the same network.
 _SECOND_HEAD = ("norm_out2.", "conv_out2.")
 _PREFIX = "module."
+
+Described = TypeVar("Described")
 
 
 class Weights(NamedTuple):
@@ -147,17 +149,17 @@ def _fit(
 ) -> Weights:
     """The weights in the network that their card describes, or else their shapes."""
     shapes = {name: value.shape for name, value in ema.items()}
-    schedule = None
+    schedule, known = None, None
     if card is not None:
-        card = model_card.parse(card)
-        config = checked_config(json.dumps(card["config"]), path)
-        network, step = build_network(config), card["step"]
+        known = model_card.parse(card)
+        config = checked_config(json.dumps(known["config"]), path)
+        network, step = build_network(config), known["step"]
         schedule = (config.diffusion.schedule, config.diffusion.T)
     else:
         network = convert.infer_network(shapes, resolution)
     ema = convert.from_torch(_finite(ema), network)
     params = ema if params is None else convert.from_torch(_finite(params), network)
-    return Weights(network, ema, params, card, schedule, step, origin, "")
+    return Weights(network, ema, params, known, schedule, step, origin, "")
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -229,7 +231,7 @@ def _check_sums(folder: Path) -> None:
             )
 
 
-def _described(path: Path, read):
+def _described(path: Path, read: Callable[[dict], Described]) -> Described:
     try:
         return read(json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError) as error:
@@ -243,18 +245,16 @@ def _read_torch(path: Path, resolution: int | None, digest: str) -> Weights:
     )
 
 
-def _load_torch(path: Path):
+def _load_torch(path: Path) -> tuple[dict, dict | None, tuple[str, int], bool]:
     """Names and arrays of the moving average and, where there are other ones, of the weights."""
     with open_torch(path) as (contents, read, has_checksums):
         ema, params, kind, step = _pick(contents)
-        arrays = [
-            None if state is None else {name: read(tensor) for name, tensor in state.items()}
-            for state in (ema, params)
-        ]
-    return *arrays, (kind, step), has_checksums
+        ema = {name: read(tensor) for name, tensor in ema.items()}
+        params = params and {name: read(tensor) for name, tensor in params.items()}
+    return ema, params, (kind, step), has_checksums
 
 
-def _pick(contents) -> tuple[dict, dict | None, str, int]:
+def _pick(contents: object) -> tuple[dict, dict | None, str, int]:
     """What of a published checkpoint's contents is which (`reference.md` 1.3)."""
     if _is_state(contents):
         return _plain(contents), None, "a PyTorch state_dict", 0
@@ -279,7 +279,7 @@ def _pick(contents) -> tuple[dict, dict | None, str, int]:
     )
 
 
-def _is_state(value) -> bool:
+def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
     return (
         isinstance(value, dict)
         and bool(value)

@@ -7,6 +7,13 @@ python scripts/benchmark.py data      # preparing 60,000 JPEGs; a training step 
 python scripts/benchmark.py train     # a training step against plain PyTorch's (--device=gpu on a GPU)
 python scripts/benchmark.py samplers  # a 10-evaluation DDIM scan against ten jitted forward calls
 python scripts/benchmark.py evaluate  # sampling with Inception's features against both alone; FID's time
+
+examples:
+  python scripts/benchmark.py losses --only="K = 2" --rounds=3
+  python scripts/benchmark.py train --device=gpu --network=celeba --K=2
+
+Times are in seconds or milliseconds (s, ms), medians over the rounds; × is the ratio to the line that is
+compared with; memory is in GB (10⁹ bytes) or MiB (2²⁰). Each command has its own --help.
 """
 
 import argparse

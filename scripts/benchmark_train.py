@@ -3,6 +3,7 @@
 The sides take turns, so that a slow moment of the machine meets both; ratios are medians over the rounds.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -219,4 +220,6 @@ def _matmul_rate(size: int = 8192, repeats: int = 50) -> float:
 
 
 if __name__ == "__main__":
-    work(json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=f"{__doc__}\nRun python scripts/benchmark.py train --help.")
+    parser.add_argument("settings", type=json.loads, help="JSON, as benchmark.py makes it for this worker")
+    work(parser.parse_args().settings)

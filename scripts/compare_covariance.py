@@ -3,11 +3,12 @@
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from s2dm_jax.config import UserError
+from s2dm_jax.command_line import Parser, mistakes_told, run_shown
+from s2dm_jax.config import UserError, config_path
+from s2dm_jax.progress import one_by_one
 from s2dm_jax.report import markdown_table
 from s2dm_jax.runs import write_whole
 
@@ -34,9 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
       UserError: for a value out of range.
     """
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to go on with")
     parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of training seeds, at least 2 (3)")
@@ -50,8 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("seeds", 2), ("steps", 1), ("head_steps", 1), ("images", 2)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}={getattr(args, name)} is out of range: it must be at least {least}")
-    if not Path(args.config).is_file():
-        raise UserError(f"--config={args.config}: there is no such file; the configs are in configs/")
+    config_path(args.config)
     return args
 
 
@@ -65,7 +63,7 @@ def distances_of(args: argparse.Namespace, kept: Path, workdir: Path, commands: 
         for flags in commands:
             command = [sys.executable, "-m", "s2dm_jax.main", f"--workdir={workdir}", *flags]
             print(" ".join(command[1:]), flush=True)
-            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            if run_shown(command):
                 raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, (workdir / "results.json").read_text())
@@ -80,29 +78,33 @@ def distances_of(args: argparse.Namespace, kept: Path, workdir: Path, commands: 
     return {method: list(found.values()) for method, found in distances.items()}
 
 
-def compare(args: argparse.Namespace) -> str:
-    """Does what is not done, and makes the table."""
-    out, found = Path(args.out), {}
+def jobs_of(args: argparse.Namespace) -> list[tuple[str, Path, Path, list[list[str]]]]:
+    """What is to be had: (objective, where the results are kept, workdir, flags of each command)."""
+    out, jobs, nfe = Path(args.out), [], f"--config.eval.nfe={args.nfe}"
     for seed in range(args.seeds):
         for objective, factor in _OBJECTIVES.items():
             steps, base = factor * args.steps, out / objective / f"seed{seed}"
-            nfe = f"--config.eval.nfe={args.nfe}"
             train = [f"--config={args.config}:{objective}", f"--config.train.seed={seed}", nfe]
             evaluate = ["--mode=evaluate", nfe, "--config.eval.methods=ddpm,analytic"]
             evaluate += ["--config.eval.grid=linspace", "--config.eval.variance=small"]
             evaluate += [f"--config.eval.ms_eps_images={args.images}"]
             kept = out / "covariance" / f"{objective}_seed{seed}_step{steps}.json"
-            commands = [[*train, f"--config.train.steps={steps}"], evaluate]
-            distances = distances_of(args, kept, base, commands)
+            jobs.append((objective, kept, base, [[*train, f"--config.train.steps={steps}"], evaluate]))
             for kind in ("npr", "sn"):
                 head = [f"--config={args.config}:{kind}", f"--config.head.base={base}", nfe]
                 head += [f"--config.train.seed={seed}", f"--config.train.steps={args.head_steps}"]
-                kept = (
-                    out / "covariance" / f"{objective}_{kind}_seed{seed}_step{steps}_{args.head_steps}.json"
-                )
-                distances |= distances_of(args, kept, out / f"{objective}_{kind}" / f"seed{seed}", [head])
-            for method, values in distances.items():
-                found.setdefault((objective, _NAMES[method]), []).append(values)
+                name = f"{objective}_{kind}_seed{seed}_step{steps}_{args.head_steps}.json"
+                workdir = out / f"{objective}_{kind}" / f"seed{seed}"
+                jobs.append((objective, out / "covariance" / name, workdir, [head]))
+    return jobs
+
+
+def compare(args: argparse.Namespace) -> str:
+    """Does what is not done, and makes the table."""
+    jobs, found = jobs_of(args), {}
+    for objective, *job in one_by_one(jobs, [not kept.exists() for _, kept, *_ in jobs]):
+        for method, values in distances_of(args, *job).items():
+            found.setdefault((objective, _NAMES[method]), []).append(values)
     rows = []
     for (objective, name), per_seed in found.items():
         cells = (f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in zip(*per_seed, strict=True))
@@ -111,15 +113,12 @@ def compare(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a `UserError` becomes one sentence and exit status 2."""
-    try:
+    """Entry point: a mistake becomes one sentence and exit status 2."""
+    with mistakes_told():
         args = parse(argv)
         table = compare(args)
         (Path(args.out) / "covariance.md").write_text(table + "\n")
         print(f"\n{table}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

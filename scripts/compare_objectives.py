@@ -3,11 +3,12 @@
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from s2dm_jax.config import UserError
+from s2dm_jax.command_line import Parser, mistakes_told, run_shown
+from s2dm_jax.config import UserError, config_path
+from s2dm_jax.progress import one_by_one
 from s2dm_jax.report import markdown_table
 from s2dm_jax.runs import write_whole
 
@@ -37,9 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
       UserError: for a value out of range.
     """
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to go on with")
     parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="number of training seeds, at least 2 (5)")
@@ -50,18 +49,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--seeds={args.seeds} is out of range: a standard deviation needs at least 2")
     if args.steps < 1:
         raise UserError(f"--steps={args.steps} is out of range: it must be at least 1")
-    if not Path(args.config).is_file():
-        raise UserError(f"--config={args.config}: there is no such file; the configs are in configs/")
+    config_path(args.config)
     return args
 
 
-def results_of(args: argparse.Namespace, method: str, seed: int, steps: int, skip_scale: int) -> dict:
+def runs_of(args: argparse.Namespace) -> list[tuple[int, str, int, int]]:
+    """What is trained and evaluated, (seed, method, steps, skip_scale), longer runs after shorter."""
+    return [
+        (seed, method, steps, skip_scale)
+        for seed in range(args.seeds)
+        for method, (cost, scales) in _METHODS.items()
+        for steps in sorted({args.steps, 2 * args.steps // cost})
+        for skip_scale in scales
+    ]
+
+
+def kept_at(args: argparse.Namespace, seed: int, method: str, steps: int, skip_scale: int) -> Path:
+    """Where a run's results at this step are kept."""
+    return Path(args.out) / "results" / f"{method}_seed{seed}_step{steps}_scale{skip_scale}.json"
+
+
+def results_of(args: argparse.Namespace, seed: int, method: str, steps: int, skip_scale: int) -> dict:
     """Trains up to `steps` and evaluates, unless that was done, and returns the run's results.
 
     Raises:
       UserError: where the run fails, or what is there is of another number of evaluations.
     """
-    kept = Path(args.out) / "results" / f"{method}_seed{seed}_step{steps}_scale{skip_scale}.json"
+    kept = kept_at(args, seed, method, steps, skip_scale)
     budgets = [int(nfe) for nfe in args.nfe.split(",")]
     if not kept.exists():
         workdir = Path(args.out) / method / f"seed{seed}"
@@ -69,7 +83,7 @@ def results_of(args: argparse.Namespace, method: str, seed: int, steps: int, ski
         command += [f"--workdir={workdir}", f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
         command += [f"--config.eval.nfe={args.nfe}", f"--config.eval.skip_scale={skip_scale}"]
         print(" ".join(command[1:]), flush=True)
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        if run_shown(command):
             raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, (workdir / "results.json").read_text())
@@ -124,25 +138,20 @@ def differences(args: argparse.Namespace, results: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a `UserError` becomes one sentence and exit status 2."""
-    try:
+    """Entry point: a mistake becomes one sentence and exit status 2."""
+    with mistakes_told():
         args = parse(argv)
-        results = {}
-        for seed in range(args.seeds):
-            for method, (cost, scales) in _METHODS.items():
-                for steps in sorted({args.steps, 2 * args.steps // cost}):
-                    for skip_scale in scales:
-                        one = results_of(args, method, seed, steps, skip_scale)
-                        results.setdefault((method, steps, skip_scale), []).append(one)
+        runs, results = runs_of(args), {}
+        costs = [not kept_at(args, *each).exists() for each in runs]
+        for seed, *kind in one_by_one(runs, costs):
+            one = results_of(args, seed, *kind)
+            results.setdefault(tuple(kind), []).append(one)
         text = table(args, results)
         floor, *_, ceiling = (row["distance"] for row in one["rows"])
         text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n\n"
         text += differences(args, results) + "\n"
         (Path(args.out) / "table.md").write_text(text)
         print(f"\n{text}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

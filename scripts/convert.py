@@ -3,10 +3,10 @@
 import argparse
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
-from s2dm_jax.config import UserError
+from s2dm_jax.command_line import Parser, mistakes_told
+from s2dm_jax.config import UserError, config_path
 
 _FORMATS = ("workdir", "ddim", "sa_dpm", "pndm", "safetensors", "diffusers")
 _DESCRIPTION = """\
@@ -27,20 +27,13 @@ examples:
   python scripts/convert.py runs/digits digits_diffusers --to=diffusers"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line.
 
     Raises:
       UserError: for a value that is not allowed.
     """
-    parser = _Parser(
-        description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(_DESCRIPTION, _EXAMPLES)
     parser.add_argument("source", metavar="IN", help="file or folder to read")
     parser.add_argument("out", metavar="OUT", help="file or folder to write")
     parser.add_argument("--to", choices=_FORMATS, default="", help="format of OUT")
@@ -85,9 +78,7 @@ def _format_of(source: str, out: str) -> str:
 
 def _config(name: str):
     """The config that FILE[:METHOD] names, as --config of the main command line does."""
-    path, _, method = name.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config={name}: there is no such file; the configs are in the folder configs/")
+    path, _, method = config_path(name).partition(":")
     spec = importlib.util.spec_from_file_location("given_config", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -141,12 +132,9 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a `UserError` becomes one sentence and exit status 2."""
-    try:
+    """Entry point: a mistake becomes one sentence and exit status 2."""
+    with mistakes_told():
         run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from s2dm_jax.command_line import Parser, check_matplotlib, mistakes_told
 from s2dm_jax.config import UserError, data_label
 from s2dm_jax.runs import load_run, read_config
 
@@ -20,20 +21,13 @@ example:
   python scripts/estimation_gap.py runs/ddpm runs/sa2 runs/sa3 --out=runs/gap.png"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line.
 
     Raises:
       UserError: for a value out of range, a run that cannot be read, or a missing matplotlib.
     """
-    parser = _Parser(
-        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument(
         "workdirs", nargs="+", metavar="WORKDIR", help="folder of a training run, one or more"
     )
@@ -69,12 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(
             f"the runs were trained on {' and '.join(sorted(names))}; compare runs on one data set"
         )
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "the figure needs matplotlib; install it with pip install 's2dm_jax[plot]'"
-        ) from error
+    check_matplotlib("the figure")
     return args
 
 
@@ -171,12 +160,9 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a `UserError` becomes one sentence and exit status 2."""
-    try:
+    """Entry point: a mistake becomes one sentence and exit status 2."""
+    with mistakes_told():
         run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

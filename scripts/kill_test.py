@@ -71,13 +71,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--kills", type=int, default=20, help="how many times (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
     parser.add_argument("--flags", nargs="*", default=[], help="more flags of the runs, such as --config.…=…")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        print("two runs without a break, to compare with …", flush=True)
         finish(start(whole, arguments.flags))
         # The second time compiled programs are at hand, as they are after a kill.
         began = time.monotonic()
@@ -108,7 +109,7 @@ def main() -> None:
                 ended += 1
                 killed = killed.with_name(f"killed_{ended}")
             else:
-                print(f"kill {kills}: checkpoints {checkpoints(killed)}", flush=True)
+                print(f"kill {kills} of {arguments.kills}: checkpoints {checkpoints(killed)}", flush=True)
         finish(start(killed, arguments.flags))
         check(whole, killed)
         print(

@@ -2,9 +2,9 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from s2dm_jax.command_line import Parser, check_matplotlib, mistakes_told
 from s2dm_jax.config import UserError
 from s2dm_jax.runs import read_config
 
@@ -13,7 +13,8 @@ Gathers what runs have left in their folders: results.json (tables and provenanc
 samples, the loss. Runs that differ in nothing but config.train.seed become one line with mean and standard
 deviation. The page needs no network and no other file."""
 _EXAMPLE = """\
-example:
+examples:
+  python scripts/report.py runs/digits
   python scripts/report.py runs/ddpm runs/s2 --out=runs/report.html --plot=runs/distances.png"""
 
 
@@ -23,9 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
       UserError: for a folder that holds no run, another suffix, or a missing matplotlib.
     """
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument(
         "workdirs", nargs="+", metavar="WORKDIR", help="folder of an evaluated run, one or more"
     )
@@ -41,16 +40,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for path in filter(None, (args.out, args.plot)):
         if not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: its folder does not exist")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("the page needs matplotlib; install it with pip install 's2dm_jax[plot]'") from error
+    check_matplotlib("the page")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a `UserError` becomes one sentence and exit status 2."""
-    try:
+    """Entry point: a mistake becomes one sentence and exit status 2."""
+    with mistakes_told():
         args = parse(argv)
         from s2dm_jax.comparison import plot_distances, read_evaluated
         from s2dm_jax.page import report_page
@@ -63,9 +59,6 @@ def main(argv: list[str] | None = None) -> None:
             plot_distances(read_evaluated(args.workdirs)).savefig(temporary, dpi=150)
             os.replace(temporary, args.plot)
             print(f"plot: {args.plot}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

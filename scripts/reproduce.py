@@ -2,15 +2,14 @@
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from s2dm_jax.command_line import Parser, check_matplotlib, mistakes_told, run_shown
 from s2dm_jax.config import UserError, from_json
 from s2dm_jax.papers import Line, Model, Table
 from s2dm_jax.papers_plan import (
@@ -24,6 +23,7 @@ from s2dm_jax.papers_plan import (
 )
 from s2dm_jax.papers_s2 import TABLES as S2_TABLES
 from s2dm_jax.papers_sa import TABLES as SA_TABLES
+from s2dm_jax.progress import one_by_one
 from s2dm_jax.runs import write_whole
 
 TABLES = {**S2_TABLES, **SA_TABLES}
@@ -46,9 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
       UserError: for a table that does not exist, or a value out of range.
     """
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument(
         "table", metavar="TABLE", nargs="?", help=f"one of {', '.join(TABLES)}; none: list them"
     )
@@ -70,25 +68,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def kept_at(table: Table, line: Line, args: argparse.Namespace) -> Path:
+    """Where a line's results are kept."""
+    name = "".join(c if c.isalnum() else "_" for c in line.label)
+    digest = _digest(command_of(table, line, args))
+    return Path(args.out) / "results" / args.table / f"{name}_{digest}.json"
+
+
 def run_line(table: Table, line: Line, args: argparse.Namespace) -> dict:
     """Trains and evaluates, unless that was done, and returns the results.
 
     Raises:
       UserError: where the command fails.
     """
-    command = command_of(table, line, args)
-    name = "".join(c if c.isalnum() else "_" for c in line.label)
-    kept = Path(args.out) / "results" / args.table / f"{name}_{_digest(command)}.json"
+    command, kept = command_of(table, line, args), kept_at(table, line, args)
     if not kept.exists():
         workdir = workdir_of(line.model, args, line.head)
         if not line.head:
             _continue_a_shorter_one(line.model, workdir, args)
         print(" ".join(command[1:]), flush=True)
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        if run_shown(command):
             raise UserError(f"{line.label}: the command above failed and says why; the same command goes on")
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, (workdir / "results.json").read_text())
     return json.loads(kept.read_text())
+
+
+def costs_of(table: Table, args: argparse.Namespace) -> list[float]:
+    """Hours of arithmetic that each line has left; what an earlier line trains is that line's."""
+    left = [line for line in table.lines if not kept_at(table, line, args).exists()]
+    costs = {}
+    for i, line in enumerate(left):
+        before, after = (sum(gpu_hours(table._replace(lines=tuple(left[:n])), args)) for n in (i, i + 1))
+        costs[line.label] = after - before
+    return [costs.get(line.label, 0.0) for line in table.lines]
 
 
 def _continue_a_shorter_one(model: Model, workdir: Path, args: argparse.Namespace) -> None:
@@ -196,9 +209,10 @@ def reproduce(args: argparse.Namespace) -> None:
         for command in pictures:
             print("\n" + " ".join(command[1:]))
         return
-    if table.kind == "curves" and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the curves need matplotlib; install it with pip install 's2dm_jax[plot]'")
-    results = {line.label: run_line(table, line, args) for line in table.lines}
+    if table.kind == "curves":
+        check_matplotlib("the figure")
+    lines = one_by_one(table.lines, costs_of(table, args))
+    results = {line.label: run_line(table, line, args) for line in lines}
     if table.kind == "curves":
         path = Path(args.out) / f"{args.table}.png"
         save_curves(path, table, results, args)
@@ -215,16 +229,13 @@ def reproduce(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a `UserError` becomes one sentence and exit status 2."""
-    try:
+    """Entry point: a mistake becomes one sentence and exit status 2."""
+    with mistakes_told():
         args = parse(argv)
         if args.table:
             reproduce(args)
         else:
             print("\n".join(f"{name:12s} {table.title}" for name, table in TABLES.items()))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Golden numbers of the published PyTorch code: a few in the repo, all of them in ../shared/golden."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -73,6 +74,14 @@ def command_line(monkeypatch):
         main.main()
 
     return run
+
+
+def load_file(path):
+    """A Python file as a module: a command of scripts/, a config."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def save_run(path, config, *, seed, ema_factor):

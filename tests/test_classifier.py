@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from s2dm_jax import classifier
 from s2dm_jax.classifier import accuracy, features, features_and_logits, train_classifier
 from s2dm_jax.metrics import feature_statistics, frechet_distance
 
@@ -28,6 +29,14 @@ def random_images(count, height, width, channels):
 def test_recognises_held_out_digits(params, digits):
     _, (images, labels) = digits
     assert accuracy(params, images, labels) > 0.96
+
+
+def test_training_in_pieces_changes_nothing(digits, monkeypatch):
+    (images, labels), _ = digits
+    whole = train_classifier(images, labels, num_classes=10, steps=12)
+    monkeypatch.setattr(classifier, "_STEPS_AT_ONCE", 5)
+    for name, value in train_classifier(images, labels, num_classes=10, steps=12).items():
+        np.testing.assert_array_equal(value, whole[name])
 
 
 def test_same_seed_same_parameters_and_another_seed_others(params, digits):

@@ -1,17 +1,15 @@
 """The comparison of reverse variances: what is trained and evaluated, what is kept, and the table."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import load_file
 
 PATH = Path(__file__).parents[1] / "scripts" / "compare_covariance.py"
-spec = importlib.util.spec_from_file_location("compare_covariance", PATH)
-compare_covariance = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare_covariance)
+compare_covariance = load_file(PATH)
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def launched(monkeypatch):
         (workdir / "results.json").write_text(json.dumps({"rows": rows}))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(compare_covariance.subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
     monkeypatch.chdir(PATH.parents[1])
     return commands
 
@@ -53,6 +51,8 @@ def test_every_variance_on_every_base(launched, tmp_path, capsys):
     count = len(launched)
     compare_covariance.main(argv)
     assert len(launched) == count == 2 * 2 * 4
+    assert table.startswith("1 of 12\n")
+    assert capsys.readouterr().out.strip() == table[table.index("\n|") :].strip()
 
 
 @pytest.mark.parametrize("flag", ["--seeds=1", "--steps=0", "--images=1", "--config=nowhere.py"])

@@ -1,11 +1,11 @@
 """Several runs side by side: seeds, tables, the plot, and the page that needs no other file."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+from conftest import load_file
 from matplotlib.container import ErrorbarContainer
 
 from s2dm_jax.comparison import comparison_table, plot_distances, read_evaluated, series_of
@@ -13,9 +13,7 @@ from s2dm_jax.config import UserError, default_config, to_json
 from s2dm_jax.page import report_page
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
-spec = importlib.util.spec_from_file_location("report_command", SCRIPT)
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+report = load_file(SCRIPT)
 
 
 def make_run(folder, seed, distances, skip=0, **provenance):

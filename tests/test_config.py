@@ -1,5 +1,6 @@
 """A mistake in the command line is told in one sentence, with status 2, and writes nothing."""
 
+import errno
 import resource
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from s2dm_jax import check, prepare
+from s2dm_jax import check, main, prepare
 from s2dm_jax import config as c
 from s2dm_jax.check import check_config
 from s2dm_jax.config import UserError, default_config, from_json, to_json
@@ -215,3 +216,23 @@ def test_workdirs_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is not a config of ours"):
         prepare_workdir(tmp_path / "other", small_config())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
+
+
+def test_a_full_disk_is_told_in_one_sentence_and_other_failures_are_not(monkeypatch, capsys):
+    def fails_with(error):
+        def run(_):
+            raise error
+
+        monkeypatch.setattr(main, "run", run)
+        main.main()
+
+    with pytest.raises(SystemExit) as stop:
+        fails_with(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: writing failed at runs/a/metrics.jsonl (No space left on device); the check"
+    )
+    assert said.count("\n") == 1
+    with pytest.raises(PermissionError):
+        fails_with(PermissionError(errno.EACCES, "Permission denied"))

@@ -1,9 +1,9 @@
 """The papers' configs: every method, the values of reference.md 1.4 and 1.6, published parameter counts."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from conftest import load_file
 
 from s2dm_jax import unet
 from s2dm_jax.check import check_config
@@ -14,10 +14,7 @@ PAPERS = ("cifar10", "celeba64", "celebahq256")
 
 
 def load(name, *method):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*method)
+    return load_file(CONFIGS / f"{name}.py").get_config(*method)
 
 
 @pytest.mark.parametrize("name", PAPERS)

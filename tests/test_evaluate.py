@@ -12,7 +12,7 @@ from s2dm_jax import unet
 from s2dm_jax.check import check_config, check_evaluation_files
 from s2dm_jax.config import UserError, default_config
 from s2dm_jax.data import Dataset
-from s2dm_jax.features import FeaturesMissing, build_features
+from s2dm_jax.features import FeaturesMissing, build_features, check_features
 from s2dm_jax.metrics import feature_statistics, frechet_distance
 from s2dm_jax.reference import image_batches, load_reference
 from s2dm_jax.sample import Model
@@ -248,3 +248,61 @@ def test_auto_falls_back_to_the_classifier_and_says_why(config, monkeypatch, cap
         feature_functions.resolve(config, labelled=False)
     monkeypatch.setattr(feature_functions.inception_weights, "inception_params", lambda *_: {})
     assert feature_functions.resolve(config, labelled=True) == "inception"
+
+
+def test_inception_of_ones_own_is_not_called_fid(config, data, monkeypatch):
+    monkeypatch.setattr(feature_functions.inception_weights, "inception_params", lambda *_: {})
+    config.eval.features = "inception"
+    standard = build_features(config, data)
+    assert (standard.distance, standard.dimensions, standard.logits) == ("FID", 2048, 1008)
+    config.eval.inception_sha256 = "AB" * 32
+    own = build_features(config, data)
+    assert own.distance == "Fréchet distance (own Inception)"
+    assert "weights of your own, sha256 abababababababab; not FID" in own.metric
+    assert own.provenance["weights_sha256"] == "ab" * 32 != standard.provenance["weights_sha256"]
+
+
+def test_features_that_cannot_be_had_are_told_before_a_training(config, data, monkeypatch, function):
+    def fail(*_):
+        raise UserError("the weights cannot be fetched; get them")
+
+    monkeypatch.setattr(feature_functions.inception_weights, "inception_params", fail)
+    for features, sentence in (
+        ("inception", "the weights cannot be fetched"),
+        ("classifier", "needs labels"),
+        (f"{function}:broken", "failed with RuntimeError"),
+    ):
+        config.eval.features = features
+        with pytest.raises(UserError, match=sentence):
+            check_features(config, data._replace(num_classes=1))
+    # What "auto" means is found out when it is needed: a training does not fail for it.
+    config.eval.features, config.data.name = "auto", "cifar10"
+    check_features(config, data._replace(num_classes=1))
+
+
+def test_inceptions_statistics_of_a_data_set_are_computed_once(config, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("S2DM_JAX_CACHE", str(tmp_path / "cache"))
+    features = build_features(config, data)._replace(name="inception")
+    first, others = load_reference(config, data, features, ["fid"], 16)
+    # With Inception the papers compare with the training images.
+    assert len(others) == len(data.held_out)
+    mean, cov = feature_statistics(features_by_hand(data.train))
+    np.testing.assert_allclose(first.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(first.cov, cov, rtol=1e-4, atol=1e-8)
+
+    def never(images):
+        raise AssertionError("computed again")
+
+    again, _ = load_reference(config, data, features._replace(apply=never), ["fid"], 16)
+    np.testing.assert_array_equal(again.cov, first.cov)
+    other_images = data._replace(train=data.train[::-1])
+    with pytest.raises(AssertionError, match="computed again"):
+        load_reference(config, other_images, features._replace(apply=never), ["fid"], 16)
+
+
+def test_metrics_that_need_vectors_refuse_a_reference_without(config, data):
+    features = build_features(config, data)
+    reference, _ = load_reference(config, data, features, ["fid"], 16)
+    batches = list(image_batches(data.train, features, 50))
+    with pytest.raises(ValueError, match="must hold at least 20 vectors, got 0"):
+        evaluation.measure(batches, features, reference, ["fid", "kid"])

@@ -1,6 +1,5 @@
 """Weights to every format and back to the bit, published checkpoints, damaged files, runs that go on."""
 
-import importlib.util
 import json
 import random
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import save_run
+from conftest import load_file, save_run
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -37,11 +36,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def command():
     """The `main` of scripts/convert.py."""
-    path = Path(__file__).parents[1] / "scripts" / "convert.py"
-    spec = importlib.util.spec_from_file_location("convert_command", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_file(Path(__file__).parents[1] / "scripts" / "convert.py").main
 
 
 @pytest.fixture(scope="module")

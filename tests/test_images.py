@@ -136,3 +136,14 @@ def test_a_small_file_of_very_many_pixels_is_not_opened():
     assert len(bomb) < 100_000
     with pytest.raises(Image.DecompressionBombError):
         decode(bomb, PLAIN)
+
+
+def test_a_limit_of_pixels_that_was_taken_away_is_none(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(ValueError, match="4×4 pixels, more than 15"),
+    ):
+        decode(KINDS["rgb"][0], PLAIN)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode(KINDS["rgb"][0], PLAIN).shape == (4, 4, 3)

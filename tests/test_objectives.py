@@ -276,6 +276,13 @@ def test_second_noise_is_drawn_only_where_it_is_used():
         assert losses.draw(objective, jax.random.key(0), 1000, shape).skip_noise is None
 
 
+def test_draws_without_the_second_noise_are_refused():
+    objective, x0 = released(skip=10), jnp.zeros((2, 4, 4, 1))
+    draws = losses.draw(objective, jax.random.key(0), 1000, x0.shape)._replace(skip_noise=None)
+    with pytest.raises(ValueError, match=r"draws\.skip_noise is missing"):
+        losses.loss(lambda x, t: x, SCHEDULE, objective, x0, draws)
+
+
 def test_sequence_aware_optimum_on_gaussian_data():
     """SA shrinks the optimal ε-predictor (`docs/objectives.md`): K = 2, λ = 1, variance 0.25."""
     K, lam, variance = 2, 1.0, 0.25

@@ -348,3 +348,83 @@ def test_killed_at_ten_random_moments_the_next_run_works(cache, tmp_path):
         assert prepare.is_ready(folder)
         assert left_in(cache) == [folder.name]
     print(f"killed {killed} times within {duration:.1f} s", os.getpid())
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import numpy as np
+name, (size, channels, *_), result, _ = json.loads(sys.argv[1])
+folder, counts = Path(result).parent, {"train": 4, "held_out": 2}
+for split, count in counts.items():
+    np.save(folder / f"{split}.npy", np.full((count, size, size, channels), count, np.uint8))
+    np.save(folder / f"{split}_labels.npy", np.arange(count))
+splits = {split: {"count": count} for split, count in counts.items()}
+told = {"source": name, "version": "1", "splits": splits, "classes": list("abcd"), "skipped": []}
+"""
+
+
+@pytest.fixture
+def child(cache, monkeypatch):
+    """Function that ends the program in the place of tensorflow-datasets' with its argument."""
+    monkeypatch.setattr(prepare, "check_preparable", lambda config: None)
+
+    def ends_with(code):
+        command = [sys.executable, "-c", CHILD + code]
+        monkeypatch.setattr(prepare, "tfds_command", lambda request: [*command, request])
+
+    return ends_with
+
+
+def test_what_the_child_leaves_is_the_data_set_and_is_made_once(child, cache):
+    config = default_config()
+    config.data.name = "cifar10"
+    child("Path(result).write_text(json.dumps(told))")
+    data = load_dataset(config)
+    assert data.train.shape == (4, 32, 32, 3)
+    assert data.held_out.max() == 2
+    assert data.num_classes == 4
+    assert data.provenance.startswith("cifar10 1, 32×32×3, crop none")
+    assert not list(cache.rglob("result.json"))
+    child("sys.exit('made again')")
+    np.testing.assert_array_equal(load_dataset(config).train, data.train)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (
+            "Path(result).write_text(json.dumps({'error': 'DownloadError: no'}))",
+            r"failed: DownloadError: no$",
+        ),
+        ("sys.exit(3)", r"preparing cifar10 failed with status 3; what went wrong is printed above$"),
+    ],
+)
+def test_a_child_that_fails_leaves_nothing(child, cache, code, sentence):
+    config = default_config()
+    config.data.name = "cifar10"
+    child(code)
+    with pytest.raises(UserError, match=sentence):
+        load_dataset(config)
+    assert not left_in(cache)
+
+
+def test_celebahq_says_what_is_to_be_made_by_hand(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name)
+    config = default_config()
+    config.data.name = "celebahq"
+    place = tmp_path / "tfds" / "downloads" / "manual" / "data256x256.tar"
+    with pytest.raises(UserError, match=f"CelebA-HQ cannot be downloaded: .* put it at {place}, or give"):
+        prepare.check_preparable(config)
+    place.parent.mkdir(parents=True)
+    place.touch()
+    prepare.check_preparable(config)
+
+
+def test_a_cache_that_cannot_be_used_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "file" / "cache"))
+    source = make_folder(tmp_path / "images", PICTURES)
+    with pytest.raises(UserError, match=r"the cache of prepared data .* cannot be used \(Not a directory\)"):
+        load_dataset(config_for(source))

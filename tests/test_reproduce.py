@@ -1,18 +1,16 @@
 """The papers' tables as plans: what is trained and evaluated, what it costs, what stands beside what."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from conftest import load_file
 
 from s2dm_jax.check import check_config
 from s2dm_jax.config import FIELDS
 
 PATH = Path(__file__).parents[1] / "scripts" / "reproduce.py"
-spec = importlib.util.spec_from_file_location("reproduce_command", PATH)
-reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
+reproduce = load_file(PATH)
 
 EXPECTED = {f"s2-table{i}" for i in range(1, 6)} | {f"s2-figure{i}" for i in range(3, 17)}
 EXPECTED |= {f"sa-table{i}" for i in range(1, 5)} | {f"sa-figure{i}" for i in range(2, 5)}
@@ -75,9 +73,7 @@ def test_commands_train_and_sample_what_the_table_says(tmp_path):
 
 
 def test_every_command_on_the_digits_is_one_that_the_program_takes(tmp_path):
-    digits = importlib.util.spec_from_file_location("digits", PATH.parents[1] / "configs" / "digits.py")
-    module = importlib.util.module_from_spec(digits)
-    digits.loader.exec_module(module)
+    digits = load_file(PATH.parents[1] / "configs" / "digits.py")
     for name in reproduce.TABLES:
         args = reproduce.parse([name, "--scale=digits", f"--out={tmp_path}"])
         table = reproduce.scaled(reproduce.TABLES[name], args)
@@ -87,7 +83,7 @@ def test_every_command_on_the_digits_is_one_that_the_program_takes(tmp_path):
             trained.add(given["workdir"])
             # A head's base is trained by an earlier line.
             assert not line.head or given["config.head.base"] in trained
-            config = module.get_config(line.head or "ddpm")
+            config = digits.get_config(line.head or "ddpm")
             for key, value in given.items():
                 name = key.removeprefix("config.")
                 if name in FIELDS:
@@ -136,12 +132,14 @@ def test_the_papers_figures_stand_beside_ours_and_nothing_is_done_twice(launched
     command = ["s2-table2", f"--out={tmp_path}"]
     reproduce.main(command)
     assert len(launched) == 5
+    assert "\n5 of 5, about " in capsys.readouterr().out
     text = (tmp_path / "s2-table2.md").read_text()
     lines = [line.replace(" ", "") for line in text.splitlines()]
     assert "|S²-DMs(PNDMs)|paper|11.4|7.58|4.94|3.91|3.38|3.01|2.94|" in lines
     assert "|S²-DMs(PNDMs)|ours|1.90|2.90|5.90|10.90|20.90|50.90|100.90|" in lines
     reproduce.main(command)
     assert len(launched) == 5
+    assert " of 5" not in capsys.readouterr().out
 
 
 def test_a_head_costs_its_training(tmp_path, capsys):

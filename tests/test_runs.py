@@ -1,12 +1,12 @@
 """Reading a run back from its folder, and the estimation-gap command that does."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import load_file
 
 from s2dm_jax import checkpoint, train_step
 from s2dm_jax.config import UserError, build_network, default_config, to_json
@@ -18,10 +18,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "estimation_gap.py"
 @pytest.fixture(scope="module")
 def command():
     """The `main` of scripts/estimation_gap.py."""
-    spec = importlib.util.spec_from_file_location("estimation_gap_command", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_file(SCRIPT).main
 
 
 @pytest.fixture(scope="module")

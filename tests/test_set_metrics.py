@@ -43,7 +43,7 @@ def test_sums_do_not_depend_on_the_batches(size):
     # A mean that is large beside the spread: sums of plain squares would lose nine of the sixteen digits.
     features = 1000 + 0.01 * normal(3, 200, 5)
     sums = sums_in_batches(features, size)
-    assert sums.count == 200
+    assert sums.number == 200
     mean, cov = statistics_of(sums)
     np.testing.assert_allclose(mean, features.mean(0), rtol=1e-12)
     np.testing.assert_allclose(cov, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-12)
