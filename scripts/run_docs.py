@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 import re
 import shlex
@@ -12,6 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -279,45 +282,57 @@ def _run_command(place: str, words: list[str], folder: Path) -> None:
         raise PageError(f"{place}: status {done.returncode} of\n  {shlex.join(words)}\n{done.stdout}")
 
 
-def run(pages: list[Path]) -> None:
-    """Runs pages, each in a clone of its own.
+def run(pages: list[Path]) -> list[str]:
+    """Runs pages, two at a time, each in a process and a clone of its own; returns what went wrong.
 
     Raises:
-      PageError: as `run_page`.
+      PageError: if the training that all pages take for granted fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ.update(_ENVIRONMENT, JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"))
         os.environ.update({name: str(folder / name) for name in ("S2DM_JAX_DATA", "S2DM_JAX_CACHE")})
-        sys.path.insert(0, str(ROOT))
         given = folder / "given"
         make_clone(given, [])
         make_pictures(given)
         first = ["python", "-m", "s2dm_jax.main", "--config=configs/digits.py", "--workdir=runs/digits"]
         _run_command("first of all", first, given)
-        for page in pages:
-            clone = folder / page.stem
-            make_clone(clone, [page])
-            for name in ("PATH", "pictures.zip"):
-                (clone / name).symlink_to(given / name)
-            # The README's reader has nothing yet.
-            if page != PAGES[0]:
-                shutil.copytree(given / "runs", clone / "runs")
-            run_page(page, clone)
+        # Fresh processes: each has its own working directory, and imports the package of its clone.
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            return [wrong for wrong in pool.map(_run_apart, pages, repeat(given)) if wrong]
+
+
+def _run_apart(page: Path, given: Path) -> str:
+    """Runs a page in a clone beside `given`, with what is there; returns what went wrong."""
+    clone = given.with_name(page.stem)
+    try:
+        make_clone(clone, [page])
+        for name in ("PATH", "pictures.zip"):
+            (clone / name).symlink_to(given / name)
+        # The README's reader has nothing yet.
+        if page != PAGES[0]:
+            shutil.copytree(given / "runs", clone / "runs")
+        sys.path.insert(0, str(clone))
+        run_page(page, clone)
+    except PageError as error:
+        return str(error)
+    return ""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a block that fails ends it with status 1."""
+    """Entry point: status 1 if a block failed, which ends its page."""
     parser = argparse.ArgumentParser(
         description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pages", nargs="*", metavar="PAGE", type=Path, help="Markdown files (all)")
     pages = [page.resolve() for page in parser.parse_args(argv).pages] or PAGES
     try:
-        run(pages)
+        wrong = run(pages)
     except PageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        wrong = [str(error)]
+    for told in wrong:
+        print(f"error: {told}", file=sys.stderr)
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":
