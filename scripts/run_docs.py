@@ -41,7 +41,7 @@ namespace; what one needs that is not shown stands above it in a comment:
 Trainings and evaluations are cut short by the flags in _SHORT and _SMALL. Installing, pytest and ruff are
 left to .ci/run."""
 _EXAMPLE = """\
-examples (all pages: about 3 minutes on 2 cores):
+examples (all pages: about 5 minutes of CPU time, two pages at a time):
   python scripts/run_docs.py
   python scripts/run_docs.py README.md docs/data.md"""
 
