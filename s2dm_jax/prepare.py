@@ -28,7 +28,7 @@ from s2dm_jax.sources import check_source, fingerprint
 _FORMAT = 1
 PROVENANCE = "provenance.json"
 SPLITS = ("train", "held_out")
-_CROPS = {"celeba": "ddim", "cifar10": "none", "celebahq": "none"}
+_CROPS = {"celeba": "ddim"}
 _RESULT = "result.json"
 
 
@@ -42,7 +42,7 @@ def treatment(config: ConfigDict) -> Treatment:
     size, channels = image_shape(config)
     crop = config.data.crop
     if crop == "auto":
-        crop = "center" if config.data.source else _CROPS[config.data.name]
+        crop = "center" if config.data.source else _CROPS.get(config.data.name, "none")
     return Treatment(size, channels, crop, config.data.resize)
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,13 +22,30 @@ from s2dm_jax.prepare_source import SplitFile
 from s2dm_jax.progress import counting
 from s2dm_jax.sources import held_out_rows
 
-_BUILDERS = {"cifar10": "cifar10", "celeba": "celeb_a", "celebahq": "celeb_a_hq/256"}
-_TITLES = {"cifar10": "CIFAR-10", "celeba": "CelebA", "celebahq": "CelebA-HQ 256"}
-_FILES = {
-    "cifar10": "cifar-10-binary.tar.gz",
-    "celeba": "img_align_celeba.zip, list_eval_partition.txt, list_attr_celeba.txt, "
-    "list_landmarks_align_celeba.txt and identity_CelebA.txt",
-    "celebahq": "data256x256.tar",
+
+class Source(NamedTuple):
+    """A data set of tensorflow-datasets.
+
+    Attributes:
+      builder: its name there.
+      title: its name in the provenance.
+      files: what to get by hand when the download fails.
+    """
+
+    builder: str
+    title: str
+    files: str
+
+
+_SOURCES = {
+    "cifar10": Source("cifar10", "CIFAR-10", "cifar-10-binary.tar.gz"),
+    "celeba": Source(
+        "celeb_a",
+        "CelebA",
+        "img_align_celeba.zip, list_eval_partition.txt, list_attr_celeba.txt, "
+        "list_landmarks_align_celeba.txt and identity_CelebA.txt",
+    ),
+    "celebahq": Source("celeb_a_hq/256", "CelebA-HQ 256", "data256x256.tar"),
 }
 _CELEBA_CLASSES = ["female", "male", "female, smiling", "male, smiling"]
 
@@ -37,13 +54,13 @@ def build(name: str, folder: Path) -> Any:
     """The data set's builder, prepared; found in tensorflow-datasets' own place, or made in `folder`."""
     import tensorflow_datasets as tfds
 
-    usual = tfds.builder(_BUILDERS[name])
+    usual = tfds.builder(_SOURCES[name].builder)
     if usual.data_path.exists():
         return usual
     # What an interrupted download, extraction or preparation left; the caller holds this data set's lock.
     for leftover in [*folder.rglob("incomplete.*"), *folder.glob("downloads/**/*.tmp.*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    builder = tfds.builder(_BUILDERS[name], data_dir=folder)
+    builder = tfds.builder(_SOURCES[name].builder, data_dir=folder)
     builder.download_and_prepare(
         file_format="array_record",
         download_config=tfds.download.DownloadConfig(manual_dir=manual_folder()),
@@ -52,12 +69,17 @@ def build(name: str, folder: Path) -> Any:
 
 
 def label_of(name: str, example: dict) -> int:
-    """CIFAR-10: its class; CelebA: 1 for male + 2 for smiling; CelebA-HQ has no labels."""
-    if name == "cifar10":
-        return int(example["label"])
+    """CelebA: 1 for male + 2 for smiling; else its class, or 0 where there are none, as in CelebA-HQ."""
     if name == "celeba":
         return int(example["attributes"]["Male"]) + 2 * int(example["attributes"]["Smiling"])
-    return 0
+    return int(example.get("label", 0))
+
+
+def classes_of(name: str, features: Any) -> list[str]:
+    """What each label is called; one class where there are none."""
+    if name == "celeba":
+        return _CELEBA_CLASSES
+    return features["label"].names if "label" in features else ["."]
 
 
 def encoded_examples(builder: Any, split: str) -> Iterable[dict]:
@@ -116,12 +138,11 @@ def run(name: str, wanted: Treatment, folder: Path, tfds_folder: Path) -> dict:
         counts = {}
         held_out[held_out_rows(count)] = True
     counts |= write_split(name, encoded_examples(builder, "train"), count, held_out, wanted, folder)
-    classes = {"cifar10": lambda: builder.info.features["label"].names, "celeba": lambda: _CELEBA_CLASSES}
     return {
-        "source": f"{_TITLES[name]} of tensorflow-datasets",
+        "source": f"{_SOURCES[name].title} of tensorflow-datasets",
         "version": str(builder.version),
         "splits": {part: {"count": n} for part, n in sorted(counts.items())},
-        "classes": classes.get(name, lambda: ["."])(),
+        "classes": classes_of(name, builder.info.features),
         "skipped": [],
     }
 
@@ -136,10 +157,10 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         # Downloads, checksums and builders each have errors of their own.
-        said = " ".join(str(error).split())[:300]
+        said, files = " ".join(str(error).split())[:300], _SOURCES[name].files
         told = {
-            "error": f"{type(error).__name__}: {said}; if the download is what fails, get {_FILES[name]} by "
-            f"hand, put it into {manual_folder()} and run the same command again"
+            "error": f"{type(error).__name__}: {said}; if the download is what fails, get {files} by hand, "
+            f"put it into {manual_folder()} and run the same command again"
         }
     Path(result).write_text(json.dumps(told))
 
