@@ -1,0 +1,266 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What the two terms do
+#
+# Plain training (`ddpm`), the skip-step term of [S²-DMs](https://arxiv.org/abs/2401.01520) (`s2`), the
+# sequence-aware term of SA-DPM (Nguyen et al., AAAI 2024; `sa`), and a fourth way that needs no training:
+# rescaling what the plain network says. First three formulas, then three short trainings on digits that can
+# be held against them: about two minutes on two CPU cores, less where [quickstart.ipynb](quickstart.ipynb)
+# has trained `s2`.
+#
+# **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
+# digits are then trained as `configs/digits.py` says, 1,050 steps of 64 images instead of 1,200 of 16.
+
+# %%
+# @title Setup: Colab installs the package from its repository, elsewhere the installed one is used
+REPOSITORY = ""  # @param {type: "string"}
+EXTRAS = "plot"  # @param ["plot", "plot,cuda", "plot,tpu"]
+QUICK = True  # @param {type: "boolean"}
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if "google.colab" in sys.modules and not Path("configs").is_dir():
+    if not Path("s2dm_jax").is_dir():
+        if not REPOSITORY:
+            raise SystemExit(
+                "REPOSITORY is empty: it must be the address of this project, as git clone takes it"
+            )
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, "s2dm_jax"], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", f"./s2dm_jax[{EXTRAS}]"]
+    subprocess.run(install, check=True)
+    if "numpy" in sys.modules and sys.modules["numpy"].__version__ != importlib.metadata.version("numpy"):
+        raise SystemExit(
+            "NumPy was replaced while in use: choose Runtime > Restart session and run this again"
+        )
+    os.chdir("s2dm_jax")
+roots = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "configs/digits.py").is_file()]
+if not roots:
+    raise SystemExit(
+        "configs/digits.py is not here or above: open this notebook inside a copy of the repository"
+    )
+os.chdir(roots[0])
+# Without this a kernel that holds a GPU leaves none of its memory to the commands below.
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
+
+# %% [markdown]
+# ## The theory in three formulas
+#
+# `t` counts the noise levels 0 … T−1, $\varepsilon$ is the noise in $x_t$, $f$ the network's output. The
+# skip-step term asks that $c_t f$ be the noise, $c_t =
+# \sqrt{1-\alpha_\mathrm{skip}}/\sqrt{\alpha_\mathrm{skip}}$. Its sum with the plain loss is a square that
+# can be completed:
+#
+# $$\tau\,\lVert\varepsilon-f\rVert^2 + (1-\tau)\,\lVert\varepsilon-c_t f\rVert^2
+# \;=\; w_t\,\lVert f-s_t\,\varepsilon\rVert^2 + k_t\,\lVert\varepsilon\rVert^2 \tag{1}$$
+#
+# Its optimum is that of plain training, $\mathbb{E}[\varepsilon\,|\,x_t]$, times a number known before any
+# training:
+#
+# $$s_t = \frac{\tau+(1-\tau)\,c_t}{w_t}, \qquad w_t = \tau+(1-\tau)\,c_t^2 \tag{2}$$
+#
+# The sequence-aware term squares the *sum* of the errors at K neighbouring levels. Their noises are
+# independent, so what the errors have in common comes from the image, and the network does well to say less
+# of it. Along a direction in which the images have variance $\sigma^2$, the best linear network is the
+# plain one times
+#
+# $$\frac{\bar\alpha_t\sigma^2+1-\bar\alpha_t}{(1+\rho)\,\bar\alpha_t\sigma^2+1-\bar\alpha_t},
+# \qquad \rho=\frac{\lambda(K-1)}{K+\lambda} \tag{3}$$
+#
+# [docs/objectives.md](../docs/objectives.md) derives all three and lists where the papers and their
+# authors' code differ. The preset `paper` takes one noise for both terms, as here; `released` draws a
+# second one for the skip-step term, which turns the factor below 1.
+
+# %%
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from s2dm_jax import losses
+from s2dm_jax.schedule import linear_schedule
+
+schedule = linear_schedule()
+
+
+def shrinkage(variance, K, lam):
+    """Formula (3) at every level."""
+    rho, signal, noise = lam * (K - 1) / (K + lam), schedule.alpha_bar * variance, 1 - schedule.alpha_bar
+    return (signal + noise) / ((1 + rho) * signal + noise)
+
+
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+for colour, skip in enumerate((2, 10, 50)):
+    for preset, style in (("paper", "-"), ("released", "--")):
+        s = losses.skip_scale(schedule, skip, preset=preset)
+        axes[0].plot(s, style, color=f"C{colour}", label=f"skip {skip}, {preset}")
+axes[0].set(xlabel="noise level t", ylabel="$s_t$", title="Skip-step term, τ = 0.99: formula (2)")
+for K, lam in ((2, 1.0), (3, 0.3), (4, 0.2)):
+    axes[1].plot(shrinkage(0.25, K, lam), label=f"K = {K}, λ = {lam:g}")
+axes[1].set(xlabel="noise level t", ylabel="factor", title="Sequence-aware term, σ² = 0.25: formula (3)")
+for axis in axes:
+    axis.legend()
+plt.show()
+
+# %% [markdown]
+# ## Train
+#
+# At as many network evaluations: with K = 2 the sequence-aware term makes two for each image of a step, so
+# it gets half the steps. Runs of one seed begin with the same weights and see the same images in the same
+# order.
+
+# %%
+STEPS = 1200 if QUICK else 1050
+LENGTH = "--config.train.batch_size=16" if QUICK else ""
+SHOWN = "--config.train.sample_every=300 --config.sample.clip_x0=True --config.eval.nfe=10"
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:ddpm --workdir={RUNS}/ddpm \
+#     --config.train.steps={STEPS} {LENGTH} {SHOWN}
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUNS}/s2 \
+#     --config.train.steps={STEPS} {LENGTH} {SHOWN}
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:sa --workdir={RUNS}/sa \
+#     --config.train.steps={STEPS // 2} {LENGTH} {SHOWN}
+
+# %% [markdown]
+# ## Rescale without training
+#
+# By (2) a plainly trained network whose output is multiplied by $s_t$ while sampling is what the skip-step
+# term leads to. Nothing is trained for it; `skip_scale=10` evaluates the plain run so.
+
+# %%
+
+
+def read_distances(method):
+    """The numbers of a run's last evaluation: real images, samples, noise."""
+    rows = json.loads(Path(RUNS, method, "results.json").read_text())["rows"]
+    return [row["distance"] for row in rows]
+
+
+distances = {method: read_distances(method) for method in ("ddpm", "s2", "sa")}
+# !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUNS}/ddpm \
+#     --config.eval.nfe=10 --config.eval.skip_scale=10
+distances["ddpm, rescaled"] = read_distances("ddpm")
+
+# %% [markdown]
+# ## Side by side
+#
+# The same noise through all four, in ten evaluations of DDIM, and the Fréchet distance of 500 samples to
+# held-out digits in the features of a small classifier (not FID). `clip_x0` keeps the pictures, not the
+# distances, in the range of pixels, which a network so shortly trained leaves now and then.
+
+# %%
+import s2dm_jax
+from s2dm_jax.report import image_grid
+
+models = {method: s2dm_jax.load(f"{RUNS}/{method}") for method in ("ddpm", "s2", "sa")}
+how = {"nfe": 10, "clip_x0": True}
+samples = {method: model.sample(16, **how) for method, model in models.items()}
+samples["ddpm, rescaled"] = models["ddpm"].sample(16, skip_scale=10, **how)
+
+order = ("ddpm", "ddpm, rescaled", "s2", "sa")
+figure, axes = plt.subplots(1, 2, figsize=(13, 2.6), width_ratios=(2.2, 1), layout="constrained")
+grid = image_grid(np.concatenate([samples[name] for name in order]), columns=16)
+axes[0].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255)
+axes[0].set_yticks((np.arange(4) + 0.5) * len(grid) / 4, order)
+axes[0].set(xticks=[], title="The same noise through each")
+bars = axes[1].barh(order, [distances[name][1] for name in order])
+axes[1].bar_label(bars, fmt="%.1f", padding=3)
+axes[1].invert_yaxis()
+floor, noise = distances["ddpm"][0], distances["ddpm"][2]
+axes[1].axvline(floor, color="grey", linestyle=":")
+axes[1].set(title=f"Fréchet distance (real {floor:.1f}, noise {noise:.0f})")
+axes[1].set_xlim(0, 1.2 * max(distances[name][1] for name in order))
+plt.show()
+
+# %% [markdown]
+# One seed and so short a training are no evidence for or against a method. The comparison over five seeds
+# is in [docs/objectives.md](../docs/objectives.md#comparison-on-digits): there, too, rescaling does what
+# training with the skip-step term does, and the sequence-aware term at as many evaluations does not pay on
+# digits.
+#
+# ## The formulas, measured
+#
+# What is no matter of luck are the networks' outputs. Left: the factor that brings the plain network's
+# output nearest to that of `s2`, level by level, against (2). Right: how much smaller the output of `sa`
+# is, root mean square, against (3) with the variances of the digits along their principal axes.
+
+# %%
+import jax
+import jax.numpy as jnp
+
+from s2dm_jax import unet
+from s2dm_jax.data import load_digits
+from s2dm_jax.schedule import add_noise
+
+digits = load_digits()
+x0 = jnp.asarray(digits.held_out / 127.5 - 1, jnp.float32)
+epsilon = jax.random.normal(jax.random.key(1), x0.shape)
+network = models["ddpm"].network
+
+
+@jax.jit
+def output(params, t):
+    """A network's output for the held-out digits at level t."""
+    levels = jnp.full(len(x0), t)
+    return unet.apply(network, params, add_noise(schedule, x0, levels, epsilon), levels)
+
+
+levels = np.arange(1, 1000, 50)
+outputs = {
+    method: np.stack([output(model.params, t) for t in levels], dtype=np.float64).reshape(len(levels), -1)
+    for method, model in models.items()
+}
+plain = np.square(outputs["ddpm"]).sum(1)
+factor = (outputs["s2"] * outputs["ddpm"]).sum(1) / plain
+smaller = np.sqrt(np.square(outputs["sa"]).sum(1) / plain)
+
+axes_variance = np.linalg.eigvalsh(np.cov(digits.train.reshape(len(digits.train), -1).T / 127.5))[:, None]
+share = (1 - schedule.alpha_bar) / (schedule.alpha_bar * axes_variance + 1 - schedule.alpha_bar)
+expected = np.sqrt((share * shrinkage(axes_variance, 2, 1.0) ** 2).sum(0) / share.sum(0))
+scale = losses.skip_scale(schedule, 10)
+
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+axes[0].plot(scale, label="formula (2)")
+axes[0].plot(levels, factor, "o", label="measured")
+axes[0].set(xlabel="noise level t", ylabel="factor", title="Output of s2 against that of ddpm")
+axes[1].plot(expected, label="formula (3)")
+axes[1].plot(levels, smaller, "o", label="measured")
+axes[1].set(xlabel="noise level t", ylabel="ratio", title="Size of the output of sa against that of ddpm")
+for axis in axes:
+    axis.legend()
+plt.show()
+
+# %% [markdown]
+# The skip-step term moves the output by a quarter of a percent, and at the noisier half of the levels,
+# where the networks are trained well enough to tell, by just what (2) says. The sequence-aware term takes
+# away up to a quarter at the cleanest levels; (3) is for linear networks, and there these are not.
+#
+# What holds of all this: (1), for any function in the place of the network, and the agreement seen above.
+
+# %%
+objective = losses.paper(skip=10)
+draws = losses.draw(objective, jax.random.key(2), schedule.T, x0.shape)
+total, _ = losses.loss(lambda x, t: jnp.tanh(2 * x), schedule, objective, x0, draws)
+w, s, k = (table[draws.t, None, None, None] for table in losses.skip_quadratic(schedule, objective))
+noise = np.asarray(draws.noise[:, 0], np.float64)
+f = np.tanh(2 * np.asarray(add_noise(schedule, x0, draws.t, draws.noise[:, 0]), np.float64))
+np.testing.assert_allclose(total, (w * (f - s * noise) ** 2 + k * noise**2).sum((1, 2, 3)), rtol=1e-4)
+
+noisy = levels > 500
+assert abs(factor - scale[levels])[noisy].max() < 1e-3 < (factor - 1)[noisy].min()
+assert abs(smaller - expected[levels])[levels > 200].max() < 0.03 < 1 - smaller[0]

@@ -1,0 +1,199 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Fast sampling
+#
+# Samplers at equal network evaluations, weights from and to PyTorch, and a sampler as one file that needs
+# jax alone: about two minutes on two CPU cores, less where [quickstart.ipynb](quickstart.ipynb) has trained
+# the network.
+#
+# **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
+# network is then trained as `configs/digits.py` says, 1,050 steps of 64 images instead of 1,200 of 16, and
+# more samplers are compared at more budgets. A TPU belongs to one process at a time: that is why all
+# commands come before the first line that computes in this notebook.
+
+# %%
+# @title Setup: Colab installs the package from its repository, elsewhere the installed one is used
+REPOSITORY = ""  # @param {type: "string"}
+EXTRAS = "plot"  # @param ["plot", "plot,cuda", "plot,tpu"]
+QUICK = True  # @param {type: "boolean"}
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if "google.colab" in sys.modules and not Path("configs").is_dir():
+    if not Path("s2dm_jax").is_dir():
+        if not REPOSITORY:
+            raise SystemExit(
+                "REPOSITORY is empty: it must be the address of this project, as git clone takes it"
+            )
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, "s2dm_jax"], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", f"./s2dm_jax[{EXTRAS}]"]
+    subprocess.run(install, check=True)
+    if "numpy" in sys.modules and sys.modules["numpy"].__version__ != importlib.metadata.version("numpy"):
+        raise SystemExit(
+            "NumPy was replaced while in use: choose Runtime > Restart session and run this again"
+        )
+    os.chdir("s2dm_jax")
+roots = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "configs/digits.py").is_file()]
+if not roots:
+    raise SystemExit(
+        "configs/digits.py is not here or above: open this notebook inside a copy of the repository"
+    )
+os.chdir(roots[0])
+# Without this a kernel that holds a GPU leaves none of its memory to the commands below.
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
+
+# %% [markdown]
+# ## A trained network
+#
+# The run of [quickstart.ipynb](quickstart.ipynb): where that notebook has trained it, the same command only
+# measures it.
+
+# %%
+RUN = f"{RUNS}/s2"
+LENGTH = "--config.train.steps=1200 --config.train.batch_size=16" if QUICK else ""
+SHOWN = "--config.train.sample_every=300 --config.sample.clip_x0=True --config.eval.nfe=10"
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
+
+# %% [markdown]
+# ## Samplers at equal network evaluations
+#
+# Nearly all time goes into the network, so samplers are compared at equal *evaluations*, not steps: F-PNDM
+# with S steps makes S + 9. `--mode=evaluate` takes several samplers and budgets; a budget that a sampler
+# cannot make leaves a gap. The grid `quadratic`, dense near the clean image, suits the multistep methods.
+# [docs/samplers.md](../docs/samplers.md) has their formulas.
+#
+# `analytic` (Analytic-DPM) draws noise at every step, with the variance that is optimal for the network. It
+# follows from a statistic of the network that is estimated once, here from 10 images at each level, and
+# kept with the run. [docs/covariance.md](../docs/covariance.md) has this, and the trained second heads of
+# SN- and NPR-DPM.
+
+# %%
+METHODS = "ddim,dpmpp_2m,unipc,analytic" if QUICK else "ddim,s_pndm,f_pndm,deis,dpmpp_2m,unipc,analytic"
+BUDGETS = "5,10" if QUICK else "5,10,20,50"
+IMAGES = 10 if QUICK else 100
+# !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUN} --config.eval.grid=quadratic \
+#     --config.eval.methods={METHODS} --config.eval.nfe={BUDGETS} --config.eval.ms_eps_images={IMAGES}
+
+# %% [markdown]
+# ## Import a PyTorch checkpoint
+#
+# `scripts/convert.py` reads the checkpoints of DDIM, SA-DPM, PNDM and diffusers without PyTorch, and runs
+# no code that a file may hold. A published one of DDIM becomes a run, to sample from, to evaluate, to go on
+# training with either term:
+#
+# ```
+# python scripts/convert.py ckpt.pth runs/celeba
+# ```
+#
+# Here nothing is downloaded: our own run is written as such a file, and read back. The published networks
+# are known by their shapes; of others `--resolution` says how large the images are.
+# [docs/weights.md](../docs/weights.md) has all formats, and what is checked.
+
+# %%
+import shutil
+
+OUT = f"{RUNS}/exchange"
+shutil.rmtree(OUT, ignore_errors=True)
+Path(OUT).mkdir()
+# !{sys.executable} scripts/convert.py {RUN} {OUT}/digits.pth
+# !{sys.executable} scripts/convert.py {OUT}/digits.pth {OUT}/imported \
+#     --resolution=8 --config=configs/digits.py:s2
+
+# %% [markdown]
+# ## Export a sampler
+#
+# `--mode=export` makes one file of network, weights, levels and sampler, for any batch size on CPU, CUDA
+# and TPU.
+
+# %%
+# !{sys.executable} -m s2dm_jax.main --mode=export --workdir={RUN} --config.export.path={OUT}/sampler.npz \
+#     --config.sample.method=unipc --config.sample.grid=quadratic --config.sample.nfe=5 \
+#     --config.sample.clip_x0=None
+
+# %% [markdown]
+# Whoever gets the file needs jax, NumPy and these lines. (`s2dm_jax.load` takes it, too, and gives its
+# weights to any sampler.)
+
+# %%
+import jax
+import numpy as np
+from jax import export
+
+
+def load_sampler(path):
+    with np.load(path) as file:
+        weights = {name[8:]: file[name] for name in file.files if name.startswith("weights/")}
+        run = jax.jit(export.deserialize(bytearray(file["sampler"])).call)
+    return lambda seed, indices: np.asarray(run(weights, seed, indices))
+
+
+reloaded = load_sampler(f"{OUT}/sampler.npz")(np.int32(0), np.arange(16, dtype=np.int32))
+reloaded = np.floor((np.clip(reloaded, -1, 1) + 1) * 127.5 + 0.5).astype(np.uint8)
+
+# %% [markdown]
+# ## What came of it
+#
+# The Fréchet distance of 500 samples to held-out digits in the features of a small classifier (not FID),
+# and what five evaluations of each sampler make of the same noise. The last rows are the imported weights
+# and the reloaded file.
+
+# %%
+import json
+
+import matplotlib.pyplot as plt
+
+import s2dm_jax
+from s2dm_jax.report import image_grid
+
+model, imported = s2dm_jax.load(RUN), s2dm_jax.load(f"{OUT}/imported")
+how = {"nfe": 5, "grid": "quadratic"}
+pictures = {f"{name}, 5": model.sample(16, name, **how) for name in ("ddim", "analytic", "dpmpp_2m", "unipc")}
+pictures["unipc, imported"] = imported.sample(16, "unipc", **how)
+pictures["unipc, reloaded"] = reloaded
+rows = json.loads(Path(RUN, "results.json").read_text())["rows"]
+
+figure, axes = plt.subplots(1, 2, figsize=(13, 3.6), width_ratios=(1, 2), layout="constrained")
+curves = {}
+for row in rows[1:-1]:
+    curves.setdefault(row["images"].split(",")[0], []).append((row["evaluations"], row["distance"]))
+for name, points in curves.items():
+    axes[0].plot(*zip(*points, strict=True), "o-", label=name)
+axes[0].axhline(rows[0]["distance"], color="grey", linestyle=":", label="real digits")
+axes[0].set(xlabel="network evaluations", ylabel="Fréchet distance", yscale="log", title="500 samples")
+axes[0].set_xticks([row["evaluations"] for row in rows[1:-1]])
+axes[0].legend()
+grid = image_grid(np.concatenate(list(pictures.values())), columns=16)
+axes[1].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255)
+axes[1].set_yticks((np.arange(len(pictures)) + 0.5) * len(grid) / len(pictures), pictures)
+axes[1].set(xticks=[], title="The same noise, five evaluations")
+plt.show()
+
+# %% [markdown]
+# Five evaluations of a multistep method do what DDIM needs many more for. So short a training says nothing
+# of how the samplers rank on photographs.
+#
+# What holds of all this: weights come back from PyTorch's format to the bit, the reloaded file draws what
+# the run draws (to a grey level, for its sums may be rounded otherwise), and UniPC is ahead of DDIM at five
+# evaluations.
+
+# %%
+jax.tree.map(np.testing.assert_array_equal, imported.params, model.params)
+assert np.abs(reloaded.astype(int) - pictures["unipc, 5"]).max() <= 1
+assert dict(curves["unipc"])[5] < dict(curves["ddim"])[5]

@@ -1,0 +1,169 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Quickstart
+#
+# Trains a diffusion model on 8×8 handwritten digits with the skip-step objective of
+# [S²-DMs](https://arxiv.org/abs/2401.01520), looks at what it draws in ten network evaluations, and walks
+# from one digit to another: about a minute on two CPU cores.
+#
+# **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
+# digits are then trained as `configs/digits.py` says, 1,050 steps of 64 images instead of 1,200 of 16.
+# Activations become bfloat16, batches are split over all devices; nothing else changes.
+
+# %%
+# @title Setup: Colab installs the package from its repository, elsewhere the installed one is used
+REPOSITORY = ""  # @param {type: "string"}
+EXTRAS = "plot"  # @param ["plot", "plot,cuda", "plot,tpu"]
+QUICK = True  # @param {type: "boolean"}
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if "google.colab" in sys.modules and not Path("configs").is_dir():
+    if not Path("s2dm_jax").is_dir():
+        if not REPOSITORY:
+            raise SystemExit(
+                "REPOSITORY is empty: it must be the address of this project, as git clone takes it"
+            )
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, "s2dm_jax"], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", f"./s2dm_jax[{EXTRAS}]"]
+    subprocess.run(install, check=True)
+    if "numpy" in sys.modules and sys.modules["numpy"].__version__ != importlib.metadata.version("numpy"):
+        raise SystemExit(
+            "NumPy was replaced while in use: choose Runtime > Restart session and run this again"
+        )
+    os.chdir("s2dm_jax")
+roots = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "configs/digits.py").is_file()]
+if not roots:
+    raise SystemExit(
+        "configs/digits.py is not here or above: open this notebook inside a copy of the repository"
+    )
+os.chdir(roots[0])
+# Without this a kernel that holds a GPU leaves none of its memory to the commands below.
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
+
+# %% [markdown]
+# ## Train
+#
+# One command trains, keeps checkpoints, and measures the result. `digits.py:s2` is the method after the
+# colon: `ddpm`, `s2`, `sa` or `s2sa`. Every field of `s2dm_jax/config.py` can be set on the command line,
+# as the quick setting does here. The same command after an interruption goes on where it was; after the end
+# it only shows the table.
+
+# %%
+RUN = f"{RUNS}/s2"
+LENGTH = "--config.train.steps=1200 --config.train.batch_size=16" if QUICK else ""
+SHOWN = "--config.train.sample_every=300 --config.sample.clip_x0=True --config.eval.nfe=10"
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
+
+# %% [markdown]
+# The table is the Fréchet distance between 500 images and 500 held-out digits, in the features of a small
+# classifier of digits. It is not FID: other real digits (the floor) and noise (the ceiling) say what is
+# near and far. [docs/evaluation.md](../docs/evaluation.md) has FID and the rest,
+# [docs/training.md](../docs/training.md) what the folder of a run holds. Two of those files, the metrics
+# and the pictures of the training as it went on:
+
+# %%
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import s2dm_jax
+from s2dm_jax import pictures
+from s2dm_jax.data import load_digits
+from s2dm_jax.report import image_grid
+
+metrics = [json.loads(line) for line in Path(RUN, "metrics.jsonl").read_text().splitlines()]
+drawn = sorted(Path(RUN, "samples").glob("step_*.png"))
+figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), width_ratios=(1.3, 1, 1, 1), layout="constrained")
+axes[0].plot([m["step"] for m in metrics], [m["simple"] for m in metrics])
+axes[0].set(xlabel="training step", ylabel="L_simple, summed over 64 pixels", yscale="log", title="Loss")
+for axis, path in zip(axes[1:], (drawn[0], drawn[len(drawn) // 2], drawn[-1]), strict=True):
+    axis.imshow(plt.imread(path), cmap="gray")
+    axis.set_title(f"Samples after step {int(path.stem.split('_')[1]):,}")
+    axis.set_axis_off()
+plt.show()
+
+# %% [markdown]
+# ## Look at samples
+#
+# `load` reads the moving average of the weights at the newest checkpoint. The images come as uint8 `[N, H,
+# W, C]`; image i of a seed is the same picture in any batch. Here they stand beside real digits:
+
+# %%
+model = s2dm_jax.load(RUN)
+images = model.sample(60, nfe=10, seed=0)
+figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+for axis, shown, title in (
+    (axes[0], load_digits().held_out[:60], "Real digits, held out"),
+    (axes[1], images, f"{len(images)} samples, DDIM in 10 network evaluations"),
+):
+    axis.imshow(image_grid(shown, columns=10).squeeze(), cmap="gray", vmin=0, vmax=255)
+    axis.set_title(title)
+    axis.set_axis_off()
+plt.show()
+
+# %% [markdown]
+# What the network takes each image for on the way, from the noisiest of the ten levels to the image itself:
+
+# %%
+strips = pictures.trajectory(model, range(4), nfe=10)
+figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
+axis.imshow(image_grid(strips.reshape(-1, *model.image_shape), columns=10).squeeze(), cmap="gray")
+axis.set(title="Predictions of the image", xlabel="network evaluation")
+axis.set_xticks((np.arange(10) + 0.5) * axis.get_images()[0].get_array().shape[1] / 10, range(1, 11))
+axis.set_yticks([])
+plt.show()
+
+# %% [markdown]
+# ## Interpolate
+#
+# DDIM draws no noise on its way, so an image is a function of the noise that it starts from. Pictures on
+# the great circle between two of those noises lead from one digit to another:
+
+# %%
+rows = pictures.interpolate(model, starts=(0, 2, 4, 6), ends=(1, 3, 5, 7), num_pictures=11, nfe=10)
+figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
+axis.imshow(image_grid(rows.reshape(-1, *model.image_shape), columns=11).squeeze(), cmap="gray")
+axis.set(title="Between images 0 and 1, 2 and 3, 4 and 5, 6 and 7", xlabel="share of the way")
+axis.set_xticks((np.arange(11) + 0.5) * axis.get_images()[0].get_array().shape[1] / 11, np.arange(11) / 10)
+axis.set_yticks([])
+plt.show()
+
+# %% [markdown]
+# What holds of all this: the samples are far nearer to real digits than noise is, and a row of pictures
+# begins and ends with the plain samples of its pair (to a grey level, for sums are rounded otherwise in
+# another batch).
+
+# %%
+results = json.loads(Path(RUN, "results.json").read_text())
+distance = {row["images"]: row["distance"] for row in results["rows"]}
+assert distance["ddim"] < distance["noise (ceiling)"] / 4, distance
+ends = rows[:, [0, -1]].reshape(-1, *model.image_shape)
+assert np.abs(ends.astype(int) - images[:8]).max() <= 1
+
+# %% [markdown]
+# ## From here
+#
+# - [compare_objectives.ipynb](compare_objectives.ipynb): what the skip-step and the sequence-aware term do.
+# - [fast_sampling.ipynb](fast_sampling.ipynb): samplers at equal cost, weights from PyTorch, a sampler as
+#   one file.
+# - The same command trains on CIFAR-10 (`configs/cifar10.py:s2_10`), CelebA, CelebA-HQ or your own folder
+#   of images ([docs/data.md](../docs/data.md)). Those want a GPU or TPU; nothing but the config changes.

@@ -1,0 +1,96 @@
+"""The notebooks of colab/: each runs from top to bottom, and is what its text says."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "colab").glob("*.py"))
+
+
+def cells(notebook):
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def setup_of(name):
+    """The code of a notebook's first cell that is code."""
+    return next(
+        source for kind, source in cells(jupytext.read(ROOT / "colab" / f"{name}.py")) if kind == "code"
+    )
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the repository as far as a notebook sees it; what they train stays out of runs/."""
+    path = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "scripts"):
+        shutil.copytree(ROOT / name, path / name)
+    (path / "colab").mkdir()
+    return path
+
+
+def run(checkout, name, expression):
+    """Runs a notebook as it is committed; gives the value that an expression then has in it."""
+    notebook = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(f"print(json.dumps({expression}))"))
+    where = {"metadata": {"path": str(checkout / "colab")}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    return json.loads(notebook.cells[-1].outputs[0].text)
+
+
+def test_each_notebook_is_made_from_its_text():
+    assert NAMES == ["compare_objectives", "fast_sampling", "quickstart"]
+    for name in NAMES:
+        committed = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
+        nbformat.validate(committed)
+        text = jupytext.read(ROOT / "colab" / f"{name}.py")
+        assert cells(committed) == cells(text), "run jupytext --update --to ipynb colab/*.py"
+        assert all(not cell.outputs for cell in committed.cells if cell.cell_type == "code")
+    assert len({setup_of(name) for name in NAMES}) == 1, "they begin alike"
+
+
+@pytest.fixture
+def colab(tmp_path):
+    """Function of a repository's address that runs the first cell as in Colab, with a pip that only tells."""
+    (tmp_path / "modules" / "google").mkdir(parents=True)
+    for module in ("google/__init__.py", "google/colab.py"):
+        (tmp_path / "modules" / module).touch()
+    (tmp_path / "modules" / "pip.py").write_text("import sys\nprint('pip', *sys.argv[1:], flush=True)\n")
+    (tmp_path / "content").mkdir()
+
+    def start(repository):
+        code = setup_of(NAMES[0]).replace('REPOSITORY = ""', f"REPOSITORY = {str(repository)!r}")
+        code = f"import google.colab\n{code}\nprint('in', os.getcwd(), 'runs', RUNS)"
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path / "content",
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "modules")},
+            capture_output=True,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not here")
+def test_setup_in_colab_clones_and_installs(colab, tmp_path):
+    assert "REPOSITORY is empty" in colab("").stderr
+    upstream = tmp_path / "upstream"
+    shutil.copytree(ROOT / "configs", upstream / "configs")
+    for command in ("init --quiet", "add .", "-c user.name=a -c user.email=a@b commit --quiet -m all"):
+        subprocess.run(["git", *command.split()], cwd=upstream, check=True)
+    expected = (
+        f"pip install --quiet ./s2dm_jax[plot]\nin {tmp_path}/content/s2dm_jax runs runs/notebooks/quick\n"
+    )
+    assert colab(upstream).stdout == expected
+    # After a restart of the session the clone is there.
+    shutil.rmtree(upstream)
+    assert colab(upstream).stdout == expected
