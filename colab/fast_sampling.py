@@ -19,7 +19,7 @@
 # the network.
 #
 # **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# network is then trained as `configs/digits.py` says, 1,050 steps of 64 images instead of 1,200 of 16, and
+# network is then trained as `configs/digits.py` says, 1,050 steps of 64 images instead of 1,000 of 16, and
 # more samplers are compared at more budgets. A TPU belongs to one process at a time: that is why all
 # commands come before the first line that computes in this notebook.
 
@@ -67,8 +67,9 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 
 # %%
 RUN = f"{RUNS}/s2"
-LENGTH = "--config.train.steps=1200 --config.train.batch_size=16" if QUICK else ""
-SHOWN = "--config.train.sample_every=300 --config.sample.clip_x0=True --config.eval.nfe=10"
+LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
+SHOWN = "--config.train.sample_every=250 --config.sample.method=unipc --config.sample.grid=quadratic"
+SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --config.eval.nfe=10"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
 # %% [markdown]
@@ -124,8 +125,7 @@ Path(OUT).mkdir()
 
 # %%
 # !{sys.executable} -m s2dm_jax.main --mode=export --workdir={RUN} --config.export.path={OUT}/sampler.npz \
-#     --config.sample.method=unipc --config.sample.grid=quadratic --config.sample.nfe=5 \
-#     --config.sample.clip_x0=None
+#     --config.sample.method=unipc --config.sample.grid=quadratic --config.sample.nfe=5
 
 # %% [markdown]
 # Whoever gets the file needs jax, NumPy and these lines. (`s2dm_jax.load` takes it, too, and gives its

@@ -37,13 +37,20 @@ def checkout(tmp_path_factory):
     return path
 
 
-def run(checkout, name, expression):
-    """Runs a notebook as it is committed; gives the value that an expression then has in it."""
-    notebook = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(f"print(json.dumps({expression}))"))
-    where = {"metadata": {"path": str(checkout / "colab")}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
-    return json.loads(notebook.cells[-1].outputs[0].text)
+@pytest.fixture
+def run(checkout, monkeypatch):
+    """Function that runs a notebook as it is committed and gives what an expression is worth at its end."""
+    # They train: without conftest's quick compilation that takes little more than half the CPU time.
+    monkeypatch.delenv("XLA_FLAGS")
+
+    def value_of(name, expression):
+        notebook = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
+        notebook.cells.append(nbformat.v4.new_code_cell(f"print(json.dumps({expression}))"))
+        where = {"metadata": {"path": str(checkout / "colab")}}
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+        return json.loads(notebook.cells[-1].outputs[0].text)
+
+    return value_of
 
 
 def test_each_notebook_is_made_from_its_text():
@@ -55,6 +62,35 @@ def test_each_notebook_is_made_from_its_text():
         assert cells(committed) == cells(text), "run jupytext --update --to ipynb colab/*.py"
         assert all(not cell.outputs for cell in committed.cells if cell.cell_type == "code")
     assert len({setup_of(name) for name in NAMES}) == 1, "they begin alike"
+
+
+def test_quickstart(run):
+    shapes, distance = run("quickstart", "[images.shape, strips.shape, rows.shape], distance")
+    assert shapes == [[60, 8, 8, 1], [4, 10, 8, 8, 1], [4, 11, 8, 8, 1]]
+    # Of noise 361, of real digits 3.
+    assert distance["unipc, grid quadratic"] < 30
+
+
+def test_compare_objectives(run):
+    distance, measured, theory = run(
+        "compare_objectives",
+        "({name: rows[1]['distance'] for name, rows in results.items()}, smaller.tolist(), expected[levels].tolist())",
+    )
+    assert max(distance["ddpm, rescaled"], distance["s2"]) < distance["ddpm"] < distance["sa"] < 60
+    # Levels 401, 451, …: the shrinkage is still 1.4 % at the first.
+    assert measured[8:] == pytest.approx(theory[8:], abs=0.01)
+    assert measured[8] < 0.995
+
+
+def test_fast_sampling(run):
+    curves, shape, file = run("fast_sampling", "curves, reloaded.shape, f'{OUT}/imported/config.json'")
+    assert set(curves) == {"ddim", "dpmpp_2m", "unipc", "analytic"}
+    # Analytic-DPM has noise in every step, which five steps are too few for.
+    assert (
+        max(d for name in ("dpmpp_2m", "unipc") for _, d in curves[name]) < 30 < curves["analytic"][0][1] < 90
+    )
+    assert shape == [16, 8, 8, 1]
+    assert file == "runs/notebooks/quick/exchange/imported/config.json"
 
 
 @pytest.fixture
