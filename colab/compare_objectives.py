@@ -128,7 +128,7 @@ plt.show()
 # %%
 STEPS = 1000 if QUICK else 1050
 LENGTH = "--config.train.batch_size=16" if QUICK else ""
-SHOWN = "--config.train.sample_every=250 --config.sample.method=unipc --config.sample.grid=quadratic"
+SHOWN = "--config.train.sample_every=200 --config.sample.method=unipc --config.sample.grid=quadratic"
 SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --config.eval.nfe=10"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:ddpm --workdir={RUNS}/ddpm \
 #     --config.train.steps={STEPS} {LENGTH} {SHOWN}

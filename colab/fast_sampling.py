@@ -68,7 +68,7 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %%
 RUN = f"{RUNS}/s2"
 LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
-SHOWN = "--config.train.sample_every=250 --config.sample.method=unipc --config.sample.grid=quadratic"
+SHOWN = "--config.train.sample_every=200 --config.sample.method=unipc --config.sample.grid=quadratic"
 SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --config.eval.nfe=10"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
@@ -176,8 +176,8 @@ for row in rows[1:-1]:
 for name, points in curves.items():
     axes[0].plot(*zip(*points, strict=True), "o-", label=name)
 axes[0].axhline(rows[0]["distance"], color="grey", linestyle=":", label="real digits")
-axes[0].set(xlabel="network evaluations", ylabel="Fréchet distance", yscale="log", title="500 samples")
-axes[0].set_xticks([row["evaluations"] for row in rows[1:-1]])
+axes[0].set(xlabel="network evaluations", ylabel="Fréchet distance", ylim=0, title="500 samples")
+axes[0].set_xticks(sorted({row["evaluations"] for row in rows[1:-1]}))
 axes[0].legend()
 grid = image_grid(np.concatenate(list(pictures.values())), columns=16)
 axes[1].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255)

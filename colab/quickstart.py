@@ -69,7 +69,7 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %%
 RUN = f"{RUNS}/s2"
 LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
-SHOWN = "--config.train.sample_every=250 --config.sample.method=unipc --config.sample.grid=quadratic"
+SHOWN = "--config.train.sample_every=200 --config.sample.method=unipc --config.sample.grid=quadratic"
 SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --config.eval.nfe=10"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
@@ -96,7 +96,7 @@ drawn = sorted(Path(RUN, "samples").glob("step_*.png"))
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), width_ratios=(1.3, 1, 1, 1), layout="constrained")
 axes[0].plot([m["step"] for m in metrics], [m["simple"] for m in metrics])
 axes[0].set(xlabel="training step", ylabel="L_simple, summed over 64 pixels", ylim=0, title="Loss")
-for axis, path in zip(axes[1:], (drawn[0], drawn[1], drawn[-1]), strict=True):
+for axis, path in zip(axes[1:], (drawn[0], drawn[2], drawn[-1]), strict=True):
     axis.imshow(plt.imread(path), cmap="gray")
     axis.set_title(f"Samples after step {int(path.stem.split('_')[1]):,}")
     axis.set_axis_off()
