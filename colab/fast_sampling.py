@@ -81,13 +81,13 @@ SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --confi
 # [docs/samplers.md](../docs/samplers.md) has their formulas.
 #
 # `analytic` (Analytic-DPM) draws noise at every step, with the variance that is optimal for the network. It
-# follows from a statistic of the network that is estimated once, here from 10 images at each level, and
-# kept with the run. [docs/covariance.md](../docs/covariance.md) has this, and the trained second heads of
-# SN- and NPR-DPM.
+# follows from a statistic of the network that is estimated once, in the quick setting from 10 images at
+# each level, and kept with the run. [docs/covariance.md](../docs/covariance.md) has this, and the trained
+# second heads of SN- and NPR-DPM.
 
 # %%
 METHODS = "ddim,dpmpp_2m,unipc,analytic" if QUICK else "ddim,s_pndm,f_pndm,deis,dpmpp_2m,unipc,analytic"
-BUDGETS = "5,10" if QUICK else "5,10,20,50"
+BUDGETS = "5,10" if QUICK else "5,10,20"
 IMAGES = 10 if QUICK else 100
 # !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUN} --config.eval.grid=quadratic \
 #     --config.eval.methods={METHODS} --config.eval.nfe={BUDGETS} --config.eval.ms_eps_images={IMAGES}
