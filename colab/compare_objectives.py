@@ -240,7 +240,7 @@ plt.show()
 # %% [markdown]
 # The skip-step term moves the output by a quarter of a percent; at the noisier half of the levels, where
 # the networks are trained well enough to tell, that is about what (2) says. The sequence-aware term takes
-# away up to a quarter at the cleanest levels; (3) is for linear networks, and there these are not.
+# away up to a fifth at the cleanest levels; (3) is for linear networks, and there these are not.
 #
 # What holds of all this: (1), for any function in the place of the network, and the agreement seen above.
 

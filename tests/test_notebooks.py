@@ -75,9 +75,9 @@ def test_compare_objectives(run):
     rows, measured, theory = run("compare_objectives", "results, smaller.tolist(), expected[levels].tolist()")
     distance = {name: of_run[1]["distance"] for name, of_run in rows.items()}
     assert max(distance["ddpm, rescaled"], distance["s2"]) < distance["ddpm"] < distance["sa"] < 60
-    # Levels 401, 451, …: the shrinkage is still 1.4 % at the first.
-    assert measured[8:] == pytest.approx(theory[8:], abs=0.01)
-    assert measured[8] < 0.995
+    # From level 401 on as in theory; at level 1 the output is a fifth smaller.
+    assert measured[8:] == pytest.approx(theory[8:], abs=0.02)
+    assert measured[0] < 0.9
 
 
 def test_fast_sampling(run):
