@@ -166,11 +166,11 @@ def arguments(words: list[str]) -> list[str]:
 
 
 def done_by_ci(words: list[str]) -> bool:
-    """Whether a command is one of those that .ci/run is made of: installing, the suite, ruff."""
+    """Whether a command is one of those that .ci/run is made of: installing, the suite, ruff, mypy."""
     said = arguments(words)
     if said[:2] == ["-m", "pytest"]:
         return "slow" not in said
-    return said[:2] in (["-m", "venv"], ["-m", "pip"]) or Path(words[0]).name in ("pip", "ruff")
+    return said[:2] in (["-m", "venv"], ["-m", "pip"]) or Path(words[0]).name in ("pip", "ruff", "mypy")
 
 
 def _shortened(said: list[str]) -> list[str]:

@@ -55,7 +55,7 @@ def test_every_block_is_run_or_says_why_not(block):
     assert block.kind, f"{block.place}: name the block sh, python or text, or say above it why it is not run"
     ci = (ROOT / ".ci" / "run").read_text()
     for words in run_docs.commands(block.text):
-        if Path(words[0]).name == "ruff":
+        if Path(words[0]).name in ("ruff", "mypy"):
             assert " ".join(words) in ci
         elif not run_docs.done_by_ci(words):
             said = run_docs.arguments(words)
