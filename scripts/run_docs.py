@@ -1,6 +1,5 @@
 """Runs the commands and Python blocks of README.md, CONTRIBUTING.md and docs/*.md, page by page, in order."""
 
-import argparse
 import contextlib
 import io
 import multiprocessing
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from markdown_it import MarkdownIt
+
+from s2dm_jax.command_line import Parser, mistakes_told
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -321,11 +322,10 @@ def _run_apart(page: Path, given: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: status 1 if a block failed, which ends its page."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument("pages", nargs="*", metavar="PAGE", type=Path, help="Markdown files (all)")
-    pages = [page.resolve() for page in parser.parse_args(argv).pages] or PAGES
+    with mistakes_told():
+        pages = [page.resolve() for page in parser.parse_args(argv).pages] or PAGES
     try:
         wrong = run(pages)
     except PageError as error:

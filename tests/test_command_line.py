@@ -21,6 +21,7 @@ COMMANDS = (
     "kill_test",
     "report",
     "reproduce",
+    "run_docs",
 )
 
 
