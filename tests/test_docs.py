@@ -5,7 +5,6 @@
 
 import argparse
 import html
-import importlib.util
 import itertools
 import json
 import os
@@ -18,16 +17,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from conftest import save_run
+from conftest import load_file, save_run
 from markdown_it import MarkdownIt
 
 from s2dm_jax import evaluate, export, main, parallel, sample_mode, train
 from s2dm_jax.config import FIELDS, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("run_docs", ROOT / "scripts" / "run_docs.py")
-run_docs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_docs)
+run_docs = load_file(ROOT / "scripts" / "run_docs.py")
 
 ADDING = ROOT / "docs" / "adding.md"
 LINKED = [*run_docs.PAGES, ROOT / "CHANGELOG.md"]
