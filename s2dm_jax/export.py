@@ -45,7 +45,7 @@ def export_programs(
       schedule: the forward process.
       method: one of `samplers.METHODS`.
       platforms: that the programs can run on.
-      **said: as for `sample.resolve`; all of it is baked in.
+      **said: as for `resolve.resolve`; all of it is baked in.
 
     Returns:
       "sampler": (weights, seed int32 [], indices int32 [b]) → images; "sampler_from_noise": (weights,
@@ -54,7 +54,7 @@ def export_programs(
       around [−1, 1]; weights are a flat dict.
 
     Raises:
-      ValueError: as `sample.resolve`.
+      ValueError: as `resolve.resolve`.
     """
     levels, scale, options = resolve(schedule, method, **said)
     known = known_for(schedule, method, scale, said.get("ms_eps"), said.get("head"))
