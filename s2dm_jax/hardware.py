@@ -40,15 +40,15 @@ _PEAK_TFLOPS = {
 
 
 # Of what XLA:CPU leaves to YNNPACK, only the sums: its convolutions take three times as long as Eigen's over
-# the weights' gradients, without its sums a step takes half as long again.
+# the weights' gradients, without its sums a step takes half as long again. With this, several devices of one
+# CPU compute some images wrongly after some iterations of a loop (jaxlib 0.10.2; `tests/test_parallel.py`).
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
     """Options with which XLA compiles a training step (`jax.jit`'s `compiler_options`): none but on one CPU
-    device. With them, several devices of one CPU compute some images wrongly after some iterations of a loop
-    (jaxlib 0.10.2; `tests/test_parallel.py`)."""
+    device."""
     if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return {}
     try:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-_SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0
 
 Job = TypeVar("Job")
 
@@ -48,7 +48,7 @@ def counting(
         nonlocal told, count
         count += more
         now = time.monotonic()
-        if now - told < _SECONDS_BETWEEN_LINES or count == total:
+        if now - told < SECONDS_BETWEEN_LINES or count == total:
             return
         told = now
         line = f"{count:,} {unit}"

@@ -20,9 +20,8 @@ from s2dm_jax import unet
 from s2dm_jax.config import build_objective
 from s2dm_jax.hardware import memory_peak
 from s2dm_jax.parallel import is_lead
+from s2dm_jax.progress import SECONDS_BETWEEN_LINES
 from s2dm_jax.unet import UNetConfig
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def describe(config: ConfigDict, network: UNetConfig, provenance: str, step: int) -> str:
@@ -150,7 +149,7 @@ class Progress:
         said += f", {speed['mfu']:.0%} of peak" if self._peak else ""
         self._bar.set_postfix_str(f"loss {loss:.4g}, {said}", refresh=False)
         self._bar.update(step - self._bar.n)
-        due = now - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total or not self._shown
+        due = now - self._last_line > SECONDS_BETWEEN_LINES or step == self._total or not self._shown
         self._shown = True
         if self._bar.disable and due and is_lead():
             self._last_line = now
