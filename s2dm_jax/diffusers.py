@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from s2dm_jax import convert
-from s2dm_jax.unet import NORM_EPS, NORM_GROUPS, UNetConfig
+from s2dm_jax.layers import NORM_EPS, NORM_GROUPS
+from s2dm_jax.unet import UNetConfig
 
 VERSION = "0.42.0"
 # What our network is, field by field, and what diffusers takes where a config does not say.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from s2dm_jax import unet
+from s2dm_jax import layers, unet
 from s2dm_jax.covariance import HeadsFn
 from s2dm_jax.unet import UNetConfig
 
@@ -31,8 +31,8 @@ class VarianceHead(nnx.Module):
     """Features [B, H, W, channels] → [B, H, W, out_channels], any sign: nothing makes it positive."""
 
     def __init__(self, channels: int, out_channels: int, rngs: nnx.Rngs):
-        self.norm_out2 = unet.GroupNorm(channels)
-        self.conv_out2 = unet.conv3x3(channels, out_channels, jnp.float32, rngs)
+        self.norm_out2 = layers.GroupNorm(channels)
+        self.conv_out2 = layers.conv3x3(channels, out_channels, jnp.float32, rngs)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         return self.conv_out2(nnx.silu(self.norm_out2(features)).astype(jnp.float32))

@@ -91,7 +91,8 @@ def test_ddim_matches_published_code(case, precision):
     assert x.dtype == dtype
     assert_close(x, arrays[f"{case}/x"], rtol)
     assert_close(x0[0], arrays[f"{case}/x0_first"], rtol)
-    np.testing.assert_array_equal(x0[-1], x)
+    # The last step leaves x0 as it is, up to the last bit, which is the compiler's affair.
+    assert_close(x0[-1], x, 4 * np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("steps", [10, 50])
