@@ -30,9 +30,9 @@ class Head(NamedTuple):
 class VarianceHead(nnx.Module):
     """Features [B, H, W, channels] → [B, H, W, out_channels], any sign: nothing makes it positive."""
 
-    def __init__(self, channels: int, out_channels: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int, out_channels: int):
         self.norm_out2 = layers.GroupNorm(channels)
-        self.conv_out2 = layers.conv3x3(channels, out_channels, jnp.float32, rngs)
+        self.conv_out2 = layers.Conv3x3(channels, out_channels, jnp.float32)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         return self.conv_out2(nnx.silu(self.norm_out2(features)).astype(jnp.float32))
@@ -41,7 +41,7 @@ class VarianceHead(nnx.Module):
 @functools.lru_cache
 def _definition(network: UNetConfig) -> tuple[nnx.GraphDef, dict]:
     channels = network.ch * network.ch_mult[0]
-    model = nnx.eval_shape(lambda: VarianceHead(channels, network.out_channels, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: VarianceHead(channels, network.out_channels))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 

@@ -1,6 +1,5 @@
 """What the UNet of the DDIM code is made of: its blocks, GroupNorm, convolutions, the embedding of t."""
 
-import functools
 import math
 
 import jax
@@ -13,11 +12,6 @@ from s2dm_jax.conv import conv2d, matmul, upsample_conv2d
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
-
-# NNX wants an initialiser to learn the shapes; the values come from `init_params`.
-_ZEROS = nnx.initializers.zeros_init()
-# `nnx.Linear` whose products are fast on CPU; the published 1×1 convolutions are such layers too.
-Linear = functools.partial(nnx.Linear, kernel_init=_ZEROS, dot_general=lambda x, w, *_, **__: matmul(x, w))
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
@@ -36,32 +30,49 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def _conv2d_for_nnx(x, kernel, strides, padding, **_):
-    rows, columns = padding
-    return conv2d(x, kernel, strides[0], (tuple(rows), tuple(columns)))
+def add(x: jax.Array, per_channel: jax.Array) -> jax.Array:
+    """x + per_channel, in float32 whatever x's type.
+
+    The gradient of what is added to every pixel is a sum over all of them; a GPU that knows how to add
+    bfloat16 would otherwise add those up in bfloat16.
+
+    Args:
+      x: float [..., C].
+      per_channel: float32, of a shape that broadcasts against x.
+
+    Returns:
+      x's shape and type.
+    """
+    return (x.astype(jnp.float32) + per_channel).astype(x.dtype)
 
 
-def _upsample_conv2d_for_nnx(x, kernel, *_, **__):
-    return upsample_conv2d(x, kernel)
+class Linear(nnx.Module):
+    """x·kernel + bias over the channels; the published 1×1 convolutions are such layers too."""
+
+    def __init__(self, c_in: int, c_out: int, dtype: DTypeLike = jnp.float32):
+        self.kernel = nnx.Param(jnp.zeros((c_in, c_out)))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return add(matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)), self.bias[...])
 
 
-def conv3x3(
-    c_in: int, c_out: int, dtype: DTypeLike, rngs: nnx.Rngs, stride: int = 1, upsample: bool = False
-) -> nnx.Conv:
+class Conv3x3(nnx.Module):
     """3×3 convolution, padded as in the published code; with `upsample`, of the image enlarged twice."""
-    # The published downsampling pads one row at the bottom and one column on the right only.
-    pad = (1, 1) if stride == 1 else (0, 1)
-    return nnx.Conv(
-        c_in,
-        c_out,
-        (3, 3),
-        strides=stride,
-        padding=(pad, pad),
-        dtype=dtype,
-        kernel_init=_ZEROS,
-        conv_general_dilated=_upsample_conv2d_for_nnx if upsample else _conv2d_for_nnx,
-        rngs=rngs,
-    )
+
+    def __init__(self, c_in: int, c_out: int, dtype: DTypeLike, stride: int = 1, upsample: bool = False):
+        self.kernel = nnx.Param(jnp.zeros((3, 3, c_in, c_out)))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+        self.dtype, self.stride, self.upsample = dtype, stride, upsample
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, w = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.upsample:
+            return add(upsample_conv2d(x, w), self.bias[...])
+        # The published downsampling pads one row at the bottom and one column on the right only.
+        pad = (1, 1) if self.stride == 1 else (0, 1)
+        return add(conv2d(x, w, self.stride, (pad, pad)), self.bias[...])
 
 
 class GroupNorm(nnx.Module):
@@ -95,21 +106,19 @@ class GroupNorm(nnx.Module):
 class ResnetBlock(nnx.Module):
     """norm → swish → conv → + time → norm → swish → dropout → conv → + shortcut."""
 
-    def __init__(
-        self, c_in: int, c_out: int, temb_dim: int, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, c_in: int, c_out: int, temb_dim: int, dropout: float, dtype: DTypeLike):
         self.norm1 = GroupNorm(c_in)
-        self.conv1 = conv3x3(c_in, c_out, dtype, rngs)
-        self.temb_proj = Linear(temb_dim, c_out, rngs=rngs)
+        self.conv1 = Conv3x3(c_in, c_out, dtype)
+        self.temb_proj = Linear(temb_dim, c_out)
         self.norm2 = GroupNorm(c_out)
         self.dropout = nnx.Dropout(dropout)
-        self.conv2 = conv3x3(c_out, c_out, dtype, rngs)
+        self.conv2 = Conv3x3(c_out, c_out, dtype)
         if c_in != c_out:
-            self.nin_shortcut = Linear(c_in, c_out, dtype=dtype, rngs=rngs)
+            self.nin_shortcut = Linear(c_in, c_out, dtype)
 
     def __call__(self, x: jax.Array, temb: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
-        h = h + self.temb_proj(nnx.silu(temb))[:, None, None].astype(h.dtype)
+        h = add(h, self.temb_proj(nnx.silu(temb))[:, None, None])
         h = nnx.silu(self.norm2(h))
         h = self.dropout(h, deterministic=dropout_key is None, rngs=dropout_key)
         h = self.conv2(h)
@@ -119,12 +128,12 @@ class ResnetBlock(nnx.Module):
 class AttnBlock(nnx.Module):
     """Single-head self-attention over the pixels, added to its input."""
 
-    def __init__(self, channels: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, channels: int, dtype: DTypeLike):
         self.norm = GroupNorm(channels)
-        self.q = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.k = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.v = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.proj_out = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.q = Linear(channels, channels, dtype)
+        self.k = Linear(channels, channels, dtype)
+        self.v = Linear(channels, channels, dtype)
+        self.proj_out = Linear(channels, channels, dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape

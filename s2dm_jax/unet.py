@@ -16,11 +16,11 @@ from flax import nnx, traverse_util
 
 from s2dm_jax.layers import (
     AttnBlock,
+    Conv3x3,
     GroupNorm,
     Linear,
     ResnetBlock,
     average_pool,
-    conv3x3,
     timestep_embedding,
 )
 from s2dm_jax.steps import EpsFn
@@ -59,7 +59,7 @@ class UNetConfig:
 class UNet(nnx.Module):
     """ε-prediction network of DDIM (Song et al. 2021), also that of S²-DM and SA-DPM."""
 
-    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         ch, temb_dim = config.ch, 4 * config.ch
@@ -67,19 +67,15 @@ class UNet(nnx.Module):
         blocks = range(config.num_res_blocks)
 
         def block(c_in, c_out):
-            return ResnetBlock(c_in, c_out, temb_dim, config.dropout, dtype, rngs)
+            return ResnetBlock(c_in, c_out, temb_dim, config.dropout, dtype)
 
         def attentions(level, count):
             if config.resolution >> level not in config.attn_resolutions:
                 return nnx.Dict()
-            return nnx.Dict(
-                {str(j): AttnBlock(ch * config.ch_mult[level], dtype, rngs) for j in range(count)}
-            )
+            return nnx.Dict({str(j): AttnBlock(ch * config.ch_mult[level], dtype) for j in range(count)})
 
-        self.temb = nnx.Dict(
-            dense=nnx.Dict({"0": Linear(ch, temb_dim, rngs=rngs), "1": Linear(temb_dim, temb_dim, rngs=rngs)})
-        )
-        self.conv_in = conv3x3(config.in_channels, ch, dtype, rngs)
+        self.temb = nnx.Dict(dense=nnx.Dict({"0": Linear(ch, temb_dim), "1": Linear(temb_dim, temb_dim)}))
+        self.conv_in = Conv3x3(config.in_channels, ch, dtype)
 
         c = ch
         skips = [c]
@@ -92,11 +88,11 @@ class UNet(nnx.Module):
                 skips.append(c)
             if i != levels[-1]:
                 if config.resamp_with_conv:
-                    level["downsample"] = nnx.Dict(conv=conv3x3(c, c, dtype, rngs, stride=2))
+                    level["downsample"] = nnx.Dict(conv=Conv3x3(c, c, dtype, stride=2))
                 skips.append(c)
             self.down[str(i)] = level
 
-        self.mid = nnx.Dict(block_1=block(c, c), attn_1=AttnBlock(c, dtype, rngs), block_2=block(c, c))
+        self.mid = nnx.Dict(block_1=block(c, c), attn_1=AttnBlock(c, dtype), block_2=block(c, c))
 
         self.up: nnx.Dict = nnx.Dict()
         for i in reversed(levels):
@@ -105,11 +101,11 @@ class UNet(nnx.Module):
                 level.block[str(j)] = block(c + skips.pop(), ch * config.ch_mult[i])
                 c = ch * config.ch_mult[i]
             if i != 0 and config.resamp_with_conv:
-                level["upsample"] = nnx.Dict(conv=conv3x3(c, c, dtype, rngs, upsample=True))
+                level["upsample"] = nnx.Dict(conv=Conv3x3(c, c, dtype, upsample=True))
             self.up[str(i)] = level
 
         self.norm_out = GroupNorm(c)
-        self.conv_out = conv3x3(c, config.out_channels, jnp.float32, rngs)
+        self.conv_out = Conv3x3(c, config.out_channels, jnp.float32)
 
     def __call__(
         self, x: jax.Array, t: jax.Array, dropout_key: jax.Array | None = None
@@ -163,7 +159,7 @@ class UNet(nnx.Module):
 
 @functools.lru_cache
 def _definition(config: UNetConfig) -> tuple[nnx.GraphDef, dict]:
-    model = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: UNet(config))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 

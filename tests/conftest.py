@@ -21,6 +21,16 @@ _HERE = Path(__file__).parent / "golden"
 _ALL = Path(__file__).parents[2] / "shared" / "golden"
 
 
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 def _nhwc(array):
     return np.moveaxis(array, -3, -1) if array.ndim >= 4 else array
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import equations
 from jax import lax
 
 from s2dm_jax.conv import conv2d, matmul, upsample_conv2d
@@ -102,15 +103,8 @@ def test_second_order_gradient():
 
 
 def convolution_layouts(jaxpr):
-    layouts = set()
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            layouts.add(equation.params["dimension_numbers"])
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                layouts |= convolution_layouts(inner)
-    return layouts
+    convolutions = (e for e in equations(jaxpr) if e.primitive.name == "conv_general_dilated")
+    return {e.params["dimension_numbers"] for e in convolutions}
 
 
 def test_backward_convolutions_keep_the_layout_that_cpu_loops_run_fast():

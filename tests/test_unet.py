@@ -1,13 +1,15 @@
 """The UNet against the published PyTorch one: outputs, gradients, sizes, initialisation, dropout."""
 
+import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import group
+from conftest import equations, group
 from flax import traverse_util
 
 from s2dm_jax import convert, unet
@@ -141,6 +143,25 @@ def test_bfloat16_activations_stay_near_float32():
     assert half.dtype == jnp.float32
     error = np.abs(half - full).max() / np.abs(full).max()
     assert 0 < error < 0.03
+
+
+def test_gradients_sum_over_pixels_in_float32():
+    network = dataclasses.replace(TINY, ch_mult=(1, 2), attn_resolutions=(4,), dropout=0.1, dtype="bfloat16")
+    x, t = np.ones((2, 8, 8, 1), np.float32), np.array([10, 900])
+
+    def loss(params):
+        return jnp.square(unet.apply(network, params, x, t, jax.random.key(0))).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(unet.init_params(network, 0))
+    types = []
+    for equation in equations(program.jaxpr):
+        if equation.primitive.name == "reduce_sum":
+            summed = equation.invars[0].aval
+            # Two or four that one pixel became may be added up as they are.
+            if math.prod(summed.shape[axis] for axis in equation.params["axes"]) > 4:
+                types.append(summed.dtype)
+    assert len(types) > 50
+    assert set(types) == {jnp.dtype("float32")}
 
 
 def test_images_of_another_size_are_refused():
