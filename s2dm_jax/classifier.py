@@ -18,6 +18,9 @@ from s2dm_jax.conv import conv2d
 from s2dm_jax.parallel import is_lead
 from s2dm_jax.progress import counting
 
+# A feature is the same number on every device: not TF32 on one and bfloat16 on another.
+_full_precision = jax.default_matmul_precision("highest")
+
 NUM_FEATURES = 64
 _WIDTHS: tuple[int, ...] = (128, NUM_FEATURES)
 _CONVOLVED_FROM = 16
@@ -133,6 +136,7 @@ def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(logits.argmax(axis=1) == labels))
 
 
+@_full_precision
 def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`features` and the logits of the classes, to be compiled into another program.
 
@@ -177,6 +181,7 @@ def _convolved_size(height, width):
 
 
 @jax.jit
+@_full_precision
 def _features(params, images):
     if "conv0_w" not in params:
         x = images.reshape(len(images), -1).astype(jnp.float32) / 127.5 - 1.0
@@ -203,6 +208,7 @@ def _optimizer(steps):
 def _train(steps, state, images, labels, batches):
     """Weights and moments after a step on each of the batches, of `steps` in all."""
 
+    @_full_precision
     def loss(params, batch):
         logits = _features(params, images[batch]) @ params["head_w"] + params["head_b"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()

@@ -233,7 +233,8 @@ def sequence_loss(residuals: jax.Array, weight: jax.Array, norm: str = "K^2") ->
       [B, H, W, C].
     """
     K = residuals.shape[1]
-    gap = jnp.einsum("bk...,bk->b...", residuals, weight)
+    # At JAX's default precision a GPU would round the residuals to TF32, a TPU to bfloat16.
+    gap = jnp.einsum("bk...,bk->b...", residuals, weight, precision="highest")
     return jnp.square(gap) / (K**2 if norm == "K^2" else K)
 
 

@@ -1,5 +1,7 @@
+import jax
 import numpy as np
 import pytest
+from conftest import equations
 from sklearn.datasets import load_digits
 
 from s2dm_jax import classifier
@@ -107,6 +109,18 @@ def test_convolutions_for_larger_images():
     assert (np.asarray(logits).argmax(1) == labels[40:]).mean() > 0.9
     with pytest.raises(ValueError, match="images must have the classifier's"):
         features(params, random_images(2, 40, 40, 3))
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_features_keep_float32_on_accelerators(size):
+    images = np.zeros((20, size, size, 3), np.uint8)
+    params = train_classifier(images, np.arange(20) % 2, num_classes=2, steps=1)
+    program = jax.make_jaxpr(features_and_logits)(params, images)
+    kinds = "dot_general", "conv_general_dilated"
+    products = [e for e in equations(program.jaxpr) if e.primitive.name in kinds]
+    assert len(products) > 2
+    for product in products:
+        assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
 
 
 @pytest.mark.parametrize(

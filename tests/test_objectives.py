@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import group
+from conftest import equations, group
 from test_unet import TINY, network_of
 
 from s2dm_jax import convert, losses, train_step, unet
@@ -183,6 +183,20 @@ def test_network_is_called_once_whatever_K():
     x0, draws = batch(objective)
     losses.loss(net, SCHEDULE, objective, x0, draws)
     assert calls == [(6 * 4, 4, 4, 1)]
+
+
+def test_products_of_the_loss_keep_float32_on_accelerators():
+    objective, x0 = paper(K=3, lam=1.0, skip=2), np.ones((2, 4, 4, 1), np.float32)
+    draws = losses.draw(objective, jax.random.key(0), 10, x0.shape)
+
+    def mean_loss(scale):
+        return losses.loss(lambda x, t: scale * x, linear_schedule(10), objective, x0, draws)[0].mean()
+
+    program = jax.make_jaxpr(jax.grad(mean_loss))(1.0)
+    products = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    assert products
+    for product in products:
+        assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
 
 
 def test_convolutions_in_the_compiled_program_do_not_grow_with_K():
