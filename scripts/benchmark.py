@@ -3,14 +3,18 @@
 python scripts/benchmark.py digits    # seconds from launch to first step and to the last line, memory
 python scripts/benchmark.py losses    # a training step with each objective against the plain one
 python scripts/benchmark.py heads     # a training step of a second head against a full one
+python scripts/benchmark.py attention # a training step with each form of attention against JAX's own
 python scripts/benchmark.py data      # preparing 60,000 JPEGs; a training step fed in each way
 python scripts/benchmark.py train     # a training step against plain PyTorch's (--device=gpu on a GPU)
 python scripts/benchmark.py samplers  # a 10-evaluation DDIM scan against ten jitted forward calls
 python scripts/benchmark.py evaluate  # sampling with Inception's features against both alone; FID's time
 
+python scripts/benchmark.py compiled  # memory and kernels of a training compiled for a device not here
+
 examples:
   python scripts/benchmark.py losses --only="K = 2" --rounds=3
   python scripts/benchmark.py train --device=gpu --network=celeba --K=2
+  python scripts/benchmark.py compiled --config=configs/celebahq256.py --target=v5e --remat
 
 Times are in seconds or milliseconds (s, ms), medians over the rounds; × is the ratio to the line that is
 compared with; memory is in GB (10⁹ bytes) or MiB (2²⁰). Each command has its own --help.
@@ -22,15 +26,19 @@ import itertools
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import benchmark_compiled as compiled
 import benchmark_evaluate as evaluation
+import benchmark_steps as steps
 import benchmark_train as training
+from benchmark_steps import cifar10_network, print_ratios
+
+from s2dm_jax.command_line import mistakes_told
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,107 +83,6 @@ def _launch(folder: Path, name: str, flags: list[str]) -> dict:
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     total = time.monotonic() - began
     return {"first_step": first_step, "total": total, "memory_gb": memory, "table": "".join(table)}
-
-
-def benchmark_losses(arguments):
-    """Times one training step of the CIFAR-10 UNet with each objective, relative to the plain one."""
-    import jax
-    import numpy as np
-
-    from s2dm_jax import losses, train_step, unet
-    from s2dm_jax.schedule import linear_schedule
-
-    schedule = linear_schedule()
-    network = _cifar10_network(unet, dropout=0.1)
-    optimizer = train_step.make_optimizer(2e-4, 1.0)
-    x0 = np.random.default_rng(0).uniform(-1, 1, (arguments.batch, 32, 32, 3)).astype(np.float32)
-    one_call = functools.partial(unet.apply, network)
-
-    def K_calls(K):
-        # The merged batch holds the K levels of an image side by side.
-        def apply(params, x, t, dropout_key):
-            keys = jax.random.split(dropout_key, K)
-            eps = [one_call(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
-            return jax.numpy.stack(eps, axis=1).reshape(x.shape)
-
-        return apply
-
-    cases = {
-        "plain": (losses.paper(), one_call),
-        "skip 10": (losses.paper(skip=10), one_call),
-        "K = 2": (losses.paper(K=2, lam=1.0), one_call),
-        "K = 2, 2 calls": (losses.paper(K=2, lam=1.0), K_calls(2)),
-        "K = 4": (losses.paper(K=4, lam=1.0), one_call),
-        "K = 4, 4 calls": (losses.paper(K=4, lam=1.0), K_calls(4)),
-    }
-    wanted = arguments.only.split(",") if arguments.only else cases
-    steps, memory = {}, {}
-    for name, (objective, apply) in cases.items():
-        if name not in ("plain", *wanted):
-            continue
-
-        def step(state, x0, key, objective=objective, apply=apply):
-            draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-            draws = losses.draw(objective, draw_key, schedule.T, x0.shape)
-            return train_step.update(
-                apply, schedule, objective, optimizer, 0.9999, "initial", state, x0, draws, dropout_key
-            )
-
-        state, key = train_step.init_state(network, optimizer, 0), jax.random.key(0)
-        program = train_step.jit_step(step).lower(state, x0, key).compile()
-        memory[name] = program.memory_analysis().temp_size_in_bytes
-        steps[name] = _stepper(program, state, x0, key)
-        print(f"compiled {name}", flush=True)
-    _print_ratios(steps, arguments.rounds, "plain", {n: f"{m / 2**20:,.0f} MiB" for n, m in memory.items()})
-
-
-def benchmark_heads(arguments):
-    """Times a training step of a second head on the frozen CIFAR-10 UNet, relative to a plain full step."""
-    import jax
-    import numpy as np
-
-    from s2dm_jax import heads, losses, train_step, unet
-    from s2dm_jax.schedule import linear_schedule
-
-    schedule, objective = linear_schedule(), losses.paper()
-    network = _cifar10_network(unet, dropout=0.1)
-    optimizer = train_step.make_optimizer(1e-4, 1.0)
-    made_of = optimizer, 0.9999, "initial"
-    x0 = np.random.default_rng(0).uniform(-1, 1, (arguments.batch, 32, 32, 3)).astype(np.float32)
-    frozen, key = jax.device_put(unet.init_params(network, 0)), jax.random.key(0)
-
-    def draws_of(state, key):
-        draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        return losses.draw(objective, draw_key, schedule.T, x0.shape), dropout_key
-
-    def full(state, x0, key):
-        draws, dropout_key = draws_of(state, key)
-        apply = functools.partial(unet.apply, network)
-        return train_step.update(apply, schedule, objective, *made_of, state, x0, draws, dropout_key)
-
-    def head(state, x0, key, frozen):
-        draws, _ = draws_of(state, key)
-        return train_step.update_head(network, "sn", schedule, *made_of, frozen, state, x0, draws, None)
-
-    whole = train_step.init_state(network, optimizer, 0)
-    own = train_step.new_state(heads.init_params(network, 0), optimizer)
-    full_step = train_step.jit_step(full).lower(whole, x0, key).compile()
-    head_step = train_step.jit_step(head).lower(own, x0, key, frozen).compile()
-    runs = {
-        "full step": _stepper(full_step, whole, x0, key),
-        "head's step": _stepper(head_step, own, x0, key, frozen),
-    }
-    _print_ratios(runs, arguments.rounds, "full step", {})
-
-
-def _stepper(program, state, x0, key, *frozen):
-    held = [state]
-
-    def run():
-        held[0], metrics = program(held[0], x0, key, *frozen)
-        metrics["loss"].block_until_ready()
-
-    return run
 
 
 def benchmark_data(arguments):
@@ -253,7 +160,7 @@ def _time_feeds(arguments, folder: Path):
         metrics["loss"].block_until_ready()
 
     runs = {name: functools.partial(run, name) for name in ("constant batch", *feeds)}
-    _print_ratios(runs, arguments.rounds, "constant batch", {})
+    print_ratios(runs, arguments.rounds, "constant batch", {})
 
 
 def benchmark_samplers(arguments):
@@ -266,7 +173,7 @@ def benchmark_samplers(arguments):
     from s2dm_jax.samplers import ddim
     from s2dm_jax.schedule import linear_schedule
 
-    network = _cifar10_network(unet, dropout=0.0)
+    network = cifar10_network()
     params = jax.device_put(unet.init_params(network, 0))
     x_T = np.random.default_rng(0).standard_normal((arguments.batch, 32, 32, 3), np.float32)
     grid = uniform_grid(1000, 10)
@@ -280,34 +187,7 @@ def benchmark_samplers(arguments):
         eps.block_until_ready()
 
     runs = {"ten forward calls": ten_calls, "DDIM scan": lambda: scan(params, x_T).block_until_ready()}
-    _print_ratios(runs, arguments.rounds, "ten forward calls", {})
-
-
-def _cifar10_network(unet, dropout):
-    return unet.UNetConfig(32, 3, 3, 128, (1, 2, 2, 2), 2, (16,), dropout)
-
-
-def _print_ratios(runs, rounds, base, notes):
-    """Alternates the runs, so that a slow moment of the machine meets all of them, and compares medians.
-
-    Ratios are of wall times, and of the CPU seconds of this process, which other tenants disturb less.
-    """
-    for run in runs.values():
-        run()
-    times, cpu_times = ({name: [] for name in runs} for _ in range(2))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began, cpu_began = time.perf_counter(), time.process_time()
-            run()
-            times[name].append(time.perf_counter() - began)
-            cpu_times[name].append(time.process_time() - cpu_began)
-    for name, seconds in times.items():
-        wall, cpu = (
-            statistics.median(t / b for t, b in zip(taken[name], taken[base], strict=True))
-            for taken in (times, cpu_times)
-        )
-        middle = statistics.median(seconds) * 1e3
-        print(f"{name:18s} {middle:9.1f} ms  {wall:5.2f}×  CPU time {cpu:5.2f}×  {notes.get(name, '')}")
+    print_ratios(runs, arguments.rounds, "ten forward calls", {})
 
 
 def main():
@@ -318,11 +198,13 @@ def main():
     functions = (
         benchmark_digits,
         training.benchmark_train,
-        benchmark_losses,
-        benchmark_heads,
+        steps.benchmark_losses,
+        steps.benchmark_heads,
+        steps.benchmark_attention,
         benchmark_data,
         benchmark_samplers,
         evaluation.benchmark_evaluate,
+        compiled.benchmark_compiled,
     )
     for function in functions:
         name = function.__name__.removeprefix("benchmark_")
@@ -332,16 +214,19 @@ def main():
             sub.add_argument("--only", default="", help='these beside plain, such as "K = 2,K = 4"; else all')
         if name == "train":
             training.add_arguments(sub)
+        if name == "compiled":
+            compiled.add_arguments(sub)
         if name == "data":
             archive = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.xz"
             sub.add_argument("--archive", type=Path, default=archive, help=f"images to prepare ({archive})")
         if name == "evaluate":
             sub.add_argument("--nfe", type=int, default=2, help="network evaluations per image (default: 2)")
-        if name not in ("digits", "train"):
+        if name not in ("digits", "train", "compiled"):
             sub.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
             sub.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    with mistakes_told():
+        arguments.run(arguments)
 
 
 if __name__ == "__main__":

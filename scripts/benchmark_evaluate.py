@@ -3,6 +3,8 @@
 import statistics
 import time
 
+from benchmark_steps import cifar10_network
+
 
 def benchmark_evaluate(arguments) -> None:
     """Times sampling with Inception's features against both alone, and FID of 2,048 features.
@@ -17,7 +19,7 @@ def benchmark_evaluate(arguments) -> None:
     from s2dm_jax.schedule import linear_schedule
 
     rng = np.random.default_rng(0)
-    network = unet.UNetConfig(32, 3, 3, 128, (1, 2, 2, 2), 2, (16,))
+    network = cifar10_network()
     params = jax.device_put(unet.init_params(network, 0))
     sampler, timesteps = configure(network, linear_schedule(), "ddim", nfe=arguments.nfe)
     weights = {

@@ -63,6 +63,24 @@ def test_a_flag_that_is_not_known_is_one_sentence(name, capsys):
     assert capsys.readouterr() == ("", "error: unrecognized arguments: --wat=1 (see --help)\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config=configs/nothing.py"], "--config=configs/nothing.py: there is no such file"),
+        (["--batch=0"], "config.train.batch_size=0 is out of range"),
+        (["--batch=6", "--devices=4"], "--devices=4 cannot share a batch of 6 evenly"),
+        (["--config=configs/cifar10.py:sn"], "--config=configs/cifar10.py:sn trains a head"),
+    ],
+)
+def test_compiling_for_another_device_tells_mistakes_first(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", "compiled", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        load_file(SCRIPTS / "benchmark.py").main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
 @pytest.fixture
 def workdir(tmp_path):
     config = default_config()

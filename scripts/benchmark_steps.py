@@ -1,0 +1,185 @@
+"""`benchmark.py losses`, `heads`, `attention`: training steps of the CIFAR-10 UNet, side by side."""
+
+import functools
+import statistics
+import time
+from unittest import mock
+
+
+def benchmark_losses(arguments):
+    """Times one training step of the CIFAR-10 UNet with each objective, relative to the plain one."""
+    import jax
+    import numpy as np
+
+    from s2dm_jax import losses, train_step, unet
+    from s2dm_jax.schedule import linear_schedule
+
+    schedule = linear_schedule()
+    network = cifar10_network()
+    optimizer = train_step.make_optimizer(2e-4, 1.0)
+    x0 = np.random.default_rng(0).uniform(-1, 1, (arguments.batch, 32, 32, 3)).astype(np.float32)
+    one_call = functools.partial(unet.apply, network)
+
+    def K_calls(K):
+        # The merged batch holds the K levels of an image side by side.
+        def apply(params, x, t, dropout_key):
+            keys = jax.random.split(dropout_key, K)
+            eps = [one_call(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
+            return jax.numpy.stack(eps, axis=1).reshape(x.shape)
+
+        return apply
+
+    cases = {
+        "plain": (losses.paper(), one_call),
+        "skip 10": (losses.paper(skip=10), one_call),
+        "K = 2": (losses.paper(K=2, lam=1.0), one_call),
+        "K = 2, 2 calls": (losses.paper(K=2, lam=1.0), K_calls(2)),
+        "K = 4": (losses.paper(K=4, lam=1.0), one_call),
+        "K = 4, 4 calls": (losses.paper(K=4, lam=1.0), K_calls(4)),
+    }
+    wanted = arguments.only.split(",") if arguments.only else cases
+    steps, memory = {}, {}
+    for name, (objective, apply) in cases.items():
+        if name not in ("plain", *wanted):
+            continue
+
+        def step(state, x0, key, objective=objective, apply=apply):
+            draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+            draws = losses.draw(objective, draw_key, schedule.T, x0.shape)
+            return train_step.update(
+                apply, schedule, objective, optimizer, 0.9999, "initial", state, x0, draws, dropout_key
+            )
+
+        state, key = train_step.init_state(network, optimizer, 0), jax.random.key(0)
+        program = train_step.jit_step(step).lower(state, x0, key).compile()
+        memory[name] = program.memory_analysis().temp_size_in_bytes
+        steps[name] = _stepper(program, state, x0, key)
+        print(f"compiled {name}", flush=True)
+    print_ratios(steps, arguments.rounds, "plain", {n: f"{m / 2**20:,.0f} MiB" for n, m in memory.items()})
+
+
+def benchmark_heads(arguments):
+    """Times a training step of a second head on the frozen CIFAR-10 UNet, relative to a plain full step."""
+    import jax
+    import numpy as np
+
+    from s2dm_jax import heads, losses, train_step, unet
+    from s2dm_jax.schedule import linear_schedule
+
+    schedule, objective = linear_schedule(), losses.paper()
+    network = cifar10_network()
+    optimizer = train_step.make_optimizer(1e-4, 1.0)
+    made_of = optimizer, 0.9999, "initial"
+    x0 = np.random.default_rng(0).uniform(-1, 1, (arguments.batch, 32, 32, 3)).astype(np.float32)
+    frozen, key = jax.device_put(unet.init_params(network, 0)), jax.random.key(0)
+
+    def draws_of(state, key):
+        draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        return losses.draw(objective, draw_key, schedule.T, x0.shape), dropout_key
+
+    def full(state, x0, key):
+        draws, dropout_key = draws_of(state, key)
+        apply = functools.partial(unet.apply, network)
+        return train_step.update(apply, schedule, objective, *made_of, state, x0, draws, dropout_key)
+
+    def head(state, x0, key, frozen):
+        draws, _ = draws_of(state, key)
+        return train_step.update_head(network, "sn", schedule, *made_of, frozen, state, x0, draws, None)
+
+    whole = train_step.init_state(network, optimizer, 0)
+    own = train_step.new_state(heads.init_params(network, 0), optimizer)
+    full_step = train_step.jit_step(full).lower(whole, x0, key).compile()
+    head_step = train_step.jit_step(head).lower(own, x0, key, frozen).compile()
+    runs = {
+        "full step": _stepper(full_step, whole, x0, key),
+        "head's step": _stepper(head_step, own, x0, key, frozen),
+    }
+    print_ratios(runs, arguments.rounds, "full step", {})
+
+
+def benchmark_attention(arguments):
+    """Times a training step of the CIFAR-10 UNet with each form of attention, relative to JAX's own.
+
+    "none" leaves out the products, the softmax, and the projections that only they need.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from s2dm_jax import losses, train_step, unet
+    from s2dm_jax.schedule import linear_schedule
+
+    def written_out(q, k, v):
+        scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores / q.shape[-1] ** 0.5).astype(v.dtype)
+        return jnp.einsum("bhqk,bkhc->bqhc", weights, v)
+
+    own = jax.nn.dot_product_attention
+    forms = {"dot_product_attention": own, "written out": written_out, "none": lambda q, k, v: v}
+    if jax.default_backend() == "gpu":
+        forms["cuDNN"] = functools.partial(own, implementation="cudnn")
+    schedule, objective = linear_schedule(), losses.paper()
+    network = cifar10_network()
+    optimizer = train_step.make_optimizer(2e-4, 1.0)
+    x0 = np.random.default_rng(0).uniform(-1, 1, (arguments.batch, 32, 32, 3)).astype(np.float32)
+
+    def step(state, x0, key):
+        draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        draws = losses.draw(objective, draw_key, schedule.T, x0.shape)
+        apply = functools.partial(unet.apply, network)
+        how = schedule, objective, optimizer, 0.9999, "initial"
+        return train_step.update(apply, *how, state, x0, draws, dropout_key)
+
+    key, steps, memory = jax.random.key(0), {}, {}
+    for name, form in forms.items():
+        state = train_step.init_state(network, optimizer, 0)
+        with mock.patch.object(jax.nn, "dot_product_attention", form):
+            # A function of its own: JAX would take one that it has traced from its cache.
+            lowered = train_step.jit_step(lambda *inputs: step(*inputs)).lower(state, x0, key)
+        program = lowered.compile()
+        memory[name] = f"{program.memory_analysis().temp_size_in_bytes / 2**20:,.0f} MiB"
+        steps[name] = _stepper(program, state, x0, key)
+        print(f"compiled {name}", flush=True)
+    print_ratios(steps, arguments.rounds, "dot_product_attention", memory)
+
+
+def _stepper(program, state, x0, key, *frozen):
+    held = [state]
+
+    def run():
+        held[0], metrics = program(held[0], x0, key, *frozen)
+        metrics["loss"].block_until_ready()
+
+    return run
+
+
+def cifar10_network():
+    """The UNet that training on CIFAR-10 has, in the type that it has on this machine."""
+    from s2dm_jax.config import build_network, default_config
+
+    config = default_config()
+    config.data.name = "cifar10"
+    return build_network(config)
+
+
+def print_ratios(runs, rounds, base, notes):
+    """Alternates the runs, so that a slow moment of the machine meets all of them, and compares medians.
+
+    Ratios are of wall times, and of the CPU seconds of this process, which other tenants disturb less.
+    """
+    for run in runs.values():
+        run()
+    times, cpu_times = ({name: [] for name in runs} for _ in range(2))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began, cpu_began = time.perf_counter(), time.process_time()
+            run()
+            times[name].append(time.perf_counter() - began)
+            cpu_times[name].append(time.process_time() - cpu_began)
+    for name, seconds in times.items():
+        wall, cpu = (
+            statistics.median(t / b for t, b in zip(taken[name], taken[base], strict=True))
+            for taken in (times, cpu_times)
+        )
+        middle = statistics.median(seconds) * 1e3
+        print(f"{name:22s} {middle:9.1f} ms  {wall:5.2f}×  CPU time {cpu:5.2f}×  {notes.get(name, '')}")
