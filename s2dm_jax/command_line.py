@@ -1,14 +1,17 @@
-"""What the commands share: help, mistakes in one sentence, a missing matplotlib, commands that run others."""
+"""What the commands share: help, mistakes in one sentence, configs, a missing matplotlib, running others."""
 
 import argparse
 import contextlib
 import importlib.util
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from s2dm_jax.config import UserError
+from ml_collections import ConfigDict
+
+from s2dm_jax.config import UserError, config_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +34,20 @@ def mistakes_told() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config that FILE[:METHOD] names, as --config of the main command line does.
+
+    Raises:
+      UserError: where there is no such file, and for whatever the file raises.
+    """
+    path, _, method = config_path(name).partition(":")
+    try:
+        return runpy.run_path(path)["get_config"](*([method] if method else []))
+    except Exception as error:
+        # Whatever the user's own file raises while it runs.
+        raise UserError(f"--config={name} failed with {type(error).__name__}: {error}") from error
 
 
 def check_matplotlib(wanted: str) -> None:

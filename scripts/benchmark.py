@@ -34,9 +34,14 @@ from pathlib import Path
 
 import benchmark_compiled as compiled
 import benchmark_evaluate as evaluation
-import benchmark_steps as steps
 import benchmark_train as training
-from benchmark_steps import cifar10_network, print_ratios
+from benchmark_steps import (
+    benchmark_attention,
+    benchmark_heads,
+    benchmark_losses,
+    cifar10_network,
+    print_ratios,
+)
 
 from s2dm_jax.command_line import mistakes_told
 
@@ -198,9 +203,9 @@ def main():
     functions = (
         benchmark_digits,
         training.benchmark_train,
-        steps.benchmark_losses,
-        steps.benchmark_heads,
-        steps.benchmark_attention,
+        benchmark_losses,
+        benchmark_heads,
+        benchmark_attention,
         benchmark_data,
         benchmark_samplers,
         evaluation.benchmark_evaluate,

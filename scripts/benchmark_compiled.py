@@ -4,7 +4,6 @@ It compiles as training does, on any machine, and runs nothing: what it tells ar
 """
 
 import re
-import runpy
 import time
 from collections import Counter
 from unittest import mock
@@ -60,12 +59,12 @@ def benchmark_compiled(arguments) -> None:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from s2dm_jax import train_step
+    from s2dm_jax import parallel, train_step
     from s2dm_jax.check import check_config
-    from s2dm_jax.config import UserError, build_network, build_objective, config_path, image_shape
+    from s2dm_jax.command_line import load_config
+    from s2dm_jax.config import UserError, build_network, build_objective, image_shape
 
-    path, _, method = config_path(arguments.config).partition(":")
-    config = runpy.run_path(path)["get_config"](*[method] * bool(method))
+    config = load_config(arguments.config)
     if arguments.batch is not None:
         config.train.batch_size = arguments.batch
     if arguments.accumulate is not None:
@@ -88,23 +87,29 @@ def benchmark_compiled(arguments) -> None:
             f"--target={arguments.target} needs a compiler, which pip install '.[{extra}]' brings: {error}"
         ) from error
     mesh = Mesh(np.array(topology.devices[: arguments.devices]), ("data",))
-    whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), (None, "data")))
 
-    def there(leaf, sharding=whole):
+    def there(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    # The network and its convolutions are those of the target's platform.
-    with mock.patch.object(jax, "default_backend", return_value=platform):
+    # The network and its convolutions are those of the target's platform, the devices the target's.
+    with (
+        mock.patch.object(jax, "default_backend", return_value=platform),
+        mock.patch.object(parallel, "data_mesh", return_value=mesh),
+    ):
         network = build_network(config)
         optimizer = train_step.make_optimizer(config.train.lr, config.train.grad_clip)
         chunk = train_step.make_chunk(config, network, optimizer)
-        state = jax.tree.map(there, train_step.init_state(network, optimizer, 0))
+        state = train_step.init_state(network, optimizer, 0)
+        shardings, whole = parallel.state_shardings(state, config.train.split_state), parallel.on_all()
+        state = jax.tree.map(there, state, shardings)
         size, channels = image_shape(config)
         batch = config.train.log_every, config.train.batch_size, size, size, channels
+        split = NamedSharding(mesh, PartitionSpec(None, "data"))
         images = jax.ShapeDtypeStruct(batch, np.uint8, sharding=split)
-        key = there(jax.eval_shape(lambda: jax.random.key(0)))
+        key = there(jax.random.key(0), whole)
         options = {"xla_gpu_autotune_level": "0"} if platform == "gpu" else {}
-        step = jax.jit(chunk, donate_argnums=0, out_shardings=whole, compiler_options=options)
+        where_to = shardings, whole
+        step = jax.jit(chunk, donate_argnums=0, out_shardings=where_to, compiler_options=options)
         lowered = step.lower(state, None, images, key)
     count, K = config.train.batch_size, build_objective(config).num_levels
     print(

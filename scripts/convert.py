@@ -1,12 +1,11 @@
 """Converts weights between this project's runs, the published PyTorch codes, diffusers and safetensors."""
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
 
-from s2dm_jax.command_line import Parser, mistakes_told
-from s2dm_jax.config import UserError, config_path
+from s2dm_jax.command_line import Parser, load_config, mistakes_told
+from s2dm_jax.config import UserError
 
 _FORMATS = ("workdir", "ddim", "sa_dpm", "pndm", "safetensors", "diffusers")
 _DESCRIPTION = """\
@@ -76,23 +75,10 @@ def _format_of(source: str, out: str) -> str:
     return "diffusers" if is_run else "workdir"
 
 
-def _config(name: str):
-    """The config that FILE[:METHOD] names, as --config of the main command line does."""
-    path, _, method = config_path(name).partition(":")
-    spec = importlib.util.spec_from_file_location("given_config", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return module.get_config(*([method] if method else []))
-    except Exception as error:
-        # Whatever the user's own file raises while it runs.
-        raise UserError(f"--config={name} failed with {type(error).__name__}: {error}") from error
-
-
 def run(argv: list[str] | None) -> None:
     """Reads, checks, writes, and says what was found."""
     args = parse(argv)
-    given = _config(args.config) if args.config else None
+    given = load_config(args.config) if args.config else None
 
     from s2dm_jax import exchange
     from s2dm_jax.config import data_label
