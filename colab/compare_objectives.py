@@ -93,8 +93,11 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 
-from s2dm_jax import losses
-from s2dm_jax.schedule import linear_schedule
+from s2dm_jax.common.images import image_grid
+from s2dm_jax.data.datasets import load_digits
+from s2dm_jax.diffusion import objectives
+from s2dm_jax.diffusion.schedule import add_noise, linear_schedule
+from s2dm_jax.models import unet
 
 schedule = linear_schedule()
 
@@ -108,7 +111,7 @@ def shrinkage(variance, K, lam):
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
 for colour, skip in enumerate((2, 10, 50)):
     for preset, style in (("paper", "-"), ("released", "--")):
-        s = losses.skip_scale(schedule, skip, preset=preset)
+        s = objectives.skip_scale(schedule, skip, preset=preset)
         axes[0].plot(s, style, color=f"C{colour}", label=f"skip {skip}, {preset}")
 axes[0].set(xlabel="noise level t", ylabel="$s_t$", title="Skip-step term, τ = 0.99: formula (2)")
 for K, lam in ((2, 1.0), (3, 0.3), (4, 0.2)):
@@ -128,8 +131,10 @@ plt.show()
 # %%
 STEPS = 1000 if QUICK else 1050
 LENGTH = "--config.train.batch_size=16" if QUICK else ""
-SHOWN = "--config.train.sample_every=200 --config.sample.method=unipc --config.sample.grid=quadratic"
-SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --config.eval.nfe=10"
+SHOWN = (
+    "--config.train.sample_every=200 --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
+)
+SHOWN += " --config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:ddpm --workdir={RUNS}/ddpm \
 #     --config.train.steps={STEPS} {LENGTH} {SHOWN}
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUNS}/s2 \
@@ -149,7 +154,7 @@ results = {
     for method in ("ddpm", "s2", "sa")
 }
 # !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUNS}/ddpm --config.eval.skip_scale=10 \
-#     --config.eval.methods=ddim --config.eval.grid=quadratic --config.eval.nfe=10
+#     --config.eval.samplers=ddim --config.eval.timestep_spacing=quadratic --config.eval.nfe=10
 results["ddpm, rescaled"] = json.loads(Path(RUNS, "ddpm", "results.json").read_text())["rows"]
 
 # %% [markdown]
@@ -160,10 +165,9 @@ results["ddpm, rescaled"] = json.loads(Path(RUNS, "ddpm", "results.json").read_t
 
 # %%
 import s2dm_jax
-from s2dm_jax.report import image_grid
 
 models = {method: s2dm_jax.load(f"{RUNS}/{method}") for method in ("ddpm", "s2", "sa")}
-how = {"method": "ddim", "nfe": 10, "grid": "quadratic"}
+how = {"sampler": "ddim", "nfe": 10, "timestep_spacing": "quadratic"}
 samples = {method: model.sample(16, **how) for method, model in models.items()}
 samples["ddpm, rescaled"] = models["ddpm"].sample(16, skip_scale=10, **how)
 
@@ -173,10 +177,10 @@ grid = image_grid(np.concatenate([samples[name][:12] for name in order]), column
 axes[0].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255)
 axes[0].set_yticks((np.arange(4) + 0.5) * len(grid) / 4, order)
 axes[0].set(xticks=[], title="The same noise through each")
-distances = [results[name][1]["distance"] for name in order]
+distances = [results[name][1]["frechet_distance"] for name in order]
 axes[1].bar_label(axes[1].barh(order, distances), fmt="%.1f", padding=3)
 axes[1].invert_yaxis()
-real, noise = (results["ddpm"][row]["distance"] for row in (0, -1))
+real, noise = (results["ddpm"][row]["frechet_distance"] for row in (0, -1))
 axes[1].set(xlim=(0, 1.2 * max(distances)), title=f"Fréchet distance (real {real:.1f}, noise {noise:.0f})")
 plt.show()
 
@@ -194,10 +198,6 @@ plt.show()
 # %%
 import jax
 import jax.numpy as jnp
-
-from s2dm_jax import unet
-from s2dm_jax.data import load_digits
-from s2dm_jax.schedule import add_noise
 
 digits = load_digits()
 x0 = jnp.asarray(digits.held_out / 127.5 - 1, jnp.float32)
@@ -224,7 +224,7 @@ smaller = np.sqrt(np.square(outputs["sa"]).sum(1) / plain)
 axes_variance = np.linalg.eigvalsh(np.cov(digits.train.reshape(len(digits.train), -1).T / 127.5))[:, None]
 share = (1 - schedule.alpha_bar) / (schedule.alpha_bar * axes_variance + 1 - schedule.alpha_bar)
 expected = np.sqrt((share * shrinkage(axes_variance, 2, 1.0) ** 2).sum(0) / share.sum(0))
-scale = losses.skip_scale(schedule, 10)
+scale = objectives.skip_scale(schedule, 10)
 
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
 axes[0].plot(scale, label="formula (2)")
@@ -245,10 +245,10 @@ plt.show()
 # What holds of all this: (1), for any function in the place of the network, and the agreement seen above.
 
 # %%
-objective = losses.paper(skip=10)
-draws = losses.draw(objective, jax.random.key(2), schedule.T, x0.shape)
-total, _ = losses.loss(lambda x, t: jnp.tanh(2 * x), schedule, objective, x0, draws)
-w, s, k = (table[draws.t, None, None, None] for table in losses.skip_quadratic(schedule, objective))
+objective = objectives.paper(skip=10)
+draws = objectives.sample_noise(objective, jax.random.key(2), schedule.T, x0.shape)
+total, _ = objectives.loss(lambda x, t: jnp.tanh(2 * x), schedule, objective, x0, draws)
+w, s, k = (table[draws.t, None, None, None] for table in objectives.skip_quadratic(schedule, objective))
 noise = np.asarray(draws.noise[:, 0], np.float64)
 f = np.tanh(2 * np.asarray(add_noise(schedule, x0, draws.t, draws.noise[:, 0]), np.float64))
 np.testing.assert_allclose(total, (w * (f - s * noise) ** 2 + k * noise**2).sum((1, 2, 3)), rtol=1e-4)

@@ -68,8 +68,10 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %%
 RUN = f"{RUNS}/s2"
 LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
-SHOWN = "--config.train.sample_every=200 --config.sample.method=unipc --config.sample.grid=quadratic"
-SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --config.eval.nfe=10"
+SHOWN = (
+    "--config.train.sample_every=200 --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
+)
+SHOWN += " --config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
 # %% [markdown]
@@ -89,8 +91,9 @@ SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --confi
 METHODS = "ddim,dpmpp_2m,unipc,analytic" if QUICK else "ddim,s_pndm,f_pndm,deis,dpmpp_2m,unipc,analytic"
 BUDGETS = "5,10" if QUICK else "5,10,20"
 IMAGES = 10 if QUICK else 100
-# !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUN} --config.eval.grid=quadratic \
-#     --config.eval.methods={METHODS} --config.eval.nfe={BUDGETS} --config.eval.ms_eps_images={IMAGES}
+# !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUN} --config.eval.timestep_spacing=quadratic
+# \
+#     --config.eval.samplers={METHODS} --config.eval.nfe={BUDGETS} --config.eval.noise_stat_images={IMAGES}
 
 # %% [markdown]
 # ## Import a PyTorch checkpoint
@@ -125,7 +128,7 @@ Path(OUT).mkdir()
 
 # %%
 # !{sys.executable} -m s2dm_jax.main --mode=export --workdir={RUN} --config.export.path={OUT}/sampler.npz \
-#     --config.sample.method=unipc --config.sample.grid=quadratic --config.sample.nfe=5
+#     --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic --config.sample.nfe=5
 
 # %% [markdown]
 # Whoever gets the file needs jax, NumPy and these lines. (`s2dm_jax.load` takes it, too, and gives its
@@ -160,10 +163,10 @@ import json
 import matplotlib.pyplot as plt
 
 import s2dm_jax
-from s2dm_jax.report import image_grid
+from s2dm_jax.common.images import image_grid
 
 model, imported = s2dm_jax.load(RUN), s2dm_jax.load(f"{OUT}/imported")
-how = {"nfe": 5, "grid": "quadratic"}
+how = {"nfe": 5, "timestep_spacing": "quadratic"}
 pictures = {f"{name}, 5": model.sample(16, name, **how) for name in ("ddim", "analytic", "dpmpp_2m", "unipc")}
 pictures["unipc, imported"] = imported.sample(16, "unipc", **how)
 pictures["unipc, reloaded"] = reloaded
@@ -172,12 +175,12 @@ rows = json.loads(Path(RUN, "results.json").read_text())["rows"]
 figure, axes = plt.subplots(1, 2, figsize=(13, 3.6), width_ratios=(1, 2), layout="constrained")
 curves = {}
 for row in rows[1:-1]:
-    curves.setdefault(row["images"].split(",")[0], []).append((row["evaluations"], row["distance"]))
+    curves.setdefault(row["name"].split(",")[0], []).append((row["nfe"], row["frechet_distance"]))
 for name, points in curves.items():
     axes[0].plot(*zip(*points, strict=True), "o-", label=name)
-axes[0].axhline(rows[0]["distance"], color="grey", linestyle=":", label="real digits")
+axes[0].axhline(rows[0]["frechet_distance"], color="grey", linestyle=":", label="real digits")
 axes[0].set(xlabel="network evaluations", ylabel="Fréchet distance", ylim=0, title="500 samples")
-axes[0].set_xticks(sorted({row["evaluations"] for row in rows[1:-1]}))
+axes[0].set_xticks(sorted({row["nfe"] for row in rows[1:-1]}))
 axes[0].legend()
 grid = image_grid(np.concatenate(list(pictures.values())), columns=16)
 axes[1].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255)

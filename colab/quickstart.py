@@ -62,15 +62,17 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # ## Train
 #
 # One command trains, keeps checkpoints, and measures the result. `digits.py:s2` is the method after the
-# colon: `ddpm`, `s2`, `sa` or `s2sa`. Every field of `s2dm_jax/config.py` can be set on the command line,
-# as the quick setting does here. The same command after an interruption goes on where it was; after the end
-# it only shows the table.
+# colon: `ddpm`, `s2`, `sa` or `s2sa`. Every field of `s2dm_jax/config/defaults.py` can be set on the command
+# line, as the quick setting does here. The same command after an interruption goes on where it was; after the
+# end it only shows the table.
 
 # %%
 RUN = f"{RUNS}/s2"
 LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
-SHOWN = "--config.train.sample_every=200 --config.sample.method=unipc --config.sample.grid=quadratic"
-SHOWN += " --config.eval.methods=ddim,unipc --config.eval.grid=quadratic --config.eval.nfe=10"
+SHOWN = (
+    "--config.train.sample_every=200 --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
+)
+SHOWN += " --config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
 # %% [markdown]
@@ -87,9 +89,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import s2dm_jax
-from s2dm_jax import pictures
-from s2dm_jax.data import load_digits
-from s2dm_jax.report import image_grid
+from s2dm_jax.common.images import image_grid
+from s2dm_jax.data.datasets import load_digits
+from s2dm_jax.inference import visualize
 
 metrics = [json.loads(line) for line in Path(RUN, "metrics.jsonl").read_text().splitlines()]
 drawn = sorted(Path(RUN, "samples").glob("step_*.png"))
@@ -110,7 +112,7 @@ plt.show()
 
 # %%
 model = s2dm_jax.load(RUN)
-images = model.sample(60, "unipc", nfe=10, grid="quadratic", seed=0)
+images = model.sample(60, "unipc", nfe=10, timestep_spacing="quadratic", seed=0)
 figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 for axis, shown, title in (
     (axes[0], load_digits().held_out[:60], "Real digits, held out"),
@@ -125,7 +127,7 @@ plt.show()
 # What the network takes each image for on the way, from the noisiest of the ten levels to the image itself:
 
 # %%
-strips = pictures.trajectory(model, range(4), method="unipc", nfe=10, grid="quadratic")
+strips = visualize.trajectory(model, range(4), sampler="unipc", nfe=10, timestep_spacing="quadratic")
 figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
 axis.imshow(image_grid(strips.reshape(-1, *model.image_shape), columns=10).squeeze(), cmap="gray")
 axis.set(title="Predictions of the image", xlabel="network evaluation")
@@ -141,7 +143,7 @@ plt.show()
 
 # %%
 starts, ends = (0, 2, 4, 6), (1, 3, 5, 7)
-rows = pictures.interpolate(model, starts, ends, 11, method="unipc", nfe=10, grid="quadratic")
+rows = visualize.interpolate(model, starts, ends, 11, sampler="unipc", nfe=10, timestep_spacing="quadratic")
 figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
 axis.imshow(image_grid(rows.reshape(-1, *model.image_shape), columns=11).squeeze(), cmap="gray")
 axis.set(title="Between images 0 and 1, 2 and 3, 4 and 5, 6 and 7", xlabel="share of the way")
@@ -156,8 +158,8 @@ plt.show()
 
 # %%
 results = json.loads(Path(RUN, "results.json").read_text())
-distance = {row["images"]: row["distance"] for row in results["rows"]}
-assert distance["unipc, grid quadratic"] < distance["noise (ceiling)"] / 10, distance
+distance = {row["name"]: row["frechet_distance"] for row in results["rows"]}
+assert distance["unipc, timestep_spacing quadratic"] < distance["noise (ceiling)"] / 10, distance
 assert np.abs(rows[:, [0, -1]].astype(int).reshape(images[:8].shape) - images[:8]).max() <= 1
 
 # %% [markdown]

@@ -19,12 +19,12 @@ Hours on one H100: not measured. Computed from 23.4 ms a step, the arithmetic al
 (design.md): no less than 2.6 for ddpm and s2, 19.8 for sa_2 and 5.2 for s2_10+sa_2.
 """
 
-from s2dm_jax.config import HEADS, default_config, set_head, set_method
+from s2dm_jax.config import HEADS, default_config, set_head, set_objective
 
 
 def get_config(method: str = "s2_10"):
     c = default_config()
-    set_method(c, "ddpm" if method in HEADS else method)
+    set_objective(c, "ddpm" if method in HEADS else method)
     only_sa = c.loss.K > 1 and not c.loss.skip
     c.data.name = "celeba"
     c.data.random_flip = True
@@ -37,7 +37,7 @@ def get_config(method: str = "s2_10"):
     c.train.batch_size = 128
     c.train.lr = 2e-4
     c.train.grad_clip = 1.0
-    c.train.ema_rate = 0.9999
+    c.train.ema_decay = 0.9999
     c.sample.batch_size = 100
     c.eval.num_images = 50_000
     c.eval.batch_size = 100

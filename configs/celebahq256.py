@@ -18,12 +18,12 @@ Hours on one H100: not measured. Computed from 45.3 ms a step, 3 × 248.5 G mult
 images at 790 TFLOP/s (design.md): no less than 12.7 for ddpm and s2, 25.5 for sa_2.
 """
 
-from s2dm_jax.config import HEADS, default_config, set_head, set_method
+from s2dm_jax.config import HEADS, default_config, set_head, set_objective
 
 
 def get_config(method: str = "sa_2"):
     c = default_config()
-    set_method(c, "ddpm" if method in HEADS else method)
+    set_objective(c, "ddpm" if method in HEADS else method)
     if c.loss.K > 1:
         c.loss.lam = 0.1
     c.data.name = "celebahq"
@@ -37,7 +37,7 @@ def get_config(method: str = "sa_2"):
     c.train.batch_size = 24
     c.train.lr = 2e-5
     c.train.grad_clip = 0.0
-    c.train.ema_rate = 0.999
+    c.train.ema_decay = 0.999
     c.sample.batch_size = 10
     c.eval.num_images = 10_000
     c.eval.batch_size = 10

@@ -18,12 +18,12 @@ Hours on one H100: not measured. Computed from 6.05 ms a step, the arithmetic al
 (design.md): no less than 1.0 for ddpm and s2, 1.6 for sa_2 and 2.0 for s2_10+sa_2.
 """
 
-from s2dm_jax.config import HEADS, default_config, set_head, set_method
+from s2dm_jax.config import HEADS, default_config, set_head, set_objective
 
 
 def get_config(method: str = "s2_10"):
     c = default_config()
-    set_method(c, "ddpm" if method in HEADS else method)
+    set_objective(c, "ddpm" if method in HEADS else method)
     only_sa = c.loss.K > 1 and not c.loss.skip
     c.data.name = "cifar10"
     c.data.random_flip = True
@@ -36,7 +36,7 @@ def get_config(method: str = "s2_10"):
     c.train.batch_size = 128
     c.train.lr = 2e-4
     c.train.grad_clip = 1.0
-    c.train.ema_rate = 0.9999
+    c.train.ema_decay = 0.9999
     c.eval.num_images = 50_000
     if method in HEADS:
         set_head(c, method)

@@ -4,7 +4,7 @@
 
 The method follows a colon: `digits.py:ddpm` (plain), `:s2` (skip-step term), `:sa` (sequence-aware term),
 `:s2sa` (both, the default). `:sn` and `:npr` train a second head on the network of the run that
---config.head.base names.
+--config.variance_head.base_workdir names.
 """
 
 from s2dm_jax.config import HEADS, default_config, set_head
@@ -31,7 +31,7 @@ def get_config(method: str = "s2sa"):
     c.train.steps = 1_050
     c.train.batch_size = 64
     c.train.lr = 1e-3
-    c.train.ema_rate = 0.99
+    c.train.ema_decay = 0.99
     c.train.log_every = 20
     c.train.sample_every = 350
     c.train.checkpoint_every = 350

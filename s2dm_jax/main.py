@@ -6,7 +6,7 @@
   python -m s2dm_jax.main --mode=evaluate --workdir=runs/digits --config.eval.nfe=10,20
   python -m s2dm_jax.main --mode=export --workdir=runs/digits
 
-Every field of s2dm_jax/config.py, which says what each is and in which unit, can be set as
+Every field of s2dm_jax/config/defaults.py, which says what each is and in which unit, can be set as
 --config.GROUP.FIELD=VALUE.
 """
 
@@ -20,20 +20,23 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from s2dm_jax import runs
-from s2dm_jax.check import allowed_type, check_config, check_evaluation_files
-from s2dm_jax.command_line import mistakes_told
-from s2dm_jax.config import FIELDS, UserError, config_path
-from s2dm_jax.head_runs import with_base
-from s2dm_jax.prepare import check_preparable, prepare
-from s2dm_jax.runs import compared_workdirs, prepare_workdir, read_config
+from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.config.defaults import FIELDS
+from s2dm_jax.config.io import config_path
+from s2dm_jax.config.validate import allowed_type, check_config, check_evaluation_files
+from s2dm_jax.data.cache import check_preparable, prepare_dataset
+from s2dm_jax.workdir import load
+from s2dm_jax.workdir.folder import prepare_workdir
+from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "Config file, with the method after a colon: configs/digits.py:s2sa; the other modes take the run's own",
 )
+
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; a run that is there goes on")
+
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -41,15 +44,20 @@ _MODE = flags.DEFINE_enum(
     "Train a run, sample from one as --config.sample.* say, evaluate one as --config.eval.* say, or export "
     "its sampler as one file",
 )
+
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator",
+    "coordinator_address",
     None,
     "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods",
 )
+
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes", 1)
+
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0", 0)
+
 # Ways of saying how many steps a sampler makes: one on the command line replaces another in the config.
 _HOW_MANY = {"steps": 0, "nfe": 0, "timesteps": ()}
+
 # What may be changed of a run that is there, by mode.
 _GROUPS = {"sample": ("sample",), "evaluate": ("eval",), "export": ("sample", "export")}
 
@@ -94,7 +102,7 @@ def _own_config(given: dict[str, str]) -> list[str]:
         mode = given.get("mode", "train")
         raise UserError(f"--workdir is missing; for example --mode={mode} --workdir=runs/digits")
     read_config(workdir)
-    return [] if "config" in given else [f"--config={runs.__file__}:{workdir}"]
+    return [] if "config" in given else [f"--config={load.__file__}:{workdir}"]
 
 
 def _parse(argv: list[str]) -> None:
@@ -125,23 +133,28 @@ def _check_processes() -> None:
     """Checks the flags of several hosts against each other."""
     coordinator, count, number = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     if coordinator is None or count is None or number is None:
-        said = {"coordinator": coordinator, "num_processes": count, "process_id": number}
+        said = {"coordinator_address": coordinator, "num_processes": count, "process_id": number}
         missing = [name for name, value in said.items() if value is None]
         if len(missing) == len(said):
             return
         raise UserError(
-            f"--{missing[0]} is missing: --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
-            "go together"
+            f"--{missing[0]} is missing: --coordinator_address=HOST:PORT, --num_processes=N and "
+            "--process_id=I go together"
         )
     if not re.fullmatch(r".+:\d+", coordinator):
-        raise UserError(f"--coordinator={coordinator} is not HOST:PORT; for example --coordinator=node0:1234")
+        raise UserError(
+            f"--coordinator_address={coordinator} is not HOST:PORT; for example "
+            "--coordinator_address=node0:1234"
+        )
     if number >= count:
         raise UserError(
             f"--process_id={number} is out of range: with --num_processes={count} it must be from 0 to "
             f"{count - 1}"
         )
     if _MODE.value != "train":
-        raise UserError(f"--coordinator does not go with --mode={_MODE.value}, which is for one process")
+        raise UserError(
+            f"--coordinator_address does not go with --mode={_MODE.value}, which is for one process"
+        )
 
 
 def run(argv: list[str]) -> None:
@@ -170,7 +183,7 @@ def run(argv: list[str]) -> None:
         check_preparable(config)
         check_evaluation_files(config)
         prepare_workdir(_WORKDIR.value, config)
-        prepare(config)
+        prepare_dataset(config)
     else:
         config = _config_of_run(given, config)
     # Orbax logs with a traceback what it also raises, and what is raised is told in one sentence.
@@ -181,39 +194,42 @@ def run(argv: list[str]) -> None:
 
     # jax takes seconds to import: mistakes are told before.
     if _MODE.value == "sample":
-        from s2dm_jax.sample_mode import sample
+        from s2dm_jax.inference.sample import sample
 
         sample(config, _WORKDIR.value)
         return
     if _MODE.value == "export":
-        from s2dm_jax.export import export
+        from s2dm_jax.weights.export import export
 
         export(config, _WORKDIR.value)
         return
-    from s2dm_jax.parallel import join_hosts, use_all_cores
+    from s2dm_jax.devices.distributed import initialize_distributed
+    from s2dm_jax.devices.sharding import set_cpu_device_count
 
     # Evaluation too, so that a run's own and a later one are the same.
-    use_all_cores(config.train.batch_size // (_NUM_PROCESSES.value or 1))
+    set_cpu_device_count(config.train.batch_size // (_NUM_PROCESSES.value or 1))
     if _MODE.value == "evaluate":
-        from s2dm_jax.evaluate import evaluate_run
+        from s2dm_jax.evaluation.evaluate import evaluate_run
 
         evaluate_run(config, _WORKDIR.value)
     else:
-        from s2dm_jax.train import train
+        from s2dm_jax.training.loop import train
 
-        join_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         train(config, _WORKDIR.value)
 
 
 def _head_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:
     """The config of a head with what it has from its base; any other config as it is."""
     for flag in given:
-        if config.head.kind and flag.startswith(("config.data.", "config.diffusion.", "config.model.")):
+        if config.variance_head.kind and flag.startswith(
+            ("config.data.", "config.diffusion.", "config.model.")
+        ):
             raise UserError(
-                f"--{flag} cannot be changed with config.head.kind={config.head.kind!r}, which takes it from "
-                "the run in config.head.base"
+                f"--{flag} cannot be changed with config.variance_head.kind={config.variance_head.kind!r}, "
+                "which takes it from the run in config.variance_head.base_workdir"
             )
-    return with_base(config)
+    return inherit_base_config(config)
 
 
 def _config_of_run(given: dict[str, str], config: ConfigDict) -> ConfigDict:
@@ -231,13 +247,13 @@ def _config_of_run(given: dict[str, str], config: ConfigDict) -> ConfigDict:
         own[group] = config[group]
     check_config(own)
     if "sample" in groups:
-        compared_workdirs(own)
+        check_compared_runs(own)
     else:
         check_evaluation_files(own)
     return own
 
 
-@mistakes_told()
+@report_user_errors()
 def main() -> None:
     """Entry point: a mistake, and a full disk, become one sentence and exit status 2."""
     try:

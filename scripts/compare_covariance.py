@@ -6,11 +6,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from s2dm_jax.command_line import Parser, mistakes_told, run_shown
-from s2dm_jax.config import UserError, config_path
-from s2dm_jax.progress import one_by_one
-from s2dm_jax.report import markdown_table
-from s2dm_jax.runs import write_whole
+from s2dm_jax.common.cli import Parser, run_command
+from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.markdown import markdown_table
+from s2dm_jax.common.progress import iterate_with_eta
+from s2dm_jax.config.io import config_path
 
 _DESCRIPTION = """\
 Trains ddpm and sa from each seed, and on each a second head for SN-DPM and one for NPR-DPM, by the ordinary
@@ -42,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=500, help="optimizer steps of sa; ddpm makes twice (500)"
     )
-    parser.add_argument("--head_steps", type=int, default=300, help="optimizer steps of each head (300)")
+    parser.add_argument("--head-steps", type=int, default=300, help="optimizer steps of each head (300)")
     parser.add_argument("--images", type=int, default=50, help="images a level behind A's statistic (50)")
     parser.add_argument("--nfe", default="5,10,20,50", help="network evaluations per image (5,10,20,50)")
     args = parser.parse_args(argv)
@@ -63,15 +64,15 @@ def distances_of(args: argparse.Namespace, kept: Path, workdir: Path, commands: 
         for flags in commands:
             command = [sys.executable, "-m", "s2dm_jax.main", f"--workdir={workdir}", *flags]
             print(" ".join(command[1:]), flush=True)
-            if run_shown(command):
+            if run_command(command):
                 raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, (workdir / "results.json").read_text())
+        write_atomic(kept, (workdir / "results.json").read_text())
     distances = {}
     for row in json.loads(kept.read_text())["rows"]:
-        if row["evaluations"]:
-            method = row["images"].split(",")[0]
-            distances.setdefault(method, {})[row["evaluations"]] = row["distance"]
+        if row["nfe"]:
+            method = row["name"].split(",")[0]
+            distances.setdefault(method, {})[row["nfe"]] = row["frechet_distance"]
     budgets = [int(nfe) for nfe in args.nfe.split(",")]
     if any(list(found) != budgets for found in distances.values()):
         raise UserError(f"{kept} was made with other --nfe; give another DIR, or the same --nfe")
@@ -85,13 +86,13 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[str, Path, Path, list[list[s
         for objective, factor in _OBJECTIVES.items():
             steps, base = factor * args.steps, out / objective / f"seed{seed}"
             train = [f"--config={args.config}:{objective}", f"--config.train.seed={seed}", nfe]
-            evaluate = ["--mode=evaluate", nfe, "--config.eval.methods=ddpm,analytic"]
-            evaluate += ["--config.eval.grid=linspace", "--config.eval.variance=small"]
-            evaluate += [f"--config.eval.ms_eps_images={args.images}"]
+            evaluate = ["--mode=evaluate", nfe, "--config.eval.samplers=ddpm,analytic"]
+            evaluate += ["--config.eval.timestep_spacing=linspace", "--config.eval.variance=small"]
+            evaluate += [f"--config.eval.noise_stat_images={args.images}"]
             kept = out / "covariance" / f"{objective}_seed{seed}_step{steps}.json"
             jobs.append((objective, kept, base, [[*train, f"--config.train.steps={steps}"], evaluate]))
             for kind in ("npr", "sn"):
-                head = [f"--config={args.config}:{kind}", f"--config.head.base={base}", nfe]
+                head = [f"--config={args.config}:{kind}", f"--config.variance_head.base_workdir={base}", nfe]
                 head += [f"--config.train.seed={seed}", f"--config.train.steps={args.head_steps}"]
                 name = f"{objective}_{kind}_seed{seed}_step{steps}_{args.head_steps}.json"
                 workdir = out / f"{objective}_{kind}" / f"seed{seed}"
@@ -102,7 +103,7 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[str, Path, Path, list[list[s
 def compare(args: argparse.Namespace) -> str:
     """Does what is not done, and makes the table."""
     jobs, found = jobs_of(args), {}
-    for objective, *job in one_by_one(jobs, [not kept.exists() for _, kept, *_ in jobs]):
+    for objective, *job in iterate_with_eta(jobs, [not kept.exists() for _, kept, *_ in jobs]):
         for method, values in distances_of(args, *job).items():
             found.setdefault((objective, _NAMES[method]), []).append(values)
     rows = []
@@ -114,7 +115,7 @@ def compare(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: a mistake becomes one sentence and exit status 2."""
-    with mistakes_told():
+    with report_user_errors():
         args = parse(argv)
         table = compare(args)
         (Path(args.out) / "covariance.md").write_text(table + "\n")

@@ -6,11 +6,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from s2dm_jax.command_line import Parser, mistakes_told, run_shown
-from s2dm_jax.config import UserError, config_path
-from s2dm_jax.progress import one_by_one
-from s2dm_jax.report import markdown_table
-from s2dm_jax.runs import write_whole
+from s2dm_jax.common.cli import Parser, run_command
+from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.markdown import markdown_table
+from s2dm_jax.common.progress import iterate_with_eta
+from s2dm_jax.config.io import config_path
 
 _DESCRIPTION = """\
 Trains ddpm, s2, sa and s2sa from each seed by the ordinary command, and evaluates each by DDIM. Plain
@@ -83,10 +84,10 @@ def results_of(args: argparse.Namespace, seed: int, method: str, steps: int, ski
         command += [f"--workdir={workdir}", f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
         command += [f"--config.eval.nfe={args.nfe}", f"--config.eval.skip_scale={skip_scale}"]
         print(" ".join(command[1:]), flush=True)
-        if run_shown(command):
+        if run_command(command):
             raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, (workdir / "results.json").read_text())
+        write_atomic(kept, (workdir / "results.json").read_text())
     results = json.loads(kept.read_text())
     if results["eval"]["nfe"] != budgets:
         raise UserError(f"{kept} was made with other --nfe; give another DIR, or the same --nfe")
@@ -95,7 +96,7 @@ def results_of(args: argparse.Namespace, seed: int, method: str, steps: int, ski
 
 def distances_of(runs: list[dict]) -> list[list[float]]:
     """Distances [run][number of evaluations]."""
-    return [[row["distance"] for row in run["rows"] if row["evaluations"]] for run in runs]
+    return [[row["frechet_distance"] for row in run["rows"] if row["nfe"]] for run in runs]
 
 
 def name_of(method: str, skip_scale: int) -> str:
@@ -139,15 +140,15 @@ def differences(args: argparse.Namespace, results: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: a mistake becomes one sentence and exit status 2."""
-    with mistakes_told():
+    with report_user_errors():
         args = parse(argv)
         runs, results = runs_of(args), {}
         costs = [not kept_at(args, *each).exists() for each in runs]
-        for seed, *kind in one_by_one(runs, costs):
+        for seed, *kind in iterate_with_eta(runs, costs):
             one = results_of(args, seed, *kind)
             results.setdefault(tuple(kind), []).append(one)
         text = table(args, results)
-        floor, *_, ceiling = (row["distance"] for row in one["rows"])
+        floor, *_, ceiling = (row["frechet_distance"] for row in one["rows"])
         text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n\n"
         text += differences(args, results) + "\n"
         (Path(args.out) / "table.md").write_text(text)

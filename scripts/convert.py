@@ -4,8 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from s2dm_jax.command_line import Parser, load_config, mistakes_told
-from s2dm_jax.config import UserError
+from s2dm_jax.common.cli import Parser
+from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.config.io import load_config
 
 _FORMATS = ("workdir", "ddim", "sa_dpm", "pndm", "safetensors", "diffusers")
 _DESCRIPTION = """\
@@ -80,12 +81,12 @@ def run(argv: list[str] | None) -> None:
     args = parse(argv)
     given = load_config(args.config) if args.config else None
 
-    from s2dm_jax import exchange
-    from s2dm_jax.config import data_label
-    from s2dm_jax.weights_files import read_weights
+    from s2dm_jax.config.defaults import dataset_name
+    from s2dm_jax.weights.read import read_weights
+    from s2dm_jax.weights.write import infer_config, write_weights
 
     weights = read_weights(args.source, resolution=args.resolution, digest=args.digest)
-    config = exchange.config_for(weights, given=given, data=args.data)
+    config = infer_config(weights, given=given, data=args.data)
     if weights.card and args.step is not None:
         raise UserError(f"--step={args.step} does not go with weights of ours, whose step is {weights.step}")
     step = weights.step if weights.card else args.step or 0
@@ -107,11 +108,11 @@ def run(argv: list[str] | None) -> None:
         "first_step": step,
     }
     weights = weights._replace(step=step)
-    exchange.write(args.out, args.to, weights, config, source=source, license=args.license)
+    write_weights(args.out, args.to, weights, config, source=source, license=args.license)
     print(f"wrote    {args.out}: {args.to}, with a model card")
     if args.to == "workdir" and not weights.card:
         guessed = "" if args.data or args.config else ", by the size of the images"
-        print(f"data     {data_label(config)}{guessed}")
+        print(f"data     {dataset_name(config)}{guessed}")
     if args.to == "workdir":
         print(f"sample   python -m s2dm_jax.main --mode=sample --workdir={args.out}")
         print(f"go on    python -m s2dm_jax.main --workdir={args.out} --config.train.steps=N")
@@ -119,7 +120,7 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: a mistake becomes one sentence and exit status 2."""
-    with mistakes_told():
+    with report_user_errors():
         run(argv)
 
 

@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from s2dm_jax.command_line import Parser, check_matplotlib, mistakes_told
-from s2dm_jax.config import UserError, data_label
-from s2dm_jax.runs import load_run, read_config
+from s2dm_jax.common.cli import Parser, check_matplotlib
+from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.config.defaults import dataset_name
+from s2dm_jax.workdir.load import load_run, read_config
 
 _DESCRIPTION = """\
 Noises real images to a level, denoises them level by level with each run's moving average, and follows the
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--eta", type=float, default=1.0, help="1: DDPM, posterior variance (default); 0: DDIM"
     )
     parser.add_argument(
-        "--batch_size", type=int, default=100, help="images at a time; each takes START images' memory (100)"
+        "--batch-size", type=int, default=100, help="images at a time; each takes START images' memory (100)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
     args = parser.parse_args(argv)
@@ -58,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--seed={args.seed} is out of range: it must be from 0 to {2**31 - 1}")
     if not args.out.endswith(".png"):
         raise UserError(f"--out={args.out} must end in .png")
-    names = {data_label(read_config(workdir)) for workdir in args.workdirs}
+    names = {dataset_name(read_config(workdir)) for workdir in args.workdirs}
     if len(names) > 1:
         raise UserError(
             f"the runs were trained on {' and '.join(sorted(names))}; compare runs on one data set"
@@ -69,9 +70,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
     """One run's curve, and what it was measured on; `schedules` keeps those of the runs before."""
-    from s2dm_jax.config import build_schedule
-    from s2dm_jax.data import load_dataset
-    from s2dm_jax.estimation_gap import gap_curve
+    from s2dm_jax.config.build import build_schedule
+    from s2dm_jax.data.datasets import load_dataset
+    from s2dm_jax.evaluation.estimation_gap import gap_curve
 
     run = load_run(workdir)
     # Runs that share the schedule object share the compiled program.
@@ -125,7 +126,7 @@ def plot(curves: list[dict], path: Path) -> None:
 
 def summary(curves: list[dict]) -> str:
     """The gap at a few levels and at the end, as a Markdown table."""
-    from s2dm_jax.report import markdown_table
+    from s2dm_jax.common.markdown import markdown_table
 
     shown = [t for t in (200, 100, 50, 20, 10, 1) if t <= min(curve["t"][0] for curve in curves)]
     header = ["run", *(f"t = {t}" for t in shown), "end, of the mean"]
@@ -161,7 +162,7 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: a mistake becomes one sentence and exit status 2."""
-    with mistakes_told():
+    with report_user_errors():
         run(argv)
 
 

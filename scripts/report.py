@@ -4,9 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from s2dm_jax.command_line import Parser, check_matplotlib, mistakes_told
-from s2dm_jax.config import UserError
-from s2dm_jax.runs import read_config
+from s2dm_jax.common.cli import Parser, check_matplotlib
+from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.workdir.load import read_config
 
 _DESCRIPTION = """\
 Gathers what runs have left in their folders: results.json (tables and provenance), the newest grid of
@@ -46,13 +46,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: a mistake becomes one sentence and exit status 2."""
-    with mistakes_told():
+    with report_user_errors():
         args = parse(argv)
-        from s2dm_jax.comparison import plot_distances, read_evaluated
-        from s2dm_jax.page import report_page
-        from s2dm_jax.runs import write_whole
+        from s2dm_jax.common.files import write_atomic
+        from s2dm_jax.evaluation.comparison import plot_distances, read_evaluated
+        from s2dm_jax.evaluation.html_report import report_page
 
-        write_whole(Path(args.out), report_page(args.workdirs))
+        write_atomic(Path(args.out), report_page(args.workdirs))
         print(f"page: {args.out}")
         if args.plot:
             temporary = Path(args.plot).with_name(f".{os.getpid()}.{Path(args.plot).name}")

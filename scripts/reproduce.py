@@ -8,23 +8,16 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+from papers.plan import budgets, gpu_hours, images_of, picture_commands, scaled, train_command, workdir_of
+from papers.s2dm import TABLES as S2_TABLES
+from papers.sa_dpm import TABLES as SA_TABLES
+from papers.types import Model, Table, TableRow
 
-from s2dm_jax.command_line import Parser, check_matplotlib, mistakes_told, run_shown
-from s2dm_jax.config import UserError, from_json
-from s2dm_jax.papers import Line, Model, Table
-from s2dm_jax.papers_plan import (
-    budgets,
-    command_of,
-    gpu_hours,
-    images_of,
-    picture_commands,
-    scaled,
-    workdir_of,
-)
-from s2dm_jax.papers_s2 import TABLES as S2_TABLES
-from s2dm_jax.papers_sa import TABLES as SA_TABLES
-from s2dm_jax.progress import one_by_one
-from s2dm_jax.runs import write_whole
+from s2dm_jax.common.cli import Parser, check_matplotlib, run_command
+from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.progress import iterate_with_eta
+from s2dm_jax.config.io import from_json
 
 TABLES = {**S2_TABLES, **SA_TABLES}
 _DESCRIPTION = """\
@@ -68,29 +61,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def kept_at(table: Table, line: Line, args: argparse.Namespace) -> Path:
+def kept_at(table: Table, line: TableRow, args: argparse.Namespace) -> Path:
     """Where a line's results are kept."""
     name = "".join(c if c.isalnum() else "_" for c in line.label)
-    digest = _digest(command_of(table, line, args))
+    digest = _digest(train_command(table, line, args))
     return Path(args.out) / "results" / args.table / f"{name}_{digest}.json"
 
 
-def run_line(table: Table, line: Line, args: argparse.Namespace) -> dict:
+def run_line(table: Table, line: TableRow, args: argparse.Namespace) -> dict:
     """Trains and evaluates, unless that was done, and returns the results.
 
     Raises:
       UserError: where the command fails.
     """
-    command, kept = command_of(table, line, args), kept_at(table, line, args)
+    command, kept = train_command(table, line, args), kept_at(table, line, args)
     if not kept.exists():
         workdir = workdir_of(line.model, args, line.head)
         if not line.head:
             _continue_a_shorter_one(line.model, workdir, args)
         print(" ".join(command[1:]), flush=True)
-        if run_shown(command):
+        if run_command(command):
             raise UserError(f"{line.label}: the command above failed and says why; the same command goes on")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, (workdir / "results.json").read_text())
+        write_atomic(kept, (workdir / "results.json").read_text())
     return json.loads(kept.read_text())
 
 
@@ -124,7 +117,7 @@ def _digest(command: list[str]) -> str:
     return hashlib.sha256(" ".join(command[1:]).encode()).hexdigest()[:8]
 
 
-def seconds_of(table: Table, line: Line, args: argparse.Namespace) -> list[str]:
+def seconds_of(table: Table, line: TableRow, args: argparse.Namespace) -> list[str]:
     """What a table of times holds for a line: seconds per training step, or for sampling all images."""
     workdir = workdir_of(line.model, args)
     if table.kind == "training":
@@ -141,16 +134,19 @@ def seconds_of(table: Table, line: Line, args: argparse.Namespace) -> list[str]:
     return [f"{seconds[nfe, images]:.1f}" for nfe in budgets(table, line).values()]
 
 
-def measured(table: Table, line: Line, found: dict) -> list[float | None]:
+def measured(table: Table, line: TableRow, found: dict) -> list[float | None]:
     """What a line's results have for each column; None where the method cannot make so few steps."""
-    unit, of = "is" if table.kind == "is" else "distance", budgets(table, line)
-    by_nfe = {row["evaluations"]: row[unit] for row in found["rows"] if row["evaluations"]}
+    unit, of = (
+        "inception_score" if table.kind == "inception_score" else "frechet_distance",
+        budgets(table, line),
+    )
+    by_nfe = {row["nfe"]: row[unit] for row in found["rows"] if row["nfe"]}
     return [by_nfe.get(of.get(steps)) for steps in table.columns]
 
 
 def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace) -> str:
     """The papers' figures and ours, a pair of rows for each line."""
-    from s2dm_jax.report import markdown_table
+    from s2dm_jax.common.markdown import markdown_table
 
     rows = []
     for line in table.lines:
@@ -203,7 +199,7 @@ def reproduce(args: argparse.Namespace) -> None:
     )
     if args.dry_run:
         for line in table.lines:
-            print(f"\n{line.label}:\n  " + " ".join(command_of(table, line, args)[1:]))
+            print(f"\n{line.label}:\n  " + " ".join(train_command(table, line, args)[1:]))
             if line.paper:
                 print("  paper: " + ", ".join(map(str, line.paper)))
         for command in pictures:
@@ -211,7 +207,7 @@ def reproduce(args: argparse.Namespace) -> None:
         return
     if table.kind == "curves":
         check_matplotlib("the figure")
-    lines = one_by_one(table.lines, costs_of(table, args))
+    lines = iterate_with_eta(table.lines, costs_of(table, args))
     results = {line.label: run_line(table, line, args) for line in lines}
     if table.kind == "curves":
         path = Path(args.out) / f"{args.table}.png"
@@ -230,7 +226,7 @@ def reproduce(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: a mistake becomes one sentence and exit status 2."""
-    with mistakes_told():
+    with report_user_errors():
         args = parse(argv)
         if args.table:
             reproduce(args)

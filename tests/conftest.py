@@ -1,6 +1,5 @@
 """Golden numbers of the published PyTorch code: a few in the repo, all of them in ../shared/golden."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from s2dm_jax import checkpoint, main, train_step
-from s2dm_jax.config import build_network, to_json
+from s2dm_jax import main
 
 # Most of the suite's time is compiling programs that run once; the processes that tests start inherit this.
 _QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -19,16 +17,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".
 
 _HERE = Path(__file__).parent / "golden"
 _ALL = Path(__file__).parents[2] / "shared" / "golden"
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def _nhwc(array):
@@ -49,7 +37,8 @@ def _no_download():
     """Nothing is fetched from the network; a test that fetches names its own server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "s2dm_jax.inception_weights.URL", "file:///nowhere/pt_inception-2015-12-05-6726825d.pth"
+            "s2dm_jax.evaluation.inception_weights.URL",
+            "file:///nowhere/pt_inception-2015-12-05-6726825d.pth",
         )
         yield
 
@@ -84,28 +73,3 @@ def command_line(monkeypatch):
         main.main()
 
     return run
-
-
-def load_file(path):
-    """A Python file as a module: a command of scripts/, a config."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def save_run(path, config, *, seed, ema_factor):
-    """Makes `path` the folder of a run of 7 steps that were never trained; its average is a multiple."""
-    path.mkdir()
-    (path / "config.json").write_text(to_json(config))
-    optimizer = train_step.make_optimizer(config.train.lr, config.train.grad_clip)
-    state = train_step.init_state(build_network(config), optimizer, seed)
-    ema = jax.tree.map(lambda leaf: np.asarray(leaf) * ema_factor, state.params)
-    manager = checkpoint.open_checkpoints(path)
-    checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema=ema)))
-    manager.close()
-
-
-def group(arrays, prefix):
-    """The entries of a golden file below a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -1,6 +1,6 @@
 """What the documents say is so: commands exist and parse, links resolve, examples of additions work.
 
-`scripts/run_docs.py`, which `.ci/run` calls, runs the blocks; here is what takes no training.
+`scripts/dev/run_docs.py`, which `.ci/run` calls, runs the blocks; here is what takes no training.
 """
 
 import argparse
@@ -17,14 +17,20 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from conftest import load_file, save_run
+from helpers import load_file, save_run
 from markdown_it import MarkdownIt
 
-from s2dm_jax import evaluate, export, main, parallel, sample_mode, train
-from s2dm_jax.config import FIELDS, to_json
+from s2dm_jax import main
+from s2dm_jax.config.defaults import FIELDS
+from s2dm_jax.config.io import to_json
+from s2dm_jax.devices import distributed, sharding
+from s2dm_jax.evaluation import evaluate
+from s2dm_jax.inference import sample
+from s2dm_jax.training import loop
+from s2dm_jax.weights import export
 
 ROOT = Path(__file__).resolve().parents[1]
-run_docs = load_file(ROOT / "scripts" / "run_docs.py")
+run_docs = load_file(ROOT / "scripts" / "dev" / "run_docs.py")
 
 ADDING = ROOT / "docs" / "adding.md"
 LINKED = [*run_docs.PAGES, ROOT / "CHANGELOG.md"]
@@ -94,15 +100,16 @@ def checked(monkeypatch, tmp_path, command_line):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
     for folder in ("configs", "scripts", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    for module, work in ((sample_mode, "sample"), (export, "export"), (evaluate, "evaluate_run")):
+    for module, work in ((sample, "sample"), (export, "export"), (evaluate, "evaluate_run")):
         monkeypatch.setattr(module, work, lambda config, workdir: None)
     for module, function in (
-        (main, "prepare"),
+        (main, "prepare_dataset"),
         (main, "check_preparable"),
-        (parallel, "use_all_cores"),
-        (parallel, "join_hosts"),
+        (sharding, "set_cpu_device_count"),
+        (distributed, "initialize_distributed"),
     ):
         monkeypatch.setattr(module, function, lambda *_: None)
 
@@ -110,7 +117,7 @@ def checked(monkeypatch, tmp_path, command_line):
         (Path(workdir) / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
         (Path(workdir) / "config.json").write_text(to_json(config))
 
-    monkeypatch.setattr(train, "train", leave)
+    monkeypatch.setattr(loop, "train", leave)
 
     class Parsed(Exception):
         pass
@@ -127,7 +134,9 @@ def checked(monkeypatch, tmp_path, command_line):
         said = run_docs.arguments(words)
         if said[:2] == ["-m", "s2dm_jax.main"]:
             flags = dict(word.lstrip("-").partition("=")[::2] for word in said[2:])
-            given = [flags.get("config.head.base")] + ([] if "config" in flags else [flags["workdir"]])
+            given = [flags.get("config.variance_head.base_workdir")] + (
+                [] if "config" in flags else [flags["workdir"]]
+            )
             for workdir in filter(None, given):
                 if not Path(workdir).exists():
                     leave(runpy.run_path("configs/digits.py")["get_config"](), workdir)
@@ -262,13 +271,14 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from PIL import Image
-from s2dm_jax import losses, prepare, prepare_tfds
-from s2dm_jax.check import check_config
+from s2dm_jax.data import cache, tfds_builder
+from s2dm_jax.diffusion import objectives
+from s2dm_jax.config.validate import check_config
 from s2dm_jax.config import default_config
-from s2dm_jax.data import load_dataset
-from s2dm_jax.runs import read_config
-from s2dm_jax.samplers import METHODS
-from s2dm_jax.schedule import linear_schedule
+from s2dm_jax.data.datasets import load_dataset
+from s2dm_jax.workdir.load import read_config
+from s2dm_jax.samplers.specs import get_sampler
+from s2dm_jax.diffusion.schedule import linear_schedule
 
 schedule = linear_schedule()
 ab = schedule.alpha_bar
@@ -276,22 +286,22 @@ rng = np.random.default_rng(0)
 
 # A network that sees no noise: each prediction is x divided by the signal.
 x_T, noise = rng.standard_normal((2, 3, 4, 4, 1)).astype(np.float32)
-x_0 = METHODS["renoise"](lambda x, t: 0 * x, x_T, schedule, np.array([100, 300]), noise_fn=lambda step: noise)
-expected = x_T / np.sqrt(ab[300]) + np.sqrt(1 / ab[100] - 1) * noise
-np.testing.assert_allclose(x_0, expected, rtol=1e-4)
+x_0 = get_sampler("renoise")(lambda x, t: 0 * x, x_T, schedule, np.array([100, 300]), noise_fn=lambda step:
+noise) expected = x_T / np.sqrt(ab[300]) + np.sqrt(1 / ab[100] - 1) * noise np.testing.assert_allclose(x_0,
+expected, rtol=1e-4)
 
 # SNR is 5 near level 130, and levels above it keep their weight.
 t = np.array([0, 100, 300, 999])
-draws = losses.Draws(t, rng.standard_normal((4, 1, 8, 8, 1)).astype(np.float32), None)
-objective = losses.paper(min_snr=5.0)
-total, terms = losses.loss(lambda x, t: 0 * x, schedule, objective, np.zeros((4, 8, 8, 1), np.float32), draws)
-np.testing.assert_allclose(total / terms["simple"], np.minimum(5 * (1 / ab[t] - 1), 1), rtol=1e-4)
+draws = objectives.NoiseSample(t, rng.standard_normal((4, 1, 8, 8, 1)).astype(np.float32), None)
+objective = objectives.paper(min_snr=5.0)
+total, terms = objectives.loss(lambda x, t: 0 * x, schedule, objective, np.zeros((4, 8, 8, 1), np.float32),
+draws) np.testing.assert_allclose(total / terms["simple"], np.minimum(5 * (1 / ab[t] - 1), 1), rtol=1e-4)
 assert (total / terms["simple"])[1] < 0.9
 
 data = load_dataset(read_config("runs/pictures"))
 assert data.train.shape == (36, 32, 32, 3) and data.held_out.shape == (4, 32, 32, 3)
 
-# What the builder would give; that it does so for CIFAR-10 is held by tests/test_tfds.py.
+# What the builder would give; that it does so for CIFAR-10 is held by tests/data/test_tfds_builder.py.
 class Builder:
     version = "1.0.0"
     info = SimpleNamespace(
@@ -301,14 +311,14 @@ class Builder:
 
 png = io.BytesIO()
 Image.new("RGB", (32, 32), (1, 2, 3)).save(png, "PNG")
-prepare_tfds.build = lambda name, folder: Builder
-prepare_tfds.encoded_examples = lambda builder, split: [{"image": png.getvalue(), "label": i} for i in (1, 0)]
+tfds_builder.build = lambda name, folder: Builder
+tfds_builder.encoded_examples = lambda builder, split: [{"image": png.getvalue(), "label": i} for i in (1, 0)]
 config = default_config()
 config.data.name = "svhn"
 check_config(config)
 folder = Path("svhn")
 folder.mkdir()
-told = prepare_tfds.run("svhn", prepare.treatment(config), folder, folder)
+told = tfds_builder.run("svhn", cache.transform_of(config), folder, folder)
 assert told["source"] == "SVHN of tensorflow-datasets" and told["classes"] == ["zero", "one"]
 assert (np.load(folder / "train.npy") == np.full((2, 32, 32, 3), [1, 2, 3])).all()
 assert np.load(folder / "held_out_labels.npy").tolist() == [1, 0]

@@ -68,12 +68,12 @@ def test_quickstart(run):
     shapes, distance = run("quickstart", "[images.shape, strips.shape, rows.shape], distance")
     assert shapes == [[60, 8, 8, 1], [4, 10, 8, 8, 1], [4, 11, 8, 8, 1]]
     # Of noise 361, of real digits 3.
-    assert distance["unipc, grid quadratic"] < 30
+    assert distance["unipc, timestep_spacing quadratic"] < 30
 
 
 def test_compare_objectives(run):
     rows, measured, theory = run("compare_objectives", "results, smaller.tolist(), expected[levels].tolist()")
-    distance = {name: of_run[1]["distance"] for name, of_run in rows.items()}
+    distance = {name: of_run[1]["frechet_distance"] for name, of_run in rows.items()}
     assert max(distance["ddpm, rescaled"], distance["s2"]) < distance["ddpm"] < distance["sa"] < 60
     # From level 401 on as in theory; at level 1 the output is a fifth smaller.
     assert measured[8:] == pytest.approx(theory[8:], abs=0.02)

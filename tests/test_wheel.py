@@ -47,7 +47,7 @@ def names_in(wheel):
 
 
 def test_it_holds_the_package_and_the_configs_and_nothing_else(wheel, tmp_path):
-    modules = [f"s2dm_jax/{path.name}" for path in (ROOT / "s2dm_jax").glob("*.py")]
+    modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "s2dm_jax").rglob("*.py")]
     configs = [f"s2dm_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")]
     about = f"s2dm_jax-{s2dm_jax.__version__}.dist-info"
     told = [f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")]

@@ -1,0 +1,19 @@
+"""`UserError`: a mistake of the user's, reported in one sentence."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence; `main` prints it and exits with status 2."""
+
+
+@contextlib.contextmanager
+def report_user_errors() -> Iterator[None]:
+    """Turns a `UserError` into one sentence on stderr and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

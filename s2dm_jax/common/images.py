@@ -1,0 +1,98 @@
+"""Images for people: bytes, grids, PNG files."""
+
+import math
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+_READABLE_TILE = 32
+
+_SEPARATOR = 2
+
+# Mid grey shows against the black ground of digits and the white of photographs alike.
+_SEPARATOR_VALUE = 128
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+    """Images in [−1, 1] as bytes, rounded half up like torchvision's save_image.
+
+    Args:
+      x: float, any shape; values outside [−1, 1] are clipped.
+
+    Returns:
+      uint8 of the same shape, in [0, 255].
+
+    Raises:
+      ValueError: where x is not floating.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating, in [-1, 1], got {x.dtype}")
+    unit = (jnp.clip(x.astype(jnp.float32), -1.0, 1.0) + 1.0) * 0.5
+    return jnp.floor(unit * 255.0 + 0.5).astype(jnp.uint8)
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
+    """Images side by side, row by row, each magnified by repeating pixels, with grey lines between them.
+
+    Args:
+      images: uint8 [N,H,W,C], N ≥ 1.
+      columns: images in a row; by default as many as make the grid about square.
+      scale: how many times each pixel is repeated; by default the least that makes a tile 32 pixels or more.
+
+    Returns:
+      uint8 [H',W',C], H' = rows·(scale·H + 2) + 2, W' = columns·(scale·W + 2) + 2.
+
+    Raises:
+      ValueError: for another type or shape, or columns or scale below 1.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise ValueError(
+            f"images must be uint8 [N,H,W,C], not empty, got {images.dtype} {list(images.shape)}"
+        )
+    count, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    scale = math.ceil(_READABLE_TILE / min(height, width)) if scale is None else scale
+    for name, value in (("columns", columns), ("scale", scale)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+    rows = math.ceil(count / columns)
+    tile_height, tile_width = height * scale + _SEPARATOR, width * scale + _SEPARATOR
+    shape = (rows * tile_height + _SEPARATOR, columns * tile_width + _SEPARATOR, channels)
+    grid = np.full(shape, _SEPARATOR_VALUE, np.uint8)
+    for index, image in enumerate(images):
+        top = index // columns * tile_height + _SEPARATOR
+        left = index % columns * tile_width + _SEPARATOR
+        tile = image.repeat(scale, axis=0).repeat(scale, axis=1)
+        grid[top : top + height * scale, left : left + width * scale] = tile
+    return grid
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes a PNG file under a temporary name, then renames it, so that no reader sees half a picture.
+
+    Args:
+      path: where to; its directory exists. A file that is there is replaced.
+      image: uint8 [H,W,C], C = 1 (grey) or 3 (RGB).
+
+    Raises:
+      ValueError: for another type or shape.
+      OSError: where the file cannot be written.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise ValueError(
+            f"image must be uint8 [H,W,C] with 1 or 3 channels, got {image.dtype} {list(image.shape)}"
+        )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""Config files: found, loaded, to JSON and back."""
+
+import json
+import os
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import default_config
+
+
+def packaged_configs() -> dict[str, Path]:
+    """The config files that come with this package, by the name that --config has for them."""
+    package = Path(__file__).parents[1]
+    # A wheel has them inside the package, a clone beside it.
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {f"configs/{path.name}": path for path in sorted(folder.glob("*.py"))}
+
+
+def config_path(name: str) -> str:
+    """FILE[:METHOD] as it is where there is such a file, else with the path of the packaged one of that name.
+
+    Raises:
+      UserError: where there is neither.
+    """
+    file, colon, method = name.partition(":")
+    if os.path.isfile(file):
+        return name
+    packaged = packaged_configs()
+    if os.path.normpath(file) not in packaged:
+        raise UserError(
+            f"--config={name}: there is no such file; those that come with s2dm_jax are {', '.join(packaged)}"
+        )
+    return f"{packaged[os.path.normpath(file)]}{colon}{method}"
+
+
+def flatten(config: ConfigDict) -> dict:
+    """Every field of every group as {"group.name": value}."""
+    flat: dict = {}
+    for group, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{group}.{name}": v for name, v in value.items()}
+        else:
+            flat[group] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text."""
+    return json.dumps(config.to_dict(), indent=1) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote, with tuples for lists; fields that are newer get their default."""
+    config = default_config()
+    for group, values in json.loads(text).items():
+        for name, value in values.items():
+            config[group][name] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config that FILE[:METHOD] names, as --config of the main command line does.
+
+    Raises:
+      UserError: where there is no such file, and for whatever the file raises.
+    """
+    path, _, method = config_path(name).partition(":")
+    try:
+        return runpy.run_path(path)["get_config"](*([method] if method else []))
+    except Exception as error:
+        # Whatever the user's own file raises while it runs.
+        raise UserError(f"--config={name} failed with {type(error).__name__}: {error}") from error

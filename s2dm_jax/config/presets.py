@@ -1,0 +1,56 @@
+"""The papers' objectives, noise schedules and variance heads by name."""
+
+from ml_collections import ConfigDict
+
+# What both papers trained: S²-DMs' skips (section 4), SA-DPM's K with the λ that its section on λ prefers.
+OBJECTIVES = {
+    "ddpm": {},
+    "s2_2": {"skip": 2},
+    "s2_10": {"skip": 10},
+    "s2_50": {"skip": 50},
+    "sa_2": {"K": 2, "lam": 1.0},
+    "sa_3": {"K": 3, "lam": 0.3},
+    "sa_4": {"K": 4, "lam": 0.2},
+}
+
+SCHEDULES = ("linear", "cosine")
+
+# Second heads of a trained network (SN-, NPR-DPM), as methods of a config.
+HEADS = ("sn", "npr")
+
+
+def set_objective(config: ConfigDict, method: str) -> None:
+    """Sets the objective and the noise schedule that a name such as "s2_10", "s2_10+sa_2+cosine" stands for.
+
+    Raises:
+      ValueError: for an unknown part, or for two parts that set the same thing.
+    """
+    parts = method.split("+")
+    for part in parts:
+        if part not in OBJECTIVES and part not in SCHEDULES:
+            raise ValueError(
+                f"method {method!r} is not known; choose one of {', '.join(OBJECTIVES)}, one of s2_ with one "
+                f"of sa_ as in s2_10+sa_2, and {' or '.join(SCHEDULES)} after another +"
+            )
+    kinds = ["schedule" if part in SCHEDULES else part.split("_")[0] for part in parts]
+    if len(set(kinds)) < len(kinds) or ("ddpm" in kinds and {"s2", "sa"} & set(kinds)):
+        raise ValueError(
+            f"method {method!r} names things that exclude one another; join at most one s2_, one sa_ and one "
+            "schedule, or ddpm and a schedule"
+        )
+    for part in parts:
+        if part in SCHEDULES:
+            config.diffusion.schedule = part
+        else:
+            config.loss.update(OBJECTIVES[part])
+
+
+def set_head(config: ConfigDict, kind: str) -> None:
+    """Makes a config that of a second head, with the released code's Adam: 1e-4, no clipping."""
+    config.variance_head.kind = kind
+    config.train.lr = 1e-4
+    config.train.grad_clip = 0.0
+    config.sample.sampler = kind
+    config.sample.timestep_spacing = "linspace"
+    config.eval.samplers = kind
+    config.eval.timestep_spacing = "linspace"

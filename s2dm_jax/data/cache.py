@@ -1,0 +1,206 @@
+"""Prepared data sets: one uint8 .npy per split in a cache folder, made once, whole or not at all.
+
+A folder of the cache appears by one rename, when everything in it is written. A file lock lets one process
+of all that see the cache prepare, on however many hosts, while the rest wait; killing it at any moment leaves
+only a temporary folder, which the next one removes. jax and tensorflow are not imported here.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import data_cache_dir
+from s2dm_jax.config.defaults import dataset_name, image_shape
+from s2dm_jax.data.sources import check_source, fingerprint
+from s2dm_jax.data.tfds_builder import RESULT, manual_folder, run_tfds
+from s2dm_jax.data.transforms import ImageTransform
+
+_FORMAT = 1
+
+PROVENANCE = "provenance.json"
+
+SPLITS = ("train", "held_out")
+
+_CROPS = {"celeba": "ddim"}
+
+
+def transform_of(config: ConfigDict) -> ImageTransform:
+    """What the config does to every image."""
+    size, channels = image_shape(config)
+    crop = config.data.crop
+    if crop == "auto":
+        crop = "center" if config.data.source else _CROPS.get(config.data.name, "none")
+    return ImageTransform(size, channels, crop, config.data.resize)
+
+
+def prepare_dataset(config: ConfigDict) -> Path | None:
+    """Makes sure that the config's images are in the cache, which may take minutes and use the network.
+
+    Args:
+      config: a checked config.
+
+    Returns:
+      The folder with train.npy, train_labels.npy, held_out.npy, held_out_labels.npy and provenance.json; None
+      for the digits, which need no preparation.
+
+    Raises:
+      UserError: as `check_preparable`, or if too much of the source is unfit, or the cache cannot be used.
+    """
+    folder = _folder(config)
+    if folder is None or is_ready(folder):
+        return folder
+    check_preparable(config)
+    source = os.path.expanduser(config.data.source)
+    name, lock, wanted = dataset_name(config), f"{folder.name}.lock", transform_of(config)
+    if not source:
+        # One lock for all crops of a data set: they share what tensorflow-datasets downloads.
+        lock = f"{name}.lock"
+    with _locked(data_cache_dir() / lock, name):
+        if is_ready(folder):
+            return folder
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        for leftover in (temporary, folder):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir()
+        try:
+            if source:
+                from s2dm_jax.data.import_images import import_images
+
+                told = import_images(source, wanted, config.data.max_invalid_fraction, temporary)
+            else:
+                told = run_tfds(name, wanted, temporary)
+            _finish(temporary, folder, told, wanted)
+        except KeyboardInterrupt:
+            print(
+                f"\nstopped; nothing of {name} was kept, and the same command starts again", file=sys.stderr
+            )
+            raise SystemExit(130) from None
+        except OSError as error:
+            raise UserError(
+                f"preparing {name} in {data_cache_dir()} failed ({error.strerror or error}); set "
+                "S2DM_JAX_DATA to a folder with enough space"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check_preparable(config: ConfigDict) -> None:
+    """Checks, in milliseconds, that what preparing the config's images needs is there; writes nothing.
+
+    Raises:
+      UserError: if the source, TensorFlow or a file to be got by hand is missing.
+    """
+    folder, name = _folder(config), config.data.name
+    if folder is None or config.data.source or is_ready(folder):
+        return
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"{name} is prepared by tensorflow-datasets, which needs TensorFlow once: run {sys.executable} "
+            "-m pip install 'tensorflow-cpu>=2.21' (the extra prepare), then the same command again"
+        )
+    path = manual_folder() / "data256x256.tar"
+    roots = (manual_folder().parents[1], data_cache_dir() / "tfds" / name)
+    prepared = any((root / "celeb_a_hq" / "256").exists() for root in roots)
+    if name == "celebahq" and not path.exists() and not prepared:
+        raise UserError(
+            f"CelebA-HQ cannot be downloaded: make data256x256.tar by hand and put it at {path}, or give its "
+            "images as config.data.source (docs/data.md says how)"
+        )
+
+
+def _folder(config: ConfigDict) -> Path | None:
+    """Where the config's images are or will be: a path that depends on the source and what is done to it."""
+    source = os.path.expanduser(config.data.source)
+    if source:
+        check_source(source)
+    elif config.data.name == "digits":
+        return None
+    wanted = transform_of(config)
+    name = Path(source).resolve().name if source else config.data.name
+    identity = [_FORMAT, fingerprint(source) if source else name, *wanted]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    return data_cache_dir() / f"{name}-{wanted.size}-{key}"
+
+
+def is_ready(folder: Path) -> bool:
+    """Whether a folder of the cache holds all that its provenance names, in full."""
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text())
+        return all(
+            (folder / name).stat().st_size == facts["bytes"] for name, facts in provenance["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _finish(temporary: Path, folder: Path, told: dict, wanted: ImageTransform) -> None:
+    """Writes the provenance, makes sure that all is on the disk, and puts the folder in its place."""
+    files = {}
+    for path in sorted(temporary.glob("*.npy")):
+        with path.open("rb") as file:
+            files[path.name] = {
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                "bytes": path.stat().st_size,
+            }
+            os.fsync(file.fileno())
+    provenance = {
+        **told,
+        **wanted._asdict(),
+        "files": files,
+        "prepared": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    (temporary / RESULT).unlink(missing_ok=True)
+    with (temporary / PROVENANCE).open("w") as file:
+        file.write(json.dumps(provenance, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, folder)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(parent)
+    os.close(parent)
+    for split, facts in provenance["splits"].items():
+        print(f"{split}: {facts['count']:,} images, {folder / split}.npy", flush=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Holds the lock of a data set, once no other process does; the system frees it when a process dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(
+            f"the cache of prepared data {path.parent} cannot be used ({error.strerror}); set S2DM_JAX_DATA "
+            "to another folder"
+        ) from error
+    with file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process prepares {name}; waiting for it …", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+            raise UserError(
+                f"the file system of {path.parent} knows no file locks, so that two processes could prepare "
+                "at once; set S2DM_JAX_DATA to another folder"
+            ) from error
+        # The child inherits the lock: as long as it lives, no other process prepares.
+        os.set_inheritable(file.fileno(), True)
+        yield

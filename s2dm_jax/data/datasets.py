@@ -1,0 +1,90 @@
+"""Data sets as uint8 arrays, and the order in which training sees them.
+
+Which rows make the batch of a step is a function of (seed, step) alone.
+"""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2dm_jax.data.cache import PROVENANCE, SPLITS, prepare_dataset
+
+_HELD_OUT = 500
+
+
+class Dataset(NamedTuple):
+    """Images and labels of two disjoint splits.
+
+    Attributes:
+      train, held_out: uint8 [N, H, W, C], in memory or mapped from a file.
+      train_labels, held_out_labels: int [N].
+      num_classes: number of different labels.
+      provenance: one line that says what this is and where it comes from.
+      digest: SHA-256 of the file of `train`; empty for images that never change.
+    """
+
+    train: np.ndarray
+    train_labels: np.ndarray
+    held_out: np.ndarray
+    held_out_labels: np.ndarray
+    num_classes: int
+    provenance: str
+    digest: str = ""
+
+
+def load_digits() -> Dataset:
+    """The 1,797 handwritten digits that scikit-learn carries (UCI optdigits' test set), 8×8, 17 grey levels.
+
+    The held-out split is fixed: 500 digits drawn once with seed 0.
+
+    Returns:
+      Images [N, 8, 8, 1]: 1,297 for training and 500 held out.
+    """
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(images))
+    train, held_out = order[_HELD_OUT:], order[:_HELD_OUT]
+    return Dataset(
+        images[train],
+        digits.target[train],
+        images[held_out],
+        digits.target[held_out],
+        10,
+        "digits of scikit-learn (UCI optdigits), 8×8 grey, 1,297 for training, 500 held out",
+    )
+
+
+def load_dataset(config: ConfigDict) -> Dataset:
+    """The images that the config names, prepared before if they are not in the cache.
+
+    Arrays of the cache are mapped, not read: what is never touched never takes memory.
+
+    Args:
+      config: a checked config.
+
+    Raises:
+      UserError: as `cache.prepare_dataset`.
+    """
+    folder = prepare_dataset(config)
+    if folder is None:
+        return load_digits()
+    told = json.loads((folder / PROVENANCE).read_text())
+    images = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
+    labels = [np.load(folder / f"{split}_labels.npy") for split in SPLITS]
+    digest = told["files"]["train.npy"]["sha256"]
+    version = f" {told['version']}" if told["version"] else ""
+    return Dataset(
+        images[0],
+        labels[0],
+        images[1],
+        labels[1],
+        len(told["classes"]),
+        f"{told['source']}{version}, {told['size']}×{told['size']}×{told['channels']}, crop {told['crop']}, "
+        f"{told['resize']}, {len(images[0]):,} for training, {len(images[1]):,} held out, "
+        f"{len(told['skipped'])} skipped, sha256 {digest[:16]}",
+        digest,
+    )

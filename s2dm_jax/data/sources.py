@@ -1,0 +1,317 @@
+"""Your own images: a folder, a zip or tar of one, read in place, and what their paths say of split and label.
+
+Nothing here writes. A path inside an archive is a name and never becomes a path on disk.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.data.transforms import SUFFIXES
+
+_ZIP = (".zip",)
+
+_TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+
+ARRAYS = (".npy", ".npz")
+
+_MOST_BYTES = 2**28
+
+_NO_FILE = "a link that cannot be followed or a device, not a file"
+
+_HELD_OUT_SHARE = 0.1
+
+_HELD_OUT_NAMES = {"test", "val", "valid", "validation"}
+
+
+class ImageList(NamedTuple):
+    """The image files of a source.
+
+    Attributes:
+      names: relative paths with "/", in the order in which `read` gives them.
+      others: number of files left out because their suffix is no image's, by suffix, or as "hidden".
+      read: gives (position in `names`, the file's bytes or the error that reading it met).
+    """
+
+    names: list[str]
+    others: Counter
+    read: Callable[[], Iterator[tuple[int, bytes | Exception]]]
+
+
+def check_source(source: str) -> str:
+    """What kind of source a path is: "folder", "zip", "tar" or "array".
+
+    Raises:
+      UserError: if there is nothing, or a file whose suffix is none of ours.
+    """
+    path, name = Path(source), source.lower()
+    if path.is_dir():
+        return "folder"
+    if not path.exists():
+        raise UserError(f"config.data.source={source}: there is no such file or folder")
+    for kind, suffixes in (("zip", _ZIP), ("tar", _TAR), ("array", ARRAYS)):
+        if name.endswith(suffixes):
+            return kind
+    raise UserError(
+        f"config.data.source={source} is no folder of images, and its suffix none of "
+        f"{', '.join((*_ZIP, *_TAR, *ARRAYS))}"
+    )
+
+
+def fingerprint(source: str) -> str:
+    """A hash that changes when a file of the source does: paths, sizes, times of change; contents unread."""
+    path = Path(source).expanduser().resolve()
+    files = sorted(_walk(path)) if path.is_dir() else [""]
+    digest = hashlib.sha256(str(path).encode())
+    for name in files:
+        file = path / name
+        stat = file.stat() if file.exists() else file.lstat()
+        digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def list_images(source: str) -> ImageList:
+    """The image files of a folder, zip or tar.
+
+    Raises:
+      UserError: for an archive that is damaged as a whole.
+    """
+    kind, path = check_source(source), Path(source)
+    with _as_user_error(source):
+        if kind == "folder":
+            everything, opened = sorted(_walk(path)), _read_folder
+        elif kind == "zip":
+            everything = [member.filename.replace("\\", "/") for member in _zip_files(path)]
+            opened = _read_zip
+        else:
+            everything, opened = [member.name for _, member in _tar_files(path)], _read_tar
+    visible = [index for index, name in enumerate(everything) if not _hidden(name)]
+    wanted = [index for index in visible if everything[index].lower().endswith(SUFFIXES)]
+    others = Counter(os.path.splitext(everything[index])[1].lower() or "no suffix" for index in visible)
+    others.subtract(os.path.splitext(everything[index])[1].lower() for index in wanted)
+    others["hidden"] = len(everything) - len(visible)
+    position = {index: i for i, index in enumerate(wanted)}
+
+    def read():
+        with _as_user_error(source):
+            for index, data in opened(source, everything, position):
+                yield position[index], data
+
+    return ImageList([everything[index] for index in wanted], +others, read)
+
+
+def split_and_label(names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Split and label of every image, from its path.
+
+    Folders that all images share do not count. Where what is left starts with train/ and with test/, val/,
+    valid/ or validation/ alone, those are the splits; else a tenth of all, drawn with seed 0 from the sorted
+    names, is held out. The folders below are the labels, in sorted order.
+
+    Args:
+      names: relative paths with "/".
+
+    Returns:
+      held_out: bool [N]; labels: int64 [N]; classes: name of each label, "." for no folder.
+    """
+    parents = [[p for p in name.split("/")[:-1] if p not in ("", ".", "..")] for name in names]
+    while all(parents) and len({parent[0] for parent in parents}) == 1:
+        parents = [parent[1:] for parent in parents]
+    tops = {parent[0].lower() if parent else "" for parent in parents}
+    if "train" in tops and len(tops) > 1 and tops <= {"train", *_HELD_OUT_NAMES}:
+        held_out = np.array([parent[0].lower() != "train" for parent in parents])
+        parents = [parent[1:] for parent in parents]
+    else:
+        held_out = np.zeros(len(names), bool)
+        held_out[np.argsort(np.array(names, object), kind="stable")[held_out_rows(len(names))]] = True
+    folders = ["/".join(parent) or "." for parent in parents]
+    classes = sorted(set(folders))
+    index = {folder: i for i, folder in enumerate(classes)}
+    return held_out, np.array([index[folder] for folder in folders], np.int64), classes
+
+
+def held_out_rows(count: int) -> np.ndarray:
+    """Which of `count` images are held out where nothing says it: a tenth, drawn with seed 0, or one."""
+    return np.random.default_rng(0).permutation(count)[: max(1, round(_HELD_OUT_SHARE * count))]
+
+
+def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.ndarray]:
+    """The images of an .npy or .npz, read one after another.
+
+    Of an .npz these are the array `images` (or the only one) and, if there is one, `labels`.
+
+    Returns:
+      Number of images N; an iterator of (index, uint8 [H, W, C]); labels, int64 [N].
+
+    Raises:
+      UserError: for a file that is no such array, or is cut short.
+    """
+    try:
+        with _array_file(source) as (file, labels):
+            shape, fortran_order, dtype = _array_header(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"config.data.source={source} cannot be read as an array ({error})") from error
+    if dtype != np.uint8 or len(shape) not in (3, 4) or 0 in shape or fortran_order:
+        raise UserError(
+            f"config.data.source={source} holds {dtype} {list(shape)}{', in Fortran order' * fortran_order}; "
+            "it must be uint8 [N, H, W] or [N, H, W, C] with values from 0 to 255"
+        )
+    count, *image_shape = (*shape, 1) if len(shape) == 3 else shape
+    if image_shape[2] not in (1, 3, 4) or math.prod(image_shape) > _MOST_BYTES:
+        raise UserError(
+            f"config.data.source={source} holds images {image_shape}; they must be [H, W, C] with 1, 3 or 4 "
+            f"channels and at most {_MOST_BYTES:,} values"
+        )
+    labels = np.zeros(count, np.int64) if labels is None else labels
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise UserError(
+            f"config.data.source={source} has labels {labels.dtype} {list(labels.shape)}; they must be "
+            f"integers from 0, [{count}]"
+        )
+
+    def read():
+        with _as_user_error(source), _array_file(source) as (file, _):
+            _array_header(file)
+            for index in range(count):
+                data = file.read(math.prod(image_shape))
+                if len(data) < math.prod(image_shape):
+                    raise EOFError(f"{index} of {count} images")
+                yield index, np.frombuffer(data, np.uint8).reshape(image_shape)
+
+    return count, read(), labels.astype(np.int64)
+
+
+@contextlib.contextmanager
+def _array_file(source):
+    """The file of the images' array, open at its start, and the labels or None."""
+    if not zipfile.is_zipfile(source):
+        with Path(source).open("rb") as file:
+            yield file, None
+        return
+    with zipfile.ZipFile(source) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".npy")]
+        name = names[0] if len(names) == 1 else "images.npy"
+        if name not in names:
+            raise ValueError(f"no array named images among {', '.join(names) or 'none'}")
+        labels = None
+        if "labels.npy" in names:
+            with archive.open("labels.npy") as file:
+                labels = np.lib.format.read_array(file, allow_pickle=False)
+        with archive.open(name) as file:
+            yield file, labels
+
+
+def _array_header(file):
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _walk(path: Path) -> Iterator[str]:
+    for folder, _, files in os.walk(path):
+        relative = os.path.relpath(folder, path).replace(os.sep, "/")
+        for name in files:
+            yield name if relative == "." else f"{relative}/{name}"
+
+
+def _hidden(name: str) -> bool:
+    """Whether a path lies in what macOS and others leave behind: names with a leading dot, __MACOSX."""
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def _read_folder(source, everything, wanted):
+    for index in wanted:
+        try:
+            path = Path(source, everything[index])
+            if not path.is_file():
+                yield index, ValueError(_NO_FILE)
+            elif path.stat().st_size > _MOST_BYTES:
+                yield index, _too_large(path.stat().st_size)
+            else:
+                yield index, path.read_bytes()
+        except OSError as error:
+            yield index, error
+
+
+def _zip_files(path):
+    with zipfile.ZipFile(path) as archive:
+        return [member for member in archive.infolist() if not member.is_dir()]
+
+
+def _read_zip(source, everything, wanted):
+    with zipfile.ZipFile(source) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        for index in wanted:
+            if members[index].file_size > _MOST_BYTES:
+                yield index, _too_large(members[index].file_size)
+                continue
+            try:
+                # The size that a member claims need not be what it opens into.
+                with archive.open(members[index]) as file:
+                    yield index, file.read(_MOST_BYTES)
+            except Exception as error:
+                # A wrong checksum, a password, an unknown compression: each has its own error.
+                yield index, error
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header of which damage ends the reading with an error; tarfile itself takes it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from error
+
+
+def _tar_files(path):
+    with tarfile.open(path, "r:*", tarinfo=_StrictTarInfo) as archive:
+        for member in archive:
+            # tarfile keeps every header that it has met.
+            archive.members = []  # type: ignore[attr-defined]
+            if not member.isdir():
+                yield archive, member
+
+
+def _read_tar(source, everything, wanted):
+    for index, (archive, member) in enumerate(_tar_files(source)):
+        if index not in wanted:
+            continue
+        if not member.isreg():
+            yield index, ValueError(_NO_FILE)
+        elif member.size > _MOST_BYTES:
+            yield index, _too_large(member.size)
+        else:
+            yield index, archive.extractfile(member).read()
+
+
+def _too_large(size: int) -> ValueError:
+    return ValueError(f"a file of {size:,} bytes, more than {_MOST_BYTES:,}")
+
+
+@contextlib.contextmanager
+def _as_user_error(source):
+    """An archive that cannot be read through becomes a `UserError`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"config.data.source={source} cannot be read: permission denied") from error
+    except Exception as error:
+        # Each kind of compression has its own error.
+        raise UserError(
+            f"config.data.source={source} is damaged or cut short ({error}); get it again"
+        ) from error

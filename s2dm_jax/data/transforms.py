@@ -1,0 +1,108 @@
+"""One image file to one uint8 array: which formats, how every kind of pixel is treated, crop and resize."""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+}
+
+# Left, top, right, bottom: 128×128 around column 89, row 121 (DDIM's code, datasets/__init__.py).
+_DDIM_BOX = (25, 57, 153, 185)
+
+_CELEBA_SIZE = (178, 218)
+
+
+class ImageTransform(NamedTuple):
+    """What is done to every image.
+
+    Attributes:
+      size: pixels of a side of the result.
+      channels: 1 (grey) or 3 (RGB) of the result.
+      crop: as for `crop_box`.
+      resize: Pillow's filter, antialiased: "bilinear" (the reference), "bicubic", "lanczos" or "box".
+    """
+
+    size: int
+    channels: int
+    crop: str
+    resize: str
+
+
+def crop_box(crop: str, width: int, height: int) -> tuple[int, int, int, int]:
+    """The part of an image that is kept: left, top, right, bottom.
+
+    Args:
+      crop: "none": all of it; "center": the largest square in the middle; "ddim": rows 57…185 and columns
+        25…153 of an aligned CelebA image (DDIM's code); "center_crop_140": 140×140 in the middle.
+      width, height: of the image.
+
+    Raises:
+      ValueError: for an image that the crop does not fit.
+    """
+    if crop == "none":
+        return 0, 0, width, height
+    if crop == "ddim":
+        if (width, height) != _CELEBA_SIZE:
+            raise ValueError(f"{width}×{height} pixels, where the crop ddim needs CelebA's 178×218")
+        return _DDIM_BOX
+    side = min(width, height)
+    if crop == "center_crop_140":
+        if side < 140:
+            raise ValueError(f"{width}×{height} pixels, where the crop center_crop_140 needs 140×140")
+        side = 140
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return left, top, left + side, top + side
+
+
+def to_array(image: Image.Image, treatment: ImageTransform) -> np.ndarray:
+    """The image, turned upright as its EXIF says, in the channels wanted, cropped, resized.
+
+    16-bit values keep their high byte, palettes are looked up, what is transparent is laid on white, grey
+    becomes three equal channels, colour becomes grey by ITU-R 601.
+
+    Returns:
+      uint8 [size, size, channels].
+
+    Raises:
+      ValueError: for kinds of pixels that are not images (32-bit), or an image that the crop does not fit.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if treatment.channels == 1 else "RGB")
+    image = image.crop(crop_box(treatment.crop, *image.size))
+    image = image.resize((treatment.size, treatment.size), _FILTERS[treatment.resize])
+    return np.asarray(image).reshape(treatment.size, treatment.size, treatment.channels)
+
+
+def decode(data: bytes, treatment: ImageTransform) -> np.ndarray:
+    """The bytes of a PNG, JPEG or WebP file as `to_array` leaves them; of an animation, the first image.
+
+    Returns:
+      uint8 [size, size, channels].
+
+    Raises:
+      Exception: of Pillow's many kinds, for bytes that are no such image, are cut short, or open into more
+        pixels than `Image.MAX_IMAGE_PIXELS`.
+    """
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and image.width * image.height > most:
+            raise ValueError(f"{image.width}×{image.height} pixels, more than {most:,}")
+        return to_array(image, treatment)

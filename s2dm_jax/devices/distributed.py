@@ -1,0 +1,115 @@
+"""Several processes as one run: finding each other, barriers, stopping together."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.devices.sharding import data_mesh, replicated
+
+# The processes leave together; one that failed does not keep the others longer than this.
+_SHUTDOWN_SECONDS = 60
+
+# What the launchers that `jax.distributed` knows leave in the environment of each of several processes.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def initialize_distributed(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of one run, before JAX's first computation; alone, does nothing.
+
+    Without arguments the processes are found under Slurm, Open MPI, and on TPU pods (GCE and GKE).
+
+    Args:
+      coordinator: "host:port" of process 0.
+      num_processes: how many in all.
+      process_id: which of them this is.
+
+    Raises:
+      UserError: if the others do not come.
+    """
+    if coordinator:
+        known: dict[str, Any] = {
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
+    elif _has_companions() or _on_tpu_vm():
+        known = {}
+    else:
+        return
+    try:
+        jax.distributed.initialize(**known, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and not coordinator and not _has_companions():
+            # A TPU on its own, as in a notebook: there is no cluster to find.
+            return
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the processes of this run did not find each other ({reason}); start all of them together, or "
+            "give --coordinator_address=HOST:PORT --num_processes=N --process_id=I to each"
+        ) from error
+
+
+def _has_companions() -> bool:
+    """Whether a launcher says that this is one of several processes."""
+    environment = os.environ
+    slurm = all(name in environment for name in _SLURM) and int(environment["SLURM_NTASKS"]) > 1
+    mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    # GKE sets these.
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    return slurm or mpi or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this may be a host of a TPU pod of GCE, which only its metadata server knows."""
+    devices = "/dev/accel0", "/dev/vfio/0"
+    return importlib.util.find_spec("libtpu") is not None and any(map(os.path.exists, devices))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints, and writes the run's files."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in any process; waits for all of them."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def make_stop_vote(received: list[int]) -> Callable[[], bool]:
+    """A function, to call before every chunk, of whether to stop: whether any process received a signal.
+
+    With several processes the answer is that to the call before, so that none waits for the others while
+    the devices could work; all stop before the same chunk.
+    """
+    if jax.process_count() == 1:
+        return lambda: bool(received)
+    vote = np.zeros((), bool)
+    count = jax.jit(lambda flags: flags.any(), out_shardings=replicated())
+
+    def stop():
+        nonlocal vote
+        agreed = bool(np.asarray(vote))
+        mine = np.full(jax.local_device_count(), bool(received))
+        vote = count(
+            jax.make_array_from_process_local_data(NamedSharding(data_mesh(), PartitionSpec("data")), mine)
+        )
+        return agreed
+
+    return stop

@@ -1,0 +1,77 @@
+"""What a step costs and what a device could do: model FLOPs, peak rates, peak memory; what XLA is told."""
+
+import functools
+import resource
+import sys
+
+import jax
+
+# Dense bfloat16 (V100, T4: float16) matrix products, TFLOP/s, of the makers' data sheets. The first name
+# that a device's begins with counts.
+_PEAK_TFLOPS = {
+    "NVIDIA GB200": 2500,
+    "NVIDIA B200": 2250,
+    "NVIDIA H200": 989,
+    "NVIDIA GH200": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H100": 989,
+    "NVIDIA A100": 312,
+    "NVIDIA A10": 125,
+    "NVIDIA L40S": 362,
+    "NVIDIA L4": 121,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA GeForce RTX 3090": 71,
+    "Tesla V100": 125,
+    "Tesla T4": 65,
+    "TPU v6": 918,
+    "TPU v5 lite": 197,
+    "TPU v5e": 197,
+    "TPU v5": 459,
+    "TPU v4": 275,
+    "TPU v3": 123,
+    "TPU v2": 45,
+}
+
+# Of what XLA:CPU leaves to YNNPACK, only the sums: its convolutions take three times as long as Eigen's over
+# the weights' gradients, without its sums a step takes half as long again. With this, several devices of one
+# CPU compute some images wrongly after some iterations of a loop (jaxlib 0.10.2;
+# `tests/devices/test_sharding.py`).
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """Options with which XLA compiles a training step (`jax.jit`'s `compiler_options`): none but on one CPU
+    device."""
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return {}
+    try:
+        jax.jit(lambda x: x, compiler_options=_CPU_OPTIONS)(0)
+    except jax.errors.JaxRuntimeError:
+        # This jaxlib does not know them.
+        return {}
+    return _CPU_OPTIONS
+
+
+def peak_flops(dtype: str) -> float | None:
+    """FLOP/s that all devices together could do in matrix products; None where it is not known.
+
+    Args:
+      dtype: of the activations; float32's rate depends on settings and is not known.
+    """
+    kind = jax.devices()[0].device_kind
+    for name, tflops in _PEAK_TFLOPS.items():
+        if kind.startswith(name) and dtype == "bfloat16":
+            return tflops * 1e12 * jax.device_count()
+    return None
+
+
+def peak_memory() -> int:
+    """The most bytes that the fullest of this host's devices held, or on CPU the process."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    if known:
+        return max(known)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

@@ -1,0 +1,145 @@
+"""Noise schedules: the one place that says what `t` means.
+
+`t` counts 0 … T−1. `beta[t]`, `alpha[t] = 1 − beta[t]` belong to the single step that ends at level t;
+`alpha_bar[t]` is the product of alpha[0..t], so that x_t = √alpha_bar[t]·x_0 + √(1−alpha_bar[t])·ε.
+The clean image is level −1, with alpha_bar = 1. The papers count 1 … T: their t is ours plus one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """A variance-preserving forward process (DDPM, Ho et al. 2020, eq. 2 and 4).
+
+    Arrays live in float64 on the host; `extract` moves the entries that a computation needs to the device.
+
+    Attributes:
+      beta: float64 [T], variance added by each step, in (0, 1).
+    """
+
+    beta: np.ndarray
+
+    def __post_init__(self):
+        beta = np.asarray(self.beta, np.float64)
+        if beta.ndim != 1 or beta.size == 0 or not ((beta > 0) & (beta < 1)).all():
+            raise ValueError("a noise schedule needs a non-empty 1-D array of betas strictly between 0 and 1")
+        object.__setattr__(self, "beta", beta)
+
+    @property
+    def T(self) -> int:
+        """Number of noise levels."""
+        return len(self.beta)
+
+    @functools.cached_property
+    def alpha(self) -> np.ndarray:
+        """float64 [T]: 1 − beta, one step."""
+        return 1.0 - self.beta
+
+    @functools.cached_property
+    def alpha_bar(self) -> np.ndarray:
+        """float64 [T]: product of alpha up to and including each level."""
+        return np.cumprod(self.alpha)
+
+    @functools.cached_property
+    def alpha_bar_with_x0(self) -> np.ndarray:
+        """float64 [T+1]: alpha_bar preceded by the clean image's 1; entry t+1 belongs to level t."""
+        return np.concatenate([[1.0], self.alpha_bar])
+
+    @functools.cached_property
+    def log_alpha_bar_with_x0(self) -> np.ndarray:
+        """float64 [T+1]: logarithm of `alpha_bar_with_x0`, from 0 down."""
+        return np.concatenate([[0.0], np.cumsum(np.log1p(-self.beta))])
+
+
+def extract(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
+    """`table[t]` in the dtype of `like`, with trailing axes so that it multiplies images.
+
+    Args:
+      table: float64 [N] on the host.
+      t: integer array of any shape, entries in [0, N).
+      like: array whose leading axes are those of `t`.
+
+    Returns:
+      Array of shape t.shape + (1, …), as many axes as `like`.
+    """
+    values = jnp.asarray(table, like.dtype)[t]
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def log_alpha_bar(schedule: NoiseSchedule, t: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """log alpha_bar at any level, linear between whole ones: a forward SDE of constant rate within each step.
+
+    Samplers take √alpha_bar and √(1−alpha_bar) from it as exp(½·) and √(−expm1(·)), which loses nothing to
+    rounding where alpha_bar is almost 1.
+
+    Args:
+      t: levels in [−1, T−1], of any shape, whole or fractional; −1 is the clean image.
+
+    Returns:
+      Array of t's shape, at most 0.
+    """
+    table = jnp.asarray(schedule.log_alpha_bar_with_x0, dtype)
+    u = jnp.asarray(t) + 1
+    below = jnp.floor(u).astype(jnp.int32)
+    above = jnp.minimum(below + 1, schedule.T)
+    return table[below] + (u - below).astype(dtype) * (table[above] - table[below])
+
+
+def add_noise(schedule: NoiseSchedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+    """x_t = √alpha_bar_t·x_0 + √(1−alpha_bar_t)·ε (DDPM, eq. 4; SA-DPM, eq. 1).
+
+    Args:
+      x0: images in [−1, 1], broadcastable to `noise`.
+      t: int array, the leading axes of `noise`, levels in [0, T).
+      noise: standard normal [..., H, W, C].
+    """
+    signal = extract(np.sqrt(schedule.alpha_bar), t, noise)
+    sigma = extract(np.sqrt(1.0 - schedule.alpha_bar), t, noise)
+    return signal * x0 + sigma * noise
+
+
+def linear_schedule(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> NoiseSchedule:
+    """beta linear in t (DDPM, section 4), the schedule of every published S²-DM and of SA-DPM's "LS"."""
+    return NoiseSchedule(np.linspace(beta_start, beta_end, T, dtype=np.float64))
+
+
+def quadratic_schedule(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> NoiseSchedule:
+    """√beta linear in t ("quad" of the DDIM code)."""
+    return NoiseSchedule(np.linspace(beta_start**0.5, beta_end**0.5, T, dtype=np.float64) ** 2)
+
+
+def const_schedule(T: int = 1000, beta_end: float = 2e-2) -> NoiseSchedule:
+    """The same beta at every step ("const" of the DDIM code)."""
+    return NoiseSchedule(np.full(T, beta_end, np.float64))
+
+
+def sigmoid_schedule(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> NoiseSchedule:
+    """beta follows a logistic curve over [−6, 6] ("sigmoid" of the DDIM code)."""
+    return NoiseSchedule(beta_start + (beta_end - beta_start) / (1.0 + np.exp(-np.linspace(-6, 6, T))))
+
+
+def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    """alpha_bar(u) = cos²((u+s)/(1+s)·π/2), beta capped (Nichol & Dhariwal 2021, eq. 17): SA-DPM's "CS"."""
+
+    def alpha_bar(u):
+        return np.cos((u + s) / (1 + s) * np.pi / 2) ** 2
+
+    u = np.arange(T, dtype=np.float64) / T
+    return NoiseSchedule(np.minimum(1 - alpha_bar(u + 1 / T) / alpha_bar(u), max_beta))
+
+
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear": linear_schedule,
+    "cosine": cosine_schedule,
+    "quad": quadratic_schedule,
+    "const": const_schedule,
+    "sigmoid": sigmoid_schedule,
+}

@@ -1,0 +1,193 @@
+"""What images are compared in: Inception, a classifier of the data set's labels, or a function of yours."""
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import dataset_name
+from s2dm_jax.data.datasets import Dataset
+from s2dm_jax.devices.sharding import replicate
+from s2dm_jax.evaluation import classifier, inception, inception_weights
+
+_CLASSIFIER_SEED = 0
+
+
+class FeaturesUnavailable(UserError):
+    """With features="auto" there are neither weights of Inception nor labels: nothing can be measured."""
+
+
+class Features(NamedTuple):
+    """A function of images, and what is to be said of it.
+
+    Attributes:
+      name: "inception", "classifier", or the user's FILE.py:function.
+      distance: what the Fréchet distance in these features is called.
+      metric: the same in a sentence.
+      apply: uint8 [B,H,W,C] → float32 [B, D + L], the features and behind them the logits; compiled.
+      dimensions: D.
+      logits: L, 0 where there are none.
+      provenance: what the function depends on, plain data.
+    """
+
+    name: str
+    distance: str
+    metric: str
+    apply: Callable[[jax.Array], jax.Array]
+    dimensions: int
+    logits: int
+    provenance: dict
+
+
+def resolve_features(config: ConfigDict, labelled: bool) -> str:
+    """What `config.eval.feature_extractor` stands for: "inception", "classifier" or FILE.py:function.
+
+    "auto" is the classifier for the digits, whose 8×8 pixels say little to Inception, and for other images
+    Inception, or where its weights cannot be had and there are labels, the classifier.
+
+    Args:
+      config: a checked config.
+      labelled: whether the images have labels of two classes or more.
+
+    Raises:
+      FeaturesMissing: where neither can be had.
+      UserError: for a classifier without labels.
+    """
+    chosen = config.eval.feature_extractor
+    if chosen == "auto" and dataset_name(config) == "digits":
+        return "classifier"
+    if chosen == "auto":
+        try:
+            inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
+        except UserError as error:
+            if not labelled:
+                raise FeaturesUnavailable(f"{dataset_name(config)} has no labels, and {error}") from error
+            print(f"the distance is measured in a classifier's features, and is no FID: {error}", flush=True)
+            return "classifier"
+        return "inception"
+    if chosen == "classifier" and not labelled:
+        raise UserError(
+            f"config.eval.feature_extractor='classifier' needs labels, which {dataset_name(config)} does not "
+            "have: it must be inception or FILE.py:function"
+        )
+    return chosen
+
+
+def check_features(config: ConfigDict, data: Dataset) -> None:
+    """Makes sure, before a long training, that the features asked for by name can be had at its end.
+
+    Raises:
+      UserError: as `build_features`.
+    """
+    if config.eval.feature_extractor == "auto":
+        return
+    name = resolve_features(config, data.num_classes > 1)
+    if name == "inception":
+        inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
+    elif name != "classifier":
+        _user_function(name, data.train.shape[1:])
+
+
+def build_features(config: ConfigDict, data: Dataset) -> Features:
+    """The feature function that `config.eval.feature_extractor` names, its weights read, fetched or trained.
+
+    Args:
+      config: a checked config.
+      data: the data set that a classifier is trained on.
+
+    Raises:
+      UserError: for weights that cannot be had, missing labels, a function of the user's that fails.
+    """
+    name = resolve_features(config, data.num_classes > 1)
+    if name == "inception":
+        return _inception(config.eval)
+    if name == "classifier":
+        return _classifier(dataset_name(config), data)
+    return _user_function(name, data.train.shape[1:])
+
+
+def _inception(options: ConfigDict) -> Features:
+    params = inception_weights.inception_params(options.inception_weights, options.inception_sha256)
+    sha256 = (options.inception_sha256 or inception_weights.SHA256).lower()
+    standard = sha256 == inception_weights.SHA256
+    distance = "FID" if standard else "Fréchet distance (own Inception)"
+    about = "weights of 2015-12-05" if standard else f"weights of your own, sha256 {sha256[:16]}; not FID"
+    return Features(
+        "inception",
+        distance,
+        f"{distance} in the 2,048 features of Inception, {about}",
+        functools.partial(_joined, inception.features_and_logits, replicate(params)),
+        inception.NUM_FEATURES,
+        inception.NUM_LOGITS,
+        {
+            "features": "inception",
+            "weights_sha256": sha256,
+            "resize": "bilinear to 299 × 299 as TensorFlow 1, from uint8, no file in between",
+        },
+    )
+
+
+def _classifier(data_name: str, data: Dataset) -> Features:
+    params = classifier.train_classifier(
+        data.train, data.train_labels, data.num_classes, seed=_CLASSIFIER_SEED
+    )
+    accuracy = classifier.accuracy(params, np.asarray(data.held_out), data.held_out_labels)
+    digest = hashlib.sha256(b"".join(np.asarray(params[name]).tobytes() for name in sorted(params)))
+    return Features(
+        "classifier",
+        "Fréchet distance",
+        f"Fréchet distance in the {classifier.NUM_FEATURES} features of a classifier trained on this data "
+        "set; not FID",
+        functools.partial(_joined, classifier.features_and_logits, replicate(params)),
+        classifier.NUM_FEATURES,
+        data.num_classes,
+        {
+            "features": f"classifier of {data_name}",
+            "weights_sha256": digest.hexdigest(),
+            "seed": _CLASSIFIER_SEED,
+            "held_out_accuracy": accuracy,
+        },
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _joined(function, params, images):
+    return jnp.concatenate(function(params, images), axis=1)
+
+
+def _user_function(name: str, shape: tuple[int, ...]) -> Features:
+    path, _, attribute = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location("user_features", path)
+    field = f"config.eval.feature_extractor={name!r}"
+    if spec is None or spec.loader is None:
+        raise UserError(f"{field} must name a Python file, FILE.py:function")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, attribute)
+        result = jax.eval_shape(function, jax.ShapeDtypeStruct((2, *shape), np.uint8))
+    # The user's code may raise anything.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{field} failed with {type(error).__name__}: {reason}") from error
+    right = hasattr(result, "shape") and len(result.shape) == 2 and result.shape[0] == 2
+    if not right or not jnp.issubdtype(result.dtype, jnp.floating):
+        got = f"{result.dtype} {list(result.shape)}" if hasattr(result, "shape") else type(result).__name__
+        raise UserError(f"{field} must give floats [B, D] for uint8 {['B', *shape]}, got {got} for B = 2")
+    return Features(
+        name,
+        "Fréchet distance",
+        f"Fréchet distance in the {result.shape[1]} features of {Path(path).name}:{attribute}; not FID",
+        jax.jit(lambda images: function(images).astype(jnp.float32)),
+        result.shape[1],
+        0,
+        {"features": name, "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()},
+    )

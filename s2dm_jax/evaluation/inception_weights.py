@@ -1,0 +1,138 @@
+"""The weights of Inception: from a file or the network, checked, converted once and kept in a cache."""
+
+import hashlib
+import os
+import sys
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import cache_dir
+from s2dm_jax.common.progress import progress_bar
+from s2dm_jax.evaluation.inception import fold_norms, parameter_shapes
+from s2dm_jax.weights.torch_pickle import Tensor, open_torch
+
+URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+_SECONDS_TO_CONNECT = 20
+
+_CHUNK = 1 << 20
+
+
+def inception_params(source: str = "", sha256: str = "") -> dict[str, np.ndarray]:
+    """The parameters of Inception, as `inception.fold_norms` gives them.
+
+    Args:
+      source: a file or URL of the PyTorch port's state dict; "" for the cache, or else the standard URL.
+      sha256: of that file; "" for the standard weights'.
+
+    Raises:
+      UserError: where the file is missing, cannot be fetched, has another SHA-256, or is not this network's.
+    """
+    sha256 = (sha256 or SHA256).lower()
+    folder = cache_dir() / "inception"
+    converted = folder / f"{sha256}.npz"
+    params = _read_converted(converted)
+    if params is not None:
+        return params
+    by_hand = folder / Path(URL).name
+    if "://" in source or not (source or by_hand.exists()):
+        path, temporary = _fetch(source or URL, folder, by_hand), True
+    else:
+        path, temporary = Path(source or by_hand), False
+    try:
+        params = _convert(path, source or str(path), sha256)
+    finally:
+        if temporary:
+            path.unlink(missing_ok=True)
+    _write_converted(converted, params)
+    return params
+
+
+def at_hand(source: str = "", sha256: str = "") -> bool:
+    """Whether `inception_params` would need no network."""
+    folder = cache_dir() / "inception"
+    places = [
+        folder / f"{(sha256 or SHA256).lower()}.npz",
+        Path(source) if source else folder / Path(URL).name,
+    ]
+    return any(place.is_file() for place in places)
+
+
+def _read_converted(path):
+    try:
+        with np.load(path) as arrays:
+            params = dict(arrays)
+    # What is not there or damaged is made anew; zip files carry checksums.
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    shapes = {name: value.shape for name, value in params.items()}
+    return params if shapes == parameter_shapes() else None
+
+
+def _write_converted(path, params):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, **params)
+        os.replace(temporary, path)
+    except OSError as error:
+        print(f"the converted weights could not be kept in {path.parent} ({error.strerror})", file=sys.stderr)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fetch(url, folder, by_hand):
+    temporary = folder / f".{by_hand.name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            urllib.request.urlopen(url, timeout=_SECONDS_TO_CONNECT) as response,
+            temporary.open("wb") as file,
+        ):
+            length = int(response.headers.get("Content-Length") or 0)
+            print(f"fetching the weights of Inception from {url} …", file=sys.stderr, flush=True)
+            with progress_bar(-(-length // _CHUNK) or None, "MiB") as advance:
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                    advance(1)
+    except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"the weights of Inception are not in the cache and {url} cannot be fetched ({reason}); get that "
+            f"file elsewhere and put it at {by_hand} or give it as --config.eval.inception_weights=FILE, or "
+            "measure in other features with --config.eval.feature_extractor=classifier"
+        ) from error
+    return temporary
+
+
+def _convert(path, told, sha256):
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"config.eval.inception_weights={told} cannot be read ({error.strerror}); get it from {URL}"
+        ) from error
+    if digest != sha256:
+        raise UserError(
+            f"{told} has the SHA-256 {digest}, not {sha256}: it is cut short or another file; get {URL} "
+            "again, or give the SHA-256 of weights of your own as --config.eval.inception_sha256"
+        )
+    with open_torch(path) as (contents, read, _):
+        tensors = contents if isinstance(contents, dict) else {}
+        arrays = {name: read(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+    try:
+        return fold_norms(arrays)
+    except ValueError as error:
+        raise UserError(f"{told} does not hold the FID Inception's weights: {error}") from error

@@ -1,0 +1,126 @@
+"""A trained run as a `Model` to sample from."""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2dm_jax.config.build import build_schedule
+from s2dm_jax.data.datasets import load_dataset
+from s2dm_jax.diffusion.schedule import NoiseSchedule
+from s2dm_jax.inference import noise_statistics
+from s2dm_jax.inference.noise_statistics import statistics_folder
+from s2dm_jax.inference.sampler import configure_sampler, sample_batches
+from s2dm_jax.models.unet import UNet
+from s2dm_jax.models.variance_head import Head
+from s2dm_jax.samplers.specs import SAMPLERS
+from s2dm_jax.workdir.load import load_run
+
+
+class Model(NamedTuple):
+    """A trained run to sample from: `model = s2dm_jax.load("runs/digits"); images = model.sample(64)`.
+
+    Attributes:
+      config: the run's config.
+      network: the network's shape.
+      schedule: the forward process.
+      params: the moving average of the weights.
+      step: training steps behind them.
+      ms_eps: float [T], Analytic-DPM's statistic, or None where it has not been estimated.
+      head: the second head of SN- or NPR-DPM, or None.
+    """
+
+    config: ConfigDict
+    network: UNet
+    schedule: NoiseSchedule
+    params: dict
+    step: int
+    ms_eps: np.ndarray | None = None
+    head: Head | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.network.resolution, self.network.resolution, self.network.in_channels
+
+    def sampler(self, sampler: str = "ddim", **options: Any) -> tuple[Callable[..., jax.Array], np.ndarray]:
+        """`configure_sampler` for this model."""
+        return configure_sampler(
+            self.network, self.schedule, sampler, ms_eps=self.ms_eps, head=self.head, **options
+        )
+
+    def sample(
+        self,
+        n: int,
+        sampler: str = "ddim",
+        *,
+        nfe: int = 0,
+        seed: int = 0,
+        batch_size: int = 500,
+        **options: Any,
+    ) -> np.ndarray:
+        """Images 0 … n−1 of a seed.
+
+        Args:
+          n: number of images.
+          sampler: one of `specs.SAMPLERS`.
+          nfe: network evaluations; by default 10, unless `sampler_options` gives steps or timesteps.
+          seed: of the noise.
+          batch_size: how many images are computed at once.
+          **options: as for `configure_sampler`: steps, grid, timesteps, eta, skip_scale, and the sampler's
+            own options.
+
+        Returns:
+          uint8 [n, H, W, C].
+
+        Raises:
+          ValueError: for an unknown sampler, and for values that are not allowed or contradict one another.
+        """
+        sample_fn, timesteps = self.sampler(sampler, nfe=nfe, **options)
+        batches = sample_batches(
+            sample_fn, self.params, timesteps, seed=seed, num_images=n, batch_size=batch_size
+        )
+        return np.concatenate(list(batches))
+
+
+def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
+    """The newest checkpoint of the run in `workdir` that verifies, or that of one step, to sample from.
+
+    Args:
+      workdir: folder of a run, or the file of an exported sampler, whose weights any sampler can use.
+
+    Raises:
+      errors.UserError: if the folder holds no run, or no such checkpoint that is whole.
+    """
+    run = load_run(workdir, step)
+    schedule = build_schedule(run.config)
+    statistic = noise_statistics.load_cached(schedule, run.ema, statistics_folder(workdir))
+    ms_eps = statistic and statistic.ms_eps
+    head = None if run.head is None else Head(run.config.variance_head.kind, run.head)
+    return Model(run.config, run.network, schedule, run.ema, run.step, ms_eps, head)
+
+
+def with_noise_statistics(
+    model: Model, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int
+) -> Model:
+    """The model with Analytic-DPM's statistic, estimated now where `sampler` needs one that is not kept."""
+    if SAMPLERS[sampler].requires != "ms_eps":
+        return model
+    statistic = noise_statistics.load_cached(model.schedule, model.params, statistics_folder(workdir), count)
+    if statistic is None:
+        print(f"estimating the mean square of the noise at {model.schedule.T:,} levels, {count:,} images …")
+        statistic = noise_statistics.estimate_noise_statistics(
+            model.network,
+            model.schedule,
+            model.params,
+            load_dataset(model.config).train,
+            statistics_folder(workdir),
+            num_images=count,
+            batch_size=batch_size,
+        )
+    worst = np.max(statistic.standard_error)
+    print(f"ms_eps   {statistic.num_images:,} images a level, standard error at most {worst:.1e}")
+    return model._replace(ms_eps=statistic.ms_eps)

@@ -1,0 +1,111 @@
+"""Rows of pictures: between two noises, along the denoising, the same noise through several runs."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2dm_jax.common.progress import progress_bar
+from s2dm_jax.inference.model import Model
+from s2dm_jax.samplers.noise import initial_noise, slerp
+from s2dm_jax.samplers.specs import SAMPLERS
+
+
+def interpolate(
+    model: Model,
+    starts: Sequence[int],
+    ends: Sequence[int],
+    num_pictures: int = 11,
+    *,
+    seed: int = 0,
+    end_seed: int | None = None,
+    sampler: str = "ddim",
+    **options: Any,
+) -> np.ndarray:
+    """Samples from noise on the great circle between two images' noise (DDIM, eq. 67; S²-DMs, Figure 6).
+
+    Args:
+      model: what to sample from.
+      starts, ends: indices, one pair for each row; a row's ends are the plain samples of its pair.
+      num_pictures: in a row, at least 2; the weights are equally spaced, 11 gives 0, 0.1, … 1.
+      seed: of the starts.
+      end_seed: of the ends, by default the same.
+      sampler: a sampler that draws no noise at its steps.
+      **options: as for `sampler.configure_sampler`; eta stays 0.
+
+    Returns:
+      uint8 [rows, num_pictures, H, W, C].
+
+    Raises:
+      ValueError: for a sampler that draws noise, fewer than 2 pictures, or unequal numbers of ends.
+    """
+    if options.get("eta") or (sampler in SAMPLERS and SAMPLERS[sampler].stochastic):
+        raise ValueError(
+            f"{sampler} with eta={options.get('eta', 0)} draws noise at its steps; interpolation needs a "
+            "sampler that draws none"
+        )
+    if num_pictures < 2:
+        raise ValueError(f"num_pictures={num_pictures} is out of range: it must be at least 2")
+    sample_fn, timesteps = model.sampler(sampler, **options)
+    weights = jnp.linspace(0, 1, num_pictures)
+    rows = []
+    seeds = (seed, seed if end_seed is None else end_seed)
+    with progress_bar(len(starts), "rows") as advance:
+        for pair in zip(starts, ends, strict=True):
+            x_T = _noise_between(model.image_shape, seeds, pair, weights)
+            # Every picture starts from x_T, and nothing is drawn: the indices say nothing.
+            rows.append(np.asarray(sample_fn(model.params, timesteps, 0, np.arange(num_pictures), x_T=x_T)))
+            advance(1)
+    return np.stack(rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _noise_between(shape, seeds, pair, weights):
+    x_a, x_b = (
+        initial_noise(seed, jnp.array([index]), shape) for seed, index in zip(seeds, pair, strict=True)
+    )
+    return slerp(x_a, x_b, weights)
+
+
+def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **options: Any) -> np.ndarray:
+    """What each image is predicted to become at every level on the way to it.
+
+    Args:
+      model: what to sample from.
+      indices: of the images; all of them are computed at once.
+      seed: of the noise.
+      **options: as for `sampler.configure_sampler`.
+
+    Returns:
+      uint8 [len(indices), S, H, W, C]: the prediction of x_0 at each level, the noisiest first, with the
+      sample itself in the place of the last.
+
+    Raises:
+      ValueError: as `sampler.configure_sampler`.
+    """
+    sample_fn, timesteps = model.sampler(**options)
+    return np.asarray(sample_fn(model.params, timesteps, seed, np.asarray(indices), trajectory=True))
+
+
+def compare(models: Sequence[Model], n: int, *, seed: int = 0, **options: Any) -> np.ndarray:
+    """The same noise through several models (S²-DMs, Figures 4 and 5).
+
+    Args:
+      models: all of one image shape.
+      n: number of images.
+      seed: of the noise.
+      **options: as for `Model.sample`.
+
+    Returns:
+      uint8 [len(models), n, H, W, C].
+
+    Raises:
+      ValueError: for models of different image shapes, and as `Model.sample`.
+    """
+    shapes = {model.image_shape for model in models}
+    if len(shapes) > 1:
+        raise ValueError(f"the models make images of different shapes: {sorted(shapes)}")
+    return np.stack([model.sample(n, seed=seed, **options) for model in models])

@@ -1,0 +1,149 @@
+"""What the UNet of the DDIM code is made of: its blocks, GroupNorm, convolutions, the embedding of t."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from s2dm_jax.models.cpu_ops import conv2d, matmul, upsample_conv2d
+
+NORM_GROUPS = 32
+
+NORM_EPS = 1e-6
+
+
+def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
+    """Sinusoidal embedding, sines first, frequencies 10000^(−i/(dim/2−1)) (DDPM code).
+
+    Args:
+      t: float or int [B], level in 0 … T−1, not rescaled; fractions are allowed.
+      dim: number of features, even.
+
+    Returns:
+      float32 [B, dim].
+    """
+    half = dim // 2
+    frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - 1)).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def add(x: jax.Array, per_channel: jax.Array) -> jax.Array:
+    """x + per_channel, in float32 whatever x's type.
+
+    The gradient of what is added to every pixel is a sum over all of them; a GPU that knows how to add
+    bfloat16 would otherwise add those up in bfloat16.
+
+    Args:
+      x: float [..., C].
+      per_channel: float32, of a shape that broadcasts against x.
+
+    Returns:
+      x's shape and type.
+    """
+    return (x.astype(jnp.float32) + per_channel).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x·kernel + bias over the channels; the published 1×1 convolutions are such layers too."""
+
+    def __init__(self, c_in: int, c_out: int, dtype: DTypeLike = jnp.float32):
+        self.kernel = nnx.Param(jnp.zeros((c_in, c_out)))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return add(matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)), self.bias[...])
+
+
+class Conv3x3(nnx.Module):
+    """3×3 convolution, padded as in the published code; with `upsample`, of the image enlarged twice."""
+
+    def __init__(self, c_in: int, c_out: int, dtype: DTypeLike, stride: int = 1, upsample: bool = False):
+        self.kernel = nnx.Param(jnp.zeros((3, 3, c_in, c_out)))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+        self.dtype, self.stride, self.upsample = dtype, stride, upsample
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, w = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.upsample:
+            return add(upsample_conv2d(x, w), self.bias[...])
+        # The published downsampling pads one row at the bottom and one column on the right only.
+        pad = (1, 1) if self.stride == 1 else (0, 1)
+        return add(conv2d(x, w, self.stride, (pad, pad)), self.bias[...])
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (Wu & He 2018), 32 groups, statistics in float32.
+
+    Sums run over pixels first and over the channels of a group second, and the result is one multiply-add
+    per pixel: XLA fuses this, while a 4-D reduction over [H, W, C/32] costs two to three times as much.
+    """
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        per_group = channels // NORM_GROUPS
+        count = x.shape[1] * x.shape[2] * per_group
+
+        def group_mean(pixels):
+            sums = pixels.sum((1, 2)).reshape(-1, NORM_GROUPS, per_group).sum(-1) / count
+            return jnp.repeat(sums, per_group, axis=-1)
+
+        x32 = x.astype(jnp.float32)
+        mean = group_mean(x32)
+        variance = jnp.maximum(group_mean(x32 * x32) - mean * mean, 0.0)
+        a = self.scale[...] * jax.lax.rsqrt(variance + NORM_EPS)
+        b = self.bias[...] - mean * a
+        return (x32 * a[:, None, None] + b[:, None, None]).astype(x.dtype)
+
+
+class ResnetBlock(nnx.Module):
+    """norm → swish → conv → + time → norm → swish → dropout → conv → + shortcut."""
+
+    def __init__(self, c_in: int, c_out: int, temb_dim: int, dropout: float, dtype: DTypeLike):
+        self.norm1 = GroupNorm(c_in)
+        self.conv1 = Conv3x3(c_in, c_out, dtype)
+        self.temb_proj = Linear(temb_dim, c_out)
+        self.norm2 = GroupNorm(c_out)
+        self.dropout = nnx.Dropout(dropout)
+        self.conv2 = Conv3x3(c_out, c_out, dtype)
+        if c_in != c_out:
+            self.nin_shortcut = Linear(c_in, c_out, dtype)
+
+    def __call__(self, x: jax.Array, temb: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = add(h, self.temb_proj(nnx.silu(temb))[:, None, None])
+        h = nnx.silu(self.norm2(h))
+        h = self.dropout(h, deterministic=dropout_key is None, rngs=dropout_key)
+        h = self.conv2(h)
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nnx.Module):
+    """Single-head self-attention over the pixels, added to its input."""
+
+    def __init__(self, channels: int, dtype: DTypeLike):
+        self.norm = GroupNorm(channels)
+        self.q = Linear(channels, channels, dtype)
+        self.k = Linear(channels, channels, dtype)
+        self.v = Linear(channels, channels, dtype)
+        self.proj_out = Linear(channels, channels, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, height, width, c = x.shape
+        tokens = self.norm(x).reshape(b, height * width, 1, c)
+        attended = jax.nn.dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens))
+        return x + self.proj_out(attended).reshape(x.shape)
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """[B,H,W,C] → [B,H/2,W/2,C]: the published downsampling where it has no convolution."""
+    b, height, width, c = x.shape
+    return x.reshape(b, height // 2, 2, width // 2, 2, c).mean((2, 4))

@@ -1,0 +1,100 @@
+"""The second heads of SN-DPM and NPR-DPM (Bao et al. 2022b), on the last features of a frozen network.
+
+A head is like ε's own end: GroupNorm, swish and a 3×3 convolution ("simple" of the released code, its names).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from s2dm_jax.diffusion.types import EpsVarianceFn
+from s2dm_jax.models import layers, unet
+from s2dm_jax.models.unet import UNet
+
+
+class Head(NamedTuple):
+    """A trained second head.
+
+    Attributes:
+      kind: "sn" for E[ε²|x_t], "npr" for E[(ε−ε̂)²|x_t].
+      params: nested dict of float32 arrays.
+    """
+
+    kind: str
+    params: dict
+
+
+class VarianceHead(nnx.Module):
+    """Features [B, H, W, channels] → [B, H, W, out_channels], any sign: nothing makes it positive."""
+
+    def __init__(self, channels: int, out_channels: int):
+        self.norm_out2 = layers.GroupNorm(channels)
+        self.conv_out2 = layers.Conv3x3(channels, out_channels, jnp.float32)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return self.conv_out2(nnx.silu(self.norm_out2(features)).astype(jnp.float32))
+
+
+@functools.lru_cache
+def _definition(network: UNet) -> tuple[nnx.GraphDef, dict]:
+    channels = network.ch * network.ch_mult[0]
+    model = nnx.eval_shape(lambda: VarianceHead(channels, network.out_channels))
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def param_shapes(network: UNet) -> dict:
+    """Nested dict of `jax.ShapeDtypeStruct`: a head's parameters for this network."""
+    return _definition(network)[1]
+
+
+def init_params(network: UNet, seed: int) -> dict:
+    """A head before training, PyTorch's default as in the released code (`unet.pytorch_default_init`)."""
+    return unet.pytorch_default_init(param_shapes(network), seed)
+
+
+def apply(
+    network: UNet,
+    params: dict,
+    head_params: dict,
+    x: jax.Array,
+    t: jax.Array,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """ε̂ and the head's output from one pass of the network, through which no gradient flows.
+
+    Args:
+      network, params: the frozen network.
+      head_params: the head's.
+      x: noisy images [B, H, W, C].
+      t: [B], level in 0 … T−1.
+      dropout_key: for dropout in the frozen network (the released code has it on); None for none.
+
+    Returns:
+      Two float32 [B, H, W, C].
+    """
+    eps, features = jax.lax.stop_gradient(unet.apply_with_features(network, params, x, t, dropout_key))
+    return eps, nnx.merge(_definition(network)[0], head_params)(features)
+
+
+def eps_variance_fn(network: UNet, params: dict, head_params: dict) -> EpsVarianceFn:
+    """The network and its head as `analytic.sn` and `analytic.npr` see them."""
+    return functools.partial(apply, network, params, head_params)
+
+
+def loss(kind: str, eps: jax.Array, eps_hat: jax.Array, head: jax.Array) -> jax.Array:
+    """‖ε² − h‖² ("sn", eq. 9) or ‖(ε−ε̂)² − h‖² ("npr", eq. 13), summed over pixels as in the released code.
+
+    Args:
+      kind: "sn" or "npr".
+      eps: the noise in x_t, [B, H, W, C].
+      eps_hat, head: what `apply` gives.
+
+    Returns:
+      [B].
+    """
+    target = jnp.square(eps if kind == "sn" else eps - eps_hat)
+    return jnp.square(target - head).sum((1, 2, 3))

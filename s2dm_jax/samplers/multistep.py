@@ -1,0 +1,193 @@
+"""Exponential integrators with a history: DEIS, DPM-Solver++ and UniPC.
+
+The history is part of the scan's state. A step that has not enough of it yet, or must not use it, is not
+a branch: its coefficients are those of a lower order.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2dm_jax.diffusion.schedule import NoiseSchedule, log_alpha_bar
+from s2dm_jax.diffusion.types import EpsFn, SamplerOutput
+from s2dm_jax.samplers.common import alpha_sigma, call_network, predict_x0, timestep_pairs, weighted_sum
+
+# Gauss-Legendre quadrature moved from [−1, 1] to [0, 1]; all its weights are positive.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+
+_NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
+
+
+def deis(
+    eps_fn: EpsFn,
+    x_T: jax.Array,
+    schedule: NoiseSchedule,
+    timesteps: jax.Array | np.ndarray,
+    *,
+    order: int = 3,
+    return_x0: bool = False,
+) -> SamplerOutput:
+    """DEIS tAB (Zhang & Chen 2023, eq. 14, 15): ε extrapolated as a polynomial in t through the last `order`
+    evaluations and integrated against the probability-flow ODE; S evaluations.
+
+    The first steps have the order that their history allows. The last one is a DDIM step, whose result is
+    the network's prediction of x_0 at the lowest level.
+
+    Args:
+      x_T: [B, H, W, C].
+      timesteps: int [S], ascending levels in [0, T).
+      order: evaluations that a step combines, 1 (this is DDIM) to 3; the polynomial's degree is one less.
+      return_x0: also return every step's prediction of x_0.
+
+    Returns:
+      x_0 [B, H, W, C]; with `return_x0` also the predictions [S, B, H, W, C], the noisiest level's first.
+
+    Raises:
+      ValueError: for a bad grid or an `order` that is not 1, 2 or 3.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order={order} is not allowed: 1, 2 or 3")
+    t, t_next = timestep_pairs(schedule, timesteps)
+    log_ab, log_ab_next = (log_alpha_bar(schedule, level, x_T.dtype) for level in (t, t_next))
+    signal, sigma = alpha_sigma(log_ab)
+    signal_next, _ = alpha_sigma(log_ab_next)
+    weights = _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order)
+
+    def step(state, at):
+        x, history = state
+        t, signal, sigma, signal_next, weights = at
+        eps = call_network(eps_fn, x, t)
+        slopes = jnp.concatenate([eps[None], history])
+        # x/signal moves by the integral of ε over sigma/signal.
+        x_next = signal_next * (x / signal + weighted_sum(weights, slopes))
+        return (x_next, slopes[:-1]), predict_x0(x, eps, signal, sigma) if return_x0 else None
+
+    history = jnp.zeros((order - 1, *x_T.shape), x_T.dtype)
+    (x_0, _), predictions = jax.lax.scan(step, (x_T, history), (t, signal, sigma, signal_next, weights))
+    return (x_0, predictions) if return_x0 else x_0
+
+
+def _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order):
+    """[S, order]: each Lagrange polynomial in t integrated over ρ = sigma/signal, newest evaluation first."""
+    dtype = log_ab.dtype
+    rho, rho_next = jnp.sqrt(jnp.expm1(-log_ab)), jnp.sqrt(jnp.expm1(-log_ab_next))
+    # In ρ the ODE is d(x/signal) = ε dρ: quadrature points in ρ, and the fractional levels they belong to.
+    rho_q = rho[:, None] + (rho_next - rho)[:, None] * jnp.asarray(_NODES, dtype)
+    levels = jnp.arange(-1, schedule.T, dtype=dtype)
+    t_q = jnp.interp(jnp.log1p(rho_q**2), jnp.asarray(-schedule.log_alpha_bar_with_x0, dtype), levels)
+
+    # Evaluations that exist already; in the last step the newest alone.
+    step, age = jnp.arange(len(t))[:, None], jnp.arange(order)
+    used = (age <= step) & ((t_next[:, None] >= 0) | (age == 0))
+    node = t.astype(dtype)[jnp.maximum(step - age, 0)]
+    # Axes from here on: step, evaluation of the polynomial, evaluation where it is 0, quadrature point.
+    pairs = used[:, :, None] & used[:, None, :] & ~jnp.eye(order, dtype=bool)
+    distance = jnp.where(pairs, node[:, :, None] - node[:, None, :], 1)
+    factors = (t_q[:, None, None, :] - node[:, None, :, None]) / distance[..., None]
+    lagrange = jnp.prod(jnp.where(pairs[..., None], factors, 1), axis=2)
+    mean = jnp.sum(lagrange * jnp.asarray(_WEIGHTS, dtype), axis=-1)
+    return jnp.where(used, mean, 0) * (rho_next - rho)[:, None]
+
+
+def dpmpp_2m(
+    eps_fn: EpsFn,
+    x_T: jax.Array,
+    schedule: NoiseSchedule,
+    timesteps: jax.Array | np.ndarray,
+    *,
+    return_x0: bool = False,
+) -> SamplerOutput:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the prediction of x_0 extrapolated linearly in the
+    half-log-SNR λ; S evaluations.
+
+    The first step has no history, and the last one, where λ is infinite, must not use it: both are DDIM
+    steps, the last one's result being the network's prediction of x_0 at the lowest level.
+
+    Args:
+      x_T: [B, H, W, C].
+      timesteps: int [S], ascending levels in [0, T).
+      return_x0: also return every step's prediction of x_0.
+
+    Returns:
+      x_0 [B, H, W, C]; with `return_x0` also the predictions [S, B, H, W, C], the noisiest level's first.
+
+    Raises:
+      ValueError: for a bad grid.
+    """
+    t, signal, sigma, decay, gain, _, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
+
+    def step(state, at):
+        x, x0_before = state
+        t, signal, sigma, decay, gain, growth = at
+        x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
+        # Half a step ahead along the line through the last two predictions.
+        ahead = x0 + growth / 2 * (x0 - x0_before)
+        return (decay * x + gain * ahead, x0), x0 if return_x0 else None
+
+    steps = (t, signal, sigma, decay, gain, growth)
+    (x_0, _), predictions = jax.lax.scan(step, (x_T, jnp.zeros_like(x_T)), steps)
+    return (x_0, predictions) if return_x0 else x_0
+
+
+def unipc(
+    eps_fn: EpsFn,
+    x_T: jax.Array,
+    schedule: NoiseSchedule,
+    timesteps: jax.Array | np.ndarray,
+    *,
+    return_x0: bool = False,
+) -> SamplerOutput:
+    """UniPC of order 2 with B₂(h) = e^h − 1, predicting x_0 (Zhao et al. 2023, multistep UniP-2 and UniC-2):
+    each evaluation corrects the step that led to it, then serves to predict the next one; S evaluations.
+
+    The first step has order 1. The last one is a DDIM step without correction, whose result is the
+    network's prediction of x_0 at the lowest level.
+
+    Arguments, result and errors as for `dpmpp_2m`.
+    """
+    t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
+
+    # The corrector's weights for every step but the last. The paper's b_k are quotients of integrals of
+    # e^{−(1−θ)h}·θ^k over [0, 1]: as means of θ^k they are free of the cancellation in their closed form.
+    theta = jnp.asarray(_NODES, x_T.dtype)
+    density = jnp.asarray(_WEIGHTS, x_T.dtype) * jnp.exp(-(1 - theta) * h[:-1, None])
+    b_1, b_2 = (jnp.sum(density * theta**k, -1) / jnp.sum(density, -1) for k in (1, 2))
+    # Solution of the two order conditions, for the old line's slope and for the new evaluation. Growth is 0
+    # in the first step alone, where the paper's weight for order 1 is a half.
+    old = (b_1 - b_2) * growth[:-1] / (1 + growth[:-1])
+    new = jnp.where(growth[:-1] == 0, 0.5, b_1 - old)
+    # At level i the step from i−1 is corrected; into the first level there was none.
+    old, new = (jnp.append(jnp.zeros(1, x_T.dtype), gain[:-1] * weight) for weight in (old, new))
+
+    def step(state, at):
+        x, first_order, slope, x0_before = state
+        t, signal, sigma, decay, gain, growth, old, new = at
+        x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
+        # Correct the arrival at this level. The network is not asked again at the corrected x.
+        x = first_order + old * slope + new * (x0 - x0_before)
+        # Predict the next level.
+        slope = growth * (x0 - x0_before)
+        first_order = decay * x + gain * x0
+        state = (first_order + gain * slope / 2, first_order, slope, x0)
+        return state, x0 if return_x0 else None
+
+    state = (x_T, x_T, jnp.zeros_like(x_T), jnp.zeros_like(x_T))
+    (x_0, *_), predictions = jax.lax.scan(step, state, (t, signal, sigma, decay, gain, growth, old, new))
+    return (x_0, predictions) if return_x0 else x_0
+
+
+def _log_snr_steps(schedule, timesteps, dtype):
+    """Arrays [S] for solvers in λ = log(signal/sigma), whose first-order step is decay·x + gain·x_0.
+
+    Returns:
+      t, signal, sigma, decay, gain; h, the step in λ (infinite at last); and growth, h over the step before,
+      0 where a step must not look back: in the first and in the last.
+    """
+    t, t_next = timestep_pairs(schedule, timesteps)
+    log_ab, log_ab_next = (log_alpha_bar(schedule, level, dtype) for level in (t, t_next))
+    signal, sigma = alpha_sigma(log_ab)
+    signal_next, sigma_next = alpha_sigma(log_ab_next)
+    h = jnp.log(signal_next / sigma_next) - jnp.log(signal / sigma)
+    gain = -signal_next * jnp.expm1(-h)
+    growth = jnp.where(t_next < 0, 0, h / jnp.roll(h, 1)).at[0].set(0)
+    return t, signal, sigma, sigma_next / sigma, gain, h, growth

@@ -1,0 +1,73 @@
+"""What can stop a run: signals, and losses that are not finite."""
+
+import signal
+
+import numpy as np
+
+from s2dm_jax.common.errors import UserError
+
+# So many steps without one finite loss: the weights are lost, skipping will not mend them.
+_MAX_SKIPPED_IN_A_ROW = 100
+
+
+def install_signal_handlers() -> list[int]:
+    """Turns the first SIGINT or SIGTERM into an entry of the list returned; the next acts as usual."""
+    received = []
+
+    def handler(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after the steps under way; again to stop at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
+
+
+def finite_steps(metrics: dict[str, np.ndarray]) -> np.ndarray:
+    """Whether both loss and gradient norm are finite, bool [n]; metrics are arrays [n]."""
+    return np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
+
+
+def check_finite(finite: np.ndarray, first: int, on_nan: str, saved: int | None, in_a_row: int) -> int:
+    """Stops a run, or says what it skipped, where a chunk of steps had a loss or gradient that is not finite.
+
+    Args:
+      finite: bool [n], as from `finite_steps`.
+      first: the number of the chunk's first step.
+      on_nan: "stop" or "skip" (`config.train.on_nonfinite`).
+      saved: the newest checkpoint's step, or None.
+      in_a_row: how many steps were skipped just before this chunk.
+
+    Returns:
+      How many steps at the end of the chunk were skipped, together with those before it where all were.
+
+    Raises:
+      UserError: with "stop" for any such step, with "skip" for a hundred in a row.
+    """
+    bad = first + np.flatnonzero(~finite)
+    if not len(bad):
+        return 0
+    kept = "no checkpoint was saved yet" if saved is None else f"the last good checkpoint is step {saved:,}"
+    seen = f"seen in steps {first} to {first + len(finite) - 1}"
+    if on_nan == "stop":
+        again = (
+            "the same command with --config.train.on_nonfinite=skip goes on from there and leaves such "
+            "steps out"
+            if saved is not None
+            else "the same command with --config.train.on_nonfinite=skip leaves such steps out"
+        )
+        raise UserError(
+            f"the loss or its gradient is not finite from step {bad[0]} on, {seen}; {kept}; {again}, a lower "
+            "config.train.lr in a new --workdir is the usual cure"
+        )
+    last_good = np.flatnonzero(finite)
+    in_a_row = len(finite) - 1 - last_good[-1] if len(last_good) else in_a_row + len(finite)
+    if in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+        raise UserError(
+            f"the loss or its gradient was not finite in {in_a_row} steps in a row, up to step {bad[-1]}: "
+            f"skipping does not help; {kept}; a lower config.train.lr in a new --workdir is the usual cure"
+        )
+    which = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+    print(f"skipped {len(bad)} steps whose loss or gradient is not finite ({which})", flush=True)
+    return int(in_a_row)

@@ -1,0 +1,228 @@
+"""What a run tells while it runs: a progress bar or plain lines, `metrics.jsonl`, TensorBoard events."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from s2dm_jax.common.progress import SECONDS_BETWEEN_LINES
+from s2dm_jax.common.version import __version__
+from s2dm_jax.config.build import build_objective
+from s2dm_jax.devices.distributed import is_main_process
+from s2dm_jax.devices.hardware import peak_memory
+from s2dm_jax.models import unet
+from s2dm_jax.models.unet import UNet
+
+
+def run_summary(config: ConfigDict, network: UNet, provenance: str, step: int) -> str:
+    """What a run is about to do, in a few lines."""
+    o, train = build_objective(config), config.train
+    loss = "L_simple"
+    if o.has_skip:
+        loss = f"{o.tau:g}·L_simple + {1 - o.tau:g}·L_skip (skip {o.skip}, {o.skip_noise} noise)"
+    if o.has_sequence:
+        loss += f" + {o.lam:g}·L_sa (K = {o.K})"
+    devices = jax.devices()
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
+    return "\n".join(
+        [
+            f"s2dm_jax {__version__}, jax {jax.__version__}, {len(devices)} × "
+            f"{devices[0].device_kind}{hosts}",
+            f"data     {provenance}",
+            f"network  UNet, {unet.num_params(network):,} parameters, activations in {network.dtype}",
+            f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
+            f"T = {config.diffusion.T:,}",
+            f"train    {start}, batch {train.batch_size} × {o.num_timesteps_per_image} noise level(s), Adam "
+            f"{train.lr:g}, "
+            f"EMA {train.ema_decay:g}, seed {train.seed}",
+        ]
+    )
+
+
+class MetricWriter:
+    """Appends scalars to `metrics.jsonl` and TensorBoard events in `workdir`, pictures to the latter.
+
+    A resumed run computes the steps after its checkpoint again: their old lines are dropped first. Of several
+    processes only the first writes.
+    """
+
+    def __init__(self, workdir: str | Path, resume_step: int):
+        self._writes = is_main_process()
+        if not self._writes:
+            return
+        self._path = Path(workdir) / "metrics.jsonl"
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= resume_step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(temporary, self._path)
+        self._lines = self._path.open("a")
+        purge = {"purge_step": resume_step + 1} if resume_step else {}
+        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), **purge)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Records `values` as they stand after `step` steps."""
+        if not self._writes:
+            return
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Records a uint8 picture [H, W, C]."""
+        if self._writes:
+            self._events.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writes:
+            self._lines.close()
+            self._events.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        # A line cut short by a crash belongs to the steps that are computed again.
+        return float("inf")
+
+
+class Progress:
+    """Step, loss, speed and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(
+        self, start: int, total: int, images_per_step: int, flops_per_step: float, peak: float | None
+    ):
+        """Begins to count time.
+
+        Args:
+          start: steps done before.
+          total: steps of the whole run.
+          images_per_step: of all devices together.
+          flops_per_step: likewise (`flops.step_flops`).
+          peak: FLOP/s that all devices together could do, or None.
+        """
+        self._start, self._total = start, total
+        self._images, self._flops, self._peak = images_per_step, flops_per_step, peak
+        self._began = self._last_line = self._last_update = time.monotonic()
+        self._last_step, self._paused = start, 0.0
+        self._shown = False
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            disable=not (is_main_process() and sys.stderr.isatty()),
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]",
+        )
+
+    def update(self, step: int, loss: float) -> dict[str, float]:
+        """Shows that `step` steps are done.
+
+        Returns:
+          Of the steps since the last update: "seconds_per_step", "images_per_second",
+          "tflops_per_second", "mfu" (its share of the peak) where the peak is known; of the run:
+          "peak_memory_gb", "eta_seconds".
+        """
+        now = time.monotonic()
+        seconds_per_step = (now - self._last_update - self._paused) / max(step - self._last_step, 1)
+        self._last_step, self._last_update, self._paused = step, now, 0.0
+        left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
+        speed = {
+            "seconds_per_step": seconds_per_step,
+            "images_per_second": self._images / seconds_per_step,
+            "tflops_per_second": self._flops / seconds_per_step / 1e12,
+        }
+        if self._peak:
+            speed["mfu"] = self._flops / seconds_per_step / self._peak
+        said = f"{speed['images_per_second']:,.0f} images/s"
+        said += f", {speed['mfu']:.0%} of peak" if self._peak else ""
+        self._bar.set_postfix_str(f"loss {loss:.4g}, {said}", refresh=False)
+        self._bar.update(step - self._bar.n)
+        due = now - self._last_line > SECONDS_BETWEEN_LINES or step == self._total or not self._shown
+        self._shown = True
+        if self._bar.disable and due and is_main_process():
+            self._last_line = now
+            line = f"step {step:,}/{self._total:,}  loss {loss:.4g}  {said}"
+            print(f"{line}  {tqdm.format_interval(left)} left", flush=True)
+        return {**speed, "peak_memory_gb": peak_memory() / 1e9, "eta_seconds": left}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what happens inside out of the time per step."""
+        began = time.monotonic()
+        yield
+        self._paused += time.monotonic() - began
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Profile:
+    """A trace of some steps for TensorBoard or Perfetto, in `workdir`/profile.
+
+    The first chunk is left out: it waits for what the others do not.
+    """
+
+    def __init__(self, workdir: str | Path, start: int, steps: int):
+        self._folder, self._wanted = Path(workdir) / "profile", steps
+        self._start = start
+        self._from: int | None = None
+
+    def before_chunk(self, step: int) -> None:
+        """Starts the trace where it is due; the steps before `step` have been dispatched."""
+        if self._wanted and self._from is None and step > self._start:
+            jax.profiler.start_trace(str(self._folder))
+            self._from = step
+
+    def after_chunk(self, step: int, result: Any) -> None:
+        """Ends the trace once it holds as many steps as were asked for."""
+        if self._from is not None and step - self._from >= self._wanted:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced."""
+        if self._wanted and self._from is not None:
+            jax.profiler.stop_trace()
+            self._wanted = 0
+            if is_main_process():
+                print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
+
+
+def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:
+    """What a chunk of steps says about itself.
+
+    Args:
+      metrics: "levels" [n, 2, G], sums of L_simple and counts of the examples in each of G equal groups of
+        levels; everything else [n].
+      finite: bool [n], the steps that count.
+      T: number of levels.
+
+    Returns:
+      The mean of each metric, that of L_simple in each group of levels that occurred as "simple/t000-099",
+      and "skipped_steps" if there are some.
+    """
+    if not finite.any():
+        return {"skipped_steps": len(finite)}
+    means = {name: float(values[finite].mean()) for name, values in metrics.items() if name != "levels"}
+    sums, counts = metrics["levels"][finite].astype(np.float64).sum(0)
+    edges = np.ceil(np.arange(len(sums) + 1) * T / len(sums)).astype(int)
+    digits = len(str(T - 1))
+    for i in np.flatnonzero(counts):
+        name = f"simple/t{edges[i]:0{digits}d}-{edges[i + 1] - 1:0{digits}d}"
+        means[name] = float(sums[i] / counts[i])
+    if not finite.all():
+        means["skipped_steps"] = int((~finite).sum())
+    return means

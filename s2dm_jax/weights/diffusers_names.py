@@ -1,0 +1,276 @@
+"""The names and configs of diffusers' `UNet2DModel` and `DDIMScheduler`, to and from the DDIM code's.
+
+The same network goes by both: only names differ, and attention's 1×1 convolutions are matrices there. Written
+against diffusers 0.42; the names of its versions before 0.14, which Google's checkpoints have, are read too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from s2dm_jax.models.layers import NORM_EPS, NORM_GROUPS
+from s2dm_jax.models.unet import UNet
+from s2dm_jax.weights import torch_names
+
+VERSION = "0.42.0"
+
+# What our network is, field by field, and what diffusers takes where a config does not say.
+_NEEDED = {
+    "act_fn": ("silu", "silu"),
+    "add_attention": (True, True),
+    "attention_head_dim": (None, 8),
+    "attn_norm_num_groups": (None, None),
+    "center_input_sample": (False, False),
+    "class_embed_type": (None, None),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "conv"),
+    "flip_sin_to_cos": (False, True),
+    "freq_shift": (1, 0),
+    "mid_block_scale_factor": (1, 1),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
+    "norm_eps": (NORM_EPS, 1e-5),
+    "norm_num_groups": (NORM_GROUPS, 32),
+    "num_class_embeds": (None, None),
+    "resnet_time_scale_shift": ("default", "default"),
+    "time_embedding_type": ("positional", "positional"),
+    "upsample_type": ("conv", "conv"),
+}
+
+_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+_IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+_IN_BLOCK = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"}
+
+# The schedules that both sides compute alike; others go as a list of betas.
+_BETA_SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+
+
+def unet_config(network: UNet) -> dict:
+    """The config.json of the `UNet2DModel` that is this network."""
+    attention = [network.resolution >> i in network.attn_resolutions for i in range(len(network.ch_mult))]
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
+        "sample_size": network.resolution,
+        "in_channels": network.in_channels,
+        "out_channels": network.out_channels,
+        "block_out_channels": [network.ch * mult for mult in network.ch_mult],
+        "layers_per_block": network.num_res_blocks,
+        "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+        "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+        "dropout": network.dropout,
+        **{name: needed for name, (needed, _) in _NEEDED.items()},
+    }
+
+
+def scheduler_config(schedule: str, T: int) -> dict:
+    """The scheduler_config.json of the `DDIMScheduler` that takes our DDIM's steps.
+
+    Its levels are our uniform grid wherever the number of steps divides T.
+
+    Args:
+      schedule: one of `schedule.SCHEDULES`.
+      T: number of noise levels.
+    """
+    from s2dm_jax.diffusion.schedule import SCHEDULES
+
+    beta = SCHEDULES[schedule](T).beta
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": T,
+        "beta_schedule": _BETA_SCHEDULES.get(schedule, "linear"),
+        "beta_start": float(beta[0]),
+        "beta_end": float(beta[-1]),
+        "trained_betas": None if schedule in _BETA_SCHEDULES else beta.tolist(),
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+    }
+
+
+def read_unet_config(config: Mapping) -> UNet:
+    """The network that a `UNet2DModel`'s config.json describes.
+
+    Raises:
+      ValueError: naming the first field that makes it another network than DDIM's.
+    """
+    if config.get("_class_name") != "UNet2DModel":
+        raise ValueError(f"it is a {config.get('_class_name')}, where a UNet2DModel is needed")
+    for name, (needed, default) in _NEEDED.items():
+        value = config.get(name, default)
+        # One head as wide as its input also goes by its width.
+        widths = config.get("block_out_channels", ())
+        if name == "attention_head_dim" and all(value == width for width in widths):
+            continue
+        if value != needed:
+            raise ValueError(f"its {name} is {value!r}, where DDIM's network has {needed!r}")
+    widths, down = config.get("block_out_channels"), config.get("down_block_types")
+    attention = {"DownBlock2D": False, "AttnDownBlock2D": True}
+    mirrored = [name.replace("Down", "Up") for name in reversed(down or ())]
+    if not down or not set(down) <= set(attention) or list(config.get("up_block_types", ())) != mirrored:
+        raise ValueError(
+            f"its blocks are {down} and {config.get('up_block_types')}, where DDIM's network has DownBlock2D "
+            "and AttnDownBlock2D, and the same backwards on the way up"
+        )
+    sizes: dict[str, Any] = {
+        name: config.get(name) for name in ("sample_size", "in_channels", "out_channels", "layers_per_block")
+    }
+    wrong = [name for name, value in sizes.items() if type(value) is not int or value < 1]
+    if wrong:
+        raise ValueError(f"its {wrong[0]} is {sizes[wrong[0]]!r}, where a number is needed")
+    if not widths or len(widths) != len(down) or any(type(w) is not int or w % widths[0] for w in widths):
+        raise ValueError(
+            f"its block_out_channels are {widths}, where one multiple of the first a block is needed"
+        )
+    if sizes["sample_size"] % (1 << (len(down) - 1)):
+        raise ValueError(f"its sample_size {sizes['sample_size']} cannot be halved {len(down) - 1} times")
+    return UNet(
+        resolution=sizes["sample_size"],
+        in_channels=sizes["in_channels"],
+        out_channels=sizes["out_channels"],
+        ch=widths[0],
+        ch_mult=tuple(width // widths[0] for width in widths),
+        num_res_blocks=sizes["layers_per_block"],
+        attn_resolutions=tuple(sizes["sample_size"] >> i for i, name in enumerate(down) if attention[name]),
+        dropout=float(config.get("dropout", 0.0)),
+    )
+
+
+def read_scheduler_config(config: Mapping) -> tuple[str, int]:
+    """Our schedule's name and T, from a scheduler_config.json of diffusers.
+
+    Raises:
+      ValueError: for a network that predicts something else than ε, or betas that are no schedule of ours.
+    """
+    from s2dm_jax.diffusion.schedule import SCHEDULES
+
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(f"its prediction_type is {config['prediction_type']!r}, where ours is 'epsilon'")
+    T = config.get("num_train_timesteps", 1000)
+    if type(T) is not int or T < 2:
+        raise ValueError(f"its num_train_timesteps is {T!r}, where a number from 2 up is needed")
+    betas = config.get("trained_betas")
+    named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(
+        config.get("beta_schedule", "linear")
+    )
+    for name in SCHEDULES:
+        beta = SCHEDULES[name](T).beta
+        if betas is not None:
+            found = np.shape(betas) == beta.shape and np.allclose(betas, beta, rtol=1e-5, atol=0)
+        else:
+            ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+            # The cosine's betas do not depend on the two ends that its config still states.
+            found = name == named and (
+                name == "cosine" or np.allclose(ends, beta[[0, -1]], rtol=1e-5, atol=0)
+            )
+        if found:
+            return name, T
+    described = "trained_betas" if betas is not None else config.get("beta_schedule", "linear")
+    raise ValueError(f"its betas ({described}) are none of our schedules {', '.join(SCHEDULES)}")
+
+
+def to_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> dict[str, np.ndarray]:
+    """A published state_dict under the names and in the layouts of `UNet2DModel`.
+
+    Args:
+      state: torch name → array, as from `torch_names.to_torch`.
+      network: what it belongs to.
+    """
+    if not network.resamp_with_conv:
+        state = {**state, **_stand_ins(network)}
+    return {
+        _their_name(name, network): value[:, :, 0, 0] if _is_attention_matrix(name) else value
+        for name, value in state.items()
+    }
+
+
+def from_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> tuple[dict[str, np.ndarray], UNet]:
+    """The published names and layouts of a `UNet2DModel`'s tensors, the inverse of `to_diffusers`.
+
+    Args:
+      state: name → array, of any version of diffusers.
+      network: from `read_unet_config`.
+
+    Returns:
+      The state_dict, and the network: without convolutions in its resampling, where `to_diffusers` put them.
+
+    Raises:
+      ValueError: naming the first tensor that is missing, not known, or of another shape.
+    """
+    state, published = dict(state), {}
+    for name, shape in torch_names.torch_shapes(network).items():
+        theirs = old = _their_name(name, network)
+        for new_part, old_part in _OLD_NAMES.items():
+            old = old.replace(new_part, old_part)
+        expected = shape[:2] if _is_attention_matrix(name) else shape
+        value = state.pop(theirs, None)
+        value = state.pop(old, None) if value is None else value
+        if value is None:
+            raise ValueError(f"it lacks the tensor {theirs} of shape {expected}")
+        if value.shape not in (expected, shape):
+            raise ValueError(f"{theirs} has shape {value.shape}, but the network needs {expected}")
+        published[name] = value.reshape(shape)
+    if state:
+        name = min(state)
+        raise ValueError(f"the network has no place for the tensor {name} of shape {state[name].shape}")
+    stand_ins = _stand_ins(network)
+    if stand_ins and all(np.array_equal(published[name], value) for name, value in stand_ins.items()):
+        published = {name: value for name, value in published.items() if name not in stand_ins}
+        network = UNet(**{**vars(network), "resamp_with_conv": False})
+    return published, network
+
+
+def _their_name(name: str, network: UNet) -> str:
+    match name.split("."):
+        case ["temb", "dense", number, leaf]:
+            return f"time_embedding.linear_{int(number) + 1}.{leaf}"
+        case ["norm_out", leaf]:
+            return f"conv_norm_out.{leaf}"
+        case ["mid", "attn_1", part, leaf]:
+            return f"mid_block.attentions.0.{_IN_ATTENTION[part]}.{leaf}"
+        case ["mid", block, part, leaf]:
+            return f"mid_block.resnets.{int(block[-1]) - 1}.{_IN_BLOCK.get(part, part)}.{leaf}"
+        case ["down" | "up" as way, level, kind, *rest]:
+            # diffusers counts the levels on the way up from the lowest resolution.
+            index = int(level) if way == "down" else len(network.ch_mult) - 1 - int(level)
+            path = f"{way}_blocks.{index}"
+            if kind.endswith("sample"):
+                return f"{path}.{kind}rs.0.{'.'.join(rest)}"
+            block, part, leaf = rest
+            if kind == "attn":
+                return f"{path}.attentions.{block}.{_IN_ATTENTION[part]}.{leaf}"
+            return f"{path}.resnets.{block}.{_IN_BLOCK.get(part, part)}.{leaf}"
+    return name
+
+
+def _is_attention_matrix(name: str) -> bool:
+    return "attn" in name and name.endswith(".weight") and not name.endswith("norm.weight")
+
+
+def _stand_ins(network: UNet) -> dict[str, np.ndarray]:
+    """Convolutions that change nothing, for diffusers' blocks, which always have them: up the identity, down
+    the mean of 2×2 pixels.
+    """
+    convolutions: dict[str, np.ndarray] = {}
+    last = len(network.ch_mult) - 1
+    for level, mult in enumerate(network.ch_mult):
+        width = network.ch * mult
+        channel = np.arange(width)
+        paths = []
+        if level != last:
+            paths.append((f"down.{level}.downsample.conv", slice(0, 2), 0.25))
+        if level != 0:
+            paths.append((f"up.{level}.upsample.conv", slice(1, 2), 1.0))
+        for path, taps, value in paths:
+            weight = np.zeros((width, width, 3, 3), np.float32)
+            weight[channel, channel, taps, taps] = value
+            convolutions[f"{path}.weight"] = weight
+            convolutions[f"{path}.bias"] = np.zeros(width, np.float32)
+    return convolutions

@@ -1,0 +1,160 @@
+"""Model cards: what a network was trained on and how, what was measured, where it comes from."""
+
+import datetime
+import json
+from pathlib import Path
+
+import jax
+
+from s2dm_jax.common.hashing import sha256_of_arrays
+from s2dm_jax.common.version import __version__
+from s2dm_jax.models import unet
+from s2dm_jax.workdir import exported
+from s2dm_jax.workdir.load import Run
+from s2dm_jax.workdir.results import results_table
+
+CARD = "model_card.json"
+
+_UNKNOWN = "not stated"
+
+
+def card_of_run(run: Run, path: str) -> dict:
+    """The card of a run's folder or of an exported sampler, with its results and where it comes from.
+
+    Raises:
+      ValueError: for a card or results that are not ours.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        return parse_card(json.dumps(exported.read_header(path).get("card")))
+    card = parse_card((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+    results = None
+    if (folder / "results.json").is_file():
+        results = json.loads((folder / "results.json").read_text())
+    made = make_card(
+        run,
+        license=card.get("license", ""),
+        source=card.get("source"),
+        # Results of another step than that of the weights are none of theirs.
+        metrics=results if results and results["step"] == run.step else None,
+    )
+    if card and not made["metrics"] and card["weights"]["sha256"] == made["weights"]["sha256"]:
+        made["metrics"] = card["metrics"]
+    return parse_card(json.dumps(made))
+
+
+def parse_card(text: str) -> dict:
+    """A card from its JSON text, once sure that it can be shown.
+
+    Raises:
+      ValueError: if it is no card of ours.
+    """
+    try:
+        card = json.loads(text)
+        card_to_markdown(card)
+        if type(card["step"]) is not int or not isinstance(card["config"], dict):
+            raise ValueError("its step or config is missing")
+        return card
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its model card is not one of ours ({error!r})") from error
+
+
+def make_card(
+    run: Run, *, license: str = "", source: dict | None = None, metrics: dict | None = None
+) -> dict:
+    """The card of a network as plain data.
+
+    Args:
+      run: the network, its weights and config.
+      license: under which the weights are given away.
+      source: where weights come from that were not trained here from the start: "file", "format", "sha256",
+        "steps_there", and "first_step", the step that training here begins with.
+      metrics: results of an evaluation of these weights (`evaluate.evaluate`).
+
+    Returns:
+      What JSON can hold. Of weights that come from elsewhere and were not trained here, data and training are
+      not known, and said so.
+    """
+    steps = run.step - (source["first_step"] if source else 0)
+    trained = steps > 0
+    config = run.config
+    return {
+        "step": run.step,
+        "network": {**vars(run.network), "parameters": unet.num_params(run.network)},
+        "predicts": "the noise ε in x_t",
+        "weights": {
+            "kind": "moving average" if trained else _UNKNOWN,
+            "sha256": sha256_of_arrays(jax.tree.leaves(run.ema)),
+        },
+        "schedule": config.diffusion.to_dict(),
+        "data": config.data.name if trained else _UNKNOWN,
+        "training": {**config.train.to_dict(), "steps": steps} if trained else _UNKNOWN,
+        "objective": config.loss.to_dict() if trained else _UNKNOWN,
+        "source": source,
+        "metrics": metrics,
+        "license": license or _UNKNOWN,
+        "made_with": {"s2dm_jax": __version__, "jax": jax.__version__},
+        "date": datetime.date.today().isoformat(),
+        "config": json.loads(config.to_json()),
+    }
+
+
+def card_to_markdown(card: dict, front_matter: dict[str, str] | None = None) -> str:
+    """The card for people.
+
+    Args:
+      card: from `make_card`.
+      front_matter: what model hubs read at the top of a card.
+    """
+    lines = (
+        ["---", *(f"{name}: {value}" for name, value in front_matter.items()), "---", ""]
+        if front_matter
+        else []
+    )
+    network, schedule = card["network"], card["schedule"]
+    facts = {
+        "Network": f"DDIM's UNet, {network['parameters']:,} parameters, ch {network['ch']}, ch_mult "
+        f"{tuple(network['ch_mult'])}, {network['num_res_blocks']} blocks a level, attention at "
+        f"{tuple(network['attn_resolutions'])}",
+        "Images": f"{network['resolution']}×{network['resolution']}×{network['in_channels']}, in [−1, 1]",
+        "Predicts": f"{card['predicts']}; t counts 0 … T−1",
+        "Noise schedule": f"{schedule['schedule']}, T = {schedule['T']:,}",
+        "Weights": _sentence(card["weights"]),
+        "Data": card["data"],
+        "Objective": _sentence(card["objective"]),
+        "Training": _sentence(card["training"]),
+        "Comes from": _sentence(card["source"]) if card["source"] else "trained with s2dm_jax from the start",
+        "License": card["license"],
+        "Made with": f"{_sentence(card['made_with'])}; {card['date']}",
+    }
+    if "sampler" in card:
+        facts["Sampler baked in"] = _sentence(card["sampler"])
+    lines += ["# Diffusion model", "", *_list(facts), "", "## Measured", ""]
+    if card["metrics"]:
+        provenance = {name: _sentence(value) for name, value in card["metrics"]["provenance"].items()}
+        lines += [results_table(card["metrics"]), "", *_list(provenance), ""]
+    else:
+        lines += ["Nothing has been measured for these weights.", ""]
+    return "\n".join(lines)
+
+
+def card_paths(path: Path) -> tuple[Path, Path]:
+    """The two files of the card that goes with the file `path`."""
+    return path.with_name(f"{path.name}.md"), path.with_name(f"{path.name}.json")
+
+
+def write_card(card: dict, markdown: Path, numbers: Path) -> None:
+    """Writes a card for people and for programs."""
+    markdown.write_text(card_to_markdown(card))
+    numbers.write_text(json.dumps(card, indent=1) + "\n")
+
+
+def _list(facts: dict[str, str]) -> list[str]:
+    return [f"- **{name}**: {value}" for name, value in facts.items()]
+
+
+def _sentence(value: object) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    known = {name: _sentence(v) if isinstance(v, dict) else v for name, v in value.items() if v is not None}
+    return ", ".join(f"{name} {v}" for name, v in known.items())

@@ -1,0 +1,323 @@
+"""PyTorch's checkpoint files without PyTorch: only tensors and plain data come in, no code of a file runs.
+
+`torch.load(weights_only=True)` is as safe, but needs PyTorch, refuses SA-DPM's `ckpt_*.pth` for its argparse
+namespace, and does not look at the checksums in a file: flipped bits become wrong weights in silence.
+"""
+
+import collections
+import contextlib
+import functools
+import io
+import math
+import os
+import pickle
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import ZIP_DAMAGE
+
+_DTYPES = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+_NOTE = "s2dm_jax.json"
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+_LEGACY_PROTOCOL = 1001
+
+
+class Storage(NamedTuple):
+    """A file's piece of memory, not yet read: its key, type and number of elements."""
+
+    key: str
+    dtype: np.dtype
+    elements: int
+
+
+class Tensor(NamedTuple):
+    """A tensor, not yet read: a strided view of a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Ignored:
+    """Stands for an object that a training loop saved beside its tensors, with nothing of it kept."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __setstate__(self, _):
+        pass
+
+
+class _Refused(Exception):
+    """The file names an object that is neither a tensor nor plain data."""
+
+
+def _tensor(storage, offset, shape, strides, *_):
+    return Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+_ALLOWED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    ("argparse", "Namespace"): _Ignored,
+    ("torch", "device"): _Ignored,
+    ("numpy", "dtype"): _Ignored,
+    ("numpy.core.multiarray", "scalar"): _Ignored,
+    ("numpy._core.multiarray", "scalar"): _Ignored,
+    ("_codecs", "encode"): _Ignored,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles plain data; tensors come as `Tensor`, everything else is refused."""
+
+    def find_class(self, module, name):
+        if (module, name) not in _ALLOWED:
+            raise _Refused(f"{module}.{name}")
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _, count, *views = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype) or any(view is not None for view in views):
+            raise ValueError("an entry that is no storage")
+        return Storage(str(key), dtype, int(count))
+
+
+def _unpickle(stream: BinaryIO, size: int) -> Any:
+    start = stream.tell()
+    for opcode, argument, _ in pickletools.genops(stream):
+        # Unpickling makes room for every index up to the highest: a damaged one would take all memory.
+        if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > size:
+            raise ValueError("a memo index beyond the file")
+    stream.seek(start)
+    return _Unpickler(stream).load()
+
+
+@contextlib.contextmanager
+def open_torch(path: str | os.PathLike) -> Iterator[tuple[object, Callable[[Tensor], np.ndarray], bool]]:
+    """Opens what `torch.save` wrote, the zip files of torch 1.6 and later and the streams before.
+
+    Yields:
+      The contents with a `Tensor` in the place of each tensor; a function that reads one as an array of its
+      own type; and whether the file's own checksums cover what is read, which the old streams do not have.
+
+    Raises:
+      UserError: for a file that is no such file, is damaged, or names an object that is neither a tensor nor
+        plain data. None of its code is run.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            is_zip = file.read(4) == b"PK\3\4"
+            file.seek(0)
+            if is_zip:
+                with zipfile.ZipFile(file) as archive:
+                    contents, read = _open_zip(archive, size)
+                    yield contents, functools.partial(_array, read), True
+            else:
+                contents, read = _open_stream(file, size)
+                yield contents, functools.partial(_array, read), False
+    except _Refused as error:
+        raise UserError(
+            f"{path} is refused: it holds the Python object {error}, which could run code when loaded; only "
+            "tensors and plain data are read. Save the network's state_dict() alone"
+        ) from error
+    except (pickle.UnpicklingError, AttributeError, IndexError, TypeError, MemoryError, *ZIP_DAMAGE) as error:
+        reason = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as a PyTorch checkpoint, it is damaged or another kind of file "
+            f"({reason}); fetch it again"
+        ) from error
+
+
+def _open_zip(archive, size):
+    names = [info.filename for info in archive.infolist()]
+    if sum(info.file_size for info in archive.infolist()) > size:
+        raise ValueError("its parts claim to be larger than the file")
+    for info in archive.infolist():
+        # Compares the name with that in front of the part: with a damaged one it would seem to be away.
+        archive.open(info).close()
+    pickles = [name for name in names if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("there is no data.pkl in it")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("its byte order is not little-endian")
+    # Reading a part whole checks its CRC-32, before anything is made of it.
+    data = archive.read(pickles[0])
+    contents = _unpickle(io.BytesIO(data), len(data))
+    return contents, lambda storage: archive.read(f"{root}data/{storage.key}")
+
+
+def _open_stream(file, size):
+    if _unpickle(file, size) != _LEGACY_MAGIC or _unpickle(file, size) != _LEGACY_PROTOCOL:
+        raise ValueError("it does not begin as torch.save begins")
+    if _unpickle(file, size).get("little_endian") is not True:
+        raise ValueError("its byte order is not little-endian")
+    contents = _unpickle(file, size)
+    keys = _unpickle(file, size)
+    storages = {storage.key: storage for storage in _storages(contents)}
+    if sorted(storages) != sorted(keys):
+        raise ValueError("its list of storages is not that of its tensors")
+    offsets = {}
+    for key in keys:
+        offsets[key] = file.tell() + 8
+        if struct.unpack("<q", file.read(8)) != (storages[key].elements,):
+            raise ValueError(f"storage {key} is not of the size that its tensors name")
+        file.seek(storages[key].elements * storages[key].dtype.itemsize, os.SEEK_CUR)
+    if file.tell() != size:
+        raise ValueError(f"it has {size:,} bytes where its tensors need {file.tell():,}")
+
+    def read(storage):
+        file.seek(offsets[storage.key])
+        return file.read(storage.elements * storage.dtype.itemsize)
+
+    return contents, read
+
+
+def _storages(contents: object) -> Iterator[Storage]:
+    if isinstance(contents, Tensor):
+        yield contents.storage
+    elif isinstance(contents, dict):
+        for value in contents.values():
+            yield from _storages(value)
+    elif isinstance(contents, list | tuple):
+        for value in contents:
+            yield from _storages(value)
+
+
+def _array(read: Callable[[Storage], bytes], tensor: Tensor) -> np.ndarray:
+    (key, dtype, count), offset, shape, strides = tensor
+    whole = np.frombuffer(read(tensor.storage), dtype)
+    numbers = (offset, *shape, *strides)
+    right = len(whole) == count and len(shape) == len(strides) and all(type(n) is int for n in numbers)
+    right = right and min(numbers) >= 0 and math.prod(shape) <= count - offset
+    if math.prod(shape):
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=False))
+        right = right and last < count
+    if not right:
+        raise ValueError(f"a tensor of shape {shape} does not fit into its storage {key} of {count} numbers")
+    in_bytes = [stride * dtype.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(whole[offset:], shape, in_bytes).copy()
+
+
+def read_note(path: str | os.PathLike) -> str | None:
+    """The note that `write_torch` put beside the tensors, or None where there is none.
+
+    Raises:
+      UserError: if the file is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            notes = [name for name in archive.namelist() if name.endswith(f"/{_NOTE}")]
+            return archive.read(notes[0]).decode() if notes else None
+    except ZIP_DAMAGE as error:
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def write_torch(path: str | os.PathLike, contents: object, note: str) -> None:
+    """Writes what `torch.load` reads, also with `weights_only`: torch's zip format, protocol 2.
+
+    Args:
+      path: where to; it is the caller's to rename it once it is whole.
+      contents: arrays of float32, as tensors, in dicts, lists and tuples with numbers, strings and None.
+      note: text to keep in a part of its own, which torch does not look at.
+
+    Raises:
+      TypeError: for anything else in `contents`.
+    """
+    arrays: list[np.ndarray] = []
+    data = pickle.PROTO + b"\x02" + _pickled(contents, arrays) + pickle.STOP
+    with zipfile.ZipFile(path, "w") as archive:
+        root = Path(path).stem.lstrip(".")
+        parts = {"data.pkl": data, "byteorder": b"little", "version": b"3\n", _NOTE: note.encode()}
+        for name, value in parts.items():
+            archive.writestr(zipfile.ZipInfo(f"{root}/{name}"), value)
+        for key, array in enumerate(arrays):
+            archive.writestr(zipfile.ZipInfo(f"{root}/data/{key}"), array.astype("<f4").tobytes())
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _pickled(value: object, arrays: list[np.ndarray]) -> bytes:
+    """`value` as opcodes that torch's own safe unpickler knows; arrays go to `arrays`."""
+
+    def items(values):
+        return b"".join(_pickled(item, arrays) for item in values)
+
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.float32:
+            raise TypeError(f"a tensor must be float32, not {value.dtype}")
+        strides = [math.prod(value.shape[i + 1 :]) for i in range(value.ndim)]
+        key = str(len(arrays))
+        arrays.append(value)
+        storage = ["storage", _FLOATS, key, "cpu", value.size]
+        empty = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+        return (
+            _global("torch._utils", "_rebuild_tensor_v2")
+            + pickle.MARK
+            + _pickled(tuple(storage), arrays)
+            + pickle.BINPERSID
+            + items([0, value.shape, tuple(strides), False])
+            + empty
+            + pickle.TUPLE
+            + pickle.REDUCE
+        )
+    if value is _FLOATS:
+        return _global("torch", "FloatStorage")
+    if value is None:
+        return pickle.NONE
+    if isinstance(value, bool):
+        return pickle.NEWTRUE if value else pickle.NEWFALSE
+    if isinstance(value, int):
+        if not -(2**31) <= value < 2**31:
+            encoded = pickle.encode_long(value)
+            return pickle.LONG1 + bytes([len(encoded)]) + encoded
+        return pickle.BININT + struct.pack("<i", value)
+    if isinstance(value, float):
+        return pickle.BINFLOAT + struct.pack(">d", value)
+    if isinstance(value, str):
+        text = value.encode()
+        return pickle.BINUNICODE + struct.pack("<I", len(text)) + text
+    if isinstance(value, tuple):
+        return pickle.MARK + items(value) + pickle.TUPLE
+    if isinstance(value, list):
+        return pickle.EMPTY_LIST + pickle.MARK + items(value) + pickle.APPENDS
+    if isinstance(value, dict):
+        pairs = (part for pair in value.items() for part in pair)
+        return pickle.EMPTY_DICT + pickle.MARK + items(pairs) + pickle.SETITEMS
+    raise TypeError(f"a PyTorch file of ours holds no {type(value).__name__}")
+
+
+_FLOATS = object()

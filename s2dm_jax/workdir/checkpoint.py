@@ -1,0 +1,286 @@
+"""Save, verify and restore training states; the only file that imports orbax.
+
+Orbax keeps no checksums: bytes that flipped on the disk come back as other weights, in silence. Beside each
+state stands a digest of every leaf, and a state that does not have its digests is not used.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.devices.distributed import any_process, barrier, is_main_process
+from s2dm_jax.devices.sharding import replicated
+
+State = TypeVar("State")
+
+_policies = ocp.checkpoint_managers
+
+
+def open_checkpoints(
+    workdir: str | os.PathLike, keep: int = 1, keep_every: int = 0, best: str = ""
+) -> ocp.CheckpointManager:
+    """Opens `workdir`/checkpoints, creating it if need be; saves there run in the background.
+
+    Args:
+      workdir: folder of the run.
+      keep: number of newest checkpoints that a save leaves.
+      keep_every: also keeps for good one checkpoint in this many steps; 0 for none.
+      best: also keeps the checkpoint where this metric was lowest; "" for none.
+    """
+    policies = [_policies.LatestN(keep)]
+    if keep_every:
+        policies.append(_policies.EveryNSteps(keep_every, exact_interval=False))
+    if best:
+        policies.append(
+            _policies.BestN(
+                get_metric_fn=itemgetter(best), reverse=True, n=1, keep_checkpoints_without_metrics=False
+            )
+        )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=_policies.AnyPreservationPolicy(policies),
+        best_fn=itemgetter(best) if best else None,
+        best_mode="min",
+        enable_async_checkpointing=True,
+    )
+    return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: State,
+    about: dict | None = None,
+    metrics: dict[str, float] | None = None,
+) -> None:
+    """Starts saving `state` as `step`; `finish(manager)` waits for it.
+
+    Args:
+      manager: from `open_checkpoints`.
+      step: number of steps done; a step that is there already is left as it is.
+      state: pytree of arrays.
+      about: what to keep beside it, as JSON.
+      metrics: of the steps before, for `open_checkpoints(best=…)`.
+
+    Raises:
+      UserError: if the save before this one failed.
+    """
+    if step in manager.all_steps():
+        return
+    about = {**(about or {}), "digests": digests(state)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+    with _as_user_error(manager):
+        manager.save(step, args=items, metrics=metrics)
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until what `save` started is on the disk.
+
+    Raises:
+      UserError: if it could not be written; nothing that was there before is lost then.
+    """
+    with _as_user_error(manager):
+        manager.wait_until_finished()
+
+
+def close(manager: ocp.CheckpointManager) -> None:
+    """`finish`, then lets go of the manager's threads."""
+    with _as_user_error(manager):
+        manager.close()
+
+
+@contextlib.contextmanager
+def _as_user_error(manager):
+    try:
+        yield
+    # Orbax and tensorstore raise ValueError for a write that failed as well as OSError.
+    except (OSError, ValueError) as error:
+        whole = [int(p.name) for p in Path(manager.directory).iterdir() if p.name.isdigit()]
+        left = f"step {max(whole):,}, saved before, is untouched" if whole else "none was saved before"
+        raise UserError(
+            f"a checkpoint could not be written to {manager.directory} ({_reason(error)}); {left}; "
+            "make room or mend the disk, and the same command goes on from there"
+        ) from error
+
+
+def restore_latest(
+    manager: ocp.CheckpointManager,
+    like: State,
+    shardings: State | None = None,
+    *,
+    quarantine: bool = False,
+    step: int | None = None,
+) -> State | None:
+    """The newest saved state that verifies, or None where nothing was saved.
+
+    Checkpoints that are damaged are told on stderr and passed over.
+
+    Args:
+      manager: from `open_checkpoints`.
+      like: a state of the same structure, shapes and types (arrays or `jax.ShapeDtypeStruct`).
+      shardings: of each leaf, on the devices of today, whose number need not be that of the run that saved;
+        None: whole on every device.
+      quarantine: whether to move damaged checkpoints that are newer than the state to
+        `workdir`/damaged_checkpoints, so that their steps can be saved anew.
+      step: the one checkpoint to restore; None for the newest.
+
+    Raises:
+      UserError: if no checkpoint verifies, or `step` is not there.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    if step is not None:
+        if step not in steps:
+            there = ", ".join(map(str, reversed(steps))) or "none"
+            raise UserError(f"{manager.directory} holds no checkpoint of step {step}; there are: {there}")
+        steps = [step]
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: replicated(), like)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        like,
+        shardings,
+    )
+    damaged = {}
+    for candidate in steps:
+        state, damaged[candidate] = _restore_verified(manager, candidate, abstract)
+        if state is None:
+            continue
+        del damaged[candidate]
+        for bad, reason in damaged.items():
+            if is_main_process():
+                print(
+                    f"the checkpoint of step {bad:,} is damaged ({reason}); "
+                    f"step {candidate:,} is used instead",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        if quarantine and damaged:
+            _quarantine(manager, list(damaged))
+        return state
+    if not steps:
+        return None
+    others = f", nor can the {len(steps) - 1} before it" if len(steps) > 1 else ""
+    raise UserError(
+        f"the checkpoint {Path(manager.directory) / str(steps[0])} cannot be read, it is damaged or of "
+        f"another network ({damaged[steps[0]]}){others}; give another --workdir to start anew"
+    )
+
+
+def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State) -> tuple[State | None, str]:
+    """The state of a step, or None and what is wrong with it; the same on every process."""
+    folder = Path(manager.directory) / str(step)
+    # Checkpoints of version 0.1 hold the state alone.
+    old = (folder / "default").is_dir()
+    state, about, reason = None, dict[str, Any](), ""
+    try:
+        _read_through(folder / ("default" if old else "state"))
+        about = {} if old else json.loads((folder / "about" / "metadata").read_text())
+    except (ValueError, OSError) as error:
+        reason = _reason(error)
+    # What one process cannot read none may use: the others would wait for it for ever.
+    if any_process(bool(reason)):
+        return None, reason or "another process cannot read it"
+    try:
+        if old:
+            state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        else:
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = manager.restore(step, args=items)["state"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        # ValueError is Orbax's for a structure that is not `like`'s; the others come from metadata that lack
+        # a part.
+        reason = _reason(error)
+    if not reason and not old:
+        expected, actual = about.get("digests", {}), digests(state)
+        wrong = [name for name in actual if actual[name] != expected.get(name)]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            reason = f"{wrong[0]}{more} changed since it was saved"
+    if any_process(bool(reason)):
+        return None, reason or "another process cannot read it"
+    return state, ""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {Path(error.filename).name}"
+    # tensorstore nests its errors, the innermost at the end of the line.
+    line = str(error).strip().partition("\n")[0].rpartition('": ')[2]
+    return line[:120] or type(error).__name__
+
+
+def _quarantine(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+    root = Path(manager.directory)
+    if is_main_process():
+        for step in steps:
+            target = root.parent / "damaged_checkpoints" / str(step)
+            while target.exists():
+                target = target.with_name(target.name + "_")
+            target.parent.mkdir(exist_ok=True)
+            os.rename(root / str(step), target)
+            print(f"it was moved to {target}", file=sys.stderr, flush=True)
+    barrier("damaged checkpoints moved")
+    manager.reload()
+
+
+def _read_through(item: Path) -> None:
+    """Reads all that a saved pytree's index names, and keeps nothing.
+
+    Orbax reads its arrays concurrently: where a file is cut short it raises a bare Exception, and the reads
+    still under way print a page of tracebacks each.
+    """
+    if not item.is_dir():
+        raise ValueError(f"{item.name} is missing")
+    for metadata in (item / "_METADATA", *item.glob("array_metadatas/*")):
+        json.loads(metadata.read_text())
+    base = {"driver": "file", "path": f"{item}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = store.list().result()
+    if not keys:
+        raise ValueError("it holds no arrays")
+    for key in keys:
+        # Of a file that is gone tensorstore reads nothing, without an error.
+        if not store.read(key).result().value:
+            raise ValueError(f"the file with {key.decode()} is missing")
+
+
+def digests(state: State) -> dict[str, str]:
+    """64 bits of each leaf's content, however it is laid out over devices, as 16 hexadecimal digits.
+
+    Each element's bits are mixed with its position by a bijection and summed modulo 2³², twice: any change of
+    one element changes the digest, one of several does but for one case in 2⁶⁴ or so.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    sums = jax.device_get([_digest(leaf) for _, leaf in leaves])
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{int(a):08x}{int(b):08x}"
+        for (path, _), (a, b) in zip(leaves, sums, strict=True)
+    }
+
+
+@jax.jit
+def _digest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        position = position * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+    def mix(h):
+        # The finaliser of MurmurHash3 (public domain, Appleby), a bijection of 32 bits.
+        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+        return h ^ (h >> 16)
+
+    first = mix(bits ^ (position * np.uint32(0x9E3779B1)))
+    return first.sum(dtype=jnp.uint32), mix(first + np.uint32(0x7F4A7C15)).sum(dtype=jnp.uint32)

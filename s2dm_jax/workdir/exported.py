@@ -1,0 +1,90 @@
+"""The file of an exported sampler, read: an .npz of compiled programs, weights and a description.
+
+Imports no jax. docs/weights.md says what is in the file, and has the loader that needs none of this.
+"""
+
+import io
+import json
+import os
+import zipfile
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import ZIP_DAMAGE
+from s2dm_jax.common.hashing import sha256_of_weights
+
+FORMAT = "s2dm_jax sampler, version 1"
+
+WEIGHTS = "weights/"
+
+
+def read_header(path: str | os.PathLike) -> dict:
+    """The description in an exported sampler: config, step, sampler, programs, digests.
+
+    Raises:
+      UserError: if the file is damaged, or no exported sampler.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            about = json.loads(str(_member(archive, "about")))
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
+        for name, expected in (("config", str), ("step", int), ("weights_sha256", str)):
+            if type(about[name]) is not expected:
+                raise ValueError(f"its {name} is not what it must be")
+        return about
+    except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_weights(path: str | os.PathLike, config: ConfigDict) -> tuple[dict, dict]:
+    """The weights in an exported sampler, each checked, and its description.
+
+    Args:
+      config: the one that `read_header` has, checked.
+
+    Returns:
+      Nested dict of float32 arrays as from `unet.init_params`, and the dict that `read_header` gives.
+
+    Raises:
+      UserError: if the file is damaged, or its weights are not those of its config's network.
+    """
+    from flax import traverse_util
+
+    from s2dm_jax.config.build import build_network
+    from s2dm_jax.models.unet import param_shapes
+
+    about = read_header(path)
+    shapes = traverse_util.flatten_dict(param_shapes(build_network(config)), sep=".")
+    flat = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # The programs too, though nothing of ours runs them: who was given the file will.
+            if archive.testzip():
+                raise ValueError(f"bad CRC-32 of {archive.testzip()}")
+            for name, leaf in shapes.items():
+                flat[name] = _member(archive, f"{WEIGHTS}{name}")
+                if flat[name].shape != leaf.shape or flat[name].dtype != leaf.dtype:
+                    raise ValueError(
+                        f"{name} has shape {flat[name].shape}, but the network needs {leaf.shape}"
+                    )
+    except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
+        raise _damaged(path, error) from error
+    if sha256_of_weights(flat) != about["weights_sha256"]:
+        raise _damaged(path, "its weights are not those that it was written with")
+    return traverse_util.unflatten_dict(flat, sep="."), about
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    # Reading a member whole checks its CRC-32, before its header can ask for any amount of memory.
+    return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+
+
+def _damaged(path: str | os.PathLike, reason: str | Exception) -> UserError:
+    told = str(reason).strip().partition("\n")[0][:120] or type(reason).__name__
+    return UserError(
+        f"{path} is damaged or no exported sampler ({told}); export it again, or give the --workdir of a "
+        "training run"
+    )

@@ -1,0 +1,142 @@
+"""The folder of a run: made sure of before training, and read back: config, network and moving average."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from ml_collections import ConfigDict
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.io import flatten, from_json
+
+# A run may go on with other values of these, and of everything in these groups.
+OTHER_GROUPS = ("sample.", "eval.", "export.")
+
+MAY_CHANGE = (
+    # Whether the images are the same is told by their hash.
+    "data.source",
+    # Whether it is the same network is told by the hash of its weights.
+    "variance_head.base_workdir",
+    "data.max_invalid_fraction",
+    "data.max_device_memory_fraction",
+    "train.steps",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.max_to_keep",
+    "train.keep_period",
+    "train.keep_best",
+    "train.on_nonfinite",
+    "train.shard_state",
+    "train.profile_steps",
+    "model.remat",
+)
+
+_LOCK = ".lock"
+
+
+def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
+    """Creates the folder of a run, once sure that a run with this config can live there.
+
+    Raises:
+      UserError: if the folder cannot be written to, holds a run or files that are not this config's, or is
+        in use by another process.
+    """
+    path = Path(workdir)
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} cannot be used: {existing} is not writable; give another path")
+    saved_path = path / "config.json"
+    if saved_path.exists():
+        _check_same_run(saved_path, workdir, config)
+    elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise UserError(f"--workdir={workdir} holds files but no run of ours; give a new or an empty folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be created ({error.strerror}); give another path"
+        ) from error
+    if (path / _LOCK).exists():
+        # Shared: processes of one run may look at the same time.
+        with (path / _LOCK).open() as file:
+            _lock(file, fcntl.LOCK_SH, workdir)
+    return path
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
+    """`prepare_workdir`, and no other process may train there meanwhile.
+
+    Of the processes of one run the first takes the lock, and the others wait for it. The kernel lets go of it
+    when the process ends, however it ends.
+
+    Raises:
+      UserError: as `prepare_workdir`.
+    """
+    from s2dm_jax.devices.distributed import barrier, is_main_process
+
+    with contextlib.ExitStack() as held:
+        if is_main_process():
+            lock = held.enter_context((prepare_workdir(workdir, config) / _LOCK).open("a+"))
+            _lock(lock, fcntl.LOCK_EX, workdir)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+        barrier("workdir is ours")
+        yield Path(workdir)
+
+
+def _lock(file: TextIO, kind: int, workdir: str) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(
+            f"--workdir={workdir} is in use by {file.read() or 'another process'}, which trains there; wait "
+            "until it ends, or give another --workdir"
+        ) from error
+
+
+def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
+    try:
+        saved = flatten(from_json(saved_path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
+    for name, value in flatten(config).items():
+        fixed = not name.startswith((*OTHER_GROUPS, *MAY_CHANGE))
+        if fixed and saved[name] != value:
+            raise UserError(
+                f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
+                "give another --workdir or the same config"
+            )
+
+
+def check_same_images(workdir: Path, digest: str) -> None:
+    """Remembers in `workdir` which images a run is trained on, and refuses others when it goes on.
+
+    Args:
+      workdir: folder of the run.
+      digest: hash of the training images; empty for images that never change.
+
+    Raises:
+      UserError: if the run began with other images.
+    """
+    path = workdir / "dataset.sha256"
+    if not digest:
+        return
+    if not path.exists():
+        path.write_text(f"{digest}\n")
+    elif (began_with := path.read_text().strip()) != digest:
+        raise UserError(
+            f"--workdir={workdir} was trained on images with sha256 {began_with[:16]}…, not {digest[:16]}…: "
+            "its images have changed; give those of then, or another --workdir"
+        )

@@ -1,0 +1,242 @@
+"""Speed measurements, each one a command; ratios are measured side by side in one run.
+
+python scripts/benchmarks/benchmark.py digits    # seconds from launch to first step and to the last line,
+memory python scripts/benchmarks/benchmark.py losses    # a training step with each objective against the
+plain one python scripts/benchmarks/benchmark.py heads     # a training step of a second head against a full
+one python scripts/benchmarks/benchmark.py attention # a training step with each form of attention against
+JAX's own python scripts/benchmarks/benchmark.py data      # preparing 60,000 JPEGs; a training step fed in
+each way python scripts/benchmarks/benchmark.py train     # a training step against plain PyTorch's
+(--device=gpu on a GPU) python scripts/benchmarks/benchmark.py samplers  # a 10-evaluation DDIM scan against
+ten jitted forward calls python scripts/benchmarks/benchmark.py evaluate  # sampling with Inception's features
+against both alone; FID's time
+
+python scripts/benchmarks/benchmark.py compiled  # memory and kernels of a training compiled for a device not
+here
+
+examples:
+  python scripts/benchmarks/benchmark.py losses --only="K = 2" --rounds=3
+  python scripts/benchmarks/benchmark.py train --device=gpu --network=celeba --K=2
+  python scripts/benchmarks/benchmark.py compiled --config=configs/celebahq256.py --target=v5e --remat
+
+Times are in seconds or milliseconds (s, ms), medians over the rounds; × is the ratio to the line that is
+compared with; memory is in GB (10⁹ bytes) or MiB (2²⁰). Each command has its own --help.
+"""
+
+import argparse
+import functools
+import itertools
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import compiled
+import evaluate as evaluation
+import train as training
+from steps import (
+    benchmark_attention,
+    benchmark_heads,
+    benchmark_losses,
+    cifar10_network,
+    print_ratios,
+)
+
+from s2dm_jax.common.errors import report_user_errors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark_digits(_):
+    """Runs the digits default from an empty compilation cache, then starts it again with the cache warm."""
+    with tempfile.TemporaryDirectory() as folder:
+        cold = _launch(Path(folder), "cold", [])
+        print(f"cold start: first line of progress after {cold['first_step']:.1f} s, ", end="")
+        print(f"last line after {cold['total']:.1f} s, {cold['memory_gb']:.2f} GB at most")
+        print(cold["table"], flush=True)
+        warm = _launch(Path(folder), "warm", ["--config.train.steps=40"])
+        print(f"warm start: first line of progress after {warm['first_step']:.1f} s")
+
+
+def _launch(folder: Path, name: str, flags: list[str]) -> dict:
+    command = [
+        sys.executable,
+        "-m",
+        "s2dm_jax.main",
+        "--config=configs/digits.py",
+        f"--workdir={folder / name}",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    }
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [*command, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    first_step = None
+    table = []
+    for line in process.stdout:
+        if line.startswith("|"):
+            table.append(line)
+        if first_step is None and re.match(r"step [\d,]+/", line):
+            first_step = time.monotonic() - began
+    if process.wait():
+        sys.exit(f"the run failed with status {process.returncode}")
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    total = time.monotonic() - began
+    return {"first_step": first_step, "total": total, "memory_gb": memory, "table": "".join(table)}
+
+
+def benchmark_data(arguments):
+    """Prepares an archive of images, then times training steps of the CIFAR-10 UNet fed in each way."""
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.archive.exists():
+            _prepare(arguments.archive, folder)
+        else:
+            print(f"{arguments.archive} is not here: nothing prepared")
+        _time_feeds(arguments, Path(folder))
+
+
+def _prepare(archive: Path, folder: str):
+    program = (
+        "import resource, sys\n"
+        "from s2dm_jax.config.defaults import default_config\n"
+        "from s2dm_jax.data.cache import prepare\n"
+        "config = default_config()\n"
+        "config.data.update(name='cifar10', source=sys.argv[1])\n"
+        "prepare(config)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(archive)],
+        cwd=ROOT,
+        env={**os.environ, "S2DM_JAX_DATA": folder},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    seconds = time.monotonic() - began
+    print(f"prepared {archive.name} in {seconds:.1f} s, {float(done.stdout.split()[-1]):.2f} GB at most")
+
+
+def _time_feeds(arguments, folder: Path):
+    import jax
+    import numpy as np
+
+    from s2dm_jax.config.build import build_network
+    from s2dm_jax.config.defaults import default_config
+    from s2dm_jax.data.device_feed import make_feed
+    from s2dm_jax.devices.sharding import replicate, replicated, set_cpu_device_count
+    from s2dm_jax.training.step import jit_step, make_train_chunk
+    from s2dm_jax.workdir.state import init_state, make_optimizer
+
+    length = 2
+    config = default_config()
+    config.data.update(name="cifar10", random_flip=True)
+    set_cpu_device_count(arguments.batch)
+    images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
+    np.save(folder / "images.npy", images)
+    mapped = np.load(folder / "images.npy", mmap_mode="r")
+    steps = length * (arguments.rounds + 2)
+    network, optimizer = build_network(config), make_optimizer(2e-4, 1.0)
+    feeds = {
+        name: make_feed(mapped, jax.random.key(0), arguments.batch, steps, share)
+        for name, share in (("on the device", 1.0), ("memory-mapped", 0.0))
+    }
+    for name, feed in feeds.items():
+        print(f"{name}: {feed.summary}")
+    chunk = jit_step(make_train_chunk(config, network, optimizer), out_shardings=replicated())
+    held = [replicate(init_state(network, optimizer, 0))]
+    key, constant = replicate(jax.random.key(1)), feeds["memory-mapped"].batches(0, length)
+    compiled = {}
+
+    firsts = {name: itertools.count(0, length) for name in feeds}
+
+    def run(name):
+        images, shown = None, constant
+        if name in feeds:
+            images, shown = feeds[name].images, feeds[name].batches(next(firsts[name]), length)
+        on_device = images is not None
+        if on_device not in compiled:
+            compiled[on_device] = chunk.lower(held[0], images, shown, key).compile()
+        held[0], metrics = compiled[on_device](held[0], images, shown, key)
+        metrics["loss"].block_until_ready()
+
+    runs = {name: functools.partial(run, name) for name in ("constant batch", *feeds)}
+    print_ratios(runs, arguments.rounds, "constant batch", {})
+
+
+def benchmark_samplers(arguments):
+    """Times a 10-evaluation DDIM scan of the CIFAR-10 UNet against ten jitted forward calls."""
+    import jax
+    import numpy as np
+
+    from s2dm_jax.diffusion.schedule import linear_schedule
+    from s2dm_jax.models import unet
+    from s2dm_jax.samplers.ddim import ddim
+    from s2dm_jax.samplers.timesteps import uniform_timesteps
+
+    network = cifar10_network()
+    params = jax.device_put(unet.init_params(network, 0))
+    x_T = np.random.default_rng(0).standard_normal((arguments.batch, 32, 32, 3), np.float32)
+    grid = uniform_timesteps(1000, 10)
+    forward = jax.jit(lambda params, x, t: unet.apply(network, params, x, t))
+    scan = jax.jit(lambda params, x: ddim(unet.eps_fn(network, params), x, linear_schedule(), grid))
+    levels = [np.full(arguments.batch, t, np.float32) for t in grid]
+
+    def ten_calls():
+        for t in levels:
+            eps = forward(params, x_T, t)
+        eps.block_until_ready()
+
+    runs = {"ten forward calls": ten_calls, "DDIM scan": lambda: scan(params, x_T).block_until_ready()}
+    print_ratios(runs, arguments.rounds, "ten forward calls", {})
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    functions = (
+        benchmark_digits,
+        training.benchmark_train,
+        benchmark_losses,
+        benchmark_heads,
+        benchmark_attention,
+        benchmark_data,
+        benchmark_samplers,
+        evaluation.benchmark_evaluate,
+        compiled.benchmark_compiled,
+    )
+    for function in functions:
+        name = function.__name__.removeprefix("benchmark_")
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(run=function)
+        if name == "losses":
+            sub.add_argument("--only", default="", help='these beside plain, such as "K = 2,K = 4"; else all')
+        if name == "train":
+            training.add_arguments(sub)
+        if name == "compiled":
+            compiled.add_arguments(sub)
+        if name == "data":
+            archive = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.xz"
+            sub.add_argument("--archive", type=Path, default=archive, help=f"images to prepare ({archive})")
+        if name == "evaluate":
+            sub.add_argument("--nfe", type=int, default=2, help="network evaluations per image (default: 2)")
+        if name not in ("digits", "train", "compiled"):
+            sub.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
+            sub.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
+    arguments = parser.parse_args()
+    with report_user_errors():
+        arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""`benchmark.py evaluate`: sampling and Inception's features together against each alone, and FID's time."""
+
+import statistics
+import time
+
+from steps import cifar10_network
+
+
+def benchmark_evaluate(arguments) -> None:
+    """Times sampling with Inception's features against both alone, and FID of 2,048 features.
+
+    CIFAR-10's UNet and Inception have made-up weights: the time does not depend on them.
+    """
+    import jax
+    import numpy as np
+
+    from s2dm_jax.diffusion.schedule import linear_schedule
+    from s2dm_jax.evaluation import inception, metrics
+    from s2dm_jax.inference.sampler import configure_sampler, map_batches, sample_batches
+    from s2dm_jax.models import unet
+
+    rng = np.random.default_rng(0)
+    network = cifar10_network()
+    params = jax.device_put(unet.init_params(network, 0))
+    sampler, timesteps = configure_sampler(network, linear_schedule(), "ddim", nfe=arguments.nfe)
+    weights = {
+        name: np.float32(rng.standard_normal(shape) / np.sqrt(max(1, np.prod(shape[:-1]))))
+        for name, shape in inception.parameter_shapes().items()
+    }
+    weights = jax.device_put(weights)
+    apply = jax.jit(lambda weights, images: inception.features_and_logits(weights, images)[0])
+    batch, count = arguments.batch, 2 * arguments.batch
+
+    def features(images):
+        return apply(weights, images)
+
+    def sampled(then):
+        how = {"seed": 0, "num_images": count, "batch_size": batch, "progress": False, "then": then}
+        return sample_batches(sampler, params, timesteps, **how)
+
+    def summed(batches):
+        sums = metrics.init_sums(inception.NUM_FEATURES)
+        for each in batches:
+            sums = metrics.update_sums(sums, each)
+
+    images = np.concatenate(list(sampled(None)))
+    runs = {
+        "sampling": lambda: list(sampled(None)),
+        "features": lambda: summed(map_batches(lambda rows: features(images[rows]), count, batch, False)),
+        "both": lambda: summed(sampled(features)),
+    }
+    seconds = {name: [] for name in runs}
+    # The first round compiles; after it the runs take turns, so that a slow moment meets all of them.
+    for lap in range(arguments.rounds + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if lap:
+                seconds[name].append(time.perf_counter() - began)
+    for name, times in seconds.items():
+        print(f"{name:10s} {statistics.median(times) * 1e3 / count:9.1f} ms an image", flush=True)
+    laps = zip(*(seconds[name] for name in ("sampling", "features", "both")), strict=True)
+    ratio = statistics.median(both / (sampling + alone) for sampling, alone, both in laps)
+    print(f"both / sum of both alone: {ratio:.3f}", flush=True)
+
+    mixing = rng.standard_normal((2048, 2048)) / 45
+    sets = [metrics.feature_statistics(rng.standard_normal((4096, 2048)) @ mixing) for _ in range(2)]
+    began, cpu = time.perf_counter(), time.process_time()
+    metrics.frechet_distance(*sets[0], *sets[1])
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    print(f"FID of 2,048 features: {wall:.1f} s, {cpu:.1f} CPU s")

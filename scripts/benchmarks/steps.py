@@ -1,0 +1,184 @@
+"""`benchmark.py losses`, `heads`, `attention`: training steps of the CIFAR-10 UNet, side by side."""
+
+import functools
+import statistics
+import time
+from unittest import mock
+
+import numpy as np
+
+
+def benchmark_losses(arguments):
+    """Times one training step of the CIFAR-10 UNet with each objective, relative to the plain one."""
+    import jax
+
+    from s2dm_jax.diffusion import objectives
+    from s2dm_jax.models import unet
+
+    one_call = functools.partial(unet.apply, cifar10_network())
+
+    def K_calls(K):
+        # The merged batch holds the K levels of an image side by side.
+        def apply(params, x, t, dropout_key):
+            keys = jax.random.split(dropout_key, K)
+            eps = [one_call(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
+            return jax.numpy.stack(eps, axis=1).reshape(x.shape)
+
+        return apply
+
+    cases = {
+        "plain": (objectives.paper(), one_call),
+        "skip 10": (objectives.paper(skip=10), one_call),
+        "K = 2": (objectives.paper(K=2, lam=1.0), one_call),
+        "K = 2, 2 calls": (objectives.paper(K=2, lam=1.0), K_calls(2)),
+        "K = 4": (objectives.paper(K=4, lam=1.0), one_call),
+        "K = 4, 4 calls": (objectives.paper(K=4, lam=1.0), K_calls(4)),
+    }
+    wanted = ("plain", *arguments.only.split(",")) if arguments.only else cases
+    steps, memory = {}, {}
+    for name, (objective, apply) in cases.items():
+        if name in wanted:
+            steps[name], memory[name] = _compile_step(objective, apply, arguments.batch)
+            print(f"compiled {name}", flush=True)
+    print_ratios(steps, arguments.rounds, "plain", memory)
+
+
+def benchmark_attention(arguments):
+    """Times a training step of the CIFAR-10 UNet with each form of attention, relative to JAX's own.
+
+    "none" leaves out the products, the softmax, and the projections that only they need.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from s2dm_jax.diffusion import objectives
+    from s2dm_jax.models import unet
+
+    def written_out(q, k, v):
+        scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores / q.shape[-1] ** 0.5).astype(v.dtype)
+        return jnp.einsum("bhqk,bkhc->bqhc", weights, v)
+
+    own = jax.nn.dot_product_attention
+    forms = {"dot_product_attention": own, "written out": written_out, "none": lambda q, k, v: v}
+    if jax.default_backend() == "gpu":
+        forms["cuDNN"] = functools.partial(own, implementation="cudnn")
+    apply = functools.partial(unet.apply, cifar10_network())
+    steps, memory = {}, {}
+    for name, form in forms.items():
+        with mock.patch.object(jax.nn, "dot_product_attention", form):
+            try:
+                steps[name], memory[name] = _compile_step(objectives.paper(), apply, arguments.batch)
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                # cuDNN takes only some numbers of channels, and which depends on the GPU.
+                print(f"{name} does not do this: {error}", flush=True)
+            else:
+                print(f"compiled {name}", flush=True)
+    print_ratios(steps, arguments.rounds, "dot_product_attention", memory)
+
+
+def benchmark_heads(arguments):
+    """Times a training step of a second head on the frozen CIFAR-10 UNet, relative to a plain full step."""
+    import jax
+
+    from s2dm_jax.diffusion import objectives
+    from s2dm_jax.diffusion.schedule import linear_schedule
+    from s2dm_jax.models import unet, variance_head
+    from s2dm_jax.training.step import jit_step, update_variance_head
+    from s2dm_jax.workdir.state import make_optimizer, new_state
+
+    network, schedule, objective = cifar10_network(), linear_schedule(), objectives.paper()
+    optimizer = make_optimizer(1e-4, 1.0)
+    frozen = jax.device_put(unet.init_params(network, 0))
+
+    def head(state, x0, key, frozen):
+        draws, _ = _draws(objective, schedule, state, x0, key)
+        how = schedule, optimizer, 0.9999, "initial"
+        return update_variance_head(network, "sn", *how, frozen, state, x0, draws, None)
+
+    own = new_state(variance_head.init_params(network, 0), optimizer)
+    inputs = _images(arguments.batch), jax.random.key(0), frozen
+    full, _ = _compile_step(objective, functools.partial(unet.apply, network), arguments.batch)
+    runs = {
+        "full step": full,
+        "head's step": _stepper(jit_step(head).lower(own, *inputs).compile(), own, *inputs),
+    }
+    print_ratios(runs, arguments.rounds, "full step", {})
+
+
+def _compile_step(objective, apply, batch):
+    """A function that does a training step of the CIFAR-10 UNet, and the memory of its temporaries."""
+    import jax
+
+    from s2dm_jax.diffusion.schedule import linear_schedule
+    from s2dm_jax.training.step import jit_step, update
+    from s2dm_jax.workdir.state import init_state, make_optimizer
+
+    schedule, optimizer = linear_schedule(), make_optimizer(2e-4, 1.0)
+
+    def step(state, x0, key):
+        draws, dropout_key = _draws(objective, schedule, state, x0, key)
+        how = schedule, objective, optimizer, 0.9999, "initial"
+        return update(apply, *how, state, x0, draws, dropout_key)
+
+    state = init_state(cifar10_network(), optimizer, 0)
+    inputs = _images(batch), jax.random.key(0)
+    program = jit_step(step).lower(state, *inputs).compile()
+    memory = program.memory_analysis().temp_size_in_bytes
+    return _stepper(program, state, *inputs), f"{memory / 2**20:,.0f} MiB"
+
+
+def _images(batch):
+    return np.random.default_rng(0).uniform(-1, 1, (batch, 32, 32, 3)).astype(np.float32)
+
+
+def _draws(objective, schedule, state, x0, key):
+    import jax
+
+    from s2dm_jax.diffusion import objectives
+
+    draw_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    return objectives.sample_noise(objective, draw_key, schedule.T, x0.shape), dropout_key
+
+
+def _stepper(program, state, *inputs):
+    held = [state]
+
+    def run():
+        held[0], metrics = program(held[0], *inputs)
+        metrics["loss"].block_until_ready()
+
+    return run
+
+
+def cifar10_network():
+    """The UNet that training on CIFAR-10 has, in the type that it has on this machine."""
+    from s2dm_jax.config.build import build_network
+    from s2dm_jax.config.defaults import default_config
+
+    config = default_config()
+    config.data.name = "cifar10"
+    return build_network(config)
+
+
+def print_ratios(runs, rounds, base, notes):
+    """Alternates the runs, so that a slow moment of the machine meets all of them, and compares medians.
+
+    Ratios are of wall times, and of the CPU seconds of this process, which other tenants disturb less.
+    """
+    for run in runs.values():
+        run()
+    times, cpu_times = ({name: [] for name in runs} for _ in range(2))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began, cpu_began = time.perf_counter(), time.process_time()
+            run()
+            times[name].append(time.perf_counter() - began)
+            cpu_times[name].append(time.process_time() - cpu_began)
+    for name, seconds in times.items():
+        wall, cpu = (
+            statistics.median(t / b for t, b in zip(taken[name], taken[base], strict=True))
+            for taken in (times, cpu_times)
+        )
+        middle = statistics.median(seconds) * 1e3
+        print(f"{name:22s} {middle:9.1f} ms  {wall:5.2f}×  CPU time {cpu:5.2f}×  {notes.get(name, '')}")

@@ -1,0 +1,166 @@
+"""The other side of `benchmark.py train`: the same UNet and training loop in plain PyTorch, as a worker.
+
+It prints a JSON line when it is ready and one for each line that it reads: the seconds of so many steps.
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out, temb_dim, dropout):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.temb_proj = nn.Linear(temb_dim, c_out)
+        self.norm2 = nn.GroupNorm(32, c_out, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, temb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, c, eps=1e-6)
+        self.q, self.k, self.v, self.proj = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj(h)
+
+
+class UNet(nn.Module):
+    """The UNet of the DDIM code."""
+
+    def __init__(self, resolution, ch, ch_mult, num_res_blocks, attn_resolutions, dropout):
+        super().__init__()
+        self.ch, temb = ch, 4 * ch
+        self.dense = nn.Sequential(nn.Linear(ch, temb), nn.SiLU(), nn.Linear(temb, temb))
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        c, skips = ch, [ch]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, m in enumerate(ch_mult):
+            attends = resolution >> i in attn_resolutions
+            level = nn.ModuleDict({"blocks": nn.ModuleList(), "attn": nn.ModuleList()})
+            for _ in range(num_res_blocks):
+                level["blocks"].append(ResnetBlock(c, ch * m, temb, dropout))
+                c = ch * m
+                level["attn"].append(Attention(c) if attends else nn.Identity())
+                skips.append(c)
+            if i < len(ch_mult) - 1:
+                level["resample"] = nn.Conv2d(c, c, 3, stride=2)
+                skips.append(c)
+            self.down.append(level)
+        self.mid = nn.ModuleList(
+            [ResnetBlock(c, c, temb, dropout), Attention(c), ResnetBlock(c, c, temb, dropout)]
+        )
+        for i, m in reversed(list(enumerate(ch_mult))):
+            attends = resolution >> i in attn_resolutions
+            level = nn.ModuleDict({"blocks": nn.ModuleList(), "attn": nn.ModuleList()})
+            for _ in range(num_res_blocks + 1):
+                level["blocks"].append(ResnetBlock(c + skips.pop(), ch * m, temb, dropout))
+                c = ch * m
+                level["attn"].append(Attention(c) if attends else nn.Identity())
+            if i:
+                level["resample"] = nn.Conv2d(c, c, 3, padding=1)
+            self.up.append(level)
+        self.norm_out = nn.GroupNorm(32, c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        half = self.ch // 2
+        frequencies = torch.exp(torch.arange(half, device=x.device) * (-math.log(10000) / (half - 1)))
+        angles = t.float()[:, None] * frequencies
+        temb = self.dense(torch.cat([angles.sin(), angles.cos()], 1))
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down:
+            for block, attn in zip(level["blocks"], level["attn"], strict=True):
+                h = attn(block(h, temb))
+                skips.append(h)
+            if "resample" in level:
+                h = level["resample"](F.pad(h, (0, 1, 0, 1)))
+                skips.append(h)
+        h = self.mid[2](self.mid[1](self.mid[0](h, temb)), temb)
+        for level in self.up:
+            for block, attn in zip(level["blocks"], level["attn"], strict=True):
+                h = attn(block(torch.cat([h, skips.pop()], 1), temb))
+            if "resample" in level:
+                h = level["resample"](F.interpolate(h, scale_factor=2.0))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", help="JSON: as train.py makes it")
+    s = json.loads(parser.parse_args().settings)
+    on_gpu = s["device"] == "gpu"
+    device = "cuda" if on_gpu else "cpu"
+    if not on_gpu:
+        torch.set_num_threads(s["threads"])
+    torch.manual_seed(0)
+    layout = torch.channels_last if s["channels_last"] else torch.contiguous_format
+    shape = (s["resolution"], s["ch"], s["ch_mult"], s["num_res_blocks"], s["attn_resolutions"], s["dropout"])
+    model = UNet(*shape).to(device, memory_format=layout)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=on_gpu)
+    network = torch.compile(model) if s["compile"] else model
+    size = s["resolution"]
+    images = torch.randint(0, 256, (1024, 3, size, size), dtype=torch.uint8, device=device)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0).float().to(device)
+    weights, averages = list(model.parameters()), list(average.parameters())
+
+    def step():
+        batch, K = s["batch"], s["K"]
+        x0 = images[torch.randint(0, len(images), (batch,), device=device)].float() / 127.5 - 1
+        x0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
+        t = torch.randint(0, 1000 - K + 1, (batch,), device=device)
+        levels = (t[:, None] + torch.arange(K, device=device)).flatten()
+        noise = torch.randn(batch * K, 3, size, size, device=device)
+        a = alpha_bar[levels][:, None, None, None]
+        x_t = a.sqrt() * x0.repeat_interleave(K, 0) + (1 - a).sqrt() * noise
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=s["dtype"] == "bfloat16"):
+            eps = network(x_t.contiguous(memory_format=layout), levels)
+        residual = (eps.float() - noise).reshape(batch, K, 3, size, size)
+        loss = residual[:, 0].square().sum((1, 2, 3)).mean()
+        if K > 1:
+            loss = loss + (residual.sum(1).square() / K**2).sum((1, 2, 3)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1e-4)
+        return loss
+
+    began = time.perf_counter()
+    step().item()
+    ready = {"parameters": sum(p.numel() for p in weights), "first_step": time.perf_counter() - began}
+    print(json.dumps({**ready, "version": torch.__version__}), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            loss = step()
+        # Waits for the device.
+        loss.item()
+        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What an evaluation is to measure: methods × budgets from a config, and what is refused."""
+
+import pytest
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.evaluation_plan import EvalPoint, parse_metrics, plan_evaluation
+from s2dm_jax.config.validate import check_config, check_evaluation_files
+from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
+
+
+def cells(**changes):
+    return plan_evaluation(1000, {**default_config().eval.to_dict(), **changes})
+
+
+def test_the_default_is_ddim_at_three_budgets():
+    found, gaps = cells()
+    assert found == [EvalPoint("ddim", nfe, "uniform", {}) for nfe in (10, 20, 50)]
+    assert not gaps
+    assert [cell.name for cell in found] == ["ddim"] * 3
+
+
+def test_every_sampler_can_be_evaluated_by_its_name():
+    found, _ = cells(samplers=",".join(SAMPLERS), nfe=(20, 1000))
+    assert {cell.sampler for cell in found} == set(SAMPLERS)
+    for cell in found:
+        assert nfe_of(cell.sampler, len(cell.timesteps(1000))) == cell.nfe
+
+
+def test_options_go_to_the_methods_that_have_them():
+    found, _ = cells(
+        samplers="ddim,deis,unipc", nfe=(10,), eta=1.0, order=2, clip_x0=False, timestep_spacing="linspace"
+    )
+    assert [cell.options for cell in found] == [{"clip_x0": False, "eta": 1.0}, {"order": 2}, {}]
+    assert found[0].name == "ddim, timestep_spacing linspace, clip_x0 False, eta 1.0"
+    assert found[0].timesteps(1000)[-1] == 999
+
+
+def test_budgets_beyond_a_method_leave_gaps_that_are_told():
+    found, gaps = cells(samplers="ddim, pndm", nfe=(10, 1000, 1009))
+    assert [(cell.sampler, cell.nfe) for cell in found] == [
+        ("ddim", 10),
+        ("ddim", 1000),
+        ("f_pndm", 1000),
+        ("f_pndm", 1009),
+    ]
+    assert [gap.split(":")[0] for gap in gaps] == ["no ddim at 1009", "no f_pndm at 10"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"samplers": "ddim,plms"}, "samplers='ddim,plms' names 'plms'; there are ddim, ddpm"),
+        ({"samplers": "ddim,ddim"}, "must name at least one sampler, none of them twice"),
+        ({"samplers": " , "}, "must name at least one sampler"),
+        ({"samplers": "f_pndm", "nfe": (10, 20)}, "nfe=10 is too few for f_pndm"),
+        ({"nfe": (10, 1001)}, "nfe=1001 cannot be had"),
+        ({"samplers": "unipc", "eta": 0.5}, "eta=0.5 is no option of unipc, only of ddim"),
+        ({"timestep_spacing": "cosine"}, "timestep_spacing='cosine' is not known; choose one of uniform"),
+        (
+            {"timestep_spacing": "optimal"},
+            "timestep_spacing='optimal' is only for analytic, not for samplers='ddim'",
+        ),
+        ({"order": 9, "samplers": "deis"}, "order=9 is not allowed"),
+    ],
+)
+def test_bad_plans(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        cells(**change)
+
+
+def test_metrics_come_in_one_order_and_fid_always():
+    assert parse_metrics("precision_recall, kid") == ["fid", "kid", "precision_recall"]
+    assert parse_metrics("") == ["fid"]
+    with pytest.raises(
+        ValueError, match="metrics='fid,cmmd' names 'cmmd'; there are fid, kid, inception_score"
+    ):
+        parse_metrics("fid,cmmd")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"feature_extractor": "vgg"},
+            r"config\.eval\.feature_extractor='vgg' is not known; choose one of auto, inception",
+        ),
+        (
+            {"feature_extractor": "a.py:f", "metrics": "inception_score"},
+            "names inception_score, which needs class probabilities",
+        ),
+        (
+            {"metrics": "kid", "num_images": 19},
+            r"config\.eval\.num_images=19 is too few for kid, which needs 20",
+        ),
+        ({"metrics": "precision_recall", "reference": "a.npz"}, "needs the reference's images"),
+        ({"inception_sha256": "6726825d"}, "is no SHA-256: it must be 64 hexadecimal digits"),
+        ({"eta": 1.5}, r"config\.eval\.eta=1\.5 is out of range"),
+        ({"samplers": "plms"}, r"config\.eval\.samplers='plms' names 'plms'"),
+        ({"nfe": (10, 1001)}, r"config\.eval\.nfe=1001 cannot be had"),
+        (
+            {"samplers": "ddim,sn"},
+            r"config\.eval\.samplers='ddim,sn' needs a second head, which this run has not",
+        ),
+    ],
+)
+def test_bad_fields_of_a_config(change, sentence):
+    config = default_config()
+    config.model.attn_resolutions = ()
+    config.eval.update(change)
+    with pytest.raises(UserError, match=sentence):
+        check_config(config)
+
+
+@pytest.mark.parametrize(("field", "value"), [("feature_extractor", "gone.py:f"), ("reference", "gone.npz")])
+def test_files_that_are_gone_only_matter_to_an_evaluation(field, value):
+    config = default_config()
+    config.model.attn_resolutions = ()
+    config.eval[field] = value
+    check_config(config)
+    with pytest.raises(UserError, match=rf"config\.eval\.{field}='{value}' .*there"):
+        check_evaluation_files(config)

@@ -1,0 +1,436 @@
+"""Your own images: what is read from where, what is skipped and said; a cache that is whole or not there."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.io import to_json
+from s2dm_jax.data import cache as dataset_cache
+from s2dm_jax.data import sources, tfds_builder
+from s2dm_jax.data.datasets import load_dataset
+from s2dm_jax.data.sources import split_and_label
+from s2dm_jax.workdir.folder import check_same_images, prepare_workdir
+
+ROOT = Path(__file__).parents[2]
+
+
+def png(seed, size=8):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PICTURES = {
+    f"{kind}/{i:02d}.png": png(i + 10 * (kind == "dog")) for kind in ("cat", "dog") for i in range(10)
+}
+
+
+def make_folder(path, files):
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def make_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def make_tar(path, files):
+    with tarfile.open(path, f"w:{path.suffix[1:]}" if path.suffix != ".tar" else "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def config_for(source, **fields):
+    config = default_config()
+    config.data.update(source=str(source), **{"resolution": 8, "channels": 3, **fields})
+    return config
+
+
+def left_in(cache):
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def test_folder_zip_and_tar_of_the_same_tree_give_the_same_arrays(cache, tmp_path):
+    backwards = dict(reversed(PICTURES.items()))
+    made = [
+        make_folder(tmp_path / "folder", PICTURES),
+        make_zip(tmp_path / "some.zip", backwards),
+        make_tar(tmp_path / "some.tar", {f"./wrapped/{name}": data for name, data in backwards.items()}),
+        make_tar(tmp_path / "some.tar.xz", PICTURES),
+    ]
+    loaded = [load_dataset(config_for(source)) for source in made]
+    for data in loaded:
+        assert (len(data.train), len(data.held_out), data.num_classes) == (18, 2, 2)
+        for field in ("train", "train_labels", "held_out", "held_out_labels"):
+            np.testing.assert_array_equal(getattr(data, field), getattr(loaded[0], field))
+    images = np.concatenate([loaded[0].train, loaded[0].held_out])
+    labels = np.concatenate([loaded[0].train_labels, loaded[0].held_out_labels])
+    expected = [
+        (np.asarray(Image.open(io.BytesIO(d))).tobytes(), int("dog" in n)) for n, d in PICTURES.items()
+    ]
+    assert sorted((i.tobytes(), label) for i, label in zip(images, labels, strict=True)) == sorted(expected)
+
+
+def test_folders_named_for_splits_are_the_splits():
+    held_out, labels, classes = split_and_label(["a/train/x/1.png", "a/train/y/2.png", "a/test/y/3.png"])
+    assert (held_out.tolist(), labels.tolist(), classes) == ([False, False, True], [0, 1, 1], ["x", "y"])
+    held_out, labels, classes = split_and_label(["Train/1.png", "val/2.png", "train/3.png"])
+    assert (held_out.tolist(), classes) == ([False, True, False], ["."])
+    _, labels, classes = split_and_label(["train/1.png", "other/2.png", "3.png"])
+    assert (labels.tolist(), classes) == ([2, 1, 0], [".", "other", "train"])
+
+
+def test_arrays_are_sources(cache, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    data = load_dataset(config_for(tmp_path / "images.npy"))
+    both = [i.tobytes() for i in (*data.train, *data.held_out)]
+    assert sorted(both) == sorted(i.tobytes() for i in images)
+    np.savez_compressed(tmp_path / "images.npz", images=images[..., 0], labels=np.arange(20) % 3)
+    data = load_dataset(config_for(tmp_path / "images.npz", channels=1))
+    assert (data.train.shape, data.num_classes) == ((18, 8, 8, 1), 3)
+    for image, label in zip(data.train, data.train_labels, strict=True):
+        np.testing.assert_array_equal(
+            images[..., :1][images[..., 0].tolist().index(image[..., 0].tolist())], image
+        )
+        assert images[..., 0].tolist().index(image[..., 0].tolist()) % 3 == label
+
+
+@pytest.mark.parametrize(
+    ("array", "sentence"),
+    [
+        (np.zeros((4, 8, 8, 3), np.float32), r"holds float32 \[4, 8, 8, 3\]; it must be uint8"),
+        (np.zeros((4, 3, 8, 8), np.uint8), r"images \[3, 8, 8\]; they must be \[H, W, C\]"),
+        (np.zeros((8, 8), np.uint8), r"holds uint8 \[8, 8\]; it must be"),
+        (np.array([{}]), "it must be uint8"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(cache, tmp_path, array, sentence):
+    np.save(tmp_path / "images.npy", array, allow_pickle=True)
+    with pytest.raises(UserError, match=sentence):
+        load_dataset(config_for(tmp_path / "images.npy"))
+    assert left_in(cache) == []
+
+
+def test_unfit_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_path, capsys):
+    bad = {
+        "cat/cut.png": PICTURES["cat/00.png"][:50],
+        "dog/text.jpg": b"hello",
+        "dog/empty.webp": b"",
+    }
+    others = {"readme.txt": b"hello", "__MACOSX/cat/._00.png": b"x", "cat/.thumb.png": b"x"}
+    source = make_zip(tmp_path / "some.zip", {**PICTURES, **bad, **others})
+    with pytest.raises(
+        UserError, match=r"2 of 23 images are .*config\.data\.max_invalid_fraction=0\.01 allows 1"
+    ):
+        load_dataset(config_for(source))
+    assert left_in(cache) == []
+    capsys.readouterr()
+    data = load_dataset(config_for(source, max_invalid_fraction=0.13))
+    told = capsys.readouterr()
+    for name in bad:
+        assert f"skipped {name!r}: " in told.err
+    assert "3 of 23 images skipped; at most 3 may be" in told.err
+    assert "left out, for their suffix or as hidden: 2 × 'hidden', 1 × '.txt'" in told.out
+    assert "3 skipped" in data.provenance
+    provenance = json.loads((cache / left_in(cache)[0] / "provenance.json").read_text())
+    assert sorted(name for name, _ in provenance["skipped"]) == sorted(bad)
+    images = [i.tobytes() for i in (*data.train, *data.held_out)]
+    assert sorted(images) == sorted(
+        np.asarray(Image.open(io.BytesIO(d))).tobytes() for d in PICTURES.values()
+    )
+    # No gap is left where an image was skipped: labels still belong to their images.
+    cats = {np.asarray(Image.open(io.BytesIO(d))).tobytes() for n, d in PICTURES.items() if "cat" in n}
+    assert all(
+        (i.tobytes() in cats) == (label == 0) for i, label in zip(data.train, data.train_labels, strict=True)
+    )
+
+
+def test_no_path_in_an_archive_leads_anywhere(cache, tmp_path):
+    paths = ["../up.png", "/abs.png", "a/../../up2.png", "..\\win.png"]
+    files = {**PICTURES, **{name: png(50 + i) for i, name in enumerate(paths)}}
+    before = set(tmp_path.rglob("*"))
+    with_link = make_tar(tmp_path / "some.tar", files)
+    with tarfile.open(with_link, "a") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo(f"link{kind.decode()}.png")
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    data = load_dataset(config_for(with_link, max_invalid_fraction=0.2))
+    # To a tar, a backslash is a letter, and the fourth a hidden file.
+    assert len(data.train) + len(data.held_out) == 23
+    assert "4 skipped" in data.provenance
+    assert len(load_dataset(config_for(make_zip(tmp_path / "some.zip", files))).train) == 22
+    made = {path for path in tmp_path.rglob("*") if cache not in path.parents} - before
+    assert made == {cache, tmp_path / "some.tar", tmp_path / "some.zip"}
+
+
+def test_members_that_open_into_too_much_are_not_opened(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_MOST_BYTES", 10_000)
+    huge = {"cat/huge.png": bytes(20_000)}
+    for source in (
+        make_zip(tmp_path / "some.zip", {**PICTURES, **huge}),
+        make_tar(tmp_path / "some.tar.gz", {**PICTURES, **huge}),
+        make_folder(tmp_path / "folder", {**PICTURES, **huge}),
+    ):
+        assert "1 skipped" in load_dataset(config_for(source)).provenance
+    provenance = json.loads((cache / left_in(cache)[0] / "provenance.json").read_text())
+    assert provenance["skipped"] == [["cat/huge.png", "a file of 20,000 bytes, more than 10,000"]]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_damaged_archives_are_never_taken_for_whole(cache, tmp_path, kind, damage):
+    path = tmp_path / f"some.{kind}"
+    (make_zip if kind == "zip" else make_tar)(path, PICTURES)
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[: len(data) // 2 // 512 * 512]
+    else:
+        # In the tar, the header of the fourth member: tarfile by itself ends there without a word.
+        where = 3 * 1024 + 150 if kind == "tar" else len(data) // 2
+        data[where : where + 4] = bytes(255 - byte for byte in data[where : where + 4])
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged") as error:
+        load_dataset(config_for(path, max_invalid_fraction=0.0))
+    assert "\n" not in str(error.value)
+    assert left_in(cache) == []
+
+
+def test_sources_that_are_none(cache, tmp_path):
+    with pytest.raises(UserError, match=r"there is no such file or folder"):
+        load_dataset(config_for(tmp_path / "nothing"))
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"its suffix none of \.zip"):
+        load_dataset(config_for(tmp_path / "notes.txt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds 0 images; it must hold at least 2"):
+        load_dataset(config_for(tmp_path / "empty"))
+    (tmp_path / "some.zip").write_bytes(b"no zip")
+    with pytest.raises(UserError, match=r"some\.zip is damaged or cut short"):
+        load_dataset(config_for(tmp_path / "some.zip"))
+
+
+def test_the_cache_is_used_until_source_or_treatment_change(cache, tmp_path, monkeypatch):
+    source = make_folder(tmp_path / "folder", PICTURES)
+    first = dataset_cache.prepare_dataset(config_for(source))
+    monkeypatch.setattr(dataset_cache, "_finish", None)
+    assert dataset_cache.prepare_dataset(config_for(source)) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("S2DM_JAX_DATA", str(cache))
+    grey = dataset_cache.prepare_dataset(config_for(source, channels=1))
+    (source / "dog" / "10.png").write_bytes(png(99))
+    more = dataset_cache.prepare_dataset(config_for(source))
+    assert len({first, grey, more}) == 3
+    assert np.load(more / "train.npy").shape[0] == 19
+    assert np.load(first / "train.npy").shape[0] == 18
+
+
+def test_a_run_goes_on_with_the_same_images_wherever_they_are_and_with_no_others(cache, tmp_path):
+    run = tmp_path / "run"
+    config = config_for(make_folder(tmp_path / "folder", PICTURES))
+    prepare_workdir(run, config)
+    (run / "config.json").write_text(to_json(config))
+    check_same_images(run, load_dataset(config).digest)
+    moved = config_for(make_zip(tmp_path / "some.zip", PICTURES))
+    prepare_workdir(run, moved)
+    check_same_images(run, load_dataset(moved).digest)
+    other = config_for(make_zip(tmp_path / "other.zip", {**PICTURES, "cat/00.png": png(77)}))
+    with pytest.raises(UserError, match=r"its images have changed"):
+        check_same_images(run, load_dataset(other).digest)
+
+
+def test_what_a_killed_process_left_is_made_anew(cache, tmp_path):
+    source = make_folder(tmp_path / "folder", PICTURES)
+    folder = dataset_cache.prepare_dataset(config_for(source))
+    whole = (folder / "train.npy").read_bytes()
+    (folder / "train.npy").write_bytes(whole[:-1])
+    leftover = folder.with_name(f".{folder.name}.tmp")
+    leftover.mkdir()
+    (leftover / "train.npy").write_bytes(b"half")
+    assert dataset_cache.prepare_dataset(config_for(source)) == folder
+    assert (folder / "train.npy").read_bytes() == whole
+    assert left_in(cache) == [folder.name]
+
+
+def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(cache, tmp_path, monkeypatch, capfd):
+    source = make_folder(tmp_path / "folder", PICTURES)
+    finish, go_on, calls, folders = dataset_cache._finish, threading.Event(), [], []
+
+    def slow(*arguments):
+        calls.append(1)
+        go_on.wait(30)
+        finish(*arguments)
+
+    monkeypatch.setattr(dataset_cache, "_finish", slow)
+    threads = [
+        threading.Thread(target=lambda: folders.append(dataset_cache.prepare_dataset(config_for(source))))
+        for _ in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    said = ""
+    while "another process prepares" not in said:
+        time.sleep(0.02)
+        said += capfd.readouterr().out
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert folders[0] == folders[1]
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_next_run_works(cache, tmp_path):
+    files = {f"{i % 3}/{i:05d}.png": png(i, 24) for i in range(4000)}
+    source = make_folder(tmp_path / "folder", files)
+    program = (
+        "from data.test_cache import config_for; from s2dm_jax.data.cache import prepare_dataset; import sys;"
+        "print('began', flush=True); print(prepare(config_for(sys.argv[1])), flush=True)"
+    )
+
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(source)],
+            cwd=ROOT / "tests",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout.readline() == "began\n"
+        return process
+
+    began = time.monotonic()
+    with start() as process:
+        folder = Path(process.stdout.read().splitlines()[-1])
+    duration = time.monotonic() - began
+    whole = {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+    rng = np.random.default_rng()
+    killed = 0
+    while killed < 10:
+        for path in folder.glob("*"):
+            path.unlink()
+        folder.rmdir()
+        with start() as process:
+            time.sleep(rng.uniform(0, duration))
+            if process.poll() is not None:
+                continue
+            process.kill()
+        killed += 1
+        if folder.exists():
+            assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == whole
+        with start() as process:
+            process.stdout.read()
+        assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == whole
+        assert dataset_cache.is_ready(folder)
+        assert left_in(cache) == [folder.name]
+    print(f"killed {killed} times within {duration:.1f} s", os.getpid())
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import numpy as np
+name, (size, channels, *_), result, _ = json.loads(sys.argv[1])
+folder, counts = Path(result).parent, {"train": 4, "held_out": 2}
+for split, count in counts.items():
+    np.save(folder / f"{split}.npy", np.full((count, size, size, channels), count, np.uint8))
+    np.save(folder / f"{split}_labels.npy", np.arange(count))
+splits = {split: {"count": count} for split, count in counts.items()}
+told = {"source": name, "version": "1", "splits": splits, "classes": list("abcd"), "skipped": []}
+"""
+
+
+@pytest.fixture
+def child(cache, monkeypatch):
+    """Function that ends the program in the place of tensorflow-datasets' with its argument."""
+    monkeypatch.setattr(dataset_cache, "check_preparable", lambda config: None)
+
+    def ends_with(code):
+        command = [sys.executable, "-c", CHILD + code]
+        monkeypatch.setattr(tfds_builder, "tfds_command", lambda request: [*command, request])
+
+    return ends_with
+
+
+def test_what_the_child_leaves_is_the_data_set_and_is_made_once(child, cache):
+    config = default_config()
+    config.data.name = "cifar10"
+    child("Path(result).write_text(json.dumps(told))")
+    data = load_dataset(config)
+    assert data.train.shape == (4, 32, 32, 3)
+    assert data.held_out.max() == 2
+    assert data.num_classes == 4
+    assert data.provenance.startswith("cifar10 1, 32×32×3, crop none")
+    assert not list(cache.rglob("result.json"))
+    child("sys.exit('made again')")
+    np.testing.assert_array_equal(load_dataset(config).train, data.train)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (
+            "Path(result).write_text(json.dumps({'error': 'DownloadError: no'}))",
+            r"failed: DownloadError: no$",
+        ),
+        ("sys.exit(3)", r"preparing cifar10 failed with status 3; what went wrong is printed above$"),
+    ],
+)
+def test_a_child_that_fails_leaves_nothing(child, cache, code, sentence):
+    config = default_config()
+    config.data.name = "cifar10"
+    child(code)
+    with pytest.raises(UserError, match=sentence):
+        load_dataset(config)
+    assert not left_in(cache)
+
+
+def test_celebahq_says_what_is_to_be_made_by_hand(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(dataset_cache.importlib.util, "find_spec", lambda name: name)
+    config = default_config()
+    config.data.name = "celebahq"
+    place = tmp_path / "tfds" / "downloads" / "manual" / "data256x256.tar"
+    with pytest.raises(UserError, match=f"CelebA-HQ cannot be downloaded: .* put it at {place}, or give"):
+        dataset_cache.check_preparable(config)
+    place.parent.mkdir(parents=True)
+    place.touch()
+    dataset_cache.check_preparable(config)
+
+
+def test_a_cache_that_cannot_be_used_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "file" / "cache"))
+    source = make_folder(tmp_path / "images", PICTURES)
+    with pytest.raises(UserError, match=r"the cache of prepared data .* cannot be used \(Not a directory\)"):
+        load_dataset(config_for(source))

@@ -1,0 +1,153 @@
+"""The same images at the same step, wherever they are kept."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import final_state, small_config
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.data import device_feed as feeds
+from s2dm_jax.data.batches import batch_indices
+from s2dm_jax.data.device_feed import make_feed
+from s2dm_jax.training.loop import train
+
+STEPS, BATCH = 7, 8
+KEY = jax.random.key(5)
+# 7 steps of 8 images go past two epochs of 21.
+IMAGES = np.random.default_rng(0).integers(0, 256, (21, 4, 4, 1), np.uint8)
+# Share and bytes of a device's memory that lead there.
+PLACES = {
+    "whole": (0.4, 10**6),
+    "spread": (0.4, 4 * IMAGES.nbytes),
+    "read by the host": (0.0, 10**6),
+}
+
+
+def images_of(feed, chunks):
+    """What the steps see, chunk by chunk."""
+    first, seen = 0, []
+    for length in chunks:
+        batch = feed.batches(first, length)
+        seen.append(np.asarray(batch) if feed.images is None else np.asarray(feed.images)[np.asarray(batch)])
+        first += length
+    return np.concatenate(seen)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_gives_the_rows_of_batch_indices(place, tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    expected = IMAGES[np.asarray(batch_indices(KEY, 0, STEPS, BATCH, len(IMAGES)))]
+    share, memory = PLACES[place]
+    for chunks in ([STEPS], [3, 3, 1]):
+        feed = make_feed(mapped, KEY, BATCH, STEPS, share, memory)
+        assert place in feed.summary
+        np.testing.assert_array_equal(images_of(feed, chunks), expected)
+
+
+def test_the_place_follows_from_size_and_share_and_is_told():
+    size = IMAGES.nbytes
+    assert "whole on every device" in make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, 20 * size).summary
+    assert "spread over" in make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, 20 * size - 1).summary
+    small = int(size / 0.4 / jax.device_count()) - 1
+    host = make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, small)
+    assert (
+        "read by the host as training goes: more than config.data.max_device_memory_fraction=0.4"
+        in host.summary
+    )
+    assert make_feed(IMAGES, KEY, BATCH, STEPS, 0.0, 10**9).images is None
+
+
+def test_chunks_too_large_for_a_device_are_refused():
+    feed = make_feed(IMAGES, KEY, BATCH, STEPS, 0.0, 100 * IMAGES.nbytes)
+    with pytest.raises(
+        UserError, match=r"config\.train\.log_every=7 steps .* lower config\.train\.log_every"
+    ):
+        feed.batches(0, STEPS)
+
+
+def test_the_next_chunk_is_read_while_this_one_runs_and_none_past_the_end():
+    read = []
+
+    class Watched:
+        shape, nbytes = IMAGES.shape, IMAGES.nbytes
+
+        def __len__(self):
+            return len(IMAGES)
+
+        def __getitem__(self, rows):
+            if not isinstance(rows, int):
+                read.append((rows.shape[0], threading.current_thread() is threading.main_thread()))
+            return IMAGES[rows]
+
+    batches = feeds._prefetch(Watched(), KEY, BATCH, STEPS, 1.0, 10**9)
+    batches(0, 3)
+    batches(3, 3).block_until_ready()
+    batches(6, 1).block_until_ready()
+    devices = jax.device_count()
+    assert read == [(length, False) for length in (3, 3, 1) for _ in range(devices)]
+
+
+PROGRAM = """
+import jax, numpy as np
+from data.test_device_feed import BATCH, IMAGES, KEY, STEPS, images_of
+from s2dm_jax.data.batches import gather_batch, batch_indices
+from s2dm_jax.data.device_feed import make_feed
+expected = IMAGES[np.asarray(batch_indices(KEY, 0, STEPS, BATCH, len(IMAGES)))]
+feed = make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, IMAGES.nbytes)
+assert "spread over 4" in feed.summary, feed.summary
+assert {s.data.shape for s in feed.images.addressable_shards} == {(6, 4, 4, 1)}
+np.testing.assert_array_equal(images_of(feed, [3, 4]), expected)
+rows = feed.batches(0, 3)
+gather = jax.jit(lambda images, rows: gather_batch(images, rows[0])).lower(feed.images, rows).compile()
+np.testing.assert_allclose(gather(feed.images, rows), expected[0] / 127.5 - 1, atol=1e-6)
+# The devices exchange a batch, never the set.
+text = gather.as_text()
+assert "all-reduce" in text and "[24,4,4,1]" not in text, text
+host = make_feed(IMAGES, KEY, BATCH, STEPS, 0.0, 10**9)
+assert {s.data.shape for s in host.batches(0, 3).addressable_shards} == {(3, 2, 4, 4, 1)}
+np.testing.assert_array_equal(images_of(host, [3, 3, 1]), expected)
+"""
+
+
+def test_four_devices_each_hold_a_part():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resumed(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "cache"))
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8))
+    own = {"data.source": str(tmp_path / "images.npy")}
+    train(small_config(**own), tmp_path / "device")
+    said = capsys.readouterr().out
+    assert "whole on every device" in said
+    assert re.search(
+        "no distance to real images is measured: .*images.npy has no labels, and the weights", said
+    )
+    host = {**own, "data.max_device_memory_fraction": 0.0}
+    train(small_config(**host, **{"train.steps": 3, "train.log_every": 1}), tmp_path / "host")
+    train(small_config(**host), tmp_path / "host")
+    assert "read by the host" in capsys.readouterr().out
+    expected, actual = (final_state(tmp_path / name, small_config()) for name in ("device", "host"))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    np.save(tmp_path / "images.npy", np.zeros((40, 8, 8, 1), np.uint8))
+    with pytest.raises(UserError, match="its images have changed"):
+        train(small_config(**host), tmp_path / "host")

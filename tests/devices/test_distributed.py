@@ -1,0 +1,153 @@
+"""Two processes are one run: they train, stop and resume together, and one goes on with what two saved."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.build import build_network
+from s2dm_jax.config.io import from_json
+from s2dm_jax.devices import distributed
+from s2dm_jax.devices.distributed import initialize_distributed
+from s2dm_jax.workdir import checkpoint
+from s2dm_jax.workdir.state import init_state, make_optimizer
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+from helpers import small_config
+def get_config(_=""):
+    return small_config(**{{"train.lr": 1e-4, "train.checkpoint_every": 4}})
+"""
+
+
+def launch(workdir, processes, *flags):
+    """The processes of one run, started together; each its own output."""
+    config = workdir.parent / "config.py"
+    config.write_text(CONFIG.format(tests=str(Path(__file__).parents[1])))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "s2dm_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
+    started = []
+    for i in range(processes):
+        hosts = [
+            f"--coordinator_address=127.0.0.1:{port}",
+            f"--num_processes={processes}",
+            f"--process_id={i}",
+        ]
+        started.append(
+            subprocess.Popen(
+                command + (hosts if processes > 1 else []),
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(processes):
+    outputs = [process.communicate(timeout=500) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [output for output, _ in outputs]
+
+
+def state_in(workdir):
+    config = from_json((workdir / "config.json").read_text())
+    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+    like = init_state(build_network(config), optimizer, 0)
+    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like), like
+
+
+def distance(a, b):
+    squares = jax.tree.map(lambda x, y: float(np.sum(np.square(np.asarray(x) - np.asarray(y)))), a, b)
+    return sum(jax.tree.leaves(squares)) ** 0.5
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_resume_like_one_and_one_takes_over(tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    lead, other = finish(launch(two, 2, "--config.train.steps=4"))
+    assert "2 × cpu on 2 hosts" in lead
+    assert all(line.startswith("[Gloo]") for line in other.splitlines()), "only the first process speaks"
+    lead, _ = finish(launch(two, 2, "--config.train.steps=8", "--config.train.shard_state=True"))
+    assert "from step 4 of 8" in lead
+    (alone,) = finish(launch(two, 1, "--config.train.steps=12"))
+    assert "from step 8 of 12" in alone
+    finish(launch(one, 1, "--config.train.steps=12"))
+    (of_two, start), (of_one, _) = state_in(two), state_in(one)
+    assert int(of_two.step) == 12
+    assert distance(of_two.params, of_one.params) < 0.01 * distance(of_one.params, start.params)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_with_one_checkpoint(tmp_path):
+    workdir = tmp_path / "run"
+    lead, other = launch(workdir, 2, "--config.train.steps=100000", "--config.train.log_every=1")
+    for line in lead.stdout:
+        if line.startswith("step "):
+            other.send_signal(signal.SIGTERM)
+            break
+    told = lead.communicate(timeout=300)[0].splitlines()
+    other.communicate(timeout=300)
+    assert lead.returncode == other.returncode == 128 + signal.SIGTERM
+    stopped = re.match(r"stopped at step ([\d,]+) of 100,000, saved in", told[-1])
+    assert stopped, told
+    assert int(state_in(workdir)[0].step) == int(stopped[1].replace(",", "")) > 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7"}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_launchers_are_recognised(monkeypatch, environment, joins):
+    if "SLURM_NTASKS" in environment:
+        others = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+        environment = {**dict.fromkeys(others, "0"), **environment}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **known: joined.append(known))
+    initialize_distributed()
+    assert len(joined) == joins
+
+
+def test_a_tpu_on_its_own_stays_alone_but_a_cluster_that_fails_is_told(monkeypatch):
+    def no_cluster(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    monkeypatch.setattr(distributed, "_on_tpu_vm", lambda: True)
+    initialize_distributed()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    with pytest.raises(UserError, match=r"did not find each other \(coordinator_address should be defined"):
+        initialize_distributed()
+
+
+def test_flags_are_passed_on(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **known: joined.append(known))
+    initialize_distributed("node0:1234", 2, 1)
+    assert joined[0]["coordinator_address"] == "node0:1234"
+    assert (joined[0]["num_processes"], joined[0]["process_id"]) == (2, 1)

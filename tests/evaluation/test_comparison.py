@@ -1,0 +1,112 @@
+"""Several runs side by side: seeds, tables, the plot, and the page that needs no other file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import load_file
+from matplotlib.container import ErrorbarContainer
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.io import to_json
+from s2dm_jax.evaluation.comparison import comparison_table, plot_distances, read_evaluated, series_of
+from s2dm_jax.evaluation.html_report import report_page
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
+report = load_file(SCRIPT)
+
+
+def make_run(folder, seed, distances, skip=0, **provenance):
+    """A folder with the results of a run: a list of (sampler, evaluations, distance)."""
+    config = default_config()
+    config.model.attn_resolutions = ()
+    config.loss.skip, config.train.seed = skip, seed
+    (folder / "checkpoints" / "7").mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(config))
+    rows = [("real (floor)", None, 1.0), *distances, ("noise (ceiling)", None, 100.0)]
+    results = {
+        "step": 7,
+        "eval": {},
+        "rows": [
+            {"name": name, "nfe": nfe, "frechet_distance": d, "normalized": (d - 1) / 99}
+            for name, nfe, d in rows
+        ],
+        "provenance": {"metric": "distance <of> tests", "num_images": 50, "notes": [], **provenance},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    lines = [{"step": step, "loss": 3.0 / step, "simple": 2.0 / step} for step in (1, 2, 7)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+@pytest.fixture
+def workdirs(tmp_path):
+    return [
+        make_run(tmp_path / "a", 0, [("ddim", 10, 4.0), ("ddim", 20, 2.0)]),
+        make_run(tmp_path / "b", 1, [("ddim", 10, 6.0), ("ddim", 20, 2.5), ("unipc", 10, 3.0)]),
+        make_run(tmp_path / "c", 0, [("ddim", 10, 3.0)], skip=10),
+    ]
+
+
+def test_runs_that_differ_in_their_seed_become_one_line(workdirs):
+    plain, unipc, skip = series_of(read_evaluated(workdirs))
+    assert plain.name == "loss.skip=0, ddim"
+    assert plain.workdirs == workdirs[:2]
+    assert plain.points == [(10, 5.0, pytest.approx(2**0.5)), (20, 2.25, pytest.approx(0.125**0.5))]
+    assert (unipc.name, unipc.points) == ("loss.skip=0, unipc", [(10, 3.0, None)])
+    assert (skip.name, skip.points) == ("loss.skip=10, ddim", [(10, 3.0, None)])
+
+
+def test_table_and_plot_hold_the_same_numbers(workdirs):
+    runs = read_evaluated(workdirs)
+    table = comparison_table(runs)
+    assert re.search(r"\| loss\.skip=0, ddim +\| 2 +\| 5\.00 ± 1\.41 +\| 2\.25 ± 0\.35 +\|", table)
+    assert re.search(r"\| loss\.skip=10, ddim +\| 1 +\| 3\.00 +\| – ", table)
+    axes = plot_distances(runs).axes[0]
+    bars = [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
+    assert [each.lines[0].get_ydata().tolist() for each in bars] == [[5.0, 2.25], [3.0], [3.0]]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_the_page_holds_everything_itself(workdirs, tmp_path):
+    samples = Path(workdirs[0], "samples")
+    samples.mkdir()
+    (samples / "step_0000007.png").write_bytes(b"\x89PNG a picture")
+    page = report_page(workdirs[:2])
+    assert page.count("<svg") == 3
+    assert "distance &lt;of&gt; tests" in page
+    assert "distance <of> tests" not in page
+    assert "Samples at step 7" in page
+    # What a browser would fetch: nothing but what stands in the page.
+    links = re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page)
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert not re.search(r"@import|url\((?!#)|<script|<link", page)
+
+
+def test_command_writes_page_and_plot_and_replaces_nothing_else(workdirs, tmp_path, capsys):
+    out, plot = tmp_path / "page.html", tmp_path / "plot.png"
+    report.main([workdirs[0], f"--out={out}", f"--plot={plot}"])
+    assert out.read_text().startswith("<!DOCTYPE html>")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "page.html", "plot.png"]
+
+
+def test_what_cannot_be_compared_is_told(workdirs, tmp_path, capsys):
+    def refuses(sentence, *names):
+        with pytest.raises(UserError, match=sentence):
+            series_of(read_evaluated(names))
+
+    other = make_run(tmp_path / "d", 3, [("ddim", 10, 4.0)], num_images=60)
+    refuses("evaluated with different num_images: 50 and 60", workdirs[0], other)
+    twin = make_run(tmp_path / "e", 0, [("ddim", 10, 4.0)])
+    refuses("share one train.seed and config; give one", workdirs[0], twin)
+    refuses("named twice", workdirs[0], f"{workdirs[0]}/../a")
+    Path(twin, "results.json").write_text("{}")
+    refuses("holds no results of ours", twin)
+    Path(twin, "results.json").unlink()
+    refuses(r"has no results\.json; run --mode=evaluate", twin)
+    with pytest.raises(SystemExit):
+        report.main([workdirs[0], "--out=page.txt"])
+    assert capsys.readouterr().err == "error: --out=page.txt must end in .html\n"

@@ -1,0 +1,317 @@
+"""Evaluation: what is counted, compared, kept and said; a set against itself; the same on every run."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.validate import check_config, check_evaluation_files
+from s2dm_jax.data.datasets import Dataset
+from s2dm_jax.diffusion.schedule import linear_schedule
+from s2dm_jax.evaluation import evaluate as evaluation
+from s2dm_jax.evaluation import features as feature_functions
+from s2dm_jax.evaluation.features import FeaturesUnavailable, build_features, check_features
+from s2dm_jax.evaluation.metrics import feature_statistics, frechet_distance
+from s2dm_jax.evaluation.reference import image_batches, load_reference
+from s2dm_jax.inference.model import Model
+from s2dm_jax.models import unet
+from s2dm_jax.models.unet import UNet
+
+NETWORK = UNet(8, 1, 1, 32, (1,), 1, ())
+FUNCTION = """
+import jax.numpy as jnp
+
+def means(images):
+    x = images.astype(jnp.float32) / 255
+    return jnp.concatenate([x.mean((2, 3)), x.mean((1, 3))], axis=1)
+
+def wrong(images):
+    return images.mean()
+
+def broken(images):
+    raise RuntimeError("no such thing\\nsecond line")
+"""
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (300, 8, 8, 1), np.uint8)
+    return Dataset(images[:200], np.arange(200) % 2, images[200:], np.arange(100) % 2, 2, "300 noises")
+
+
+@pytest.fixture
+def function(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTION)
+    return str(path)
+
+
+@pytest.fixture
+def config(function):
+    config = default_config()
+    config.diffusion.T = 20
+    config.model.attn_resolutions = ()
+    config.eval.update(
+        {"feature_extractor": f"{function}:means", "num_images": 50, "nfe": (2, 4), "batch_size": 16}
+    )
+    return config
+
+
+@pytest.fixture
+def sampled(monkeypatch, data):
+    """Replaces the samplers by real images, those held out, and lists the calls and the images asked for."""
+    calls = []
+
+    def configure(_, method, *, nfe, **how):
+        def sampler(params, timesteps, seed, indices):
+            calls.append((method, nfe, len(indices)))
+            return jnp.asarray(data.held_out)[np.asarray(indices) % len(data.held_out)]
+
+        return sampler, np.arange(nfe)
+
+    monkeypatch.setattr(Model, "sampler", configure)
+    return calls
+
+
+def run(config, data, workdir, params=None):
+    check_config(config)
+    model = Model(config, NETWORK, linear_schedule(20), params or {"w": np.zeros(1)}, 7)
+    return evaluation.evaluate(model, data, workdir)
+
+
+def test_a_set_is_at_zero_from_itself_through_the_whole_pipeline(config, data, sampled, tmp_path):
+    config.eval.update({"num_images": 100, "metrics": "fid,kid,precision_recall", "nfe": (2,)})
+    floor, itself, noise = run(config, data, tmp_path)["rows"]
+    assert itself["num_images"] == 100
+    assert itself["frechet_distance"] < 1e-6
+    assert (itself["precision"], itself["recall"]) == (1, 1)
+    assert abs(itself["kid"]) < 4 * itself["kid_se"]
+    assert floor["frechet_distance"] > 1e-3
+    assert noise["frechet_distance"] > floor["frechet_distance"]
+    assert (floor["normalized"], noise["normalized"]) == (0, 1)
+
+
+@pytest.mark.parametrize("count", [37, 48, 50])
+def test_exactly_the_images_asked_for_are_counted(config, data, sampled, tmp_path, count):
+    config.eval.update({"num_images": count, "nfe": (2,)})
+    results = run(config, data, tmp_path)
+    assert [row["num_images"] for row in results["rows"]] == [count] * 3
+    # Batches are filled up, and what is too much is dropped.
+    assert sampled == [("ddim", 2, 16)] * -(-count // 16)
+    expected = features_by_hand(data.held_out[:count]), features_by_hand(data.held_out)
+    distance = frechet_distance(*feature_statistics(expected[0]), *feature_statistics(expected[1]))
+    assert results["rows"][1]["frechet_distance"] == pytest.approx(distance, rel=1e-5)
+
+
+def features_by_hand(images):
+    x = images.astype(np.float64) / 255
+    return np.concatenate([x.mean((2, 3)), x.mean((1, 3))], axis=1)
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_is_missing(config, data, sampled, tmp_path, monkeypatch):
+    config.eval.samplers = "ddim,dpmpp_2m"
+    measure = evaluation.compute_metrics
+    done = []
+
+    def interrupted(*arguments):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(evaluation, "compute_metrics", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, data, tmp_path)
+    assert {call[:2] for call in sampled} == {("ddim", 2), ("ddim", 4)}
+    sampled.clear()
+    monkeypatch.setattr(evaluation, "compute_metrics", measure)
+    results = run(config, data, tmp_path)
+    assert {call[:2] for call in sampled} == {("dpmpp_2m", 2), ("dpmpp_2m", 4)}
+    names = [(row["name"], row["nfe"], row.get("steps")) for row in results["rows"][1:-1]]
+    assert names == [("ddim", 2, 2), ("ddim", 4, 4), ("dpmpp_2m", 2, 2), ("dpmpp_2m", 4, 4)]
+    sampled.clear()
+    assert run(config, data, tmp_path) == results
+    assert not sampled
+
+
+def test_other_weights_seeds_and_options_are_measured_anew(config, data, sampled, tmp_path):
+    run(config, data, tmp_path)
+    for change in (
+        {"seed": 1},
+        {"num_images": 51},
+        {"eta": 0.5},
+        {"timestep_spacing": "quadratic"},
+        {"metrics": "kid"},
+    ):
+        sampled.clear()
+        config.eval.update(change)
+        run(config, data, tmp_path)
+        assert sampled, change
+    sampled.clear()
+    run(config, data, tmp_path, {"w": np.ones(1)})
+    assert sampled
+
+
+def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):
+    model = Model(config, NETWORK, linear_schedule(20), unet.init_params(NETWORK, 0), 7)
+    monkeypatch.setattr(evaluation, "load", lambda _, step: model)
+    monkeypatch.setattr(evaluation, "load_dataset", lambda _: data)
+    config.eval.update({"nfe": (2,), "num_images": 24})
+    texts = []
+    for name, batch_size in (("a", 16), ("b", 16), ("c", 5)):
+        (tmp_path / name).mkdir()
+        config.eval.batch_size = batch_size
+        evaluation.evaluate_run(config, tmp_path / name)
+        texts.append((tmp_path / name / "results.json").read_text())
+    assert texts[0] == texts[1]
+    rows = [json.loads(text)["rows"] for text in texts]
+    for one, other in zip(rows[0], rows[2], strict=True):
+        assert one["frechet_distance"] == pytest.approx(other["frechet_distance"], rel=1e-6)
+    kept = sorted(path.name for path in (tmp_path / "a" / "evaluations").glob("*.*"))
+    assert [name.split(".")[1] for name in kept] == ["json", "md"]
+    page = (tmp_path / "a" / "results.md").read_text()
+    assert "| ddim" in page
+    assert "- weights: moving average at step 7, sha256 " in page
+    assert "mine.py:means; not FID" in capsys.readouterr().out
+
+
+def test_too_few_images_and_gaps_are_noted(config, data, sampled, tmp_path):
+    config.eval.update({"num_images": 12, "samplers": "ddim,pndm", "nfe": (4, 13)})
+    results = run(config, data, tmp_path)
+    assert [row["nfe"] for row in results["rows"]] == [None, 4, 13, 13, None]
+    gap, few = results["provenance"]["notes"]
+    assert gap == "no f_pndm at 4: nfe=4 is too few for f_pndm: its fewest steps make 13 evaluations"
+    assert few.startswith("12 images are too few for a covariance of 16 features")
+    assert all(np.isfinite(row["frechet_distance"]) for row in results["rows"])
+
+
+def test_reference_is_what_is_asked_for(config, data, tmp_path):
+    features = build_features(config, data)
+    path = tmp_path / "statistics.npz"
+    mean, cov = feature_statistics(features_by_hand(data.train))
+    np.savez(path, mu=mean, sigma=cov)
+    found = {}
+    for name in ("auto", "held_out", "train", str(path)):
+        config.eval.reference = name
+        check_evaluation_files(config)
+        found[name], others = load_reference(config, data, features, ["fid"], 16)
+        assert len(others) == (100 if name == "train" else 200)
+    assert found["auto"].provenance == found["held_out"].provenance
+    np.testing.assert_allclose(found["train"].cov, cov, rtol=1e-4, atol=1e-8)
+    np.testing.assert_array_equal(found[str(path)].cov, cov)
+    assert found["held_out"].features is None
+    with_features, _ = load_reference(config, data, features, ["fid"], 16)
+    assert with_features.provenance["file"] == str(path)
+    np.savez(path, mu=mean[:3], sigma=cov[:3, :3])
+    with pytest.raises(UserError, match=r"holds 3 features, config\.eval\.feature_extractor=.*makes 16"):
+        load_reference(config, data, features, ["fid"], 16)
+    path.write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"config\.eval\.reference=.* cannot be read"):
+        load_reference(config, data, features, ["fid"], 16)
+
+
+def test_features_do_not_depend_on_the_batches(config, data):
+    features = build_features(config, data)
+    whole = np.concatenate(list(image_batches(data.train, features, 200)))
+    parts = np.concatenate(list(image_batches(data.train, features, 7)))
+    np.testing.assert_allclose(whole, features_by_hand(data.train), rtol=1e-5)
+    np.testing.assert_allclose(whole, parts, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("wrong", r"must give floats \[B, D\] for uint8 \['B', 8, 8, 1\], got float32 \[\] for B = 2"),
+        ("broken", r"failed with RuntimeError: no such thing$"),
+        ("missing", r"failed with AttributeError"),
+    ],
+)
+def test_a_function_that_does_not_fit_is_told_in_one_sentence(config, data, function, name, sentence):
+    config.eval.feature_extractor = f"{function}:{name}"
+    with pytest.raises(UserError, match=sentence):
+        build_features(config, data)
+
+
+def test_without_labels_there_is_no_classifier(config, data):
+    config.eval.feature_extractor = "classifier"
+    with pytest.raises(UserError, match="needs labels, which digits does not have: it must be inception or"):
+        build_features(config, data._replace(num_classes=1))
+
+
+def test_auto_falls_back_to_the_classifier_and_says_why(config, monkeypatch, capsys):
+    def fail(*_):
+        raise UserError("the weights cannot be fetched; get them")
+
+    monkeypatch.setattr(feature_functions.inception_weights, "inception_params", fail)
+    config.eval.feature_extractor = "auto"
+    assert feature_functions.resolve_features(config, labelled=True) == "classifier"
+    assert not capsys.readouterr().out
+    config.data.name = "cifar10"
+    assert feature_functions.resolve_features(config, labelled=True) == "classifier"
+    assert "is no FID: the weights cannot be fetched; get them" in capsys.readouterr().out
+    with pytest.raises(FeaturesUnavailable, match="cifar10 has no labels, and the weights cannot be fetched"):
+        feature_functions.resolve_features(config, labelled=False)
+    monkeypatch.setattr(feature_functions.inception_weights, "inception_params", lambda *_: {})
+    assert feature_functions.resolve_features(config, labelled=True) == "inception"
+
+
+def test_inception_of_ones_own_is_not_called_fid(config, data, monkeypatch):
+    monkeypatch.setattr(feature_functions.inception_weights, "inception_params", lambda *_: {})
+    config.eval.feature_extractor = "inception"
+    standard = build_features(config, data)
+    assert (standard.distance, standard.dimensions, standard.logits) == ("FID", 2048, 1008)
+    config.eval.inception_sha256 = "AB" * 32
+    own = build_features(config, data)
+    assert own.distance == "Fréchet distance (own Inception)"
+    assert "weights of your own, sha256 abababababababab; not FID" in own.metric
+    assert own.provenance["weights_sha256"] == "ab" * 32 != standard.provenance["weights_sha256"]
+
+
+def test_features_that_cannot_be_had_are_told_before_a_training(config, data, monkeypatch, function):
+    def fail(*_):
+        raise UserError("the weights cannot be fetched; get them")
+
+    monkeypatch.setattr(feature_functions.inception_weights, "inception_params", fail)
+    for features, sentence in (
+        ("inception", "the weights cannot be fetched"),
+        ("classifier", "needs labels"),
+        (f"{function}:broken", "failed with RuntimeError"),
+    ):
+        config.eval.feature_extractor = features
+        with pytest.raises(UserError, match=sentence):
+            check_features(config, data._replace(num_classes=1))
+    # What "auto" means is found out when it is needed: a training does not fail for it.
+    config.eval.feature_extractor, config.data.name = "auto", "cifar10"
+    check_features(config, data._replace(num_classes=1))
+
+
+def test_inceptions_statistics_of_a_data_set_are_computed_once(config, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("S2DM_JAX_CACHE", str(tmp_path / "cache"))
+    features = build_features(config, data)._replace(name="inception")
+    first, others = load_reference(config, data, features, ["fid"], 16)
+    # With Inception the papers compare with the training images.
+    assert len(others) == len(data.held_out)
+    mean, cov = feature_statistics(features_by_hand(data.train))
+    np.testing.assert_allclose(first.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(first.cov, cov, rtol=1e-4, atol=1e-8)
+
+    def never(images):
+        raise AssertionError("computed again")
+
+    again, _ = load_reference(config, data, features._replace(apply=never), ["fid"], 16)
+    np.testing.assert_array_equal(again.cov, first.cov)
+    other_images = data._replace(train=data.train[::-1])
+    with pytest.raises(AssertionError, match="computed again"):
+        load_reference(config, other_images, features._replace(apply=never), ["fid"], 16)
+
+
+def test_metrics_that_need_vectors_refuse_a_reference_without(config, data):
+    features = build_features(config, data)
+    reference, _ = load_reference(config, data, features, ["fid"], 16)
+    batches = list(image_batches(data.train, features, 50))
+    with pytest.raises(ValueError, match="must hold at least 20 vectors, got 0"):
+        evaluation.compute_metrics(batches, features, reference, ["fid", "kid"])

@@ -1,0 +1,128 @@
+"""What several test files share: small configs and networks, runs that were never trained, comparisons."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2dm_jax.config import default_config
+from s2dm_jax.config.build import build_network
+from s2dm_jax.config.io import to_json
+from s2dm_jax.models.unet import UNet
+from s2dm_jax.workdir import checkpoint
+from s2dm_jax.workdir.state import init_state, make_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+# The smallest network and evaluation: what is tested with it is the loop.
+SMALL = {
+    "model.ch": 32,
+    "model.ch_mult": (1,),
+    "model.num_res_blocks": 1,
+    "model.attn_resolutions": (),
+    "model.dropout": 0.1,
+    "data.random_flip": True,
+    "loss.skip": 10,
+    "loss.K": 2,
+    "loss.lam": 1.0,
+    "train.steps": 4,
+    "train.batch_size": 8,
+    "train.log_every": 2,
+    "train.sample_every": 4,
+    "train.checkpoint_every": 2,
+    "train.lr": 1e-3,
+    "sample.steps": 2,
+    "sample.num_images": 8,
+    "eval.nfe": (2,),
+    "eval.num_images": 8,
+    "eval.batch_size": 8,
+}
+
+
+TINY = UNet(
+    resolution=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=()
+)
+
+
+def small_config(**changes):
+    config = default_config()
+    for name, value in {**SMALL, **changes}.items():
+        group, field = name.split(".")
+        config[group][field] = value
+    return config
+
+
+def final_state(workdir, config):
+    network = build_network(config)
+    like = init_state(network, make_optimizer(1e-3, 1.0), 0)
+    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
+
+
+def network_of(arrays, **changes):
+    """The golden file's network."""
+    c = json.loads(str(arrays["config"]))
+    shape = {
+        "resolution": c["resolution"],
+        "in_channels": c["in_channels"],
+        "out_channels": c["out_ch"],
+        "ch": c["ch"],
+        "ch_mult": tuple(c["ch_mult"]),
+        "num_res_blocks": c["num_res_blocks"],
+        "attn_resolutions": tuple(c["attn_resolutions"]),
+        "resamp_with_conv": c["resamp_with_conv"],
+    }
+    return UNet(**{**shape, **changes})
+
+
+def golden_eps(x, t):
+    """The closed-form network that the golden files were made with; NumPy in, NumPy out."""
+    xp = np if isinstance(x, np.ndarray) else jnp
+    u = t.astype(x.dtype)[:, None, None, None] + 1
+    a = xp.exp(-(1e-4 * u + 0.5 * (0.02 - 1e-4) / 1000 * u**2))
+    return xp.sqrt(1 - a) * (x - 0.2 * xp.sqrt(a)) / (0.09 * a + 1 - a) + 0.05 * xp.sin(3 * x)
+
+
+def injected(noise, dtype):
+    return lambda step: jnp.asarray(noise, dtype)[step]
+
+
+def assert_close(actual, expected, rtol):
+    # Relative to the largest value: a pixel near 0 has no relative precision of its own.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+def load_file(path):
+    """A Python file as a module: a command of scripts/, a config."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_run(path, config, *, seed, ema_factor):
+    """Makes `path` the folder of a run of 7 steps that were never trained; its average is a multiple."""
+    path.mkdir()
+    (path / "config.json").write_text(to_json(config))
+    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+    state = init_state(build_network(config), optimizer, seed)
+    ema = jax.tree.map(lambda leaf: np.asarray(leaf) * ema_factor, state.params)
+    manager = checkpoint.open_checkpoints(path)
+    checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema=ema)))
+    manager.close()
+
+
+def group(arrays, prefix):
+    """The entries of a golden file below a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

@@ -1,0 +1,158 @@
+"""What the commands share: help with examples, mistakes in one sentence, what must be installed, configs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import load_file, save_run
+
+from s2dm_jax.common.cli import run_command
+from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.io import config_path
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+COMMANDS = (
+    "benchmarks/benchmark",
+    "compare_covariance",
+    "compare_objectives",
+    "convert",
+    "estimation_gap",
+    "dev/stress_resume",
+    "report",
+    "reproduce",
+    "dev/run_docs",
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_each_argument_is_and_gives_an_example(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str((SCRIPTS / name).parent))
+    monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        load_file(SCRIPTS / f"{name}.py").main()
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert f"  python scripts/{name}.py " in said
+
+
+def test_the_main_commands_help_is_no_mistake():
+    done = subprocess.run(
+        [sys.executable, "-m", "s2dm_jax.main", "--help"], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "python -m s2dm_jax.main --mode=sample --workdir=runs/digits --config.sample.nfe=20" in done.stdout
+    assert "\n  --workdir: Folder of the run" in done.stdout
+
+
+def test_every_command_is_among_these():
+    """Every file that is run as a program, but the workers that `benchmark.py train` starts."""
+    programs = {
+        path.relative_to(SCRIPTS).with_suffix("").as_posix()
+        for path in SCRIPTS.rglob("*.py")
+        if any(isinstance(node, ast.If) for node in ast.parse(path.read_text()).body)
+    }
+    assert programs - {"benchmarks/train", "benchmarks/torch_worker"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["compare_covariance", "compare_objectives", "convert", "estimation_gap"])
+def test_a_flag_that_is_not_known_is_one_sentence(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_file(SCRIPTS / f"{name}.py").main(["runs/a", *["runs/b"] * (name == "convert"), "--wat=1"])
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "error: unrecognized arguments: --wat=1 (see --help)\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config=configs/nothing.py"], "--config=configs/nothing.py: there is no such file"),
+        (["--batch=0"], "config.train.batch_size=0 is out of range"),
+        (["--batch=6", "--devices=4"], "--devices=4 cannot share a batch of 6 evenly"),
+        (["--config=configs/cifar10.py:sn"], "--config=configs/cifar10.py:sn trains a head"),
+    ],
+)
+def test_compiling_for_another_device_tells_mistakes_first(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmarks/benchmark.py", "compiled", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        load_file(SCRIPTS / "benchmarks" / "benchmark.py").main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    config = default_config()
+    config.diffusion.T = 20
+    config.model.update(ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
+    config.sample.nfe, config.eval.nfe = 3, (10,)
+    save_run(tmp_path / "run", config, seed=0, ema_factor=1.0)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "wanted"),
+    [
+        ("report", ["run", "--out=page.html"], "page"),
+        ("estimation_gap", ["run", "--out=gap.png"], "figure"),
+        ("reproduce", ["s2-figure3", "--scale=digits", "--out=papers"], "figure"),
+    ],
+)
+def test_without_matplotlib_nothing_is_begun(workdir, monkeypatch, capsys, name, arguments, wanted):
+    monkeypatch.chdir(workdir.parent)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("subprocess.run", None)
+    with pytest.raises(SystemExit) as stop:
+        load_file(SCRIPTS / f"{name}.py").main(arguments)
+    assert stop.value.code == 2
+    sentence = f"error: the {wanted} needs matplotlib; install it with pip install 's2dm_jax[plot]'\n"
+    assert capsys.readouterr().err == sentence
+    assert [path.name for path in workdir.parent.iterdir()] == ["run"]
+
+
+def test_only_a_mistake_of_the_users_is_told_in_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop, report_user_errors():
+        raise UserError("--x=1 is out of range")
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "error: --x=1 is out of range\n")
+    with pytest.raises(ValueError, match="a defect"), report_user_errors():
+        raise ValueError("a defect")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_command_says_goes_to_stderr_where_it_has_no_bar(terminal, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    program = "import sys; print('step 1'); print('warned', file=sys.stderr); sys.exit(3)"
+    assert run_command([sys.executable, "-c", program]) == 3
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert sorted(said.err.splitlines()) == (["warned"] if terminal else ["step 1", "warned"])
+
+
+def test_a_config_is_a_file_or_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, colon, method = config_path("./configs/digits.py:sa").partition(":")
+    assert (colon, method) == (":", "sa")
+    assert load_file(Path(found)).get_config("sa").loss.K == 2
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").touch()
+    assert config_path("configs/digits.py:sa") == "configs/digits.py:sa"
+    with pytest.raises(UserError, match=r"those that come with s2dm_jax are configs/celeba64\.py, configs/"):
+        config_path("configs/digit.py")
+    with pytest.raises(UserError, match="there is no such file"):
+        config_path("other/digits.py")
+
+
+def test_the_command_line_takes_a_packaged_config_in_both_spellings(
+    tmp_path, monkeypatch, command_line, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for spelling in (["--config=configs/digits.py:sq"], ["--config", "configs/digits.py:sq"]):
+        with pytest.raises(SystemExit):
+            command_line(*spelling, "--workdir=run")
+        assert capsys.readouterr().err.startswith("error: method 'sq' is not known; choose one of ddpm, s2")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,258 @@
+"""The loop of training around a toy network that compiles in a second: resume, faults, telemetry, parts."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import small_config
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.build import build_network
+from s2dm_jax.data import device_feed
+from s2dm_jax.data.batches import batch_at
+from s2dm_jax.data.datasets import load_digits
+from s2dm_jax.diffusion import objectives
+from s2dm_jax.diffusion.schedule import linear_schedule
+from s2dm_jax.models import unet
+from s2dm_jax.training import loop, telemetry
+from s2dm_jax.training.loop import train
+from s2dm_jax.training.step import loss_by_timestep, update
+from s2dm_jax.workdir import checkpoint
+from s2dm_jax.workdir.state import init_state, make_optimizer
+
+SHAPES = {"conv": {"kernel": (1, 16), "bias": (16,)}, "out": {"kernel": (16, 1)}}
+
+
+def toy(network, params, x, t, dropout_key=None):
+    """Two layers pixel by pixel."""
+    h = jnp.tanh(x @ params["conv"]["kernel"] + params["conv"]["bias"] + t[:, None, None, None] / 1000)
+    return h @ params["out"]["kernel"]
+
+
+def cheap_draw(objective, key, T, shape):
+    """Levels and noise of a kind: XLA:CPU takes seconds to compile real ones, in every program anew."""
+    word = jax.random.key_data(key)[0]
+    t = (word + 7919 * jnp.arange(shape[0], dtype=jnp.uint32)) % T
+    pixels = jnp.arange(np.prod(shape) * objective.num_timesteps_per_image, dtype=jnp.uint32)
+    noise = jnp.sin((word % 1000 + pixels * 31).astype(jnp.float32))
+    return objectives.NoiseSample(t.astype(jnp.int32), noise.reshape(shape[0], -1, *shape[1:]), None)
+
+
+def toy_params(network, seed):
+    rng = np.random.default_rng(seed)
+    return {
+        layer: {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        for layer, shapes in SHAPES.items()
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _toy_network():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replace_what_compiles(monkeypatch)
+        yield
+
+
+def replace_what_compiles(monkeypatch):
+    monkeypatch.setattr(objectives, "sample_noise", cheap_draw)
+    monkeypatch.setattr(unet, "apply", toy)
+    monkeypatch.setattr(unet, "init_params", toy_params)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), toy_params(None, 0))
+    monkeypatch.setattr(unet, "param_shapes", lambda _: shapes)
+    results = {"rows": [], "provenance": {"metric": "none"}}
+    monkeypatch.setattr(
+        loop,
+        "evaluate",
+        lambda model, *_: {"step": model.step, "eval": model.config.eval.to_dict(), **results},
+    )
+
+    def show_results(workdir, results):
+        (workdir / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(loop, "show_results", show_results)
+
+
+def run_config(**changes):
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    defaults = {
+        "model.dropout": 0.0,
+        "data.random_flip": False,
+        "train.steps": 400,
+        "train.log_every": 50,
+        "train.sample_every": 400,
+        "train.checkpoint_every": 100,
+    }
+    return small_config(**{**defaults, **changes})
+
+
+def newest_state(workdir, config):
+    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+    like = init_state(build_network(config), optimizer, 0)
+    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 400 steps without a break."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train(run_config(), workdir)
+    return workdir
+
+
+def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tmp_path):
+    expected = newest_state(straight, run_config())
+    for log_every in (50, 40):
+        workdir = tmp_path / str(log_every)
+        train(run_config(train__steps=200, train__log_every=log_every), workdir)
+        train(run_config(train__log_every=log_every), workdir)
+        jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_batch_at_is_what_a_step_of_the_run_saw(flip, tmp_path, monkeypatch):
+    weights = np.random.default_rng(0).standard_normal((8, 8, 1)).astype(np.float32)
+
+    def projection(eps_fn, schedule, objective, x0, draws):
+        value = (x0 * weights).sum((1, 2, 3))
+        return value, {"simple": value}
+
+    monkeypatch.setattr(objectives, "loss", projection)
+    config = run_config(train__steps=3, train__log_every=1, data__random_flip=flip, train__sample_every=3)
+    train(config, tmp_path / "run")
+    images = load_digits().train
+    for step, line in enumerate(lines(tmp_path / "run")):
+        x0 = batch_at(config.train.seed, step, images, config.train.batch_size, flip)
+        np.testing.assert_allclose(line["loss"], (x0 * weights).sum((1, 2, 3)).mean(), rtol=1e-4)
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_exactness(straight, tmp_path, capsys):
+    expected = newest_state(straight, run_config())
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    (workdir / "results.json").unlink()
+    (workdir / "checkpoints" / "400" / "state" / "manifest.ocdbt").write_bytes(b"")
+    train(run_config(), workdir)
+    told = capsys.readouterr()
+    assert "the checkpoint of step 400 is damaged" in told.err
+    assert "from step 300 of 400" in told.out
+    jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
+    assert (workdir / "damaged_checkpoints" / "400").is_dir()
+
+
+def poison(monkeypatch, steps):
+    """Makes the noise of some steps infinite."""
+    draw = objectives.sample_noise
+
+    def bad_draw(objective, key, T, shape):
+        draws = draw(objective, key, T, shape)
+        is_bad = jnp.isin(jax.random.key_data(key)[0], jnp.asarray(keys))
+        return draws._replace(noise=jnp.where(is_bad, jnp.inf, draws.noise))
+
+    step_key = jax.random.split(jax.random.key(0))[1]
+    keys = [
+        jax.random.key_data(jax.random.split(jax.random.fold_in(step_key, step), 3)[0])[0] for step in steps
+    ]
+    monkeypatch.setattr(objectives, "sample_noise", bad_draw)
+
+
+def test_stop_keeps_the_last_good_checkpoint_and_skip_goes_on_from_it(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, [130, 170])
+    with pytest.raises(
+        UserError, match=r"not finite from step 130 on, seen in steps 100 to 149; the last good che"
+    ):
+        train(run_config(train__steps=200), tmp_path / "run")
+    assert int(newest_state(tmp_path / "run", run_config()).step) == 100
+    train(run_config(train__steps=200, train__on_nonfinite="skip"), tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "skipped 1 steps whose loss or gradient is not finite (130)" in told
+    state = newest_state(tmp_path / "run", run_config())
+    assert int(state.step) == 200
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    # Adam counts its own steps: two were left out.
+    assert int(state.opt_state[1][0].count) == 198
+    assert [line.get("skipped_steps") for line in lines(tmp_path / "run")[2:]] == [1, 1]
+
+
+def test_no_data_come_from_the_host_while_steps_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_feed, "shard_batch", lambda x, axis: np.asarray(x))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(run_config(), tmp_path / "run")
+
+
+def test_what_a_run_tells(straight):
+    assert [line["step"] for line in lines(straight)] == list(range(50, 401, 50))
+    last = lines(straight)[-1]
+    told = {
+        "loss",
+        "simple",
+        "skip",
+        "sa",
+        "grad_norm",
+        "seconds_per_step",
+        "images_per_second",
+        "eta_seconds",
+    }
+    assert told | {"tflops_per_second", "peak_memory_gb"} < last.keys()
+    assert "mfu" not in last, "a CPU's peak is not known"
+    groups = {name for name in last if name.startswith("simple/t")}
+    assert groups == {f"simple/t{i}00-{i}99" for i in range(10)}
+    assert last["eta_seconds"] == 0
+
+
+def test_a_chunk_without_a_finite_step_has_no_means():
+    metrics = {"loss": np.full(3, np.nan), "levels": np.full((3, 2, 10), np.nan)}
+    assert telemetry.aggregate_metrics(metrics, np.zeros(3, bool), 1000) == {"skipped_steps": 3}
+
+
+def test_loss_by_level_adds_up():
+    T, t = 25, jnp.asarray([0, 2, 3, 24, 24])
+    sums, counts = loss_by_timestep(jnp.asarray([1.0, 2.0, 4.0, 8.0, 16.0]), t, T)
+    # Ten groups of 25 levels begin at 0, 3 (2.5 rounded up), …, 23.
+    np.testing.assert_array_equal(counts, [2, 1, 0, 0, 0, 0, 0, 0, 0, 2])
+    np.testing.assert_array_equal(sums, [3, 4, 0, 0, 0, 0, 0, 0, 0, 24])
+
+
+def test_profile_traces_some_steps(tmp_path):
+    train(run_config(train__steps=150, train__profile_steps=60), tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
+    schedule, objective = linear_schedule(), objectives.paper(skip=10, K=2, lam=1.0)
+    optimizer = make_optimizer(1e-3, 1.0)
+    network = build_network(small_config())
+    state = init_state(network, optimizer, 0)
+    x0 = np.random.default_rng(1).uniform(-1, 1, (12, 8, 8, 1)).astype(np.float32)
+
+    @jax.jit
+    def step_in_parts():
+        draws = objectives.sample_noise(objective, jax.random.key(2), 1000, x0.shape)
+        made_of = functools.partial(toy, network), schedule, objective, optimizer, 0.99, "initial"
+        return [update(*made_of, state, x0, draws, None, accumulate) for accumulate in (1, 3)]
+
+    (one, metrics), (parts, metrics_of_parts) = step_in_parts()
+    for a, b in ((metrics, metrics_of_parts), (one.opt_state, parts.opt_state)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), a, b)
+
+
+def test_batch_that_does_not_go_into_parts_and_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(UserError, match=r"batch_size=8 must be a multiple of 16: of the 4 devices times"):
+        train(run_config(train__grad_accum_steps=4), tmp_path / "run")
+
+
+def test_each_checkpoint_is_judged_by_the_steps_since_the_one_before(tmp_path):
+    train(run_config(train__keep_best="loss", train__max_to_keep=4), tmp_path / "run")
+    told = lines(tmp_path / "run")
+    for i in range(0, len(told), 2):
+        path = tmp_path / "run" / "checkpoints" / str(told[i + 1]["step"]) / "metrics" / "metrics"
+        mean = (told[i]["loss"] + told[i + 1]["loss"]) / 2
+        np.testing.assert_allclose(json.loads(path.read_text())["loss"], mean)

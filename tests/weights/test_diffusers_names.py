@@ -1,0 +1,143 @@
+"""diffusers' names, configs and schedules; test_with_torch.py runs diffusers itself."""
+
+import json
+
+import numpy as np
+import pytest
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.diffusion.schedule import SCHEDULES
+from s2dm_jax.models import unet
+from s2dm_jax.models.unet import UNet
+from s2dm_jax.weights import diffusers_names
+from s2dm_jax.weights.read import read_weights, to_state
+from s2dm_jax.weights.torch_pickle import write_torch
+
+NETWORK = UNet(8, 1, 1, 32, (1,), 1, (8,))
+
+
+def published():
+    return to_state(unet.init_params(NETWORK, 0))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("norm_eps", None, "its norm_eps is 1e-05, where DDIM's network has 1e-06"),
+        ("freq_shift", 0, "its freq_shift is 0, where DDIM's network has 1"),
+        ("attention_head_dim", 8, "its attention_head_dim is 8, where DDIM's network has None"),
+        (
+            "_class_name",
+            "UNet2DConditionModel",
+            "it is a UNet2DConditionModel, where a UNet2DModel is needed",
+        ),
+        ("down_block_types", ["SkipDownBlock2D"], r"its blocks are \['SkipDownBlock2D'\] and"),
+        ("sample_size", None, "its sample_size is None, where a number is needed"),
+        ("in_channels", 0, "its in_channels is 0, where a number is needed"),
+        ("block_out_channels", [48, 32], r"its block_out_channels are \[48, 32\], where one multiple"),
+    ],
+)
+def test_a_diffusers_network_of_another_kind_is_refused(tmp_path, field, value, sentence):
+    state = diffusers_names.to_diffusers(published(), NETWORK)
+    write_torch(tmp_path / "diffusion_pytorch_model.bin", state, "")
+    path = tmp_path / "config.json"
+    config = diffusers_names.unet_config(NETWORK)
+    config[field] = value
+    if value is None:
+        # A field that is not there has diffusers' default, which is another one.
+        del config[field]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config.json does not describe a network .*: {sentence}") as error:
+        read_weights(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
+    """Everything in one folder, attention under its old names, weights as a .bin."""
+    state = diffusers_names.to_diffusers(published(), NETWORK)
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        state = {name.replace(new, old): value for name, value in state.items()}
+    assert any("query" in name for name in state)
+    write_torch(tmp_path / "diffusion_pytorch_model.bin", state, "")
+    (tmp_path / "config.json").write_text(json.dumps(diffusers_names.unet_config(NETWORK)))
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 50, "beta_schedule": "linear"}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
+    weights = read_weights(str(tmp_path))
+    assert weights.schedule == ("linear", 50)
+    for name, value in published().items():
+        np.testing.assert_array_equal(to_state(weights.ema)[name], value)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config.json does not describe a network"):
+        read_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_known_again(name):
+    config = diffusers_names.scheduler_config(name, 40)
+    assert diffusers_names.read_scheduler_config(json.loads(json.dumps(config))) == (name, 40)
+    config["beta_start"], config["trained_betas"] = 0.2, None
+    if name == "cosine":
+        config["beta_schedule"] = "sigmoid"
+    with pytest.raises(ValueError, match="none of our schedules"):
+        diffusers_names.read_scheduler_config(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("prediction_type", "v_prediction", "its prediction_type is 'v_prediction', where ours is 'epsilon'"),
+        ("num_train_timesteps", 1, "its num_train_timesteps is 1, where a number from 2 up is needed"),
+    ],
+)
+def test_a_scheduler_of_another_kind_is_refused(field, value, sentence):
+    config = {**diffusers_names.scheduler_config("linear", 40), field: value}
+    with pytest.raises(ValueError, match=sentence):
+        diffusers_names.read_scheduler_config(config)
+
+
+def test_a_size_that_cannot_be_halved_is_refused():
+    config = {**diffusers_names.unet_config(UNet(8, 1, 1, 32, (1, 1), 1, ())), "sample_size": 9}
+    with pytest.raises(ValueError, match="its sample_size 9 cannot be halved 1 times"):
+        diffusers_names.read_unet_config(config)
+
+
+def test_the_first_tensor_that_does_not_fit_is_named():
+    state = diffusers_names.to_diffusers(published(), NETWORK)
+
+    def refuses(sentence, **changes):
+        changed = {name: value for name, value in {**state, **changes}.items() if value is not None}
+        with pytest.raises(ValueError, match=sentence):
+            diffusers_names.from_diffusers(changed, NETWORK)
+
+    refuses(r"it lacks the tensor conv_in\.weight of shape \(32, 1, 3, 3\)", **{"conv_in.weight": None})
+    refuses(
+        r"conv_in\.weight has shape \(32, 3, 3, 3\), but the network needs \(32, 1, 3, 3\)",
+        **{"conv_in.weight": np.zeros((32, 3, 3, 3))},
+    )
+    refuses(r"no place for the tensor class_embedding of shape \(2,\)", class_embedding=np.zeros(2))
+
+
+def test_resampling_without_convolutions_comes_back_from_blocks_that_have_them():
+    network = UNet(8, 1, 1, 32, (1, 1), 1, (), resamp_with_conv=False)
+    state = to_state(unet.init_params(network, 0))
+    theirs = diffusers_names.to_diffusers(state, network)
+    down, up = (theirs[f"{way}_blocks.0.{way}samplers.0.conv.weight"] for way in ("down", "up"))
+    # Of one channel: the mean of 2×2 pixels, padded below and to the right; the pixel in the middle.
+    assert down[3, 3].tolist() == [[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]]
+    assert up[3, 3].tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert (np.count_nonzero(down), np.count_nonzero(up)) == (4 * 32, 32)
+
+    described = diffusers_names.read_unet_config(diffusers_names.unet_config(network))
+    assert described.resamp_with_conv
+    back, found = diffusers_names.from_diffusers(theirs, described)
+    assert found == network
+    assert back.keys() == state.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(back[name], value)
+    theirs["up_blocks.0.upsamplers.0.conv.bias"] = np.ones(32, np.float32)
+    assert diffusers_names.from_diffusers(theirs, described)[1].resamp_with_conv
+    # A network of one level resamples nothing.
+    assert (
+        diffusers_names.from_diffusers(diffusers_names.to_diffusers(published(), NETWORK), NETWORK)[1]
+        == NETWORK
+    )
