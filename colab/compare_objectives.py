@@ -97,7 +97,6 @@ from s2dm_jax.common.images import image_grid
 from s2dm_jax.data.datasets import load_digits
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import add_noise, linear_schedule
-from s2dm_jax.models import unet
 
 schedule = linear_schedule()
 
@@ -209,12 +208,12 @@ network = models["ddpm"].network
 def output(params, t):
     """A network's output for the held-out digits at level t."""
     levels = jnp.full(len(x0), t)
-    return unet.apply(network, params, add_noise(schedule, x0, levels, epsilon), levels)
+    return network.apply(params, add_noise(schedule, x0, levels, epsilon), levels)
 
 
 levels = np.arange(1, 1000, 50)
 outputs = {
-    method: np.stack([output(model.params, t) for t in levels], dtype=np.float64).reshape(len(levels), -1)
+    method: np.stack([output(model.ema_params, t) for t in levels], dtype=np.float64).reshape(len(levels), -1)
     for method, model in models.items()
 }
 plain = np.square(outputs["ddpm"]).sum(1)

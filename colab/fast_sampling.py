@@ -197,6 +197,6 @@ plt.show()
 # evaluations.
 
 # %%
-jax.tree.map(np.testing.assert_array_equal, imported.params, model.params)
+jax.tree.map(np.testing.assert_array_equal, imported.ema_params, model.ema_params)
 assert np.abs(reloaded.astype(int) - pictures["unipc, 5"]).max() <= 1
 assert dict(curves["unipc"])[5] < dict(curves["ddim"])[5]

@@ -82,7 +82,7 @@ def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
     start = min(args.start, schedule.T - 1)
     curve = gap_curve(
         run.network,
-        run.ema,
+        run.ema_params,
         schedule,
         images,
         start,

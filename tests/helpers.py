@@ -1,7 +1,9 @@
 """What several test files share: small configs and networks, runs that were never trained, comparisons."""
 
+import dataclasses
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -44,6 +46,44 @@ SMALL = {
 TINY = UNet(
     resolution=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=()
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyNetwork:
+    """Two layers pixel by pixel, which compile in no time: a network as `network.Network` wants one."""
+
+    image_shape: tuple[int, int, int] = (8, 8, 1)
+    dtype: str = "float32"
+
+    def param_shapes(self):
+        shapes = {"hidden": {"kernel": (1, 16), "bias": (16,)}, "out": {"kernel": (16, 1)}}
+        return {
+            layer: {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in parts.items()}
+            for layer, parts in shapes.items()
+        }
+
+    def init(self, seed):
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), self.param_shapes())
+
+    def apply(self, params, x, t, dropout_key=None):
+        hidden = x @ params["hidden"]["kernel"] + params["hidden"]["bias"] + t[:, None, None, None] / 1000
+        return jnp.tanh(hidden) @ params["out"]["kernel"]
+
+    def eps_fn(self, params, schedule, dropout_key=None):
+        return lambda x, t: self.apply(params, x, t, dropout_key)
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionNetwork:
+    """A function (params, x, t) → ε as a network; nothing else is asked of it."""
+
+    function: Callable
+    image_shape: tuple[int, int, int] = (8, 8, 1)
+    dtype: str = "float32"
+
+    def eps_fn(self, params, schedule, dropout_key=None):
+        return lambda x, t: self.function(params, x, t)
 
 
 def small_config(**changes):
@@ -109,7 +149,7 @@ def save_run(path, config, *, seed, ema_factor):
     state = init_state(build_network(config), optimizer, seed)
     ema = jax.tree.map(lambda leaf: np.asarray(leaf) * ema_factor, state.params)
     manager = checkpoint.open_checkpoints(path)
-    checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema=ema)))
+    checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema_params=ema)))
     manager.close()
 
 

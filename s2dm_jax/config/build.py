@@ -1,15 +1,17 @@
 """From a config to the objects that it names; imports jax only when called."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from s2dm_jax.config.defaults import image_shape
+from s2dm_jax.models.network import network_class
 
 if TYPE_CHECKING:
     from s2dm_jax.diffusion.objectives import Objective
     from s2dm_jax.diffusion.schedule import NoiseSchedule
-    from s2dm_jax.models.unet import UNet
+    from s2dm_jax.models.network import Network
 
 
 def build_schedule(config: ConfigDict) -> "NoiseSchedule":
@@ -27,15 +29,28 @@ def build_objective(config: ConfigDict) -> "Objective":
     return PRESETS[config.loss.preset](**values)
 
 
-def build_network(config: ConfigDict) -> "UNet":
-    """The `unet.UNet` that the config names."""
+def network_of(config: ConfigDict, dtype: str) -> "Network":
+    """The network that the group `model` of a config names; imports no jax.
+
+    Raises:
+      ValueError: for fields that do not fit together; the message begins with the name of one.
+    """
+    network = network_class(config.model.name)
+    fields = {field.name for field in dataclasses.fields(network)}
+    model = {name: value for name, value in config.model.items() if name in fields}
+    resolution, channels = image_shape(config)
+    shape = {"resolution": resolution, "in_channels": channels, "out_channels": channels}
+    return network(**{**shape, **model, "dtype": dtype})
+
+
+def build_network(config: ConfigDict) -> "Network":
+    """The network that the config names, its activations in the dtype of this machine's devices if that is
+    "auto".
+    """
     import jax
 
-    from s2dm_jax.models.unet import UNet
-
-    model = config.model.to_dict()
-    if model["dtype"] == "auto":
+    dtype = config.model.dtype
+    if dtype == "auto":
         # Convolutions in bfloat16 are slower than in float32 on CPU.
-        model["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    resolution, channels = image_shape(config)
-    return UNet(resolution=resolution, in_channels=channels, out_channels=channels, **model)
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return network_of(config, dtype)

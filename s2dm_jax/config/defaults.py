@@ -35,6 +35,9 @@ def default_config() -> ConfigDict:
     c.diffusion.T = 1000
 
     c.model = ConfigDict()
+    # The network, and what its output is: epsilon, v or x0 (`diffusion/parameterization.py`).
+    c.model.name = "unet"
+    c.model.prediction = "epsilon"
     c.model.ch = 128
     c.model.ch_mult = (1, 2, 2, 2)
     c.model.num_res_blocks = 2

@@ -11,11 +11,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.build import network_of
 from s2dm_jax.config.datasets import DATASETS
-from s2dm_jax.config.defaults import FIELDS, OPTIONAL, image_shape
+from s2dm_jax.config.defaults import FIELDS, OPTIONAL
 from s2dm_jax.config.evaluation_plan import FEATURES, REFERENCES, parse_metrics, plan_evaluation
 from s2dm_jax.config.io import flatten
 from s2dm_jax.config.presets import HEADS
+from s2dm_jax.models.network import NETWORKS
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
 from s2dm_jax.samplers.timesteps import SPACINGS, plan_timesteps
 
@@ -74,6 +76,8 @@ _CHOICES = {
     "data.crop": ("auto", "none", "center", "ddim", "center_crop_140"),
     "data.resize": ("bilinear", "bicubic", "lanczos", "box"),
     "diffusion.schedule": ("linear", "cosine", "quad", "const", "sigmoid"),
+    "model.name": tuple(NETWORKS),
+    "model.prediction": ("epsilon", "v", "x0"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "loss.preset": ("paper", "released"),
     "loss.skip_noise": ("shared", "independent", "expected"),
@@ -92,8 +96,6 @@ _CHOICES = {
     "sample.skip_scale_preset": ("paper", "released"),
     "sample.output": ("grid", "npz", "png"),
 }
-
-_NORM_GROUPS = 32
 
 
 def check_config(config: ConfigDict) -> None:
@@ -123,7 +125,7 @@ def check_config(config: ConfigDict) -> None:
                 + ", ".join(str(choice) or "nothing" for choice in choices)
             )
     _check_data(fields)
-    _check_model(fields, image_shape(config)[0])
+    _check_model(config)
     _check_training(fields)
     _check_timesteps(fields)
     _check_sampling(fields)
@@ -180,22 +182,11 @@ def _check_data(fields: dict) -> None:
         )
 
 
-def _check_model(fields: dict, resolution: int) -> None:
-    ch, ch_mult = fields["model.ch"], fields["model.ch_mult"]
-    if ch % _NORM_GROUPS:
-        raise UserError(f"config.model.ch={ch} must be a multiple of {_NORM_GROUPS}, the groups of the norms")
-    if resolution % 2 ** (len(ch_mult) - 1):
-        raise UserError(
-            f"config.model.ch_mult={ch_mult} halves images of {resolution} pixels {len(ch_mult) - 1} times, "
-            "which does not go evenly; give fewer levels"
-        )
-    levels = [resolution >> i for i in range(len(ch_mult))]
-    for attn in fields["model.attn_resolutions"]:
-        if attn not in levels:
-            raise UserError(
-                f"config.model.attn_resolutions={fields['model.attn_resolutions']} names {attn}, which never "
-                f"occurs; this model's resolutions are {', '.join(map(str, levels))}"
-            )
+def _check_model(config: ConfigDict) -> None:
+    try:
+        network_of(config, "float32")
+    except ValueError as error:
+        raise UserError(f"config.model.{error}") from error
 
 
 def _check_training(fields: dict) -> None:

@@ -16,6 +16,9 @@ import numpy as np
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise, extract
 from s2dm_jax.diffusion.types import EpsFn
 
+# Names of the terms that `loss` returns.
+TERMS = ("simple", "skip", "sequence")
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -61,6 +64,12 @@ class Objective:
     @property
     def has_sequence(self) -> bool:
         return self.K > 1 and self.lam > 0
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that are on, those of TERMS."""
+        on = {"simple": True, "skip": self.has_skip, "sequence": self.has_sequence}
+        return tuple(name for name in TERMS if on[name])
 
     @property
     def num_timesteps_per_image(self) -> int:
@@ -255,7 +264,8 @@ def loss(
       draws: levels and noise as from `sample_noise`.
 
     Returns:
-      The loss of each example [B], and the terms that are on, unweighted: "simple", "skip", "sa", each [B].
+      The loss of each example [B], and the terms that are on, unweighted: "simple", "skip", "sequence", each
+      [B].
 
     Raises:
       ValueError: for draws without the second noise that the objective needs.
@@ -294,8 +304,8 @@ def loss(
         total = tau * simple + (1 - tau) * terms["skip"]
     if objective.has_sequence:
         weight = window_weight(schedule, objective, levels)
-        terms["sa"] = per_example(sequence_loss(eps - draws.noise, weight, objective.sa_norm))
-        total = total + objective.lam * terms["sa"]
+        terms["sequence"] = per_example(sequence_loss(eps - draws.noise, weight, objective.sa_norm))
+        total = total + objective.lam * terms["sequence"]
     return total, terms
 
 

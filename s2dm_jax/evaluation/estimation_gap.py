@@ -10,8 +10,7 @@ import numpy as np
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.diffusion.types import EpsFn, NoiseFn
-from s2dm_jax.models import unet
-from s2dm_jax.models.unet import UNet
+from s2dm_jax.models.network import Network
 from s2dm_jax.samplers.ddim import ddim
 from s2dm_jax.samplers.noise import image_keys, initial_noise, per_image_noise
 
@@ -108,7 +107,7 @@ def estimation_gap(
 
 
 def gap_curve(
-    network: UNet,
+    network: Network,
     params: dict,
     schedule: NoiseSchedule,
     images: np.ndarray,
@@ -158,5 +157,5 @@ def _gap_of(network, schedule, start, eta, params, seed, x0, indices):
     noise = initial_noise(seed, indices, x0.shape[1:])
     noise_fn = per_image_noise(image_keys(seed, indices), x0.shape[1:])
     return estimation_gap(
-        unet.eps_fn(network, params), schedule, x0, noise, start, eta=eta, noise_fn=noise_fn
+        network.eps_fn(params, schedule), schedule, x0, noise, start, eta=eta, noise_fn=noise_fn
     )

@@ -28,7 +28,7 @@ from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.evaluation import metrics
 from s2dm_jax.evaluation.features import Features, build_features
 from s2dm_jax.evaluation.reference import Reference, image_batches, load_reference, sha256_of_images
-from s2dm_jax.inference.model import Model, load, with_noise_statistics
+from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import map_batches, sample_batches
 from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.samplers.specs import SAMPLERS
@@ -131,9 +131,9 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
             f"which needs {4 * features.dimensions}"
         )
     reference, others = load_reference(model.config, data, features, names, at_once)
-    weights = sha256_of_arrays(jax.tree.leaves(model.params))
+    weights = sha256_of_arrays(jax.tree.leaves(model.ema_params))
     for sampler in dict.fromkeys(cell.sampler for cell in cells):
-        model = with_noise_statistics(model, workdir, sampler, options.noise_stat_images, options.batch_size)
+        model = model.with_noise_statistics(workdir, sampler, options.noise_stat_images, options.batch_size)
     common = {
         "features": features.provenance,
         "reference": reference.provenance,
@@ -175,7 +175,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         )
         return sample_batches(
             sample_fn,
-            model.params,
+            model.ema_params,
             timesteps,
             seed=options.seed,
             num_images=count,
@@ -262,7 +262,7 @@ def show_results(workdir: str | Path, results: dict) -> None:
 def _inputs_of(model: Model, sampler: str) -> dict:
     """What a sampler's images depend on besides the network's weights."""
     needs = SAMPLERS[sampler].requires
-    known = model.head.params if model.head and needs != "ms_eps" else model.ms_eps
+    known = model.variance_head.params if model.variance_head and needs != "ms_eps" else model.ms_eps
     return {needs: sha256_of_arrays(jax.tree.leaves(known))} if needs else {}
 
 

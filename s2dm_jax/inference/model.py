@@ -14,7 +14,7 @@ from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.inference import noise_statistics
 from s2dm_jax.inference.noise_statistics import statistics_folder
 from s2dm_jax.inference.sampler import configure_sampler, sample_batches
-from s2dm_jax.models.unet import UNet
+from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.workdir.load import load_run
@@ -27,29 +27,29 @@ class Model(NamedTuple):
       config: the run's config.
       network: the network's shape.
       schedule: the forward process.
-      params: the moving average of the weights.
+      ema_params: the EMA of the weights.
       step: training steps behind them.
       ms_eps: float [T], Analytic-DPM's statistic, or None where it has not been estimated.
-      head: the second head of SN- or NPR-DPM, or None.
+      variance_head: of SN- or NPR-DPM, or None.
     """
 
     config: ConfigDict
-    network: UNet
+    network: Network
     schedule: NoiseSchedule
-    params: dict
+    ema_params: dict
     step: int
     ms_eps: np.ndarray | None = None
-    head: Head | None = None
+    variance_head: Head | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
-        return self.network.resolution, self.network.resolution, self.network.in_channels
+        return self.network.image_shape
 
     def sampler(self, sampler: str = "ddim", **options: Any) -> tuple[Callable[..., jax.Array], np.ndarray]:
         """`configure_sampler` for this model."""
         return configure_sampler(
-            self.network, self.schedule, sampler, ms_eps=self.ms_eps, head=self.head, **options
+            self.network, self.schedule, sampler, ms_eps=self.ms_eps, head=self.variance_head, **options
         )
 
     def sample(
@@ -81,46 +81,56 @@ class Model(NamedTuple):
         """
         sample_fn, timesteps = self.sampler(sampler, nfe=nfe, **options)
         batches = sample_batches(
-            sample_fn, self.params, timesteps, seed=seed, num_images=n, batch_size=batch_size
+            sample_fn, self.ema_params, timesteps, seed=seed, num_images=n, batch_size=batch_size
         )
         return np.concatenate(list(batches))
 
+    def with_noise_statistics(
+        self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int
+    ) -> "Model":
+        """The model with Analytic-DPM's statistic where `sampler` requires it, estimated now if it is not
+        cached.
 
-def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
+        Args:
+          workdir: folder of the run, in which the statistic is cached.
+          sampler: one of `specs.SAMPLERS`.
+          count: training images per timestep.
+          batch_size: images at once.
+        """
+        if SAMPLERS[sampler].requires != "ms_eps":
+            return self
+        folder = statistics_folder(workdir)
+        statistic = noise_statistics.load_cached(self.schedule, self.ema_params, folder, count)
+        if statistic is None:
+            print(f"estimating the mean square of ε at {self.schedule.T:,} timesteps, {count:,} images …")
+            images = load_dataset(self.config).train
+            statistic = noise_statistics.estimate_noise_statistics(
+                self.network,
+                self.schedule,
+                self.ema_params,
+                images,
+                folder,
+                num_images=count,
+                batch_size=batch_size,
+            )
+        worst = np.max(statistic.standard_error)
+        print(f"ms_eps   {statistic.num_images:,} images per timestep, standard error at most {worst:.1e}")
+        return self._replace(ms_eps=statistic.ms_eps)
+
+
+def load(workdir: str | os.PathLike, step: int | None = None, *, network: Network | None = None) -> Model:
     """The newest checkpoint of the run in `workdir` that verifies, or that of one step, to sample from.
 
     Args:
       workdir: folder of a run, or the file of an exported sampler, whose weights any sampler can use.
+      step: of the checkpoint; None for the newest.
+      network: what was trained, where that is not the network that the run's config names.
 
     Raises:
       errors.UserError: if the folder holds no run, or no such checkpoint that is whole.
     """
-    run = load_run(workdir, step)
+    run = load_run(workdir, step, network=network)
     schedule = build_schedule(run.config)
-    statistic = noise_statistics.load_cached(schedule, run.ema, statistics_folder(workdir))
+    statistic = noise_statistics.load_cached(schedule, run.ema_params, statistics_folder(workdir))
     ms_eps = statistic and statistic.ms_eps
-    head = None if run.head is None else Head(run.config.variance_head.kind, run.head)
-    return Model(run.config, run.network, schedule, run.ema, run.step, ms_eps, head)
-
-
-def with_noise_statistics(
-    model: Model, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int
-) -> Model:
-    """The model with Analytic-DPM's statistic, estimated now where `sampler` needs one that is not kept."""
-    if SAMPLERS[sampler].requires != "ms_eps":
-        return model
-    statistic = noise_statistics.load_cached(model.schedule, model.params, statistics_folder(workdir), count)
-    if statistic is None:
-        print(f"estimating the mean square of the noise at {model.schedule.T:,} levels, {count:,} images …")
-        statistic = noise_statistics.estimate_noise_statistics(
-            model.network,
-            model.schedule,
-            model.params,
-            load_dataset(model.config).train,
-            statistics_folder(workdir),
-            num_images=count,
-            batch_size=batch_size,
-        )
-    worst = np.max(statistic.standard_error)
-    print(f"ms_eps   {statistic.num_images:,} images a level, standard error at most {worst:.1e}")
-    return model._replace(ms_eps=statistic.ms_eps)
+    return Model(run.config, run.network, schedule, run.ema_params, run.step, ms_eps, run.variance_head)

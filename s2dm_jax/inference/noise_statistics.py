@@ -16,8 +16,7 @@ from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import replicate, shard_batch
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
-from s2dm_jax.models import unet
-from s2dm_jax.models.unet import UNet
+from s2dm_jax.models.network import Network
 from s2dm_jax.samplers.noise import initial_noise
 
 
@@ -45,7 +44,7 @@ class NoiseStatistics(NamedTuple):
 
 
 def estimate_noise_statistics(
-    network: UNet,
+    network: Network,
     schedule: NoiseSchedule,
     params: dict,
     images: np.ndarray,
@@ -124,7 +123,7 @@ def _squares(network, schedule, params, images, indices, levels, seed):
         level_seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), t), dtype=jnp.uint32)
         noise = initial_noise(level_seed, indices, x0.shape[1:])
         t = jnp.full(len(x0), t)
-        eps = unet.apply(network, params, add_noise(schedule, x0, t, noise), t)
+        eps = network.eps_fn(params, schedule)(add_noise(schedule, x0, t, noise), t)
         return jnp.square(eps).mean((1, 2, 3))
 
     return jax.lax.map(at_level, levels)

@@ -17,7 +17,7 @@ from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.version import __version__
 from s2dm_jax.inference import visualize
-from s2dm_jax.inference.model import Model, load, with_noise_statistics
+from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import sample_batches, sampler_options
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
 from s2dm_jax.workdir.load import check_compared_runs
@@ -46,8 +46,8 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     # The others' newest: their steps need not be those of this run.
     steps = [options.checkpoint_step or None, *[None] * (len(workdirs) - 1)]
     models = [
-        with_noise_statistics(
-            load(folder, step), folder, options.sampler, options.noise_stat_images, options.batch_size
+        load(folder, step).with_noise_statistics(
+            folder, options.sampler, options.noise_stat_images, options.batch_size
         )
         for folder, step in zip(workdirs, steps, strict=True)
     ]
@@ -98,7 +98,7 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
     runs = [
         {
             "step": model.step,
-            "weights_sha256": sha256_of_arrays(jax.tree.leaves(model.params)),
+            "weights_sha256": sha256_of_arrays(jax.tree.leaves(model.ema_params)),
             "schedule": model.config.diffusion.to_dict(),
             "timesteps": grid.tolist(),
             "ms_eps_sha256": _hash_of_statistic(model, options.sampler),
@@ -140,7 +140,7 @@ def _batches(options: ConfigDict, model: Model) -> Iterator[np.ndarray]:
     sample_fn, timesteps = model.sampler(**sampler_options(options))
     return sample_batches(
         sample_fn,
-        model.params,
+        model.ema_params,
         timesteps,
         seed=options.seed,
         num_images=options.num_images,

@@ -20,8 +20,8 @@ from s2dm_jax.devices.sharding import shard_batch, to_host
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.diffusion.types import SamplerOutput
-from s2dm_jax.models import unet, variance_head
-from s2dm_jax.models.unet import UNet
+from s2dm_jax.models import variance_head
+from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.analytic import cov_x0, optimal_timesteps
 from s2dm_jax.samplers.common import scale_eps
@@ -31,7 +31,7 @@ from s2dm_jax.samplers.timesteps import plan_timesteps
 
 
 def make_sampler(
-    network: UNet,
+    network: Network,
     schedule: NoiseSchedule,
     sampler: str = "ddim",
     *,
@@ -114,7 +114,7 @@ def sampler_inputs(
 class SamplerConfig(NamedTuple):
     """What a compiled sampler is made for; options are pairs of name and value."""
 
-    network: UNet
+    network: Network
     schedule: NoiseSchedule
     sampler: str
     options: tuple
@@ -150,22 +150,21 @@ def run_sampler(
       float32 [B, H, W, C] around [−1, 1]; with `return_x0` also [S, B, H, W, C].
     """
     network, schedule, sampler, given = program
-    shape = (network.resolution, network.resolution, network.in_channels)
     options: dict[str, Any] = dict(given)
-    eps_fn: Callable[..., Any] = unet.eps_fn(network, params)
+    eps_fn: Callable[..., Any] = network.eps_fn(params, schedule)
     if scale is not None:
         eps_fn = scale_eps(eps_fn, scale)
     needs = SAMPLERS[sampler].requires
     if needs == "ms_eps":
         options["cov_x0"] = known
     elif needs:
-        eps_fn = variance_head.eps_variance_fn(network, params, known)
+        eps_fn = variance_head.eps_variance_fn(network, params, known, schedule)
     if eta is not None:
         options["eta"] = eta
     if eta is not None or SAMPLERS[sampler].stochastic:
-        options["noise_fn"] = per_image_noise(image_keys(seed, indices), shape)
+        options["noise_fn"] = per_image_noise(image_keys(seed, indices), network.image_shape)
     if x_T is None:
-        x_T = initial_noise(seed, indices, shape)
+        x_T = initial_noise(seed, indices, network.image_shape)
     return get_sampler(sampler)(eps_fn, x_T, schedule, timesteps, return_x0=return_x0, **options)
 
 
@@ -249,7 +248,7 @@ def map_batches(
 
 
 def configure_sampler(
-    network: UNet, schedule: NoiseSchedule, sampler: str = "ddim", **options: Any
+    network: Network, schedule: NoiseSchedule, sampler: str = "ddim", **options: Any
 ) -> tuple[Callable[..., jax.Array], np.ndarray]:
     """A compiled sampler and the levels that it is to visit, from what a user says.
 

@@ -57,7 +57,9 @@ def interpolate(
         for pair in zip(starts, ends, strict=True):
             x_T = _noise_between(model.image_shape, seeds, pair, weights)
             # Every picture starts from x_T, and nothing is drawn: the indices say nothing.
-            rows.append(np.asarray(sample_fn(model.params, timesteps, 0, np.arange(num_pictures), x_T=x_T)))
+            rows.append(
+                np.asarray(sample_fn(model.ema_params, timesteps, 0, np.arange(num_pictures), x_T=x_T))
+            )
             advance(1)
     return np.stack(rows)
 
@@ -87,7 +89,7 @@ def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **options
       ValueError: as `sampler.configure_sampler`.
     """
     sample_fn, timesteps = model.sampler(**options)
-    return np.asarray(sample_fn(model.params, timesteps, seed, np.asarray(indices), trajectory=True))
+    return np.asarray(sample_fn(model.ema_params, timesteps, seed, np.asarray(indices), trajectory=True))
 
 
 def compare(models: Sequence[Model], n: int, *, seed: int = 0, **options: Any) -> np.ndarray:

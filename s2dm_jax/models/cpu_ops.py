@@ -4,6 +4,9 @@ XLA's compilers for GPU and TPU know the gradients that autodiff makes, and turn
 the forms below are for what XLA:CPU lacks.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -35,8 +38,22 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int, pad: Pad) -> jax.Array:
     return _conv2d_on_cpu(x, w, stride, pad) if _on_cpu() else _plain_conv2d(x, w, stride, pad)
 
 
+# Whether the plain forms are used on CPU too.
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_ops() -> Iterator[None]:
+    """What is traced inside has plain convolutions and products, as on GPU and TPU."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def _on_cpu():
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _plain.get()
 
 
 def _plain_conv2d(x, w, stride, pad):

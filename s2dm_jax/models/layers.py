@@ -1,16 +1,17 @@
 """What the UNet of the DDIM code is made of: its blocks, GroupNorm, convolutions, the embedding of t."""
 
 import math
+import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.typing import DTypeLike
 
 from s2dm_jax.models.cpu_ops import conv2d, matmul, upsample_conv2d
-
-NORM_GROUPS = 32
+from s2dm_jax.models.unet import NORM_GROUPS
 
 NORM_EPS = 1e-6
 
@@ -147,3 +148,32 @@ def average_pool(x: jax.Array) -> jax.Array:
     """[B,H,W,C] → [B,H/2,W/2,C]: the published downsampling where it has no convolution."""
     b, height, width, c = x.shape
     return x.reshape(b, height // 2, 2, width // 2, 2, c).mean((2, 4))
+
+
+def split_module(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict]:
+    """A module's structure, and its parameters' shapes as a nested dict with string keys, without computing."""
+    graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def pytorch_default_init(shapes: dict, seed: int) -> dict:
+    """Parameters as the published code starts: PyTorch's default U(−1/√fan_in, 1/√fan_in), norms 1 and 0.
+
+    Each tensor is a function of (seed, its name) alone. Drawn by numpy: compiling JAX's initialisers
+    takes longer than drawing.
+
+    Returns:
+      Nested dict of float32 numpy arrays with the paths of `shapes`.
+    """
+    shapes = traverse_util.flatten_dict(shapes, sep=".")
+
+    def draw(name):
+        module, leaf = name.rsplit(".", 1)
+        shape = shapes[name].shape
+        if f"{module}.scale" in shapes:
+            return np.full(shape, leaf == "scale", np.float32)
+        bound = 1 / math.sqrt(math.prod(shapes[f"{module}.kernel"].shape[:-1]))
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+    return traverse_util.unflatten_dict({name: draw(name) for name in shapes}, sep=".")

@@ -1,4 +1,4 @@
-"""The second heads of SN-DPM and NPR-DPM (Bao et al. 2022b), on the last features of a frozen network.
+"""The variance heads of SN-DPM and NPR-DPM (Bao et al. 2022b), on the last features of a frozen network.
 
 A head is like ε's own end: GroupNorm, swish and a 3×3 convolution ("simple" of the released code, its names).
 """
@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from s2dm_jax.diffusion.parameterization import to_eps
+from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.diffusion.types import EpsVarianceFn
-from s2dm_jax.models import layers, unet
-from s2dm_jax.models.unet import UNet
+from s2dm_jax.models import layers
+from s2dm_jax.models.network import Network, with_features
 
 
 class Head(NamedTuple):
-    """A trained second head.
+    """A trained variance head.
 
     Attributes:
       kind: "sn" for E[ε²|x_t], "npr" for E[(ε−ε̂)²|x_t].
@@ -39,27 +41,26 @@ class VarianceHead(nnx.Module):
 
 
 @functools.lru_cache
-def _definition(network: UNet) -> tuple[nnx.GraphDef, dict]:
-    channels = network.ch * network.ch_mult[0]
-    model = nnx.eval_shape(lambda: VarianceHead(channels, network.out_channels))
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
+def _definition(network: Network) -> tuple[nnx.GraphDef, dict]:
+    channels = with_features(network).feature_channels
+    return layers.split_module(lambda: VarianceHead(channels, network.image_shape[-1]))
 
 
-def param_shapes(network: UNet) -> dict:
+def param_shapes(network: Network) -> dict:
     """Nested dict of `jax.ShapeDtypeStruct`: a head's parameters for this network."""
     return _definition(network)[1]
 
 
-def init_params(network: UNet, seed: int) -> dict:
-    """A head before training, PyTorch's default as in the released code (`unet.pytorch_default_init`)."""
-    return unet.pytorch_default_init(param_shapes(network), seed)
+def init_params(network: Network, seed: int) -> dict:
+    """A head before training, PyTorch's default as in the released code (`layers.pytorch_default_init`)."""
+    return layers.pytorch_default_init(param_shapes(network), seed)
 
 
 def apply(
-    network: UNet,
+    network: Network,
     params: dict,
     head_params: dict,
+    schedule: NoiseSchedule,
     x: jax.Array,
     t: jax.Array,
     dropout_key: jax.Array | None = None,
@@ -69,20 +70,25 @@ def apply(
     Args:
       network, params: the frozen network.
       head_params: the head's.
+      schedule: the forward process.
       x: noisy images [B, H, W, C].
-      t: [B], level in 0 … T−1.
+      t: [B], timesteps in 0 … T−1.
       dropout_key: for dropout in the frozen network (the released code has it on); None for none.
 
     Returns:
       Two float32 [B, H, W, C].
     """
-    eps, features = jax.lax.stop_gradient(unet.apply_with_features(network, params, x, t, dropout_key))
-    return eps, nnx.merge(_definition(network)[0], head_params)(features)
+    network = with_features(network)
+    output, features = jax.lax.stop_gradient(network.apply_with_features(params, x, t, dropout_key))
+    variance = nnx.merge(_definition(network)[0], head_params)(features)
+    return to_eps(output, x, t, schedule, network.prediction), variance
 
 
-def eps_variance_fn(network: UNet, params: dict, head_params: dict) -> EpsVarianceFn:
+def eps_variance_fn(
+    network: Network, params: dict, head_params: dict, schedule: NoiseSchedule
+) -> EpsVarianceFn:
     """The network and its head as `analytic.sn` and `analytic.npr` see them."""
-    return functools.partial(apply, network, params, head_params)
+    return functools.partial(apply, network, params, head_params, schedule)
 
 
 def loss(kind: str, eps: jax.Array, eps_hat: jax.Array, head: jax.Array) -> jax.Array:

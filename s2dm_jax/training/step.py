@@ -1,11 +1,11 @@
-"""One training step: the state, the update that the papers' code makes, a compiled chunk of steps."""
+"""One training step: the update that the papers' code makes, and a compiled chunk of steps."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -14,193 +14,228 @@ from s2dm_jax.data.batches import gather_batch, step_keys
 from s2dm_jax.devices.hardware import compiler_options
 from s2dm_jax.devices.sharding import replicated
 from s2dm_jax.diffusion import objectives
-from s2dm_jax.diffusion.objectives import Objective
+from s2dm_jax.diffusion.objectives import NoiseSample, Objective
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
-from s2dm_jax.models import unet, variance_head
-from s2dm_jax.models.unet import UNet
+from s2dm_jax.models import variance_head
+from s2dm_jax.models.network import Network
 from s2dm_jax.workdir.state import TrainState
 
-# L_simple is told for as many equal groups of levels.
+# L_simple is logged for as many equal groups of timesteps.
 _TIMESTEP_GROUPS = 10
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What every step of a run is made of.
+
+    Attributes:
+      network: what is trained, or read by the variance head that is.
+      schedule: the forward process.
+      objective: what is minimised.
+      optimizer: clipping and Adam (`state.make_optimizer`).
+      ema_decay: of the EMA of the weights.
+      ema_start: "initial": the EMA starts at the initial weights (DDIM code); "first_step": at the weights
+        after the first step (SA-DPM code).
+      grad_accum_steps: number of equal parts of a batch that go through the network one after another.
+      shard_state: whether weights, EMA and moments are split over the devices.
+      variance_head: kind of the variance head that is trained, "" for the network itself.
+    """
+
+    network: Network
+    schedule: NoiseSchedule
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    ema_start: str = "initial"
+    grad_accum_steps: int = 1
+    shard_state: bool = False
+    variance_head: str = ""
+
+
+def step_config(config: ConfigDict, network: Network, optimizer: optax.GradientTransformation) -> StepConfig:
+    """The `StepConfig` that a checked config stands for."""
+    head, train = config.variance_head.kind, config.train
+    return StepConfig(
+        network,
+        build_schedule(config),
+        # A variance head's timesteps and noise are drawn as plain training's.
+        objectives.paper() if head else build_objective(config),
+        optimizer,
+        train.ema_decay,
+        train.ema_start,
+        train.grad_accum_steps,
+        train.shard_state,
+        head,
+    )
 
 
 def jit_step(step: Callable, **options: Any) -> jax.stages.Wrapped:
-    """`jax.jit` for a function of (state, …): the state's memory is used again, XLA told what is fast."""
+    """`jax.jit` for a function of (state, …) that reuses the state's memory, with the fastest compiler
+    options.
+    """
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(), **options)
 
 
-def update_ema(ema: dict, params: dict, rate: float, step: jax.Array | np.ndarray, start: str) -> dict:
-    """ema ← rate·ema + (1−rate)·params, with no warm-up.
-
-    Args:
-      ema, params: the average before and the weights after step number `step` (from 0).
-      rate: decay.
-      step: int [].
-      start: "initial": the average starts at the initial weights (DDIM code); "first_step": at the weights
-        after the first step (SA-DPM code).
-    """
-    decay = jnp.where(step == 0, 0.0, rate) if start == "first_step" else rate
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-
-
 def update(
-    apply: Callable[..., jax.Array],
-    schedule: NoiseSchedule,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    ema_rate: float,
-    ema_start: str,
+    config: StepConfig,
     state: TrainState,
     x0: jax.Array,
-    draws: objectives.NoiseSample,
+    noise_sample: NoiseSample,
     dropout_key: jax.Array | None,
-    accumulate: int = 1,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of the published training loop: gradient of the mean loss, clipping, Adam, moving average.
+) -> tuple[TrainState, Metrics]:
+    """One step of the published training loop: gradient of the mean loss, clipping, Adam, EMA.
 
     Args:
-      apply: the network, (params, x [N,H,W,C], t [N], dropout_key) → ε [N,H,W,C].
-      schedule, objective, optimizer, ema_rate, ema_start: what the step is made of.
+      config: what the step is made of.
       state: before the step.
       x0: images in [−1, 1], [B, H, W, C].
-      draws: levels and noise of the step.
+      noise_sample: timesteps and noise of the step.
       dropout_key: None for no dropout.
-      accumulate: number of equal parts of the batch that go through the network one after another.
 
     Returns:
-      The state after the step, and scalars: "loss", the mean of each of its terms, "grad_norm" before
-      clipping; and "levels", L_simple by groups of levels (`loss_by_timestep`).
+      The state after the step, and scalars: "loss", "loss_TERM" for the mean of each of its terms,
+        "grad_norm"
+      before clipping; and "by_timestep", L_simple by groups of timesteps (`loss_by_timestep`).
     """
-
-    def mean_loss(params, x0, draws, dropout_key):
-        def eps_fn(x, t):
-            return apply(params, x, t, dropout_key)
-
-        per_example, terms = objectives.loss(eps_fn, schedule, objective, x0, draws)
-        levels = loss_by_timestep(terms["simple"], draws.t, schedule.T)
-        return per_example.mean(), {**jax.tree.map(jnp.mean, terms), "levels": levels}
-
-    gradient = jax.value_and_grad(mean_loss, has_aux=True)
-    if accumulate == 1:
-        (loss, terms), grads = gradient(state.params, x0, draws, dropout_key)
+    # Forward and backward.
+    if config.grad_accum_steps == 1:
+        metrics, grads = _gradient(config, state.params, x0, noise_sample, dropout_key)
     else:
-        # Part i holds the images i, i + n, …, so that a batch split over devices stays in place.
-        parts = jax.tree.map(
-            lambda a: jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0), (x0, draws)
-        )
-
-        def add_part(total, part):
-            i, (x0, draws) = part
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            (loss, terms), grads = gradient(state.params, x0, draws, key)
-            return jax.tree.map(jnp.add, total, grads), (loss, terms)
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        total, (loss, terms) = jax.lax.scan(add_part, zeros, (jnp.arange(accumulate), parts))
-        grads = jax.tree.map(lambda g: g / accumulate, total)
-        levels = terms.pop("levels").sum(0)
-        loss, terms = loss.mean(), {**jax.tree.map(jnp.mean, terms), "levels": levels}
-
-    metrics = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
-    return apply_gradient(optimizer, ema_rate, ema_start, state, grads), metrics
+        metrics, grads = _accumulated_gradient(config, state.params, x0, noise_sample, dropout_key)
+    # Clipping, Adam, EMA.
+    return apply_gradient(config, state, grads), {**metrics, "grad_norm": optax.tree.norm(grads)}
 
 
-def apply_gradient(
-    optimizer: optax.GradientTransformation, ema_rate: float, ema_start: str, state: TrainState, grads: dict
-) -> TrainState:
-    """The state after a step with this gradient: clipping, Adam, moving average."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+def _gradient(
+    config: StepConfig, params: dict, x0: jax.Array, noise_sample: NoiseSample, key: jax.Array | None
+) -> tuple[Metrics, dict]:
+    """Metrics of a batch, and the gradient of its mean loss."""
+
+    def mean_loss(params):
+        if config.shard_state:
+            # Weights that are split are gathered for a step; their gradients are split by the update.
+            params = jax.lax.with_sharding_constraint(params, replicated())
+        eps_fn = config.network.eps_fn(params, config.schedule, key)
+        per_example, terms = objectives.loss(eps_fn, config.schedule, config.objective, x0, noise_sample)
+        by_timestep = loss_by_timestep(terms["simple"], noise_sample.t, config.schedule.T)
+        means = {f"loss_{name}": term.mean() for name, term in terms.items()}
+        return per_example.mean(), {**means, "by_timestep": by_timestep}
+
+    (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    return {"loss": loss, **metrics}, grads
+
+
+def _accumulated_gradient(
+    config: StepConfig, params: dict, x0: jax.Array, noise_sample: NoiseSample, key: jax.Array | None
+) -> tuple[Metrics, dict]:
+    """`_gradient` with the parts of the batch one after another."""
+    n = config.grad_accum_steps
+    # Part i holds the images i, i + n, …, so that a batch split over devices stays in place.
+    parts = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), (x0, noise_sample)
+    )  # [n, B/n, …]
+
+    def add_part(total, part):
+        i, (x0, noise_sample) = part
+        part_key = None if key is None else jax.random.fold_in(key, i)
+        metrics, grads = _gradient(config, params, x0, noise_sample, part_key)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, metrics = jax.lax.scan(add_part, zeros, (jnp.arange(n), parts))
+    by_timestep = metrics.pop("by_timestep").sum(0)
+    grads = jax.tree.map(lambda g: g / n, total)
+    return {**jax.tree.map(jnp.mean, metrics), "by_timestep": by_timestep}, grads
+
+
+def apply_gradient(config: StepConfig, state: TrainState, grads: dict) -> TrainState:
+    """The state after a step with this gradient: clipping, Adam, ema ← decay·ema + (1−decay)·params."""
+    updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_rate, state.step, ema_start)
-    return TrainState(state.step + 1, params, ema, opt_state)
+    rate: float | jax.Array = 1 - config.ema_decay
+    if config.ema_start == "first_step":
+        rate = jnp.where(state.step == 0, 1.0, rate)
+    ema_params = optax.incremental_update(params, state.ema_params, rate)
+    return TrainState(state.step + 1, params, ema_params, opt_state)
 
 
 def update_variance_head(
-    network: UNet,
-    kind: str,
-    schedule: NoiseSchedule,
-    optimizer: optax.GradientTransformation,
-    ema_rate: float,
-    ema_start: str,
-    frozen: dict,
+    config: StepConfig,
+    base_params: dict,
     state: TrainState,
     x0: jax.Array,
-    draws: objectives.NoiseSample,
+    noise_sample: NoiseSample,
     dropout_key: jax.Array | None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of SN- or NPR-DPM's training (Bao et al. 2022b): the head learns, the network stays.
+) -> tuple[TrainState, Metrics]:
+    """One step of SN- or NPR-DPM's training (Bao et al. 2022b): the head learns, the network is frozen.
 
     Args:
-      network, frozen: the network and its weights.
-      kind: "sn" or "npr".
-      schedule, optimizer, ema_rate, ema_start: what the step is made of.
+      config: what the step is made of.
+      base_params: the network's weights.
       state: of the head, before the step.
       x0: images in [−1, 1], [B, H, W, C].
-      draws: levels and noise of the step.
+      noise_sample: timesteps and noise of the step.
       dropout_key: None for no dropout in the frozen network.
 
     Returns:
-      The head's state after the step, and metrics as `update`'s; "simple" and "levels" are the network's.
+      The head's state after the step, and metrics as `update`'s; "loss_simple" and "by_timestep" are the
+      network's.
     """
-    noise = draws.noise[:, 0]
-    x_t = add_noise(schedule, x0, draws.t, noise)
+    schedule, noise, t = config.schedule, noise_sample.noise[:, 0], noise_sample.t  # noise [B, H, W, C]
+    x_t = add_noise(schedule, x0, t, noise)
 
     def mean_loss(head_params):
-        eps_hat, head = variance_head.apply(network, frozen, head_params, x_t, draws.t, dropout_key)
-        simple = jnp.square(noise - eps_hat).sum((1, 2, 3))
-        terms = {"simple": simple.mean(), "levels": loss_by_timestep(simple, draws.t, schedule.T)}
-        return variance_head.loss(kind, noise, eps_hat, head).mean(), terms
+        eps_hat, variance = variance_head.apply(
+            config.network, base_params, head_params, schedule, x_t, t, dropout_key
+        )
+        simple = jnp.square(noise - eps_hat).sum((1, 2, 3))  # [B]
+        by_timestep = loss_by_timestep(simple, t, schedule.T)
+        loss = variance_head.loss(config.variance_head, noise, eps_hat, variance).mean()
+        return loss, {"loss_simple": simple.mean(), "by_timestep": by_timestep}
 
-    (loss, terms), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    metrics = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
-    return apply_gradient(optimizer, ema_rate, ema_start, state, grads), metrics
+    (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
+    return apply_gradient(config, state, grads), metrics
 
 
 def loss_by_timestep(simple: jax.Array, t: jax.Array, T: int) -> jax.Array:
-    """Sums of L_simple [B] and counts of examples in equal groups of levels: float32 [2, groups]."""
+    """Sums of L_simple [B] and counts of examples in equal groups of timesteps: float32 [2, groups]."""
     groups = min(_TIMESTEP_GROUPS, T)
-    member = t[:, None] * groups // T == jnp.arange(groups)
+    member = t[:, None] * groups // T == jnp.arange(groups)  # [B, groups]
     return jnp.stack([jnp.where(member, simple[:, None], 0.0).sum(0), member.sum(0).astype(jnp.float32)])
 
 
 def make_train_chunk(
-    config: ConfigDict, network: UNet, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A function of (state, images, rows [n, B], key, frozen) that does n steps in one `lax.scan`.
+    config: ConfigDict, network: Network, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A function of (state, images, rows [n, B], key, base_params) that does n steps in one `lax.scan`.
 
-    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `frozen` are the weights of
-    the network whose head is trained, or None.
+    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `base_params` are the weights
+    of the network whose variance head is trained, or None.
 
     Returns:
       The function; it returns the new state and each metric as an array [n, …].
     """
-    schedule, accumulate = build_schedule(config), config.train.grad_accum_steps
-    # A head's levels and noise are drawn as plain training's.
-    objective = objectives.paper() if config.variance_head.kind else build_objective(config)
+    made_of = step_config(config, network, optimizer)
+    random_flip, head_dropout = config.data.random_flip, config.variance_head.dropout
+    skip_nonfinite = config.train.on_nonfinite == "skip"
 
-    def apply(params, *inputs):
-        if config.train.shard_state:
-            # Weights that are split are put together for a step; their gradients are split by the update.
-            params = jax.lax.with_sharding_constraint(params, replicated())
-        return unet.apply(network, params, *inputs)
-
-    def chunk(state, images, rows, key, frozen=None):
+    def chunk(state, images, rows, key, base_params=None):
         def step(state, rows):
-            draw_key, dropout_key, flip_key = step_keys(key, state.step)
-            x0 = gather_batch(images, rows, flip_key if config.data.random_flip else None)
-            draws = objectives.sample_noise(objective, draw_key, schedule.T, x0.shape)
-            how = optimizer, config.train.ema_decay, config.train.ema_start
-            if config.variance_head.kind:
-                dropout_key = dropout_key if config.variance_head.dropout else None
-                new, metrics = update_variance_head(
-                    network, config.variance_head.kind, schedule, *how, frozen, state, x0, draws, dropout_key
-                )
+            # The batch, and everything random: functions of (seed, step).
+            noise_key, dropout_key, flip_key = step_keys(key, state.step)
+            x0 = gather_batch(images, rows, flip_key if random_flip else None)
+            sample = objectives.sample_noise(made_of.objective, noise_key, made_of.schedule.T, x0.shape)
+            # The update.
+            if made_of.variance_head:
+                dropout_key = dropout_key if head_dropout else None
+                new, metrics = update_variance_head(made_of, base_params, state, x0, sample, dropout_key)
             else:
-                dropout_key = dropout_key if network.dropout else None
-                new, metrics = update(
-                    apply, schedule, objective, *how, state, x0, draws, dropout_key, accumulate
-                )
-            if config.train.on_nonfinite == "skip":
+                new, metrics = update(made_of, state, x0, sample, dropout_key)
+            # A step whose loss is not finite changes nothing but the count of steps.
+            if skip_nonfinite:
                 finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
                 kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
                 new = kept._replace(step=new.step)

@@ -20,11 +20,10 @@ from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import build_objective
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import peak_memory
-from s2dm_jax.models import unet
-from s2dm_jax.models.unet import UNet
+from s2dm_jax.models.network import Network, num_params
 
 
-def run_summary(config: ConfigDict, network: UNet, provenance: str, step: int) -> str:
+def run_summary(config: ConfigDict, network: Network, provenance: str, step: int) -> str:
     """What a run is about to do, in a few lines."""
     o, train = build_objective(config), config.train
     loss = "L_simple"
@@ -40,7 +39,8 @@ def run_summary(config: ConfigDict, network: UNet, provenance: str, step: int) -
             f"s2dm_jax {__version__}, jax {jax.__version__}, {len(devices)} × "
             f"{devices[0].device_kind}{hosts}",
             f"data     {provenance}",
-            f"network  UNet, {unet.num_params(network):,} parameters, activations in {network.dtype}",
+            f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in "
+            f"{network.dtype}",
             f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
             f"T = {config.diffusion.T:,}",
             f"train    {start}, batch {train.batch_size} × {o.num_timesteps_per_image} noise level(s), Adam "
@@ -205,23 +205,23 @@ def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int
     """What a chunk of steps says about itself.
 
     Args:
-      metrics: "levels" [n, 2, G], sums of L_simple and counts of the examples in each of G equal groups of
-        levels; everything else [n].
+      metrics: "by_timestep" [n, 2, G], sums of L_simple and counts of the examples in each of G equal
+        groups of timesteps; everything else [n].
       finite: bool [n], the steps that count.
-      T: number of levels.
+      T: number of timesteps.
 
     Returns:
-      The mean of each metric, that of L_simple in each group of levels that occurred as "simple/t000-099",
-      and "skipped_steps" if there are some.
+      The mean of each metric, that of L_simple in each group of timesteps that occurred as
+      "loss_simple_by_t/000-099", and "skipped_steps" if there are some.
     """
     if not finite.any():
         return {"skipped_steps": len(finite)}
-    means = {name: float(values[finite].mean()) for name, values in metrics.items() if name != "levels"}
-    sums, counts = metrics["levels"][finite].astype(np.float64).sum(0)
+    means = {name: float(values[finite].mean()) for name, values in metrics.items() if name != "by_timestep"}
+    sums, counts = metrics["by_timestep"][finite].astype(np.float64).sum(0)
     edges = np.ceil(np.arange(len(sums) + 1) * T / len(sums)).astype(int)
     digits = len(str(T - 1))
     for i in np.flatnonzero(counts):
-        name = f"simple/t{edges[i]:0{digits}d}-{edges[i + 1] - 1:0{digits}d}"
+        name = f"loss_simple_by_t/{edges[i]:0{digits}d}-{edges[i + 1] - 1:0{digits}d}"
         means[name] = float(sums[i] / counts[i])
     if not finite.all():
         means["skipped_steps"] = int((~finite).sum())

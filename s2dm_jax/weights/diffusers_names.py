@@ -4,6 +4,7 @@ The same network goes by both: only names differ, and attention's 1×1 convoluti
 against diffusers 0.42; the names of its versions before 0.14, which Google's checkpoints have, are read too.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ _IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "p
 
 _IN_BLOCK = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"}
 
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 # The schedules that both sides compute alike; others go as a list of betas.
 _BETA_SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
@@ -65,7 +67,7 @@ def unet_config(network: UNet) -> dict:
     }
 
 
-def scheduler_config(schedule: str, T: int) -> dict:
+def scheduler_config(schedule: str, T: int, prediction: str = "epsilon") -> dict:
     """The scheduler_config.json of the `DDIMScheduler` that takes our DDIM's steps.
 
     Its levels are our uniform grid wherever the number of steps divides T.
@@ -73,6 +75,7 @@ def scheduler_config(schedule: str, T: int) -> dict:
     Args:
       schedule: one of `schedule.SCHEDULES`.
       T: number of noise levels.
+      prediction: what the network predicts, one of `parameterization.PREDICTIONS`.
     """
     from s2dm_jax.diffusion.schedule import SCHEDULES
 
@@ -85,7 +88,7 @@ def scheduler_config(schedule: str, T: int) -> dict:
         "beta_start": float(beta[0]),
         "beta_end": float(beta[-1]),
         "trained_betas": None if schedule in _BETA_SCHEDULES else beta.tolist(),
-        "prediction_type": "epsilon",
+        "prediction_type": _PREDICTION_TYPES[prediction],
         "timestep_spacing": "leading",
         "steps_offset": 0,
         "set_alpha_to_one": True,
@@ -143,16 +146,20 @@ def read_unet_config(config: Mapping) -> UNet:
     )
 
 
-def read_scheduler_config(config: Mapping) -> tuple[str, int]:
-    """Our schedule's name and T, from a scheduler_config.json of diffusers.
+def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
+    """Our schedule's name, T and what the network predicts, from a scheduler_config.json of diffusers.
 
     Raises:
-      ValueError: for a network that predicts something else than ε, or betas that are no schedule of ours.
+      ValueError: for an unknown prediction_type, or betas that are none of our schedules.
     """
     from s2dm_jax.diffusion.schedule import SCHEDULES
 
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"its prediction_type is {config['prediction_type']!r}, where ours is 'epsilon'")
+    prediction_type = config.get("prediction_type", "epsilon")
+    predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
+    if prediction_type not in predictions:
+        raise ValueError(
+            f"its prediction_type is {prediction_type!r}, where one of {', '.join(predictions)} is needed"
+        )
     T = config.get("num_train_timesteps", 1000)
     if type(T) is not int or T < 2:
         raise ValueError(f"its num_train_timesteps is {T!r}, where a number from 2 up is needed")
@@ -171,7 +178,7 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int]:
                 name == "cosine" or np.allclose(ends, beta[[0, -1]], rtol=1e-5, atol=0)
             )
         if found:
-            return name, T
+            return name, T, predictions[prediction_type]
     described = "trained_betas" if betas is not None else config.get("beta_schedule", "linear")
     raise ValueError(f"its betas ({described}) are none of our schedules {', '.join(SCHEDULES)}")
 
@@ -223,7 +230,7 @@ def from_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> tuple[dict
     stand_ins = _stand_ins(network)
     if stand_ins and all(np.array_equal(published[name], value) for name, value in stand_ins.items()):
         published = {name: value for name, value in published.items() if name not in stand_ins}
-        network = UNet(**{**vars(network), "resamp_with_conv": False})
+        network = dataclasses.replace(network, resamp_with_conv=False)
     return published, network
 
 

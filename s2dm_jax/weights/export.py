@@ -31,9 +31,7 @@ from s2dm_jax.inference.sampler import (
     sampler_inputs,
     sampler_options,
 )
-from s2dm_jax.models import unet
-from s2dm_jax.models.unet import UNet
-from s2dm_jax.models.variance_head import Head
+from s2dm_jax.models.network import Network
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
 from s2dm_jax.weights import model_card
 from s2dm_jax.workdir.exported import FORMAT, WEIGHTS
@@ -43,7 +41,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_programs(
-    network: UNet,
+    network: Network,
     schedule: NoiseSchedule,
     sampler: str = "ddim",
     *,
@@ -84,12 +82,11 @@ def export_programs(
         return run_sampler(program, nested(weights), levels, seed, indices, **baked_in, x_T=x_T)
 
     def eps(weights, x_t, t):
-        return unet.apply(network, nested(weights), x_t, t)
+        return network.eps_fn(nested(weights), schedule)(x_t, t)
 
     (batch,) = jax_export.symbolic_shape("b")
-    side, channels = network.resolution, network.in_channels
-    shapes = traverse_util.flatten_dict(unet.param_shapes(network), sep=".")
-    images = jax.ShapeDtypeStruct((batch, side, side, channels), np.float32)
+    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
+    images = jax.ShapeDtypeStruct((batch, *network.image_shape), np.float32)
     number = jax.ShapeDtypeStruct((), np.int32)
     arguments = {
         "sampler": (sample, number, jax.ShapeDtypeStruct((batch,), np.int32)),
@@ -102,12 +99,13 @@ def export_programs(
     }
 
 
-def export(config: ConfigDict, workdir: str) -> Path:
-    """What `--mode=export` does: the sampler of the group `sample`, with the moving average, as one file.
+def export(config: ConfigDict, workdir: str, *, network: Network | None = None) -> Path:
+    """What `--mode=export` does: the sampler of the group `sample`, with the EMA weights, as one file.
 
     Args:
-      config: the run's, checked, with the groups `sample` and `export` as they were asked for.
+      config: the run's, checked, with the groups `sample` and `export` as requested.
       workdir: folder of the run.
+      network: what was trained, where that is not the network that the config names.
 
     Returns:
       The file; its model card lies beside it, as .md and .json.
@@ -115,16 +113,15 @@ def export(config: ConfigDict, workdir: str) -> Path:
     Raises:
       UserError: if the run is missing or damaged, or the file is there already.
     """
-    run = load_run(workdir)
+    run = load_run(workdir, network=network)
     schedule, options = build_schedule(config), config.sample
     # One file for all platforms: in float32, unless the run says otherwise.
     if config.model.dtype == "auto":
         config.model.dtype = "float32"
-    network = build_network(config)
+    network = network or build_network(config)
     said = sampler_options(options)
-    statistic = noise_statistics.load_cached(schedule, run.ema, statistics_folder(workdir))
-    head = None if run.head is None else Head(config.variance_head.kind, run.head)
-    needed: dict[str, Any] = {"ms_eps": statistic and statistic.ms_eps, "head": head}
+    statistic = noise_statistics.load_cached(schedule, run.ema_params, statistics_folder(workdir))
+    needed: dict[str, Any] = {"ms_eps": statistic and statistic.ms_eps, "head": run.variance_head}
     try:
         levels, scale, _ = resolve_sampler(schedule, **said, **needed)
         sampler_inputs(schedule, options.sampler, scale, **needed)
@@ -161,16 +158,16 @@ def export(config: ConfigDict, workdir: str) -> Path:
         programs = export_programs(network, schedule, **said, **needed)
         # A head is in the programs; what others read of the file is the network.
         own = from_json(to_json(config))
-        if run.head is not None:
+        if run.variance_head is not None:
             for group in ("head", "sample", "eval"):
                 own[group] = default_config()[group]
-        flat = traverse_util.flatten_dict(run.ema, sep=".")
+        flat = traverse_util.flatten_dict(run.ema_params, sep=".")
         flat = {name: np.asarray(value) for name, value in flat.items()}
         about = {
             "format": FORMAT,
             "config": to_json(own),
             "step": run.step,
-            "image_shape": [network.resolution, network.resolution, network.in_channels],
+            "image_shape": network.image_shape,
             "platforms": PLATFORMS,
             "jax": jax.__version__,
             "weights_sha256": sha256_of_weights(flat),

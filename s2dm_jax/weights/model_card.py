@@ -8,7 +8,7 @@ import jax
 
 from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.common.version import __version__
-from s2dm_jax.models import unet
+from s2dm_jax.models.network import num_params
 from s2dm_jax.workdir import exported
 from s2dm_jax.workdir.load import Run
 from s2dm_jax.workdir.results import results_table
@@ -16,6 +16,11 @@ from s2dm_jax.workdir.results import results_table
 CARD = "model_card.json"
 
 _UNKNOWN = "not stated"
+_PREDICTS = {
+    "epsilon": "the noise ε in x_t",
+    "v": "v = √alpha_bar·ε − √(1−alpha_bar)·x_0",
+    "x0": "the clean image x_0",
+}
 
 
 def card_of_run(run: Run, path: str) -> dict:
@@ -80,11 +85,16 @@ def make_card(
     config = run.config
     return {
         "step": run.step,
-        "network": {**vars(run.network), "parameters": unet.num_params(run.network)},
-        "predicts": "the noise ε in x_t",
+        "network": {
+            "name": type(run.network).__name__,
+            "parameters": num_params(run.network),
+            "image_shape": list(run.network.image_shape),
+            "fields": vars(run.network),
+        },
+        "predicts": _PREDICTS[config.model.prediction],
         "weights": {
             "kind": "moving average" if trained else _UNKNOWN,
-            "sha256": sha256_of_arrays(jax.tree.leaves(run.ema)),
+            "sha256": sha256_of_arrays(jax.tree.leaves(run.ema_params)),
         },
         "schedule": config.diffusion.to_dict(),
         "data": config.data.name if trained else _UNKNOWN,
@@ -113,10 +123,8 @@ def card_to_markdown(card: dict, front_matter: dict[str, str] | None = None) -> 
     )
     network, schedule = card["network"], card["schedule"]
     facts = {
-        "Network": f"DDIM's UNet, {network['parameters']:,} parameters, ch {network['ch']}, ch_mult "
-        f"{tuple(network['ch_mult'])}, {network['num_res_blocks']} blocks a level, attention at "
-        f"{tuple(network['attn_resolutions'])}",
-        "Images": f"{network['resolution']}×{network['resolution']}×{network['in_channels']}, in [−1, 1]",
+        "Network": f"{network['name']}, {network['parameters']:,} parameters; {_sentence(network['fields'])}",
+        "Images": f"{'×'.join(map(str, network['image_shape']))}, in [−1, 1]",
         "Predicts": f"{card['predicts']}; t counts 0 … T−1",
         "Noise schedule": f"{schedule['schedule']}, T = {schedule['T']:,}",
         "Weights": _sentence(card["weights"]),

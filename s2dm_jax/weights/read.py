@@ -4,6 +4,7 @@ No code of a file is run. What carries checksums is checked against them; for wh
 be given, and what was checked is said.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,8 +40,9 @@ class Weights(NamedTuple):
 
     Attributes:
       network: the shape; dropout is 0 where the file does not tell it.
-      ema: nested dict of float32 arrays, the moving average; the weights themselves where there is none.
-      params: the weights that training changes; `ema` where there are no others.
+      ema_params: nested dict of float32 arrays, the moving average; the weights themselves where there is
+        none.
+      params: the weights that training changes; `ema_params` where there are no others.
       card: the model card in a file of ours (`model_card.make_card`), with its config; else None.
       schedule: (name, T), where the file has it.
       step: training steps that the file says are behind them.
@@ -49,7 +51,7 @@ class Weights(NamedTuple):
     """
 
     network: UNet
-    ema: dict
+    ema_params: dict
     params: dict
     card: dict | None
     schedule: tuple[str, int] | None
@@ -110,14 +112,16 @@ def _checked(has_checksums: bool, digest: str) -> str:
 
 def _read_run(path: str, kind: str) -> Weights:
     run = load_run(path)
-    if run.head is not None:
+    if run.variance_head is not None:
         raise UserError(
             f"{path} is the run of a second head, which other formats have no place for; give its base, "
             f"{run.config.variance_head.base_workdir}"
         )
     schedule = (run.config.diffusion.schedule, run.config.diffusion.T)
     card = model_card.card_of_run(run, path)
-    return Weights(run.network, run.ema, run.params, card, schedule, run.step, kind, "")
+    return Weights(
+        torch_names.as_unet(run.network), run.ema_params, run.params, card, schedule, run.step, kind, ""
+    )
 
 
 def _read_safetensors(path: Path, resolution: int | None, digest: str) -> Weights:
@@ -142,7 +146,7 @@ def _fit(
     if card is not None:
         known = model_card.parse_card(card)
         config = checked_config(json.dumps(known["config"]), path)
-        network, step = build_network(config), known["step"]
+        network, step = torch_names.as_unet(build_network(config)), known["step"]
         schedule = (config.diffusion.schedule, config.diffusion.T)
     else:
         network = torch_names.infer_network(shapes, resolution)
@@ -186,7 +190,10 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     network = _described(unet / "config.json", diffusers_names.read_unet_config)
     schedule = None
     if (scheduler / "scheduler_config.json").exists():
-        schedule = _described(scheduler / "scheduler_config.json", diffusers_names.read_scheduler_config)
+        name, T, prediction = _described(
+            scheduler / "scheduler_config.json", diffusers_names.read_scheduler_config
+        )
+        schedule, network = (name, T), dataclasses.replace(network, prediction=prediction)
     sha256 = _check_digest(weights[0], digest)
     card = None
     if weights[0].suffix == ".safetensors":
@@ -198,8 +205,9 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     origin = f"a diffusers folder; {_checked(has_sums, digest)}"
     if card is not None:
         found = _fit(state, None, card, None, origin, 0, weights[0])
-        told = (network.resolution, network.attn_resolutions, schedule)
-        if told != (found.network.resolution, found.network.attn_resolutions, found.schedule):
+        described = (network.resolution, network.attn_resolutions, network.prediction, schedule)
+        other = found.network
+        if described != (other.resolution, other.attn_resolutions, other.prediction, found.schedule):
             raise ValueError(f"its configs are not those that {weights[0].name} was written with")
         return found._replace(sha256=sha256)
     params = torch_names.from_torch(state, network)

@@ -9,17 +9,29 @@ from collections.abc import Mapping
 import numpy as np
 from flax import traverse_util
 
-from s2dm_jax.models.unet import UNet, param_shapes
+from s2dm_jax.models.network import Network
+from s2dm_jax.models.unet import UNet
 
 # Convolutions with a 1×1 kernel in the published code, matrix products here.
 _POINTWISE = ("q", "k", "v", "proj_out", "nin_shortcut")
+
+
+def as_unet(network: Network) -> UNet:
+    """The network, once sure that its weights have published names.
+
+    Raises:
+      ValueError: for another network than DDIM's UNet.
+    """
+    if not isinstance(network, UNet):
+        raise ValueError(f"weights of a {type(network).__name__} have no published names; only UNet's have")
+    return network
 
 
 def to_torch(params: dict) -> dict[str, np.ndarray]:
     """Parameters under the published DDIM/SA-DPM/PNDM state_dict's names and in its layouts.
 
     Args:
-      params: nested dict as from `unet.init_params`.
+      params: nested dict as from `Network.init`.
 
     Returns:
       Flat dict of arrays: convolutions OIHW, matrices [out, in].
@@ -28,20 +40,20 @@ def to_torch(params: dict) -> dict[str, np.ndarray]:
     return dict(_leaf_to_torch(name, np.asarray(value)) for name, value in flat.items())
 
 
-def torch_shapes(config: UNet) -> dict[str, tuple[int, ...]]:
+def torch_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     """Every tensor of the published state_dict of a network, and its shape."""
-    shapes = traverse_util.flatten_dict(param_shapes(config), sep=".")
+    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
     # Broadcasting takes no memory.
     leaves = ((name, np.broadcast_to(np.float32(0), leaf.shape)) for name, leaf in shapes.items())
     return {name: value.shape for name, value in (_leaf_to_torch(*leaf) for leaf in leaves)}
 
 
-def from_torch(state: Mapping[str, np.ndarray], config: UNet) -> dict:
+def from_torch(state: Mapping[str, np.ndarray], network: Network) -> dict:
     """Parameters from a published state_dict (`reference.md` 1.3), the inverse of `to_torch`.
 
     Args:
       state: torch name → array; no `module.` prefix.
-      config: the network that the parameters belong to.
+      network: what the parameters belong to.
 
     Returns:
       Nested dict of float32 numpy arrays.
@@ -49,7 +61,7 @@ def from_torch(state: Mapping[str, np.ndarray], config: UNet) -> dict:
     Raises:
       ValueError: naming the first tensor that is missing, not known, or of another shape.
     """
-    shapes = traverse_util.flatten_dict(param_shapes(config), sep=".")
+    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
     flat, known = {}, set()
     for name, leaf in shapes.items():
         torch_name, expected = _leaf_to_torch(name, np.broadcast_to(np.float32(0), leaf.shape))

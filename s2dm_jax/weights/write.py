@@ -1,5 +1,6 @@
 """Writes a network's weights as a run's folder, for PyTorch codes, for diffusers, as safetensors."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,8 +16,7 @@ from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import from_json, to_json
 from s2dm_jax.config.validate import check_config
-from s2dm_jax.models.unet import UNet
-from s2dm_jax.weights import diffusers_names, model_card
+from s2dm_jax.weights import diffusers_names, model_card, torch_names
 from s2dm_jax.weights.model_card import CARD
 from s2dm_jax.weights.read import OURS, SUMS, Weights, to_state
 from s2dm_jax.weights.torch_pickle import write_torch
@@ -28,6 +28,8 @@ from s2dm_jax.workdir.state import TrainState, make_optimizer
 # The source of images that nobody has named: sampling needs none.
 UNKNOWN = "unknown"
 
+# The published codes read every network's output as ε.
+_EPSILON_ONLY = ("ddim", "sa_dpm", "pndm")
 FORMATS = ("workdir", "ddim", "sa_dpm", "pndm", "safetensors", "diffusers")
 
 
@@ -69,6 +71,14 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
                 f"{config.model[name]}; give the config that suits"
             )
         config.model[name] = value
+    stated = weights.card or weights.schedule
+    if given and stated and given.model.prediction != network.prediction:
+        raise UserError(
+            f"the weights are of a network with model.prediction={network.prediction}, but the config has "
+            f"{given.model.prediction}; give the config that suits"
+        )
+    if not given:
+        config.model.prediction = network.prediction
     if known is None and given is None:
         # As the published configs have it.
         config.model.dropout = network.dropout or (0.0 if network.resolution >= 256 else 0.1)
@@ -108,8 +118,14 @@ def write_weights(
     Raises:
       UserError: if something is in the way, or `out` cannot be written.
     """
-    network = UNet(**{**vars(weights.network), "dropout": config.model.dropout})
-    run = Run(config, network, weights.ema, weights.step, weights.params)
+    model = config.model
+    if kind in _EPSILON_ONLY and model.prediction != "epsilon":
+        raise UserError(
+            f"the format {kind} is for networks that predict epsilon, but config.model.prediction="
+            f"{model.prediction!r}; choose safetensors or diffusers"
+        )
+    network = dataclasses.replace(weights.network, dropout=model.dropout, prediction=model.prediction)
+    run = Run(config, network, weights.ema_params, weights.step, weights.params)
     known = weights.card or {"license": "", "source": source, "metrics": None}
     card = model_card.make_card(
         run, license=license or known["license"], source=known["source"], metrics=known["metrics"]
@@ -127,7 +143,7 @@ def write_weights(
     if path.suffix != suffix:
         raise UserError(f"{out} must end in {suffix}, to hold the format {kind}")
     with atomic_outputs(path, *model_card.card_paths(path)) as (file, *card_files):
-        state = to_state(weights.ema)
+        state = to_state(weights.ema_params)
         if kind == "safetensors":
             _save_safetensors(file, state, card)
         elif kind == "ddim":
@@ -144,7 +160,7 @@ def _write_workdir(folder: Path, run: Run, card: dict) -> None:
     opt_state = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, run.params)
     )
-    state = TrainState(np.asarray(run.step, np.int32), run.params, run.ema, opt_state)
+    state = TrainState(np.asarray(run.step, np.int32), run.params, run.ema_params, opt_state)
     (folder / "config.json").write_text(to_json(run.config))
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
     manager = checkpoint.open_checkpoints(folder, run.config.train.max_to_keep)
@@ -153,7 +169,8 @@ def _write_workdir(folder: Path, run: Run, card: dict) -> None:
 
 
 def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
-    state = diffusers_names.to_diffusers(to_state(run.ema), run.network)
+    network = torch_names.as_unet(run.network)
+    state = diffusers_names.to_diffusers(to_state(run.ema_params), network)
     diffusion = run.config.diffusion
     configs = {
         "model_index.json": {
@@ -162,8 +179,10 @@ def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
             "scheduler": ["diffusers", "DDIMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
         },
-        "unet/config.json": diffusers_names.unet_config(run.network),
-        "scheduler/scheduler_config.json": diffusers_names.scheduler_config(diffusion.schedule, diffusion.T),
+        "unet/config.json": diffusers_names.unet_config(network),
+        "scheduler/scheduler_config.json": diffusers_names.scheduler_config(
+            diffusion.schedule, diffusion.T, network.prediction
+        ),
     }
     for name, value in configs.items():
         (folder / name).parent.mkdir(exist_ok=True)

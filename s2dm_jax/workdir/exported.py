@@ -7,13 +7,16 @@ import io
 import json
 import os
 import zipfile
+from typing import TYPE_CHECKING
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import ZIP_DAMAGE
 from s2dm_jax.common.hashing import sha256_of_weights
+
+if TYPE_CHECKING:
+    from s2dm_jax.models.network import Network
 
 FORMAT = "s2dm_jax sampler, version 1"
 
@@ -39,25 +42,22 @@ def read_header(path: str | os.PathLike) -> dict:
         raise _damaged(path, error) from error
 
 
-def read_weights(path: str | os.PathLike, config: ConfigDict) -> tuple[dict, dict]:
+def read_weights(path: str | os.PathLike, network: "Network") -> tuple[dict, dict]:
     """The weights in an exported sampler, each checked, and its description.
 
     Args:
-      config: the one that `read_header` has, checked.
+      network: what the weights belong to, as a rule that of the config that `read_header` has.
 
     Returns:
-      Nested dict of float32 arrays as from `unet.init_params`, and the dict that `read_header` gives.
+      Nested dict of float32 arrays as from `Network.init`, and the dict that `read_header` gives.
 
     Raises:
       UserError: if the file is damaged, or its weights are not those of its config's network.
     """
     from flax import traverse_util
 
-    from s2dm_jax.config.build import build_network
-    from s2dm_jax.models.unet import param_shapes
-
     about = read_header(path)
-    shapes = traverse_util.flatten_dict(param_shapes(build_network(config)), sep=".")
+    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
     flat = {}
     try:
         with zipfile.ZipFile(path) as archive:

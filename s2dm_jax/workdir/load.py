@@ -18,7 +18,8 @@ from s2dm_jax.config.validate import check_config
 from s2dm_jax.workdir import exported
 
 if TYPE_CHECKING:
-    from s2dm_jax.models.unet import UNet
+    from s2dm_jax.models.network import Network
+    from s2dm_jax.models.variance_head import Head
 
 
 class Run(NamedTuple):
@@ -26,19 +27,19 @@ class Run(NamedTuple):
 
     Attributes:
       config: the run's config, checked.
-      network: the network that `ema` belongs to.
-      ema: nested dict of float32 arrays, the moving average of the weights: what to sample from.
+      network: the network that `ema_params` belongs to.
+      ema_params: nested dict of float32 arrays, the EMA of the weights: what to sample from.
       step: number of training steps behind it, or behind the head.
       params: nested dict of float32 arrays, the weights that training changes: the network's or the head's.
-      head: moving average of the weights of its second head, or None.
+      variance_head: its variance head, the EMA of its weights, or None.
     """
 
     config: ConfigDict
-    network: "UNet"
-    ema: dict
+    network: "Network"
+    ema_params: dict
     step: int
     params: dict
-    head: dict | None = None
+    variance_head: "Head | None" = None
 
 
 def checked_config(text: str, place: str | Path) -> ConfigDict:
@@ -116,27 +117,33 @@ def check_compared_runs(config: ConfigDict) -> list[str]:
     return workdirs
 
 
-def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
+def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "Network | None" = None) -> Run:
     """The newest checkpoint of a run that verifies, or that of one step; or an exported sampler.
+
+    Args:
+      workdir: folder of a run, or the file of an exported sampler.
+      step: of the checkpoint; None for the newest.
+      network: what was trained, where that is not the network that the run's config names.
 
     Raises:
       UserError: as `read_config`, and if no checkpoint, or not that of `step`, can be read.
     """
     config = read_config(workdir)
+    network = network or build_network(config)
     if Path(workdir).is_file():
-        params, about = exported.read_weights(workdir, config)
-        if step not in (None, about["step"]):
-            raise UserError(f"{workdir} holds the weights of step {about['step']}, not of step {step}")
-        return Run(config, build_network(config), params, about["step"], params)
+        params, header = exported.read_weights(workdir, network)
+        if step not in (None, header["step"]):
+            raise UserError(f"{workdir} holds the weights of step {header['step']}, not of step {step}")
+        return Run(config, network, params, header["step"], params)
 
     import jax
 
-    from s2dm_jax.models import unet, variance_head
+    from s2dm_jax.models import variance_head
     from s2dm_jax.workdir import checkpoint
     from s2dm_jax.workdir.state import TrainState, make_optimizer
 
-    network = build_network(config)
-    params = (variance_head if config.variance_head.kind else unet).param_shapes(network)
+    kind = config.variance_head.kind
+    params = variance_head.param_shapes(network) if kind else network.param_shapes()
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     like = TrainState(np.zeros((), np.int32), params, params, jax.eval_shape(optimizer.init, params))
     manager = checkpoint.open_checkpoints(workdir, config.train.max_to_keep)
@@ -146,10 +153,11 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
         manager.close()
     if state is None:
         raise _no_checkpoint(workdir)
-    if config.variance_head.kind:
-        base = load_base_params(workdir, config)
-        return Run(config, network, base, int(state.step), state.params, state.ema)
-    return Run(config, network, state.ema, int(state.step), state.params)
+    if kind:
+        head = variance_head.Head(kind, state.ema_params)
+        base_params = load_base_params(workdir, config, network=network)
+        return Run(config, network, base_params, int(state.step), state.params, head)
+    return Run(config, network, state.ema_params, int(state.step), state.params)
 
 
 def _no_checkpoint(workdir: str | os.PathLike) -> UserError:
@@ -184,8 +192,11 @@ def inherit_base_config(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def load_base_params(workdir: str | os.PathLike, config: ConfigDict) -> dict:
-    """The moving average that the head in `workdir` reads: the base's newest when it began, and ever since.
+def load_base_params(
+    workdir: str | os.PathLike, config: ConfigDict, *, network: "Network | None" = None
+) -> dict:
+    """The EMA of the network that the head in `workdir` reads: the base's newest when it began, and ever
+    since.
 
     Raises:
       UserError: if the base cannot be read, or its weights at that step are others than they were.
@@ -195,8 +206,8 @@ def load_base_params(workdir: str | os.PathLike, config: ConfigDict) -> dict:
     # The workdir may have moved, or the base; what counts is that the weights are the same.
     path = Path(workdir) / _BASE
     told = json.loads(path.read_text()) if path.exists() else {}
-    run = load_run(config.variance_head.base_workdir, told.get("step"))
-    digest = sha256_of_arrays(jax.tree.leaves(run.ema))
+    run = load_run(config.variance_head.base_workdir, told.get("step"), network=network)
+    digest = sha256_of_arrays(jax.tree.leaves(run.ema_params))
     if told and told["sha256"] != digest:
         raise UserError(
             f"{config.variance_head.base_workdir} holds other weights at step {run.step:,} than those that "
@@ -205,4 +216,4 @@ def load_base_params(workdir: str | os.PathLike, config: ConfigDict) -> dict:
     if not told and jax.process_index() == 0:
         told = {"workdir": str(config.variance_head.base_workdir), "step": run.step, "sha256": digest}
         write_atomic(path, json.dumps(told, indent=1) + "\n")
-    return run.ema
+    return run.ema_params

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from s2dm_jax.models import unet
-from s2dm_jax.models.unet import UNet
+from s2dm_jax.models.network import Network
 
 
 class TrainState(NamedTuple):
@@ -15,13 +14,13 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 [], number of steps done.
-      params, ema: nested dicts of float32 arrays, the weights and their moving average.
+      params, ema_params: nested dicts of float32 arrays, the weights and their EMA.
       opt_state: of the optimizer.
     """
 
     step: jax.Array | np.ndarray
     params: dict
-    ema: dict
+    ema_params: dict
     opt_state: optax.OptState
 
 
@@ -36,9 +35,9 @@ def make_optimizer(lr: float, grad_clip: float) -> optax.GradientTransformation:
     return optax.chain(clip, optax.adam(lr))
 
 
-def init_state(network: UNet, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(network: Network, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step; the moving average starts at the initial weights."""
-    return new_state(unet.init_params(network, seed), optimizer)
+    return new_state(network.init(seed), optimizer)
 
 
 def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:

@@ -178,16 +178,15 @@ def benchmark_samplers(arguments):
     import numpy as np
 
     from s2dm_jax.diffusion.schedule import linear_schedule
-    from s2dm_jax.models import unet
     from s2dm_jax.samplers.ddim import ddim
     from s2dm_jax.samplers.timesteps import uniform_timesteps
 
     network = cifar10_network()
-    params = jax.device_put(unet.init_params(network, 0))
+    params = jax.device_put(network.init(0))
     x_T = np.random.default_rng(0).standard_normal((arguments.batch, 32, 32, 3), np.float32)
     grid = uniform_timesteps(1000, 10)
-    forward = jax.jit(lambda params, x, t: unet.apply(network, params, x, t))
-    scan = jax.jit(lambda params, x: ddim(unet.eps_fn(network, params), x, linear_schedule(), grid))
+    forward = jax.jit(lambda params, x, t: network.apply(params, x, t))
+    scan = jax.jit(lambda params, x: ddim(network.eps_fn(params, schedule), x, linear_schedule(), grid))
     levels = [np.full(arguments.batch, t, np.float32) for t in grid]
 
     def ten_calls():

@@ -17,11 +17,10 @@ def benchmark_evaluate(arguments) -> None:
     from s2dm_jax.diffusion.schedule import linear_schedule
     from s2dm_jax.evaluation import inception, metrics
     from s2dm_jax.inference.sampler import configure_sampler, map_batches, sample_batches
-    from s2dm_jax.models import unet
 
     rng = np.random.default_rng(0)
     network = cifar10_network()
-    params = jax.device_put(unet.init_params(network, 0))
+    params = jax.device_put(network.init(0))
     sampler, timesteps = configure_sampler(network, linear_schedule(), "ddim", nfe=arguments.nfe)
     weights = {
         name: np.float32(rng.standard_normal(shape) / np.sqrt(max(1, np.prod(shape[:-1]))))

@@ -13,9 +13,8 @@ def benchmark_losses(arguments):
     import jax
 
     from s2dm_jax.diffusion import objectives
-    from s2dm_jax.models import unet
 
-    one_call = functools.partial(unet.apply, cifar10_network())
+    one_call = cifar10_network().apply
 
     def K_calls(K):
         # The merged batch holds the K levels of an image side by side.
@@ -52,7 +51,6 @@ def benchmark_attention(arguments):
     import jax.numpy as jnp
 
     from s2dm_jax.diffusion import objectives
-    from s2dm_jax.models import unet
 
     def written_out(q, k, v):
         scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
@@ -63,7 +61,7 @@ def benchmark_attention(arguments):
     forms = {"dot_product_attention": own, "written out": written_out, "none": lambda q, k, v: v}
     if jax.default_backend() == "gpu":
         forms["cuDNN"] = functools.partial(own, implementation="cudnn")
-    apply = functools.partial(unet.apply, cifar10_network())
+    apply = cifar10_network().apply
     steps, memory = {}, {}
     for name, form in forms.items():
         with mock.patch.object(jax.nn, "dot_product_attention", form):
@@ -83,13 +81,13 @@ def benchmark_heads(arguments):
 
     from s2dm_jax.diffusion import objectives
     from s2dm_jax.diffusion.schedule import linear_schedule
-    from s2dm_jax.models import unet, variance_head
+    from s2dm_jax.models import variance_head
     from s2dm_jax.training.step import jit_step, update_variance_head
     from s2dm_jax.workdir.state import make_optimizer, new_state
 
     network, schedule, objective = cifar10_network(), linear_schedule(), objectives.paper()
     optimizer = make_optimizer(1e-4, 1.0)
-    frozen = jax.device_put(unet.init_params(network, 0))
+    frozen = jax.device_put(network.init(0))
 
     def head(state, x0, key, frozen):
         draws, _ = _draws(objective, schedule, state, x0, key)
@@ -98,7 +96,7 @@ def benchmark_heads(arguments):
 
     own = new_state(variance_head.init_params(network, 0), optimizer)
     inputs = _images(arguments.batch), jax.random.key(0), frozen
-    full, _ = _compile_step(objective, functools.partial(unet.apply, network), arguments.batch)
+    full, _ = _compile_step(objective, network.apply, arguments.batch)
     runs = {
         "full step": full,
         "head's step": _stepper(jit_step(head).lower(own, *inputs).compile(), own, *inputs),

@@ -152,7 +152,7 @@ def work(s: dict) -> None:
 
     from s2dm_jax.config.defaults import default_config
     from s2dm_jax.devices import sharding
-    from s2dm_jax.devices.flops import step_flops
+    from s2dm_jax.models.flops import step_flops
     from s2dm_jax.models.unet import UNet, num_params
     from s2dm_jax.training.step import jit_step, make_train_chunk
     from s2dm_jax.workdir.state import init_state, make_optimizer

@@ -9,7 +9,7 @@ from s2dm_jax.config.build import build_network, build_objective
 from s2dm_jax.config.defaults import default_config, image_shape
 from s2dm_jax.config.presets import OBJECTIVES, set_objective
 from s2dm_jax.config.validate import check_config
-from s2dm_jax.models import unet
+from s2dm_jax.models.network import num_params
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPERS = ("cifar10", "celeba64", "celebahq256")
@@ -86,4 +86,4 @@ def test_values_and_parameter_counts_are_the_published_ones(name, count):
     assert actual == VALUES[name]
     assert (c.model.ch, c.model.num_res_blocks, c.model.attn_resolutions) == (128, 2, (16,))
     assert (c.diffusion.T, c.diffusion.schedule) == (1000, "linear")
-    assert unet.num_params(build_network(c)) == count
+    assert num_params(build_network(c)) == count

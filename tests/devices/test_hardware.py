@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from s2dm_jax.devices import hardware
-from s2dm_jax.devices.flops import forward_flops, step_flops
 from s2dm_jax.devices.hardware import peak_flops, peak_memory
-from s2dm_jax.models import unet
+from s2dm_jax.models.flops import forward_flops, step_flops
 from s2dm_jax.models.unet import UNet
 
 TINY = UNet(8, 1, 1, 32, (1,), 1, (8,))
@@ -72,24 +71,24 @@ def test_memory_peak_grows_with_what_is_held():
 
 def gradient(network):
     def loss(params, x):
-        return unet.apply(network, params, x, np.ones(len(x), np.float32), jax.random.key(1)).var()
+        return network.apply(params, x, np.ones(len(x), np.float32), jax.random.key(1)).var()
 
     return jax.grad(loss)
 
 
 def test_each_block_is_computed_again_if_asked():
     x = np.zeros((2, 8, 8, 1), np.float32)
-    text = str(jax.make_jaxpr(gradient(remat(TINY)))(unet.init_params(TINY, 0), x))
+    text = str(jax.make_jaxpr(gradient(remat(TINY)))(TINY.init(0), x))
     # Two blocks and one attention down, three and two in the middle and up again, …
     blocks = 1 + 1 + 3 + 2 + 2
     assert text.count("prevent_cse") == blocks
-    assert "prevent_cse" not in str(jax.make_jaxpr(gradient(TINY))(unet.init_params(TINY, 0), x))
+    assert "prevent_cse" not in str(jax.make_jaxpr(gradient(TINY))(TINY.init(0), x))
 
 
 @pytest.mark.slow
 def test_computing_again_changes_nothing():
     network = UNet(8, 1, 1, 32, (1, 2), 1, (4,), dropout=0.1)
-    params = unet.init_params(network, 0)
+    params = network.init(0)
     x = np.random.default_rng(0).standard_normal((4, 8, 8, 1), np.float32)
     plain, again = (jax.jit(gradient(n))(params, x) for n in (network, remat(network)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)

@@ -13,8 +13,7 @@ from helpers import TINY, equations, group, network_of
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.objectives import NoiseSample, Objective, paper, released
 from s2dm_jax.diffusion.schedule import add_noise, cosine_schedule, linear_schedule
-from s2dm_jax.models import unet
-from s2dm_jax.training.step import update
+from s2dm_jax.training.step import StepConfig, update
 from s2dm_jax.weights import torch_names
 from s2dm_jax.workdir.state import TrainState, make_optimizer
 
@@ -26,7 +25,6 @@ def published_run(arrays):
     c = json.loads(str(arrays["config"]))
     network = network_of(arrays)
     params = torch_names.from_torch(group(arrays, "init/"), network)
-    apply = functools.partial(unet.apply, network)
     optimizer = make_optimizer(c["lr"], c["grad_clip"])
     if "skip_factors" in arrays:
         objective = released(skip=int(arrays["skip_factors"]) + 1, tau=float(arrays["tau"]))
@@ -34,11 +32,12 @@ def published_run(arrays):
     else:
         objective = released(K=max(int(arrays["K"]), 1), lam=float(arrays["lam"]))
         rest, second = np.moveaxis(arrays["e_k"], 1, 2), [None] * len(arrays["t"])
+    made_of = StepConfig(network, SCHEDULE, objective, optimizer, c["ema_rate"])
     state = TrainState(np.int32(0), params, params, optimizer.init(params))
 
     @jax.jit
     def step(state, x0, draws):
-        return update(apply, SCHEDULE, objective, optimizer, c["ema_rate"], "initial", state, x0, draws, None)
+        return update(made_of, state, x0, draws, None)
 
     history = []
     for i, t in enumerate(arrays["t"]):
@@ -47,7 +46,7 @@ def published_run(arrays):
             noise = np.concatenate([noise, rest[i]], axis=1)
         state, metrics = step(state, arrays["x0"][i], NoiseSample(t, noise, second[i]))
         history.append((metrics["loss"], metrics["grad_norm"]))
-    return np.array(history), torch_names.to_torch(state.params), torch_names.to_torch(state.ema)
+    return np.array(history), torch_names.to_torch(state.params), torch_names.to_torch(state.ema_params)
 
 
 def norm(tensors):
@@ -201,11 +200,11 @@ def test_products_of_the_loss_keep_float32_on_accelerators():
 
 
 def test_convolutions_in_the_compiled_program_do_not_grow_with_K():
-    params = unet.param_shapes(TINY)
+    params = TINY.param_shapes()
 
     def convolutions(objective):
         def mean_loss(params, x0, key):
-            eps_fn = functools.partial(unet.apply, TINY, params)
+            eps_fn = functools.partial(TINY.apply, params)
             draws = objectives.sample_noise(objective, key, SCHEDULE.T, x0.shape)
             return objectives.loss(eps_fn, SCHEDULE, objective, x0, draws)[0].mean()
 

@@ -17,7 +17,6 @@ from s2dm_jax.evaluation.features import FeaturesUnavailable, build_features, ch
 from s2dm_jax.evaluation.metrics import feature_statistics, frechet_distance
 from s2dm_jax.evaluation.reference import image_batches, load_reference
 from s2dm_jax.inference.model import Model
-from s2dm_jax.models import unet
 from s2dm_jax.models.unet import UNet
 
 NETWORK = UNet(8, 1, 1, 32, (1,), 1, ())
@@ -157,7 +156,7 @@ def test_other_weights_seeds_and_options_are_measured_anew(config, data, sampled
 
 
 def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):
-    model = Model(config, NETWORK, linear_schedule(20), unet.init_params(NETWORK, 0), 7)
+    model = Model(config, NETWORK, linear_schedule(20), NETWORK.init(0), 7)
     monkeypatch.setattr(evaluation, "load", lambda _, step: model)
     monkeypatch.setattr(evaluation, "load_dataset", lambda _: data)
     config.eval.update({"nfe": (2,), "num_images": 24})

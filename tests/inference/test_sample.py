@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import FunctionNetwork
 from PIL import Image
 
 import s2dm_jax
@@ -63,7 +64,7 @@ def workdir(tmp_path_factory):
     # The initial network changes little.
     ema = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, state.params)
     manager = checkpoint.open_checkpoints(path)
-    checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema=ema)))
+    checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema_params=ema)))
     manager.close()
     return path
 
@@ -95,17 +96,15 @@ def toy(monkeypatch, quick_noise):
     """A model whose network is (x, t) → params·x·(1 + t/20), and the list of the batches that were traced."""
     traced = []
 
-    def eps_fn(network, params):
-        def eps(x, t):
-            traced.append(x.shape)
-            return params * x * (1 + t.reshape(-1, 1, 1, 1) / 20)
+    def eps(params, x, t):
+        traced.append(x.shape)
+        return params * x * (1 + t.reshape(-1, 1, 1, 1) / 20)
 
-        return eps
-
-    monkeypatch.setattr(sampling.unet, "eps_fn", eps_fn)
-    model = Model(small_config(), NETWORK, linear_schedule(20), np.float32(0.7), 7)
+    model = Model(small_config(), FunctionNetwork(eps), linear_schedule(20), np.float32(0.7), 7)
     monkeypatch.setattr(
-        sample_mode, "load", lambda path, step=None: model._replace(params=np.float32(0.5 + len(path) / 1000))
+        sample_mode,
+        "load",
+        lambda path, step=None: model._replace(ema_params=np.float32(0.5 + len(path) / 1000)),
     )
     return model, traced
 
@@ -118,7 +117,7 @@ def test_an_image_depends_on_its_seed_and_index_alone(model):
     in_batches = model.sample(7, nfe=3, seed=3, batch_size=3)
     np.testing.assert_allclose(in_batches.astype(int), images, atol=1)
     sampler, timesteps = model.sampler(nfe=3)
-    in_disorder = np.asarray(sampler(model.params, timesteps, 3, np.array([5, 0, 3])))
+    in_disorder = np.asarray(sampler(model.ema_params, timesteps, 3, np.array([5, 0, 3])))
     np.testing.assert_array_equal(in_disorder, in_batches[[5, 0, 3]])
     assert (model.sample(3, nfe=3, seed=4, batch_size=3) != in_batches[:3]).any()
 
@@ -127,14 +126,14 @@ def test_batches_add_up_and_share_one_program(toy):
     model, traced = toy
     sampler, timesteps = model.sampler(nfe=3, eta=0.5)
     options = {"seed": 0, "num_images": 8, "batch_size": 3}
-    batches = list(sample_batches(sampler, model.params, timesteps, **options))
+    batches = list(sample_batches(sampler, model.ema_params, timesteps, **options))
     assert [len(batch) for batch in batches] == [3, 3, 2]
     assert set(traced) == {(3, 8, 8, 1)}
     np.testing.assert_array_equal(np.concatenate(batches), model.sample(8, nfe=3, eta=0.5))
     assert len(model.sample(1, nfe=3, batch_size=9)) == 1
     for name in ("num_images", "batch_size"):
         with pytest.raises(ValueError, match=f"{name}=0 is out of range: it must be at least 1"):
-            next(sample_batches(sampler, model.params, timesteps, **{**options, name: 0}))
+            next(sample_batches(sampler, model.ema_params, timesteps, **{**options, name: 0}))
 
 
 def test_other_values_compile_nothing(toy):
@@ -151,7 +150,7 @@ def test_other_values_compile_nothing(toy):
         images((0, 7, 19), eta=0.5, skip_scale=scale),
         images((0, 5, 10), eta=0.7, skip_scale=scale),
         images((0, 5, 10), eta=0.5, skip_scale=scale**2),
-        model._replace(params=np.float32(0.6)).sample(2, timesteps=(0, 5, 10), eta=0.5, skip_scale=scale),
+        model._replace(ema_params=np.float32(0.6)).sample(2, timesteps=(0, 5, 10), eta=0.5, skip_scale=scale),
     ):
         assert (other != first).any()
     assert len(traced) == count
@@ -161,32 +160,22 @@ def test_other_values_compile_nothing(toy):
 def test_every_method_makes_the_calls_it_says(model, quick_noise, monkeypatch, method):
     calls = []
 
-    def counted(make):
-        def counting(*arguments):
-            network = make(*arguments)
+    class Counted(UNet):
+        def apply_with_features(self, *inputs):
+            jax.debug.callback(lambda: calls.append(1))
+            return super().apply_with_features(*inputs)
 
-            def call(x, t):
-                jax.debug.callback(lambda: calls.append(1))
-                return network(x, t)
-
-            return call
-
-        return counting
-
-    monkeypatch.setattr(sampling.unet, "eps_fn", counted(sampling.unet.eps_fn))
-    monkeypatch.setattr(
-        sampling.variance_head, "eps_variance_fn", counted(sampling.variance_head.eps_variance_fn)
-    )
+    network = Counted(**vars(model.network))
     nfe = SAMPLERS[method].min_steps + SAMPLERS[method].extra_evaluations + 1
     # A schedule of its own: a compiled program of another test would not count.
     schedule, head = (
         linear_schedule(20),
-        variance_head.Head(method, variance_head.init_params(model.network, 0)),
+        variance_head.Head(method, variance_head.init_params(network, 0)),
     )
     sampler, timesteps = configure_sampler(
-        model.network, schedule, method, nfe=nfe, ms_eps=np.full(20, 0.5), head=head
+        network, schedule, method, nfe=nfe, ms_eps=np.full(20, 0.5), head=head
     )
-    images = np.asarray(sampler(model.params, timesteps, 0, np.arange(2)))
+    images = np.asarray(sampler(model.ema_params, timesteps, 0, np.arange(2)))
     jax.effects_barrier()
     assert len(calls) == nfe
     assert (images.shape, images.dtype) == ((2, 8, 8, 1), np.uint8)
@@ -200,7 +189,7 @@ def test_skip_scale_is_the_samplers(toy, quick_noise):
     np.testing.assert_array_equal(model.sample(3, nfe=4, skip_scale=0), plain)
     scaled = model.sample(3, nfe=4, skip_scale=10, skip_scale_tau=0.5, skip_scale_preset="released")
     eps_fn = scale_eps(
-        sampling.unet.eps_fn(NETWORK, model.params),
+        model.network.eps_fn(model.ema_params, model.schedule),
         objectives.skip_scale(model.schedule, 10, 0.5, "released"),
     )
     x_T = quick_noise(0, np.arange(3), (8, 8, 1))
@@ -238,7 +227,7 @@ def test_a_trajectory_ends_in_the_image(toy, method):
 
 
 def test_compared_runs_start_from_the_same_noise(toy):
-    models = [toy[0], toy[0]._replace(params=np.float32(0.5))]
+    models = [toy[0], toy[0]._replace(ema_params=np.float32(0.5))]
     rows = visualize.compare([*models, models[0]], 3, seed=5, nfe=3)
     np.testing.assert_array_equal(rows[0], models[0].sample(3, seed=5, nfe=3))
     np.testing.assert_array_equal(rows[1], models[1].sample(3, seed=5, nfe=3))
@@ -274,7 +263,7 @@ def test_analytic_estimates_its_statistic_once(workdir, capsys):
         s2dm_jax.load(str(workdir)).sample(2, "analytic", nfe=3)
     config = small_config(sampler="analytic", noise_stat_images=3)
     first = sample(config, str(workdir))
-    assert "estimating the mean square of the noise at 20 levels, 3 images" in capsys.readouterr().out
+    assert "estimating the mean square of ε at 20 timesteps, 3 images" in capsys.readouterr().out
     assert sample(config, str(workdir)) == first
     printed = capsys.readouterr().out
     assert "estimating" not in printed

@@ -12,7 +12,7 @@ from flax import traverse_util
 from helpers import TINY, equations, group, network_of
 
 from s2dm_jax.diffusion.schedule import add_noise, linear_schedule
-from s2dm_jax.models import unet
+from s2dm_jax.models.network import num_params
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names
 
@@ -26,8 +26,8 @@ def test_published_network(golden, name):
 
     def ddim_loss(params):
         x_t = add_noise(linear_schedule(), x, t, noise)
-        loss = jnp.square(unet.apply(network, params, x_t, t) - noise).sum((1, 2, 3)).mean()
-        return loss, unet.apply(network, params, x, t)
+        loss = jnp.square(network.apply(params, x_t, t) - noise).sum((1, 2, 3)).mean()
+        return loss, network.apply(params, x, t)
 
     (loss, out), grads = jax.jit(jax.value_and_grad(ddim_loss, has_aux=True))(params)
     np.testing.assert_allclose(out, arrays["out"], rtol=1e-4, atol=1e-4 * np.abs(arrays["out"]).max())
@@ -78,13 +78,13 @@ def test_published_parameter_counts(golden):
     }
     for name, count in golden("param_counts.json").items():
         resolution, ch_mult = sizes[name]
-        assert unet.num_params(UNet(resolution, 3, 3, 128, ch_mult, 2, (16,))) == count
+        assert num_params(UNet(resolution, 3, 3, 128, ch_mult, 2, (16,))) == count
 
 
 def test_initialisation_is_pytorchs():
     network = UNet(8, 3, 3, 64, (1, 2), 1, (4,))
-    params = traverse_util.flatten_dict(unet.init_params(network, seed=0), sep=".")
-    other = traverse_util.flatten_dict(unet.init_params(network, seed=1), sep=".")
+    params = traverse_util.flatten_dict(network.init(seed=0), sep=".")
+    other = traverse_util.flatten_dict(network.init(seed=1), sep=".")
     for name, value in params.items():
         module, leaf = name.rsplit(".", 1)
         if "norm" in module:
@@ -100,25 +100,25 @@ def test_initialisation_is_pytorchs():
 
 def test_dropout_follows_its_key_and_differs_between_images():
     network = UNet(8, 1, 1, 32, (1,), 1, (), dropout=0.5)
-    params = unet.init_params(network, seed=0)
+    params = network.init(seed=0)
     x = np.ones((2, 8, 8, 1), np.float32)
     t = np.zeros(2, np.int32)
-    run = jax.jit(lambda key: unet.apply(network, params, x, t, key))
+    run = jax.jit(lambda key: network.apply(params, x, t, key))
     a, again, b = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
     np.testing.assert_array_equal(a, again)
     assert not np.allclose(a, b)
     # Two equal images in one batch: what differs between them is their mask.
     assert not np.allclose(a[0], a[1])
-    off = unet.apply(network, params, x, t)
+    off = network.apply(params, x, t)
     np.testing.assert_allclose(off[0], off[1], atol=1e-6)
 
 
 def test_bfloat16_activations_stay_near_float32():
-    params = unet.init_params(TINY, seed=0)
+    params = TINY.init(seed=0)
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
     t = np.array([10, 900])
-    full = unet.apply(TINY, params, x, t)
-    half = unet.apply(UNet(**{**vars(TINY), "dtype": "bfloat16"}), params, x, t)
+    full = TINY.apply(params, x, t)
+    half = UNet(**{**vars(TINY), "dtype": "bfloat16"}).apply(params, x, t)
     assert half.dtype == jnp.float32
     error = np.abs(half - full).max() / np.abs(full).max()
     assert 0 < error < 0.03
@@ -129,9 +129,9 @@ def test_gradients_sum_over_pixels_in_float32():
     x, t = np.ones((2, 8, 8, 1), np.float32), np.array([10, 900])
 
     def loss(params):
-        return jnp.square(unet.apply(network, params, x, t, jax.random.key(0))).sum()
+        return jnp.square(network.apply(params, x, t, jax.random.key(0))).sum()
 
-    program = jax.make_jaxpr(jax.grad(loss))(unet.init_params(network, 0))
+    program = jax.make_jaxpr(jax.grad(loss))(network.init(0))
     types = []
     for equation in equations(program.jaxpr):
         if equation.primitive.name == "reduce_sum":
@@ -144,6 +144,6 @@ def test_gradients_sum_over_pixels_in_float32():
 
 
 def test_images_of_another_size_are_refused():
-    params = unet.init_params(TINY, seed=0)
+    params = TINY.init(seed=0)
     with pytest.raises(ValueError, match=r"\(8, 8, 1\), not \(16, 16, 1\)"):
-        unet.apply(TINY, params, np.zeros((1, 16, 16, 1), np.float32), np.zeros(1))
+        TINY.apply(params, np.zeros((1, 16, 16, 1), np.float32), np.zeros(1))

@@ -1,97 +1,65 @@
 """The loop of training around a toy network that compiles in a second: resume, faults, telemetry, parts."""
 
+import dataclasses
 import functools
 import json
+import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import small_config
+from helpers import ToyNetwork, small_config
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.config.build import build_network
 from s2dm_jax.data import device_feed
 from s2dm_jax.data.batches import batch_at
 from s2dm_jax.data.datasets import load_digits
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import linear_schedule
-from s2dm_jax.models import unet
 from s2dm_jax.training import loop, telemetry
-from s2dm_jax.training.loop import train
-from s2dm_jax.training.step import loss_by_timestep, update
+from s2dm_jax.training.step import StepConfig, loss_by_timestep, update
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.state import init_state, make_optimizer
 
-SHAPES = {"conv": {"kernel": (1, 16), "bias": (16,)}, "out": {"kernel": (16, 1)}}
-
-
-def toy(network, params, x, t, dropout_key=None):
-    """Two layers pixel by pixel."""
-    h = jnp.tanh(x @ params["conv"]["kernel"] + params["conv"]["bias"] + t[:, None, None, None] / 1000)
-    return h @ params["out"]["kernel"]
-
-
-def cheap_draw(objective, key, T, shape):
-    """Levels and noise of a kind: XLA:CPU takes seconds to compile real ones, in every program anew."""
-    word = jax.random.key_data(key)[0]
-    t = (word + 7919 * jnp.arange(shape[0], dtype=jnp.uint32)) % T
-    pixels = jnp.arange(np.prod(shape) * objective.num_timesteps_per_image, dtype=jnp.uint32)
-    noise = jnp.sin((word % 1000 + pixels * 31).astype(jnp.float32))
-    return objectives.NoiseSample(t.astype(jnp.int32), noise.reshape(shape[0], -1, *shape[1:]), None)
-
-
-def toy_params(network, seed):
-    rng = np.random.default_rng(seed)
-    return {
-        layer: {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-        for layer, shapes in SHAPES.items()
-    }
+NETWORK = ToyNetwork()
+FEATURES = """
+def means(images):
+    return images.reshape(len(images), 8, 8)[:, ::2, ::4].reshape(len(images), 8).astype("float32")
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _toy_network():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        replace_what_compiles(monkeypatch)
-        yield
+def _features(tmp_path_factory):
+    """Distances in a few pixels: training a classifier would take longer than the runs."""
+    file = tmp_path_factory.mktemp("features") / "features.py"
+    file.write_text(FEATURES)
+    SETTINGS["eval.feature_extractor"] = f"{file}:means"
 
 
-def replace_what_compiles(monkeypatch):
-    monkeypatch.setattr(objectives, "sample_noise", cheap_draw)
-    monkeypatch.setattr(unet, "apply", toy)
-    monkeypatch.setattr(unet, "init_params", toy_params)
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), toy_params(None, 0))
-    monkeypatch.setattr(unet, "param_shapes", lambda _: shapes)
-    results = {"rows": [], "provenance": {"metric": "none"}}
-    monkeypatch.setattr(
-        loop,
-        "evaluate",
-        lambda model, *_: {"step": model.step, "eval": model.config.eval.to_dict(), **results},
-    )
+def train(config, workdir):
+    loop.train(config, workdir, network=NETWORK)
 
-    def show_results(workdir, results):
-        (workdir / "results.json").write_text(json.dumps(results))
 
-    monkeypatch.setattr(loop, "show_results", show_results)
+SETTINGS = {
+    "data.random_flip": False,
+    "train.steps": 400,
+    "train.log_every": 50,
+    "train.sample_every": 400,
+    "train.checkpoint_every": 100,
+    "eval.num_images": 16,
+}
 
 
 def run_config(**changes):
     changes = {name.replace("__", "."): value for name, value in changes.items()}
-    defaults = {
-        "model.dropout": 0.0,
-        "data.random_flip": False,
-        "train.steps": 400,
-        "train.log_every": 50,
-        "train.sample_every": 400,
-        "train.checkpoint_every": 100,
-    }
-    return small_config(**{**defaults, **changes})
+    return small_config(**{**SETTINGS, **changes})
 
 
 def newest_state(workdir, config):
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
-    like = init_state(build_network(config), optimizer, 0)
+    like = init_state(NETWORK, optimizer, 0)
     return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
 
 
@@ -192,9 +160,9 @@ def test_what_a_run_tells(straight):
     last = lines(straight)[-1]
     told = {
         "loss",
-        "simple",
-        "skip",
-        "sa",
+        "loss_simple",
+        "loss_skip",
+        "loss_sequence",
         "grad_norm",
         "seconds_per_step",
         "images_per_second",
@@ -202,20 +170,20 @@ def test_what_a_run_tells(straight):
     }
     assert told | {"tflops_per_second", "peak_memory_gb"} < last.keys()
     assert "mfu" not in last, "a CPU's peak is not known"
-    groups = {name for name in last if name.startswith("simple/t")}
-    assert groups == {f"simple/t{i}00-{i}99" for i in range(10)}
+    groups = {name for name in last if "/" in name}
+    assert groups == {f"loss_simple_by_t/{i}00-{i}99" for i in range(10)}
     assert last["eta_seconds"] == 0
 
 
 def test_a_chunk_without_a_finite_step_has_no_means():
-    metrics = {"loss": np.full(3, np.nan), "levels": np.full((3, 2, 10), np.nan)}
+    metrics = {"loss": np.full(3, np.nan), "by_timestep": np.full((3, 2, 10), np.nan)}
     assert telemetry.aggregate_metrics(metrics, np.zeros(3, bool), 1000) == {"skipped_steps": 3}
 
 
-def test_loss_by_level_adds_up():
+def test_loss_by_timestep_adds_up():
     T, t = 25, jnp.asarray([0, 2, 3, 24, 24])
     sums, counts = loss_by_timestep(jnp.asarray([1.0, 2.0, 4.0, 8.0, 16.0]), t, T)
-    # Ten groups of 25 levels begin at 0, 3 (2.5 rounded up), …, 23.
+    # Ten groups of 25 timesteps begin at 0, 3 (2.5 rounded up), …, 23.
     np.testing.assert_array_equal(counts, [2, 1, 0, 0, 0, 0, 0, 0, 0, 2])
     np.testing.assert_array_equal(sums, [3, 4, 0, 0, 0, 0, 0, 0, 0, 24])
 
@@ -226,17 +194,16 @@ def test_profile_traces_some_steps(tmp_path):
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
-    schedule, objective = linear_schedule(), objectives.paper(skip=10, K=2, lam=1.0)
-    optimizer = make_optimizer(1e-3, 1.0)
-    network = build_network(small_config())
-    state = init_state(network, optimizer, 0)
+    objective, optimizer = objectives.paper(skip=10, K=2, lam=1.0), make_optimizer(1e-3, 1.0)
+    made_of = StepConfig(NETWORK, linear_schedule(), objective, optimizer, 0.99)
+    state = init_state(NETWORK, optimizer, 0)
     x0 = np.random.default_rng(1).uniform(-1, 1, (12, 8, 8, 1)).astype(np.float32)
 
     @jax.jit
     def step_in_parts():
         draws = objectives.sample_noise(objective, jax.random.key(2), 1000, x0.shape)
-        made_of = functools.partial(toy, network), schedule, objective, optimizer, 0.99, "initial"
-        return [update(*made_of, state, x0, draws, None, accumulate) for accumulate in (1, 3)]
+        in_parts = [dataclasses.replace(made_of, grad_accum_steps=parts) for parts in (1, 3)]
+        return [update(each, state, x0, draws, None) for each in in_parts]
 
     (one, metrics), (parts, metrics_of_parts) = step_in_parts()
     for a, b in ((metrics, metrics_of_parts), (one.opt_state, parts.opt_state)):
@@ -256,3 +223,11 @@ def test_each_checkpoint_is_judged_by_the_steps_since_the_one_before(tmp_path):
         path = tmp_path / "run" / "checkpoints" / str(told[i + 1]["step"]) / "metrics" / "metrics"
         mean = (told[i]["loss"] + told[i + 1]["loss"]) / 2
         np.testing.assert_allclose(json.loads(path.read_text())["loss"], mean)
+
+
+def test_only_metrics_of_the_run_can_choose_a_checkpoint(tmp_path):
+    sentence = (
+        "config.train.keep_best='loss_skip' is no metric of this run; choose one of nothing, loss, loss_s"
+    )
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        train(run_config(train__keep_best="loss_skip", loss__skip=0), tmp_path / "run")

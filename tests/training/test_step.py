@@ -10,16 +10,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
-from helpers import SMALL, final_state, small_config
+from helpers import SMALL, ToyNetwork, final_state, small_config
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.diffusion import objectives
+from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.training import loop
 from s2dm_jax.training.loop import train
-from s2dm_jax.training.step import update_ema
+from s2dm_jax.training.step import StepConfig, apply_gradient
 from s2dm_jax.workdir import checkpoint
-from s2dm_jax.workdir.state import init_state, make_optimizer
+from s2dm_jax.workdir.state import TrainState, init_state, make_optimizer
 
 ROOT = Path(__file__).parents[2]
 # The smallest network and evaluation: what is tested here is the loop.
@@ -103,11 +106,13 @@ def test_first_signal_saves_and_says_how_to_go_on(tmp_path):
     assert saved == int(last[1].replace(",", "")) > 0
 
 
-def test_moving_average_starts_where_it_is_told():
-    ema, params = {"w": np.float32(0)}, {"w": np.float32(1)}
-    for start, expected in (("initial", 0.1), ("first_step", 1.0)):
-        np.testing.assert_allclose(update_ema(ema, params, 0.9, 0, start)["w"], expected, rtol=1e-6)
-        np.testing.assert_allclose(update_ema(ema, params, 0.9, 1, start)["w"], 0.1, rtol=1e-6)
+def test_ema_starts_at_the_initial_weights_or_at_those_after_the_first_step():
+    for start, expected in (("initial", [0.1, 0.19]), ("first_step", [1.0, 1.0])):
+        made_of = StepConfig(ToyNetwork(), linear_schedule(), objectives.paper(), optax.sgd(0.0), 0.9, start)
+        state = TrainState(np.int32(0), {"w": np.float32(1)}, {"w": np.float32(0)}, optax.sgd(0.0).init({}))
+        for average in expected:
+            state = apply_gradient(made_of, state, {"w": np.float32(0)})
+            np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-6)
 
 
 def test_initial_optimizer_state_is_optaxs():
@@ -115,4 +120,4 @@ def test_initial_optimizer_state_is_optaxs():
     optimizer = make_optimizer(1e-3, 1.0)
     state = init_state(network, optimizer, seed=0)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
-    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)

@@ -19,7 +19,6 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.hashing import sha256_of_tensors
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import from_json
-from s2dm_jax.models import unet
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names, write
 from s2dm_jax.weights.export import export
@@ -86,9 +85,9 @@ def files(weights, workdir, tmp_path_factory):
 def test_there_and_back_to_the_bit(files, weights, name):
     back = read_weights(str(files / name))
     assert (back.network, back.step, back.schedule) == (weights.network, 7, ("linear", 20))
-    assert_equal_trees(back.ema, weights.ema)
+    assert_equal_trees(back.ema_params, weights.ema_params)
     # Only DDIM's list has both.
-    assert_equal_trees(back.params, weights.params if name == "ckpt.pth" else weights.ema)
+    assert_equal_trees(back.params, weights.params if name == "ckpt.pth" else weights.ema_params)
     folder = name == "diffusers"
     card = json.loads((files / name / "model_card.json" if folder else files / f"{name}.json").read_text())
     assert back.card == card
@@ -108,14 +107,14 @@ def test_the_command_makes_a_run_of_a_checkpoint(command, files, workdir, tmp_pa
     before, after = load_run(str(workdir)), load_run(str(tmp_path / "run"))
     assert after.config == before.config
     assert (after.network, after.step) == (before.network, 7)
-    assert_equal_trees((after.params, after.ema), (before.params, before.ema))
+    assert_equal_trees((after.params, after.ema_params), (before.params, before.ema_params))
     # The results stay with the weights.
     command([str(tmp_path / "run"), str(tmp_path / "again.safetensors")])
     assert read_weights(str(tmp_path / "again.safetensors")).card["metrics"]["provenance"] == {"seed": 11}
 
 
 def published(seed=0, network=NETWORK):
-    return to_state(unet.init_params(network, seed))
+    return to_state(network.init(seed))
 
 
 def prefixed(state):
@@ -135,7 +134,7 @@ def test_published_checkpoints_are_taken_apart(tmp_path):
         return read_weights(str(tmp_path / "b.pth"), **{"resolution": 8, **options})
 
     def both(weights):
-        return to_state(weights.params), to_state(weights.ema)
+        return to_state(weights.params), to_state(weights.ema_params)
 
     ddim = read([prefixed(raw), {"state": {}}, 4, 790_000, ema])
     assert (ddim.network, ddim.step, ddim.card, ddim.schedule) == (NETWORK, 790_000, None, None)
@@ -189,7 +188,7 @@ def test_published_networks_are_known_from_their_shapes(resolution, ch_mult):
 
 
 def _contents(weights):
-    leaves = [leaf.tobytes() for leaf in jax.tree.leaves((weights.ema, weights.params))]
+    leaves = [leaf.tobytes() for leaf in jax.tree.leaves((weights.ema_params, weights.params))]
     return leaves, weights.network, weights.step, weights.schedule, weights.card
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.diffusion.schedule import SCHEDULES
-from s2dm_jax.models import unet
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import diffusers_names
 from s2dm_jax.weights.read import read_weights, to_state
@@ -17,7 +16,7 @@ NETWORK = UNet(8, 1, 1, 32, (1,), 1, (8,))
 
 
 def published():
-    return to_state(unet.init_params(NETWORK, 0))
+    return to_state(NETWORK.init(0))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
     weights = read_weights(str(tmp_path))
     assert weights.schedule == ("linear", 50)
     for name, value in published().items():
-        np.testing.assert_array_equal(to_state(weights.ema)[name], value)
+        np.testing.assert_array_equal(to_state(weights.ema_params)[name], value)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config.json does not describe a network"):
         read_weights(str(tmp_path))
@@ -119,7 +118,7 @@ def test_the_first_tensor_that_does_not_fit_is_named():
 
 def test_resampling_without_convolutions_comes_back_from_blocks_that_have_them():
     network = UNet(8, 1, 1, 32, (1, 1), 1, (), resamp_with_conv=False)
-    state = to_state(unet.init_params(network, 0))
+    state = to_state(network.init(0))
     theirs = diffusers_names.to_diffusers(state, network)
     down, up = (theirs[f"{way}_blocks.0.{way}samplers.0.conv.weight"] for way in ("down", "up"))
     # Of one channel: the mean of 2×2 pixels, padded below and to the right; the pixel in the middle.

@@ -19,7 +19,6 @@ from s2dm_jax.config.build import build_schedule
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.inference import sampler as sampling
 from s2dm_jax.inference.sampler import SamplerConfig, resolve_sampler, run_sampler, sampler_options
-from s2dm_jax.models import unet
 from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.weights import export
 from s2dm_jax.workdir.load import load_run
@@ -57,7 +56,9 @@ def reference(run, seed, indices, x_T=None):
     eta = options.pop("eta", None) or None
     program = SamplerConfig(run.network, schedule, run.config.sample.sampler, tuple(sorted(options.items())))
     return np.asarray(
-        jax.jit(lambda: run_sampler(program, run.ema, levels, seed, indices, eta=eta, scale=scale, x_T=x_T))()
+        jax.jit(
+            lambda: run_sampler(program, run.ema_params, levels, seed, indices, eta=eta, scale=scale, x_T=x_T)
+        )()
     )
 
 
@@ -135,7 +136,7 @@ out["eps"] = load("sampler.npz", "network")(inputs["x_T"], inputs["t"])
     for n in (1, 3, 16):
         np.testing.assert_allclose(out[f"batch {n}"], whole[:n], atol=1e-5)
     np.testing.assert_allclose(out["x_T"], reference(run, 3, np.arange(3), x_T), atol=1e-5)
-    eps = jax.jit(lambda: unet.apply(run.network, run.ema, x_T, t))()
+    eps = jax.jit(lambda: run.network.apply(run.ema_params, x_T, t))()
     np.testing.assert_allclose(out["eps"], eps, atol=1e-5)
     run.config.sample.update(skip_scale=0, eta=0.0, sampler="ddim")
     assert np.abs(reference(run, 3, np.arange(16)) - whole).max() > 1e-3, "what is baked in must show"
@@ -154,7 +155,7 @@ def test_every_platform_is_in_the_file(sampler_file):
 def test_the_file_samples_like_the_run(workdir, sampler_file, command_line, monkeypatch):
     model, run = s2dm_jax.load(str(sampler_file)), s2dm_jax.load(str(workdir))
     assert (model.step, model.network, model.config.sample.skip_scale) == (7, run.network, 5)
-    jax.tree.map(np.testing.assert_array_equal, model.params, run.params)
+    jax.tree.map(np.testing.assert_array_equal, model.ema_params, run.ema_params)
     # Noise that compiles in no time.
     monkeypatch.setattr(
         sampling,
@@ -173,7 +174,7 @@ def test_the_file_samples_like_the_run(workdir, sampler_file, command_line, monk
         settings = json.loads(str(file["provenance"]))
     assert (settings["skip_scale"], settings["evaluations"]) == (5, 3)
     assert settings["runs"][0]["step"] == 7
-    assert settings["runs"][0]["weights_sha256"] == sha256_of_arrays(jax.tree.leaves(run.params))
+    assert settings["runs"][0]["weights_sha256"] == sha256_of_arrays(jax.tree.leaves(run.ema_params))
 
 
 def test_mistakes_with_files_are_told(workdir, sampler_file, tmp_path, command_line, capsys):

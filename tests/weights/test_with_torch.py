@@ -16,7 +16,6 @@ from helpers import group
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.diffusion.schedule import SCHEDULES
 from s2dm_jax.inference.model import Model
-from s2dm_jax.models import unet
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names
 from s2dm_jax.weights.read import Weights, read_weights, to_state
@@ -99,7 +98,7 @@ def test_torch_to_ours_to_diffusers_runs_alike(golden, tmp_path, name):
     back = read_weights(str(tmp_path / "theirs"))
     # The shapes do not tell dropout; the folder has the published configs'.
     assert dataclasses.replace(back.network, dropout=0.0) == network
-    for key, value in to_state(back.ema).items():
+    for key, value in to_state(back.ema_params).items():
         assert value.tobytes() == np.ascontiguousarray(state[key]).tobytes(), key
 
 
@@ -118,7 +117,7 @@ def test_a_torch_file_of_ours_has_the_same_bytes(golden, tmp_path, kind, before_
     torch.save(theirs, tmp_path / "theirs.pth", _use_new_zipfile_serialization=not before_1_6)
     back = read_weights(str(tmp_path / "theirs.pth"), resolution=network.resolution)
     assert back.network == network
-    for key, value in to_state(back.ema).items():
+    for key, value in to_state(back.ema_params).items():
         assert value.tobytes() == np.ascontiguousarray(state[key]).tobytes(), key
     if kind == "ddim":
         module = torch.nn.ParameterList(torch.nn.Parameter(value) for value in theirs[0].values())
@@ -148,7 +147,7 @@ def test_a_sa_dpm_training_checkpoint_has_its_average_in_the_optimizer(golden, t
     assert weights.step == 1234
     for (key, raw), parameter in zip(state.items(), parameters, strict=True):
         np.testing.assert_array_equal(to_state(weights.params)[key], raw)
-        np.testing.assert_array_equal(to_state(weights.ema)[key], parameter.data.numpy() * 0.5)
+        np.testing.assert_array_equal(to_state(weights.ema_params)[key], parameter.data.numpy() * 0.5)
 
 
 def test_torch_itself_does_not_notice_a_flipped_bit(golden, tmp_path):
@@ -172,7 +171,7 @@ def test_diffusers_pipeline_draws_our_ddim(tmp_path, monkeypatch, name, steps):
     from diffusers.pipelines.ddim import pipeline_ddim
 
     network = UNet(16, 3, 3, 32, (1, 2), 1, (8,))
-    params = unet.init_params(network, seed=0)
+    params = network.init(seed=0)
     schedule = SCHEDULES[name]()
     # An untrained network's pictures are black and white. With noise and an output as small as the signal at
     # the first level, each step's x_0 is within the range of a picture, and both have their part in it.

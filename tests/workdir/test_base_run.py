@@ -41,11 +41,13 @@ def runs(tmp_path_factory):
 
 def test_only_the_head_is_trained_and_saved(runs):
     base, run = load_run(str(runs / "base")), load_run(str(runs / "head"))
-    jax.tree.map(np.testing.assert_array_equal, run.ema, base.ema)
+    jax.tree.map(np.testing.assert_array_equal, run.ema_params, base.ema_params)
     assert run.config.diffusion.T == 50
     fresh = variance_head.init_params(run.network, 0)
-    assert jax.tree.map(np.shape, run.head) == jax.tree.map(np.shape, fresh)
-    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (run.head, fresh)), strict=True))
+    assert jax.tree.map(np.shape, run.variance_head.params) == jax.tree.map(np.shape, fresh)
+    assert all(
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (run.variance_head.params, fresh)), strict=True)
+    )
 
     def size(folder):
         return sum(p.stat().st_size for p in (runs / folder / "checkpoints").rglob("*") if p.is_file())
@@ -84,7 +86,9 @@ def test_a_head_is_not_used_with_another_network(runs, tmp_path):
     saved["variance_head"]["base_workdir"] = str(tmp_path / "base")
     (tmp_path / "head" / "config.json").write_text(json.dumps(saved))
     before = load_run(str(runs / "head"))
-    jax.tree.map(np.testing.assert_array_equal, load_run(str(tmp_path / "head")).ema, before.ema)
+    jax.tree.map(
+        np.testing.assert_array_equal, load_run(str(tmp_path / "head")).ema_params, before.ema_params
+    )
 
     told = json.loads((tmp_path / "head" / "base.json").read_text())
     (tmp_path / "head" / "base.json").write_text(json.dumps({**told, "step": 4}))

@@ -39,7 +39,7 @@ def workdir(tmp_path_factory):
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     state = init_state(build_network(config), optimizer, seed=5)
     state = state._replace(
-        step=np.int32(7), ema=jax.tree.map(lambda leaf: np.asarray(leaf) * 0.5, state.params)
+        step=np.int32(7), ema_params=jax.tree.map(lambda leaf: np.asarray(leaf) * 0.5, state.params)
     )
     manager = checkpoint.open_checkpoints(path)
     checkpoint.save(manager, 7, jax.device_put(state))
@@ -53,7 +53,7 @@ def test_run_comes_back_as_it_was_saved(workdir):
     assert run.config == config
     assert run.network == build_network(config)
     assert run.step == 7
-    jax.tree.map(np.testing.assert_array_equal, run.ema, state.ema)
+    jax.tree.map(np.testing.assert_array_equal, run.ema_params, state.ema_params)
 
 
 def test_what_is_no_run_is_told_in_one_sentence(workdir, tmp_path):

@@ -1,0 +1,113 @@
+"""The interface of a network: all that training, sampling, statistics, export and conversion know of one.
+
+A network is a frozen, hashable value; its parameters live apart from it, in a nested dict with string keys,
+so that EMA, optimizer, checkpoints and sharding act on plain arrays. Equal networks share compiled programs.
+No jax is
+imported here, nor by the files in NETWORKS: a wrong shape is reported before seconds of imports.
+"""
+
+import importlib
+import math
+from typing import TYPE_CHECKING, Protocol, cast
+
+from s2dm_jax.common.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+    from s2dm_jax.diffusion.schedule import NoiseSchedule
+    from s2dm_jax.diffusion.types import EpsFn
+
+# config.model.name: the file of this folder and the class in it. Fields of the class that the group `model`
+# of a config has are set from there; the constructor raises ValueError for values that do not fit together.
+NETWORKS = {"unet": "unet:UNet"}
+
+
+class Network(Protocol):
+    """What predicts the noise in an image.
+
+    Attributes:
+      image_shape: (H, W, C) of the images.
+      dtype: of activations, "float32" or "bfloat16".
+    """
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def param_shapes(self) -> dict:
+        """Nested dict of `jax.ShapeDtypeStruct`, one for each parameter."""
+
+    def init(self, seed: int) -> dict:
+        """Parameters before training, a function of `seed`: nested dict of float32 arrays."""
+
+    def apply(
+        self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
+    ) -> "jax.Array":
+        """The network's output for x_t.
+
+        Args:
+          params: as from `init`.
+          x: [B, H, W, C].
+          t: [B], timesteps in 0 … T−1; may be fractional.
+          dropout_key: None switches dropout off.
+
+        Returns:
+          float32 [B, H, W, C].
+        """
+
+    def eps_fn(
+        self, params: dict, schedule: "NoiseSchedule", dropout_key: "jax.Array | None" = None
+    ) -> "EpsFn":
+        """The network as losses and samplers see it: (x_t [B, H, W, C], t [B]) → ε [B, H, W, C]."""
+
+
+class FeatureNetwork(Network, Protocol):
+    """A network that a variance head can read.
+
+    Attributes:
+      feature_channels: channels of the features.
+      prediction: what `apply` gives (`parameterization.PREDICTIONS`).
+    """
+
+    @property
+    def feature_channels(self) -> int: ...
+
+    @property
+    def prediction(self) -> str: ...
+
+    def apply_with_features(
+        self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
+    ) -> "tuple[jax.Array, jax.Array]":
+        """`apply`, and the features [B, H, W, feature_channels] that its last norm and convolution read."""
+
+
+def with_features(network: Network) -> FeatureNetwork:
+    """The network, once sure that a variance head can read it.
+
+    Raises:
+      UserError: where it has no features.
+    """
+    if not hasattr(network, "apply_with_features"):
+        raise UserError(
+            f"{type(network).__name__} has no features that a variance head could read; choose another "
+            "config.model.name, or train without config.variance_head"
+        )
+    return cast(FeatureNetwork, network)
+
+
+def network_class(name: str) -> type:
+    """The class that NETWORKS has under this name."""
+    module, attribute = NETWORKS[name].split(":")
+    return getattr(importlib.import_module(f"s2dm_jax.models.{module}"), attribute)
+
+
+def num_params(network: Network) -> int:
+    """Number of scalar parameters."""
+    import jax
+
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.param_shapes()))

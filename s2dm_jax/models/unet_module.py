@@ -1,0 +1,128 @@
+"""The layers of the UNet of the DDIM code, layer for layer, in NHWC: NNX describes them, `unet.py` is what is
+used.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from s2dm_jax.models.layers import (
+    AttnBlock,
+    Conv3x3,
+    GroupNorm,
+    Linear,
+    ResnetBlock,
+    average_pool,
+    split_module,
+    timestep_embedding,
+)
+from s2dm_jax.models.unet import UNet
+
+
+class UNetModule(nnx.Module):
+    """ε-prediction network of DDIM (Song et al. 2021), also that of S²-DM and SA-DPM."""
+
+    def __init__(self, config: UNet):
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        ch, temb_dim = config.ch, 4 * config.ch
+        levels = range(len(config.ch_mult))
+        blocks = range(config.num_res_blocks)
+
+        def block(c_in, c_out):
+            return ResnetBlock(c_in, c_out, temb_dim, config.dropout, dtype)
+
+        def attentions(level, count):
+            if config.resolution >> level not in config.attn_resolutions:
+                return nnx.Dict()
+            return nnx.Dict({str(j): AttnBlock(ch * config.ch_mult[level], dtype) for j in range(count)})
+
+        self.temb = nnx.Dict(dense=nnx.Dict({"0": Linear(ch, temb_dim), "1": Linear(temb_dim, temb_dim)}))
+        self.conv_in = Conv3x3(config.in_channels, ch, dtype)
+
+        c = ch
+        skips = [c]
+        self.down: nnx.Dict = nnx.Dict()
+        for i in levels:
+            level = nnx.Dict(block=nnx.Dict(), attn=attentions(i, config.num_res_blocks))
+            for j in blocks:
+                level.block[str(j)] = block(c, ch * config.ch_mult[i])
+                c = ch * config.ch_mult[i]
+                skips.append(c)
+            if i != levels[-1]:
+                if config.resamp_with_conv:
+                    level["downsample"] = nnx.Dict(conv=Conv3x3(c, c, dtype, stride=2))
+                skips.append(c)
+            self.down[str(i)] = level
+
+        self.mid = nnx.Dict(block_1=block(c, c), attn_1=AttnBlock(c, dtype), block_2=block(c, c))
+
+        self.up: nnx.Dict = nnx.Dict()
+        for i in reversed(levels):
+            level = nnx.Dict(block=nnx.Dict(), attn=attentions(i, config.num_res_blocks + 1))
+            for j in range(config.num_res_blocks + 1):
+                level.block[str(j)] = block(c + skips.pop(), ch * config.ch_mult[i])
+                c = ch * config.ch_mult[i]
+            if i != 0 and config.resamp_with_conv:
+                level["upsample"] = nnx.Dict(conv=Conv3x3(c, c, dtype, upsample=True))
+            self.up[str(i)] = level
+
+        self.norm_out = GroupNorm(c)
+        self.conv_out = Conv3x3(c, config.out_channels, jnp.float32)
+
+    def __call__(
+        self, x: jax.Array, t: jax.Array, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """ε and the features that it is read from, [B, H, W, ch·ch_mult[0]]."""
+        config = self.config
+        levels = range(len(config.ch_mult))
+        if dropout_key is None:
+            next_key = lambda: None  # noqa: E731
+        else:
+            count = len(levels) * (2 * config.num_res_blocks + 1) + 2
+            next_key = iter(jax.random.split(dropout_key, count)).__next__
+
+        def run(block, *inputs):
+            return jax.checkpoint(block)(*inputs) if config.remat else block(*inputs)
+
+        temb = self.temb.dense["0"](timestep_embedding(t, config.ch))
+        temb = self.temb.dense["1"](nnx.silu(temb))
+
+        h = self.conv_in(x.astype(config.dtype))
+        skips = [h]
+        for i in levels:
+            level = self.down[str(i)]
+            for j in range(config.num_res_blocks):
+                h = run(level.block[str(j)], h, temb, next_key())
+                if str(j) in level.attn:
+                    h = run(level.attn[str(j)], h)
+                skips.append(h)
+            if i != levels[-1]:
+                h = level.downsample.conv(h) if config.resamp_with_conv else average_pool(h)
+                skips.append(h)
+
+        h = run(self.mid.block_1, h, temb, next_key())
+        h = run(self.mid.attn_1, h)
+        h = run(self.mid.block_2, h, temb, next_key())
+
+        for i in reversed(levels):
+            level = self.up[str(i)]
+            for j in range(config.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = run(level.block[str(j)], h, temb, next_key())
+                if str(j) in level.attn:
+                    h = run(level.attn[str(j)], h)
+            if i != 0 and config.resamp_with_conv:
+                h = level.upsample.conv(h)
+            elif i != 0:
+                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+
+        return self.conv_out(nnx.silu(self.norm_out(h)).astype(jnp.float32)), h
+
+
+@functools.lru_cache
+def definition(config: UNet) -> tuple[nnx.GraphDef, dict]:
+    """The structure of the network, and the shapes of its parameters."""
+    return split_module(lambda: UNetModule(config))

@@ -1,0 +1,100 @@
+"""What a run is made of, built and checked before the first long work."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import write_atomic
+from s2dm_jax.config.build import build_network
+from s2dm_jax.config.io import to_json
+from s2dm_jax.data.datasets import Dataset, load_dataset
+from s2dm_jax.devices.distributed import is_main_process
+from s2dm_jax.devices.sharding import replicate
+from s2dm_jax.diffusion.schedule import NoiseSchedule
+from s2dm_jax.evaluation.features import check_features
+from s2dm_jax.models import variance_head
+from s2dm_jax.models.flops import forward_flops, step_flops
+from s2dm_jax.models.network import Network
+from s2dm_jax.samplers.specs import SAMPLERS
+from s2dm_jax.training.step import step_config
+from s2dm_jax.workdir.folder import check_same_images
+from s2dm_jax.workdir.load import load_base_params
+from s2dm_jax.workdir.state import TrainState, init_state, make_optimizer, new_state
+
+
+class Setup(NamedTuple):
+    """What a run is made of.
+
+    Attributes:
+      config: checked.
+      workdir: its folder, open.
+      data: the dataset.
+      network, schedule, optimizer: as in `step.StepConfig`.
+      base_params: weights of the frozen network whose variance head is trained, or None.
+      init: the state before the first step.
+      flops_per_step: model FLOPs.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    data: Dataset
+    network: Network
+    schedule: NoiseSchedule
+    optimizer: optax.GradientTransformation
+    base_params: dict | None
+    init: TrainState
+    flops_per_step: int
+
+
+def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
+    """Builds and checks everything before the first long work; writes config.json."""
+    data = load_dataset(config)
+    check_features(config, data)
+    network = network or build_network(config)
+    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+    made_of = step_config(config, network, optimizer)
+    _check(config, made_of.objective.terms)
+    if is_main_process():
+        # First of all: a folder that holds anything without it is not taken for a run.
+        write_atomic(workdir / "config.json", to_json(config))
+        check_same_images(workdir, data.digest)
+        (workdir / "samples").mkdir(exist_ok=True)
+    batch_size = config.train.batch_size
+    if config.variance_head.kind:
+        base_params = replicate(load_base_params(workdir, config, network=network))
+        state = new_state(variance_head.init_params(network, config.train.seed), optimizer)
+        flops = forward_flops(network) * batch_size
+    else:
+        base_params, state = None, init_state(network, optimizer, config.train.seed)
+        flops = step_flops(network, batch_size, made_of.objective.num_timesteps_per_image)
+    return Setup(config, workdir, data, network, made_of.schedule, optimizer, base_params, state, flops)
+
+
+def _check(config: ConfigDict, terms: tuple[str, ...]) -> None:
+    """Checks what only the devices, the objective or the sampler's table know.
+
+    Raises:
+      UserError: one sentence that names the field, its value and what is allowed.
+    """
+    parts = jax.device_count() * config.train.grad_accum_steps
+    if config.train.batch_size % parts:
+        raise UserError(
+            f"config.train.batch_size={config.train.batch_size} must be a multiple of {parts}: of the "
+            f"{jax.device_count()} devices times "
+            f"config.train.grad_accum_steps={config.train.grad_accum_steps}"
+        )
+    if SAMPLERS[config.sample.sampler].requires == "ms_eps":
+        raise UserError(
+            f"config.sample.sampler={config.sample.sampler!r} cannot sample during training: its statistic "
+            "belongs to a network that no longer changes; train with ddim, and use it with --mode=sample"
+        )
+    metrics = ("", "loss", *(f"loss_{name}" for name in terms), "grad_norm")
+    if config.train.keep_best not in metrics:
+        raise UserError(
+            f"config.train.keep_best={config.train.keep_best!r} is no metric of this run; choose one of "
+            + ", ".join(name or "nothing" for name in metrics)
+        )
