@@ -66,7 +66,7 @@ def test_resume_is_exact_at_any_chunk_size(straight, tmp_path):
 def test_a_finished_run_says_so_and_does_nothing(straight, capsys, monkeypatch):
     workdir, config = straight
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name != ".lock"}
-    monkeypatch.setattr(loop, "init_state", None)
+    monkeypatch.setattr(loop, "set_up", None)
     train(config, workdir)
     assert "is finished: 4 steps" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name != ".lock"} == before
@@ -99,7 +99,7 @@ def test_first_signal_saves_and_says_how_to_go_on(tmp_path):
         if line.startswith("step "):
             process.send_signal(signal.SIGTERM)
     process.wait(timeout=120)
-    last = re.match(r"stopped at step ([\d,]+) of 100,000, saved in .*; the same command goes on", output[-1])
+    last = re.match(r"stopped at step ([\d,]+) of 100,000, saved in .*; run the same command to resume", output[-1])
     assert last, output
     assert process.returncode == 128 + signal.SIGTERM
     saved = checkpoint.open_checkpoints(workdir).latest_step()
