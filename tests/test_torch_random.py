@@ -10,7 +10,7 @@ from torch_random import TorchGenerator, initial_weights, sketch
 
 
 def test_first_draws_are_those_of_torch():
-    # `torch.manual_seed(0)`, then `torch.rand(4)`, `torch.randn(3)` or `torch.randn(16)`, as torch prints them.
+    # `torch.manual_seed(0)`, then `torch.rand(4)`, `torch.randn(3)` or `torch.randn(16)`, to four digits.
     rand = (TorchGenerator(0).uniform(1.0, (4,)) + 1) / 2
     np.testing.assert_allclose(rand, [0.4963, 0.7682, 0.0885, 0.1320], atol=5e-5)
     np.testing.assert_allclose(TorchGenerator(0).normal((3,)), [1.5410, -0.2934, -2.1788], atol=5e-5)

@@ -1,7 +1,7 @@
 """PyTorch's CPU generator and default initialisation in NumPy: a golden network is a seed and its shapes.
 
-The generator is the Mersenne Twister, whose seeding and output NumPy's frozen `RandomState` shares; what a draw
-makes of its output follows ATen's `DistributionsHelper.h` and `DistributionTemplates.h` (torch 2).
+The generator is the Mersenne Twister, seeded as NumPy's frozen `RandomState` is; how draws are made of its words
+follows ATen's `DistributionsHelper.h` and `DistributionTemplates.h` (torch 2).
 """
 
 import numpy as np
@@ -35,9 +35,9 @@ class TorchGenerator:
         if count < 16:
             return np.array([self._one_normal() for _ in range(count)]).reshape(shape)
         out = np.empty(count)
-        units, whole = self._unit(count), count // 16 * 16
-        out[:whole] = _box_muller(units[:whole])
-        if count > whole:
+        units, blocks = self._unit(count), count // 16 * 16
+        out[:blocks] = _box_muller(units[:blocks])
+        if count > blocks:
             # The last 16 are drawn again together.
             out[-16:] = _box_muller(self._unit(16))
         return out.reshape(shape)
@@ -88,8 +88,8 @@ def initial_weights(seed: int, shapes: dict, constructed: list, perturbation: fl
 def sketch(tensors: dict, size: int = 8192) -> np.ndarray:
     """A random projection of all tensors together: [size], float64 (CountSketch, Charikar et al. 2002).
 
-    Each entry, with a random sign, is added to one of `size` sums. Sketches are linear, and the norm of one is
-    that of all entries to within about 1/√(2·size): 1 %.
+    Each entry, with a random sign, is added to one of `size` sums. A sketch is linear in the tensors, and its
+    norm is that of all entries to within about 1/√(2·size), 1 %.
     """
     entries = np.concatenate([np.ravel(tensors[name]) for name in sorted(tensors)]).astype(np.float64)
     rng = np.random.RandomState(0)

@@ -12,7 +12,7 @@ from helpers import TINY, equations, group, network_of
 from torch_random import sketch
 
 from s2dm_jax.diffusion import objectives
-from s2dm_jax.diffusion.objectives import NoiseSample, Objective, paper, released
+from s2dm_jax.diffusion.objectives import NoiseSample, paper, released
 from s2dm_jax.diffusion.schedule import add_noise, cosine_schedule, linear_schedule
 from s2dm_jax.models import unet
 from s2dm_jax.training.step import update
@@ -328,7 +328,3 @@ def test_noised_images_have_the_forward_process_moments():
     a = SCHEDULE.alpha_bar[300]
     np.testing.assert_allclose(x_t.mean(), 0.5 * np.sqrt(a), atol=5e-3)
     np.testing.assert_allclose(x_t.var(), 1 - a, rtol=0.02)
-
-
-def test_defaults_of_an_objective_are_the_papers():
-    assert Objective(skip=10, skip_factors=10) == paper(skip=10)
