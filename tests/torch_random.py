@@ -1,7 +1,7 @@
 """PyTorch's CPU generator and default initialisation in NumPy: a golden network is a seed and its shapes.
 
-The generator is the Mersenne Twister, seeded as NumPy's frozen `RandomState` is; how draws are made of its words
-follows ATen's `DistributionsHelper.h` and `DistributionTemplates.h` (torch 2).
+The generator is the Mersenne Twister, seeded as NumPy's frozen `RandomState` is; how draws are made of its
+words follows ATen's `DistributionsHelper.h` and `DistributionTemplates.h` (torch 2).
 """
 
 import numpy as np

@@ -49,8 +49,8 @@ def small_config(**sample):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "tiny"
-    # The command line's `nfe` must replace the run's `steps`. Initial weights barely change an image; twice as
-    # large they do.
+    # The command line's `nfe` must replace the run's `steps`. Initial weights barely change an image; twice
+    # as large they do.
     save_run(path, small_config(nfe=0, steps=4), seed=0, ema_factor=2)
     return path
 
