@@ -1,4 +1,4 @@
-"""Golden numbers of the published PyTorch code: a few in the repo, all of them in ../shared/golden."""
+"""Golden values of the published PyTorch code (tests/golden/README.md); fixtures that every test may use."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from torch_random import initial_weights
 
 from s2dm_jax import main
 
@@ -15,8 +16,7 @@ from s2dm_jax import main
 _QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".strip()
 
-_HERE = Path(__file__).parent / "golden"
-_ALL = Path(__file__).parents[2] / "shared" / "golden"
+_GOLDEN = Path(__file__).parent / "golden"
 
 
 def _nhwc(array):
@@ -43,21 +43,24 @@ def _no_download():
         yield
 
 
+def _read_golden(name):
+    path = _GOLDEN / name
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    with np.load(path) as stored:
+        weights = ("grad/", "ema/")
+        arrays = {k: v if k.startswith(weights) else _nhwc(v) for k, v in stored.items()}
+    if "network" in arrays:
+        network = json.loads(str(arrays.pop("network")))
+        prefix, _ = network.pop("prefix"), network.pop("sha256")
+        arrays |= {prefix + k: v for k, v in initial_weights(**network).items()}
+    return arrays
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Function of a file's name giving its arrays: images as NHWC, parameters as PyTorch has them."""
-
-    def load(name):
-        path = next((folder / name for folder in (_ALL, _HERE) if (folder / name).exists()), None)
-        if path is None:
-            pytest.skip(f"{name} is not kept in this repo and ../shared/golden is not here")
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        with np.load(path) as arrays:
-            parameters = ("param/", "grad/", "init/", "final/", "ema/")
-            return {k: v if k.startswith(parameters) else _nhwc(v) for k, v in arrays.items()}
-
-    return load
+    return _read_golden
 
 
 @pytest.fixture

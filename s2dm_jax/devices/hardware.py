@@ -3,6 +3,7 @@
 import functools
 import resource
 import sys
+from collections.abc import Mapping
 
 import jax
 
@@ -37,21 +38,29 @@ _PEAK_TFLOPS = {
 # the weights' gradients, without its sums a step takes half as long again. With this, several devices of one
 # CPU compute some images wrongly after some iterations of a loop (jaxlib 0.10.2;
 # `tests/devices/test_sharding.py`).
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+def compiler_options(cpu_options: Mapping[str, str] = CPU_OPTIONS) -> dict[str, str]:
+    """Options with which XLA compiles a training step (`jax.jit`'s `compiler_options`).
+
+    Args:
+      cpu_options: the options for a single CPU device.
+
+    Returns:
+      `cpu_options` on a single CPU device whose jaxlib accepts them; else none.
+    """
+    single_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return dict(cpu_options) if single_cpu and _accepts(tuple(cpu_options.items())) else {}
 
 
 @functools.cache
-def compiler_options() -> dict[str, str]:
-    """Options with which XLA compiles a training step (`jax.jit`'s `compiler_options`): none but on one CPU
-    device."""
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        return {}
+def _accepts(options):
     try:
-        jax.jit(lambda x: x, compiler_options=_CPU_OPTIONS)(0)
+        jax.jit(lambda x: x, compiler_options=dict(options))(0)
     except jax.errors.JaxRuntimeError:
-        # This jaxlib does not know them.
-        return {}
-    return _CPU_OPTIONS
+        return False
+    return True
 
 
 def peak_flops(dtype: str) -> float | None:

@@ -47,7 +47,8 @@ class Model(NamedTuple):
         return self.network.image_shape
 
     def sampler(self, sampler: str = "ddim", **options: Any) -> tuple[Callable[..., jax.Array], np.ndarray]:
-        """`configure_sampler` for this model."""
+        """`configure_sampler` for this model: a compiled function that gives uint8 images [B, H, W, C], and
+        the timesteps int32 [S] to call it with."""
         return configure_sampler(
             self.network, self.schedule, sampler, ms_eps=self.ms_eps, head=self.variance_head, **options
         )

@@ -1,4 +1,4 @@
-"""The papers' configs: every method, the values of reference.md 1.4 and 1.6, published parameter counts."""
+"""The papers' configs: every method, the published values of their fields, published parameter counts."""
 
 from pathlib import Path
 

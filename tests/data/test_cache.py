@@ -314,8 +314,9 @@ def test_killed_at_ten_random_moments_the_next_run_works(cache, tmp_path):
     files = {f"{i % 3}/{i:05d}.png": png(i, 24) for i in range(4000)}
     source = make_folder(tmp_path / "folder", files)
     program = (
-        "from data.test_cache import config_for; from s2dm_jax.data.cache import prepare_dataset; import sys;"
-        "print('began', flush=True); print(prepare(config_for(sys.argv[1])), flush=True)"
+        "import sys; from data.test_cache import config_for\n"
+        "from s2dm_jax.data.cache import prepare_dataset\n"
+        "print('began', flush=True); print(prepare_dataset(config_for(sys.argv[1])), flush=True)"
     )
 
     def start():
@@ -334,7 +335,10 @@ def test_killed_at_ten_random_moments_the_next_run_works(cache, tmp_path):
         folder = Path(process.stdout.read().splitlines()[-1])
     duration = time.monotonic() - began
     whole = {path.name: path.read_bytes() for path in folder.glob("*.npy")}
-    rng = np.random.default_rng()
+    seed = np.random.SeedSequence().entropy
+    # Shown if the test fails.
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
     killed = 0
     while killed < 10:
         for path in folder.glob("*"):

@@ -223,7 +223,10 @@ def test_killed_at_ten_random_moments_the_next_run_works(places):
     assert start().wait() == 0
     duration = time.monotonic() - began
     folder = dataset_cache.prepare_dataset(config)
-    rng = np.random.default_rng()
+    seed = np.random.SeedSequence().entropy
+    # Shown if the test fails.
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
     killed = 0
     while killed < 10:
         for made in (folder, data_cache_dir() / "tfds"):

@@ -30,13 +30,17 @@ def get_config(_=""):
 """
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(workdir, processes, *flags):
     """The processes of one run, started together; each its own output."""
     config = workdir.parent / "config.py"
     config.write_text(CONFIG.format(tests=str(Path(__file__).parents[1])))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "s2dm_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
     started = []
     for i in range(processes):
@@ -147,9 +151,16 @@ def test_a_tpu_on_its_own_stays_alone_but_a_cluster_that_fails_is_told(monkeypat
         initialize_distributed()
 
 
-def test_flags_are_passed_on(monkeypatch):
-    joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **known: joined.append(known))
-    initialize_distributed("node0:1234", 2, 1)
-    assert joined[0]["coordinator_address"] == "node0:1234"
-    assert (joined[0]["num_processes"], joined[0]["process_id"]) == (2, 1)
+def test_processes_given_one_address_form_one_cluster():
+    program = (
+        "import sys, jax; from s2dm_jax.devices.distributed import initialize_distributed; "
+        "initialize_distributed(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])); "
+        "print(jax.process_index(), jax.process_count(), jax.device_count())"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, address, "2", str(i)], **options) for i in range(2)
+    ]
+    assert [output.splitlines()[-1] for output in finish(started)] == ["0 2 2", "1 2 2"]

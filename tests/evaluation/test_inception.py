@@ -17,7 +17,7 @@ from s2dm_jax.weights.torch_pickle import write_torch
 
 
 def made_up(name, shape):
-    """The weights that the golden numbers were made with (shared/golden/README.md)."""
+    """The weights that the golden values were made with (tests/golden/README.md)."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if name.endswith(("running_var", "bn.weight")):
         return np.float32(rng.uniform(0.5, 1.5, shape))

@@ -11,15 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FunctionNetwork
+from helpers import ROOT, FunctionNetwork, save_run
 from PIL import Image
 
 import s2dm_jax
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.images import to_uint8
-from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import default_config
-from s2dm_jax.config.io import to_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import linear_schedule
@@ -35,10 +33,7 @@ from s2dm_jax.samplers.common import scale_eps
 from s2dm_jax.samplers.ddim import ddim
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.samplers.timesteps import plan_timesteps, uniform_timesteps
-from s2dm_jax.workdir import checkpoint
-from s2dm_jax.workdir.state import init_state, make_optimizer
 
-ROOT = Path(__file__).parents[2]
 NETWORK = UNet(8, 1, 1, 32, (1,), 1, ())
 
 
@@ -53,19 +48,10 @@ def small_config(**sample):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run of 7 steps that were never trained."""
     path = tmp_path_factory.mktemp("runs") / "tiny"
-    path.mkdir()
-    # Left in the config: what the command line says must replace it.
-    config = small_config(nfe=0, steps=4)
-    (path / "config.json").write_text(to_json(config))
-    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
-    state = init_state(build_network(config), optimizer, seed=0)
-    # The initial network changes little.
-    ema = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, state.params)
-    manager = checkpoint.open_checkpoints(path)
-    checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema_params=ema)))
-    manager.close()
+    # The command line's `nfe` must replace the run's `steps`. Initial weights barely change an image; twice
+    # as large they do.
+    save_run(path, small_config(nfe=0, steps=4), seed=0, ema_factor=2)
     return path
 
 

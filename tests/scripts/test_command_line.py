@@ -1,5 +1,6 @@
-"""What the commands share: help with examples, mistakes in one sentence, what must be installed, configs."""
+"""What the commands share: help with examples, errors in one sentence, what must be installed, configs."""
 
+import argparse
 import ast
 import subprocess
 import sys
@@ -27,15 +28,48 @@ COMMANDS = (
 )
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_says_what_each_argument_is_and_gives_an_example(name, monkeypatch, capsys):
+class _Parsed(Exception):
+    """Carries a command's parser out of it."""
+
+
+def parser_of(name, monkeypatch):
+    def stop(parser, *_):
+        raise _Parsed(parser)
+
     monkeypatch.syspath_prepend(str((SCRIPTS / name).parent))
-    monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
+    monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py"])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(_Parsed) as parsed:
         load_file(SCRIPTS / f"{name}.py").main()
-    assert stop.value.code == 0
-    said = capsys.readouterr().out
-    assert f"  python scripts/{name}.py " in said
+    return parsed.value.args[0]
+
+
+def undescribed(parser):
+    """The arguments of a parser, and of its sub-commands, whose help is empty."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            described = {choice.dest for choice in action._choices_actions if choice.help}
+            yield from action.choices.keys() - described
+            for sub in action.choices.values():
+                yield from undescribed(sub)
+        elif not (action.help or "").strip() or action.help == argparse.SUPPRESS:
+            yield action.dest
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_each_argument_and_gives_an_example(name, monkeypatch):
+    parser = parser_of(name, monkeypatch)
+    assert list(undescribed(parser)) == []
+    assert f"  python scripts/{name}.py " in parser.format_help()
+
+
+def test_an_argument_without_help_is_found():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--described", help="a number")
+    parser.add_argument("--silent")
+    sub = parser.add_subparsers().add_parser("command")
+    sub.add_argument("--hidden", help=argparse.SUPPRESS)
+    assert list(undescribed(parser)) == ["silent", "command", "hidden"]
 
 
 def test_the_main_commands_help_is_no_mistake():

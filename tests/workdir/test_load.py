@@ -1,62 +1,57 @@
 """Reading a run back from its folder, and the estimation-gap command that does."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import load_file
+from helpers import ROOT, load_file, save_run
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import to_json
-from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.load import load_run, read_config
 from s2dm_jax.workdir.state import init_state, make_optimizer
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "estimation_gap.py"
 
 
 @pytest.fixture(scope="module")
 def command():
     """The `main` of scripts/estimation_gap.py."""
-    return load_file(SCRIPT).main
+    return load_file(ROOT / "scripts" / "estimation_gap.py").main
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run of 7 steps that were never trained; its average differs from its weights."""
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    path.mkdir()
+def config():
     config = default_config()
     config.diffusion.T = 20
     config.model.ch, config.model.ch_mult, config.model.num_res_blocks = 32, (1,), 1
     config.model.attn_resolutions = ()
     config.sample.steps, config.eval.nfe = 10, (10,)
-    (path / "config.json").write_text(to_json(config))
-    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
-    state = init_state(build_network(config), optimizer, seed=5)
-    state = state._replace(
-        step=np.int32(7), ema_params=jax.tree.map(lambda leaf: np.asarray(leaf) * 0.5, state.params)
-    )
-    manager = checkpoint.open_checkpoints(path)
-    checkpoint.save(manager, 7, jax.device_put(state))
-    manager.close()
-    return path, config, state
+    return config
 
 
-def test_run_comes_back_as_it_was_saved(workdir):
-    path, config, state = workdir
-    run = load_run(str(path))
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    save_run(path, config, seed=5, ema_factor=0.5)
+    return path
+
+
+def test_load_run_restores_what_was_saved(workdir, config):
+    run = load_run(str(workdir))
     assert run.config == config
     assert run.network == build_network(config)
     assert run.step == 7
-    jax.tree.map(np.testing.assert_array_equal, run.ema_params, state.ema_params)
+    state = init_state(build_network(config), make_optimizer(config.train.lr, config.train.grad_clip), seed=5)
+    jax.tree.map(
+        lambda ema, initial: np.testing.assert_array_equal(ema, np.asarray(initial) * 0.5),
+        run.ema_params,
+        state.params,
+    )
 
 
-def test_what_is_no_run_is_told_in_one_sentence(workdir, tmp_path):
+def test_a_folder_that_is_no_run_is_refused_in_one_sentence(config, tmp_path):
     def refuses(pattern):
         with pytest.raises(UserError, match=pattern) as error:
             read_config(str(tmp_path / "run"))
@@ -66,28 +61,33 @@ def test_what_is_no_run_is_told_in_one_sentence(workdir, tmp_path):
     (tmp_path / "run").mkdir()
     refuses("run holds no config.json")
     assert not list((tmp_path / "run").iterdir()), "looking at a folder must not write to it"
-    config = tmp_path / "run" / "config.json"
-    config.write_text("{")
+    file = tmp_path / "run" / "config.json"
+    file.write_text("{")
     refuses(r"config\.json is not a config of ours")
-    config.write_text('{"train": 1}')
+    file.write_text('{"train": 1}')
     refuses(r"config\.json is not a config of ours")
-    config.write_text(to_json(workdir[1]).replace('"T": 20', '"T": 1'))
+    file.write_text(to_json(config).replace('"T": 20', '"T": 1'))
     refuses(r"config\.json cannot be used: config\.diffusion\.T=1 is out of range")
-    config.write_text(to_json(workdir[1]))
+    file.write_text(to_json(config))
     refuses("run holds no checkpoint")
     (tmp_path / "run" / "checkpoints").mkdir()
     refuses("run holds no checkpoint")
 
 
-def test_estimation_gap_command(command, workdir, tmp_path, capsys):
-    run, out = str(workdir[0]), tmp_path / "new" / "gap.png"
-    command([run, run, f"--out={out}", "--images=4"])
+def test_estimation_gap_command_gives_every_run_the_same_noise(command, workdir, config, tmp_path, capsys):
+    same, other = tmp_path / "same_weights", tmp_path / "other_weights"
+    save_run(same, config, seed=5, ema_factor=0.5)
+    save_run(other, config, seed=6, ema_factor=0.5)
+    out = tmp_path / "new" / "gap.png"
+    command([str(workdir), str(same), str(other), f"--out={out}", "--images=4"])
     assert out.read_bytes().startswith(b"\x89PNG")
-    numbers = json.loads(out.with_suffix(".json").read_text())
-    first, second = numbers["curves"]
+    curves = json.loads(out.with_suffix(".json").read_text())["curves"]
+    first, second, third = curves
     # The start of 300 is more than T allows.
     assert first["t"] == list(range(19, 0, -1))
-    assert first["rms"] == second["rms"], "two runs must see the same noise"
+    assert (first["rms"], first["rms_of_mean"]) == (second["rms"], second["rms_of_mean"])
+    assert first["rms"] != third["rms"]
+    assert [curve["workdir"] for curve in curves] == [str(workdir), str(same), str(other)]
     assert first["step"] == 7
     assert all(0 < mean <= rms for mean, rms in zip(first["rms_of_mean"], first["rms"], strict=True))
     assert f"{first['rms'][-1]:.4f}" in capsys.readouterr().out
@@ -103,8 +103,8 @@ def test_estimation_gap_command(command, workdir, tmp_path, capsys):
         ("no/such/run", "error: no/such/run is not a folder; give the --workdir of a training run"),
     ],
 )
-def test_estimation_gap_command_tells_mistakes(command, workdir, capsys, flag, sentence):
+def test_estimation_gap_command_reports_user_errors_in_one_sentence(command, workdir, capsys, flag, sentence):
     with pytest.raises(SystemExit) as stop:
-        command([str(workdir[0]), flag])
+        command([str(workdir), flag])
     assert stop.value.code == 2
     assert capsys.readouterr().err == sentence + "\n"
