@@ -29,6 +29,7 @@ from s2dm_jax.devices.distributed import is_main_process, make_stop_vote
 from s2dm_jax.devices.flops import forward_flops, step_flops
 from s2dm_jax.devices.hardware import peak_flops
 from s2dm_jax.devices.sharding import replicate, replicate_key, replicated, state_shardings, unshard
+from s2dm_jax.diffusion import objectives
 from s2dm_jax.evaluation.evaluate import evaluate, show_results
 from s2dm_jax.evaluation.features import FeaturesUnavailable, check_features
 from s2dm_jax.inference.model import Model
@@ -197,7 +198,7 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
         nonlocal saved
         metrics = {
             name: float(np.mean([means[name] for means in since_save if name in means]))
-            for name in ("loss", "simple", "skip", "sa", "grad_norm")
+            for name in ("loss", *objectives.TERMS, "grad_norm")
             if any(name in means for means in since_save)
         }
         checkpoint.save(manager, step, state, about, metrics)

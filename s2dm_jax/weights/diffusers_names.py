@@ -44,7 +44,7 @@ _IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "p
 _IN_BLOCK = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"}
 
 # The schedules that both sides compute alike; others go as a list of betas.
-_BETA_SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_BETA_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
 def unet_config(network: UNet) -> dict:

@@ -169,7 +169,7 @@ def test_training_minimises_the_theorems_loss():
     draws = NoiseSample(t, jnp.asarray(noise[0][levels]), None)
     images = jnp.broadcast_to(x0[0], (len(t), *SHAPE))
     _, terms = objectives.loss(net, schedule, objective, images, draws)
-    np.testing.assert_allclose(terms["sa"].mean(), sa[0], rtol=1e-4)
+    np.testing.assert_allclose(terms["sequence"].mean(), sa[0], rtol=1e-4)
 
 
 def exact_noise(schedule, x0, error=0.0):

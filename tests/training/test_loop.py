@@ -194,7 +194,7 @@ def test_what_a_run_tells(straight):
         "loss",
         "simple",
         "skip",
-        "sa",
+        "sequence",
         "grad_norm",
         "seconds_per_step",
         "images_per_second",
