@@ -1,6 +1,7 @@
 """What several test files share: small configs and networks, runs that were never trained, comparisons."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import numpy as np
 from s2dm_jax.config import default_config
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.io import to_json
+from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.models.unet import UNet
+from s2dm_jax.samplers.specs import get_sampler
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.state import init_state, make_optimizer
 
@@ -124,8 +127,35 @@ def golden_eps(x, t):
     return xp.sqrt(1 - a) * (x - 0.2 * xp.sqrt(a)) / (0.09 * a + 1 - a) + 0.05 * xp.sin(3 * x)
 
 
+# The schedule that the golden files were made with.
+LINEAR = linear_schedule()
+
+
 def injected(noise, dtype):
     return lambda step: jnp.asarray(noise, dtype)[step]
+
+
+def sample_golden(sampler, x_T, timesteps, dtype, **options):
+    """One compiled run of a sampler on the golden network and schedule, results as NumPy arrays."""
+    run = jax.jit(lambda x_T: sampler(golden_eps, x_T, LINEAR, timesteps, **options))
+    return jax.tree.map(np.asarray, run(np.asarray(x_T, dtype)))
+
+
+def sampler_with_noise(name, noise_fn=lambda step: jnp.sin(1.7 * step)):
+    """The sampler of that name with noise, a variance head or covariances, where it requires them."""
+    sampler = get_sampler(name)
+    if name in ("sn", "npr"):
+
+        def with_variance_head(eps_fn, x_T, schedule, timesteps, **options):
+            def eps_variance_fn(x, t):
+                eps = eps_fn(x, t)
+                return eps, 0.1 + eps**2
+
+            return sampler(eps_variance_fn, x_T, schedule, timesteps, noise_fn=noise_fn, **options)
+
+        return with_variance_head
+    options = {"ddpm": {}, "ddim": {"eta": 0.7}, "analytic": {"cov_x0": np.full(1000, 0.1)}}
+    return functools.partial(sampler, noise_fn=noise_fn, **options[name]) if name in options else sampler
 
 
 def assert_close(actual, expected, rtol):

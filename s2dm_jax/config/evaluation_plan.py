@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
-from s2dm_jax.samplers.timesteps import SPACINGS, plan_timesteps
+from s2dm_jax.samplers.timesteps import SPACINGS, TimestepSpec, plan_timesteps
 
 FEATURES = ("auto", "inception", "classifier")
 
@@ -41,10 +41,9 @@ class EvalPoint(NamedTuple):
         return ", ".join([self.sampler, *(f"{key} {value}" for key, value in (said | self.options).items())])
 
     def timesteps(self, T: int) -> np.ndarray:
-        """The levels [S] that it visits, ascending; for the grid "optimal" as many others."""
-        return plan_timesteps(
-            T, self.sampler, nfe=self.nfe, timestep_spacing=self.timestep_spacing, **self.options
-        )
+        """The timesteps [S] that it visits, ascending; for the spacing "optimal" as many others."""
+        spec = TimestepSpec(nfe=self.nfe, timestep_spacing=self.timestep_spacing)
+        return plan_timesteps(T, self.sampler, spec, **self.options)
 
 
 def split_names(text: str) -> list[str]:

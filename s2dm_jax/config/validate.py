@@ -19,7 +19,7 @@ from s2dm_jax.config.io import flatten
 from s2dm_jax.config.presets import HEADS
 from s2dm_jax.models.network import NETWORKS
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
-from s2dm_jax.samplers.timesteps import SPACINGS, plan_timesteps
+from s2dm_jax.samplers.timesteps import SPACINGS, plan_timesteps, split_timestep_spec
 
 # field: (lowest, highest), both allowed; None: no bound.
 _RANGES = {
@@ -75,9 +75,9 @@ _CHOICES = {
     "data.channels": (0, 1, 3),
     "data.crop": ("auto", "none", "center", "ddim", "center_crop_140"),
     "data.resize": ("bilinear", "bicubic", "lanczos", "box"),
-    "diffusion.schedule": ("linear", "cosine", "quad", "const", "sigmoid"),
     "model.name": tuple(NETWORKS),
     "model.prediction": ("epsilon", "v", "x0"),
+    "diffusion.schedule": ("linear", "cosine", "quadratic", "const", "sigmoid"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "loss.preset": ("paper", "released"),
     "loss.skip_noise": ("shared", "independent", "expected"),
@@ -89,7 +89,7 @@ _CHOICES = {
     "variance_head.kind": ("", *HEADS),
     "train.ema_start": ("initial", "first_step"),
     "train.on_nonfinite": ("stop", "skip"),
-    "train.keep_best": ("", "loss", "simple", "skip", "sa", "grad_norm"),
+    "train.keep_best": ("", "loss", "simple", "skip", "sequence", "grad_norm"),
     "sample.sampler": tuple(SAMPLERS),
     "sample.timestep_spacing": SPACINGS,
     "sample.mean": ("ddpm", "ddim"),
@@ -203,7 +203,7 @@ def _check_training(fields: dict) -> None:
             "it must be 1"
         )
     best = fields["train.keep_best"]
-    missing = (best == "skip" and not fields["loss.skip"]) or (best == "sa" and fields["loss.K"] == 1)
+    missing = (best == "skip" and not fields["loss.skip"]) or (best == "sequence" and fields["loss.K"] == 1)
     if missing:
         raise UserError(
             f"config.train.keep_best={best!r} names a term of the loss that is off; choose loss or simple"
@@ -223,9 +223,9 @@ def _check_timesteps(fields: dict) -> None:
 def _check_sampling(fields: dict) -> None:
     sample = {name.removeprefix("sample."): fields[name] for name in fields if name.startswith("sample.")}
     options = {name: sample[name] for name in ("eta", *OPTIONS) if sample[name] is not None}
-    levels = {name: sample[name] for name in ("steps", "nfe", "timestep_spacing", "timesteps")}
+    spec, _ = split_timestep_spec(sample)
     try:
-        plan_timesteps(fields["diffusion.T"], sample["sampler"], **levels, **options)
+        plan_timesteps(fields["diffusion.T"], sample["sampler"], spec, **options)
     except ValueError as error:
         raise UserError(f"config.sample.{error}") from error
     needs = SAMPLERS[sample["sampler"]].requires

@@ -2,11 +2,16 @@
 
     L = τ·L_simple + (1−τ)·L_skip + λ·L_sa
 
-Every level in the window of an example goes through the network in one call; L_skip reuses the output that
+Every timestep in the window of an example goes through the network in one call; L_skip reuses the output that
 L_simple needs. `docs/objectives.md` lists where the papers and their authors' code differ.
+
+A new term is its formula, a function as `Term.compute`, and one entry of `TERMS`: `loss` then adds it up, and
+the logged metrics, `train.keep_best`, the loss curves and the run's summary have it by its name there.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,31 +21,28 @@ import numpy as np
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise, extract
 from s2dm_jax.diffusion.types import EpsFn
 
-# Names of the terms that `loss` returns.
-TERMS = ("simple", "skip", "sequence")
-
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised; `paper` and `released` below fill in the options.
+    """The training objective; the presets `paper` and `released` below fill in the options.
 
     Attributes:
       skip: sampling stride that L_skip prepares for (S²-DMs, section 3.2); 0 leaves L_skip out.
       tau: weight of L_simple; L_skip gets 1 − tau (S²-DMs, eq. 13).
-      K: levels in the window of L_sa (SA-DPM, eq. 6); 1 leaves L_sa out, for one level has no neighbours.
+      K: timesteps in the window of L_sa (SA-DPM, eq. 6); 1 leaves L_sa out: one timestep has no neighbours.
       lam: weight λ of L_sa.
       skip_noise: target of L_skip. "shared": the noise that made x_t (eq. 12); "independent": a second one
         (released code); "expected": the expectation over that second one, with no noise drawn.
       skip_factors: number of one-step alphas multiplied in alpha_skip.
-      skip_boundary: levels with fewer steps below them than factors. "truncate": the factors that exist;
+      skip_boundary: timesteps with fewer steps below them than factors. "truncate": the factors that exist;
         "plain": L_simple alone with weight 1 (released code).
-      window: levels beside t. "forward": t … t+K−1 (Algorithm 3); "backward": t … t−K+1 (released code).
-      window_boundary: which levels count in L_sa. "inner": all but the first (τ_s = 0 outside {2 … T} in the
-        paper's count); "all": every level that exists (released code).
+      window: timesteps beside t. "forward": t … t+K−1 (Algorithm 3); "backward": t … t−K+1 (released code).
+      window_boundary: which timesteps count in L_sa. "inner": all but the first (τ_s = 0 outside {2 … T} in
+        the paper's count); "all": every timestep that exists (released code).
       sa_norm: "K^2" or "K", the divisor of L_sa ("K" in SA-DPM's first public code).
       use_tau_s: weight each residual in L_sa by τ_s of Theorem 1; the paper itself leaves it out in practice.
       reduction: "sum" (a squared norm, as the papers write it) or "mean" over the pixels of an image.
-      antithetic: draw half of the levels as mirrors T−1−t of the others (DDIM code).
+      antithetic: draw half of the timesteps as mirrors T−1−t of the others (DDIM code).
     """
 
     skip: int = 0
@@ -66,15 +68,19 @@ class Objective:
         return self.K > 1 and self.lam > 0
 
     @property
-    def terms(self) -> tuple[str, ...]:
-        """Names of the terms that are on, those of TERMS."""
-        on = {"simple": True, "skip": self.has_skip, "sequence": self.has_sequence}
-        return tuple(name for name in TERMS if on[name])
+    def num_timesteps_per_image(self) -> int:
+        """Timesteps per image that go through the network in one training step."""
+        return self.K if self.has_sequence else 1
 
     @property
-    def num_timesteps_per_image(self) -> int:
-        """Noise levels per image that go through the network in one training step."""
-        return self.K if self.has_sequence else 1
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that are on, in the order of TERMS."""
+        return tuple(name for name, term in TERMS.items() if term.is_on(self))
+
+    @property
+    def formula(self) -> str:
+        """The objective as text, "0.99·L_simple + 0.01·L_skip (skip 10, shared noise)"."""
+        return " + ".join(TERMS[name].text(self) for name in self.terms)
 
 
 def paper(skip: int = 0, tau: float = 0.99, K: int = 1, lam: float = 0.0, **options: Any) -> Objective:
@@ -103,7 +109,7 @@ class NoiseSample(NamedTuple):
     """The random numbers of one training step.
 
     Attributes:
-      t: int32 [B], level of L_simple and L_skip.
+      t: int32 [B], timestep of L_simple and L_skip.
       noise: float32 [B, K, H, W, C]; noise[:, 0] makes x_t, the others the rest of the window.
       skip_noise: float32 [B, H, W, C], or None unless the objective's `skip_noise` is "independent".
     """
@@ -114,7 +120,7 @@ class NoiseSample(NamedTuple):
 
 
 def sample_noise(objective: Objective, key: jax.Array, T: int, shape: tuple[int, ...]) -> NoiseSample:
-    """Draws levels and noise for a batch of images of `shape` [B, H, W, C], a function of `key` alone."""
+    """Draws timesteps and noise for a batch of images of `shape` [B, H, W, C], a function of `key` alone."""
     t_key, noise_key, skip_key = jax.random.split(key, 3)
     batch = shape[0]
     if objective.antithetic:
@@ -122,7 +128,8 @@ def sample_noise(objective: Objective, key: jax.Array, T: int, shape: tuple[int,
         t = jnp.concatenate([half, T - 1 - half])[:batch]
     else:
         t = jax.random.randint(t_key, (batch,), 0, T)
-    noise = jax.random.normal(noise_key, (batch, objective.num_timesteps_per_image, *shape[1:]))
+    window = (batch, objective.num_timesteps_per_image, *shape[1:])
+    noise = jax.random.normal(noise_key, window)  # [B, K, H, W, C]
     second = objective.has_skip and objective.skip_noise == "independent"
     return NoiseSample(t, noise, jax.random.normal(skip_key, shape) if second else None)
 
@@ -134,8 +141,8 @@ def alpha_skip(schedule: NoiseSchedule, factors: int) -> np.ndarray:
       float64 [T].
     """
     alpha_bar = schedule.alpha_bar_with_x0
-    level = np.arange(1, schedule.T + 1)
-    return alpha_bar[level] / alpha_bar[np.maximum(level - factors, 0)]
+    after = np.arange(1, schedule.T + 1)
+    return alpha_bar[after] / alpha_bar[np.maximum(after - factors, 0)]
 
 
 def skip_ratio(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
@@ -145,7 +152,7 @@ def skip_ratio(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
 
 
 def simple_weight(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
-    """Weight of L_simple at each level; L_skip gets the rest to 1 (S²-DMs, eq. 13); float64 [T]."""
+    """Weight of L_simple at each timestep; L_skip gets the rest to 1 (S²-DMs, eq. 13); float64 [T]."""
     if not objective.has_skip:
         return np.ones(schedule.T)
     below_edge = np.arange(schedule.T) < objective.skip_factors
@@ -155,7 +162,7 @@ def simple_weight(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
 def skip_quadratic(
     schedule: NoiseSchedule, objective: Objective
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Completes the square of τ·L_simple + (1−τ)·L_skip: w_t·‖f − s_t·ε‖² + k_t·‖ε‖² (ours; neither paper's).
+    """Completes the square of τ·L_simple + (1−τ)·L_skip: w_t·‖f − s_t·ε‖² + k_t·‖ε‖² (in neither paper).
 
     With independent noise the identity holds in expectation over the second noise. At the optimum the
     network is s_t·E[ε|x_t]: training with L_skip rescales what plain training finds.
@@ -171,7 +178,7 @@ def skip_quadratic(
 
 
 def skip_scale(schedule: NoiseSchedule, skip: int, tau: float = 0.99, preset: str = "paper") -> np.ndarray:
-    """s_t, by which the optimum under L_skip differs from the plain one: the control no paper ran.
+    """s_t, by which the optimum under L_skip differs from that under L_simple: a control that no paper ran.
 
     Multiply any pretrained network's output by it while sampling (`common.scale_eps`).
 
@@ -188,10 +195,10 @@ def skip_scale(schedule: NoiseSchedule, skip: int, tau: float = 0.99, preset: st
 
 
 def tau_s(schedule: NoiseSchedule) -> np.ndarray:
-    """τ_s of SA-DPM's Theorem 1: the weight of level s's error in the total gap at the end.
+    """τ_s of SA-DPM's Theorem 1: the weight of timestep s's error in the total gap at the end.
 
     Returns:
-      float64 [T], 0 at the first level (the paper's s = 1), where the theorem's sum does not reach.
+      float64 [T], 0 at the first timestep (the paper's s = 1), where the theorem's sum does not reach.
     """
     a, before = schedule.alpha_bar, schedule.alpha_bar_with_x0[:-1]
     gamma_1 = np.sqrt(before) * schedule.beta / (1 - a)
@@ -202,17 +209,17 @@ def tau_s(schedule: NoiseSchedule) -> np.ndarray:
 
 
 def window_timesteps(objective: Objective, t: jax.Array) -> jax.Array:
-    """Levels of the window of each t (SA-DPM, Algorithm 3), some of them outside [0, T): int32 [B, K]."""
+    """Timesteps in the window of each t (SA-DPM, Algorithm 3), some of them outside [0, T): int32 [B, K]."""
     step = 1 if objective.window == "forward" else -1
-    return t[:, None] + step * jnp.arange(objective.num_timesteps_per_image)
+    return t[:, None] + step * jnp.arange(objective.num_timesteps_per_image)  # [B, K]
 
 
-def window_weight(schedule: NoiseSchedule, objective: Objective, levels: jax.Array) -> jax.Array:
-    """Weight of each residual in L_sa: τ_s or 1, and 0 for levels that do not count; float32 [B, K]."""
+def window_weight(schedule: NoiseSchedule, objective: Objective, timesteps: jax.Array) -> jax.Array:
+    """Weight of each residual in L_sa: τ_s or 1, and 0 for timesteps that do not count; float32 [B, K]."""
     first = 1 if objective.window_boundary == "inner" else 0
-    counts = (levels >= first) & (levels < schedule.T)
+    counts = (timesteps >= first) & (timesteps < schedule.T)
     weight = tau_s(schedule) if objective.use_tau_s else np.ones(schedule.T)
-    return jnp.where(counts, jnp.asarray(weight, jnp.float32)[jnp.clip(levels, 0, schedule.T - 1)], 0.0)
+    return jnp.where(counts, jnp.asarray(weight, jnp.float32)[jnp.clip(timesteps, 0, schedule.T - 1)], 0.0)
 
 
 def simple_loss(eps: jax.Array, noise: jax.Array) -> jax.Array:
@@ -234,7 +241,7 @@ def sequence_loss(residuals: jax.Array, weight: jax.Array, norm: str = "K^2") ->
     """L_sa per pixel: (1/K²)·(Σ_s τ_s·(ε_θ(x_s, s) − ε_s))² (SA-DPM, Algorithm 3).
 
     Args:
-      residuals: [B, K, H, W, C], prediction minus noise at each level of the window.
+      residuals: [B, K, H, W, C], prediction minus noise at each timestep of the window.
       weight: [B, K].
       norm: "K^2", or "K" for a divisor K.
 
@@ -243,70 +250,97 @@ def sequence_loss(residuals: jax.Array, weight: jax.Array, norm: str = "K^2") ->
     """
     K = residuals.shape[1]
     # At JAX's default precision a GPU would round the residuals to TF32, a TPU to bfloat16.
-    gap = jnp.einsum("bk...,bk->b...", residuals, weight, precision="highest")
+    gap = jnp.einsum("bk...,bk->b...", residuals, weight, precision="highest")  # [B, H, W, C]
     return jnp.square(gap) / (K**2 if norm == "K^2" else K)
 
 
+class Term(NamedTuple):
+    """One term of the objective.
+
+    Attributes:
+      is_on: whether an objective has the term.
+      text: its weight and symbol, for `Objective.formula`.
+      compute: function of schedule, objective, sample, the window's timesteps [B, K] and the predictions
+        [B, K, H, W, C] → the weight, [B] or a number, and the unweighted term per pixel, [B, H, W, C].
+    """
+
+    is_on: Callable[[Objective], bool]
+    text: Callable[[Objective], str]
+    compute: Callable[..., tuple[jax.Array | float, jax.Array]]
+
+
+def _simple_term(schedule, objective, sample, timesteps, eps):
+    weight = _tau_of(schedule, objective, sample) if objective.has_skip else 1.0
+    return weight, simple_loss(eps[:, 0], sample.noise[:, 0])
+
+
+def _skip_term(schedule, objective, sample, timesteps, eps):
+    weight = 1 - _tau_of(schedule, objective, sample)
+    c = extract(skip_ratio(schedule, objective), sample.t, sample.noise[:, 0])  # [B, 1, 1, 1]
+    if objective.skip_noise == "expected":
+        return weight, expected_skip_loss(eps[:, 0], c)
+    if objective.skip_noise == "shared":
+        return weight, skip_loss(eps[:, 0], sample.noise[:, 0], c)
+    if sample.skip_noise is None:
+        raise ValueError("sample.skip_noise is missing, which skip_noise='independent' needs")
+    return weight, skip_loss(eps[:, 0], sample.skip_noise, c)
+
+
+def _sequence_term(schedule, objective, sample, timesteps, eps):
+    weight = window_weight(schedule, objective, timesteps)  # [B, K]
+    return objective.lam, sequence_loss(eps - sample.noise, weight, objective.sa_norm)
+
+
+def _tau_of(schedule, objective, sample):
+    return jnp.asarray(simple_weight(schedule, objective), sample.noise.dtype)[sample.t]  # [B]
+
+
+# In the order of the sum, of logs and of tables.
+TERMS = {
+    "simple": Term(lambda o: True, lambda o: f"{o.tau:g}·" * o.has_skip + "L_simple", _simple_term),
+    "skip": Term(
+        lambda o: o.has_skip,
+        lambda o: f"{1 - o.tau:g}·L_skip (skip {o.skip}, {o.skip_noise} noise)",
+        _skip_term,
+    ),
+    "sequence": Term(lambda o: o.has_sequence, lambda o: f"{o.lam:g}·L_sa (K = {o.K})", _sequence_term),
+}
+
+
 def loss(
-    eps_fn: EpsFn,
-    schedule: NoiseSchedule,
-    objective: Objective,
-    x0: jax.Array,
-    draws: NoiseSample,
+    eps_fn: EpsFn, schedule: NoiseSchedule, objective: Objective, x0: jax.Array, sample: NoiseSample
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L = τ·L_simple + (1−τ)·L_skip + λ·L_sa (S²-DMs eq. 13; SA-DPM eq. 6), with one network call.
 
     Args:
-      eps_fn: the network, (x [N,H,W,C], t [N]) → ε [N,H,W,C]; called once with N = B·K.
+      eps_fn: the network, (x [N, H, W, C], t [N]) → ε [N, H, W, C]; called once with N = B·K.
       schedule: the forward process.
-      objective: which terms, and how.
+      objective: the terms and their options.
       x0: images in [−1, 1], [B, H, W, C].
-      draws: levels and noise as from `sample_noise`.
+      sample: timesteps and noise as from `sample_noise`.
 
     Returns:
-      The loss of each example [B], and the terms that are on, unweighted: "simple", "skip", "sequence", each
-      [B].
+      The loss of each example [B], and `objective.terms` by name, unweighted, each [B].
 
     Raises:
-      ValueError: for draws without the second noise that the objective needs.
+      ValueError: for a sample without the second noise that the objective needs.
     """
-    levels = window_timesteps(objective, draws.t)
-    known = jnp.clip(levels, 0, schedule.T - 1)
-
-    def noised(t, noise):
-        return add_noise(schedule, x0, t, noise)
-
-    x_t = jax.vmap(noised, in_axes=1, out_axes=1)(known, draws.noise)
+    timesteps = window_timesteps(objective, sample.t)  # [B, K]
+    # Those outside [0, T) get weight 0; the network is called for all, so that shapes do not depend on t.
+    clipped = jnp.clip(timesteps, 0, schedule.T - 1)
+    noised = functools.partial(add_noise, schedule, x0)
+    x_t = jax.vmap(noised, in_axes=1, out_axes=1)(clipped, sample.noise)  # [B, K, H, W, C]
     # [B, K] becomes one batch axis, images outermost, so that a batch sharded over devices stays in place.
-    merged = eps_fn(x_t.reshape(-1, *x0.shape[1:]), known.reshape(-1))
-    eps = merged.reshape(x_t.shape)
+    eps = eps_fn(x_t.reshape(-1, *x0.shape[1:]), clipped.reshape(-1))  # [B·K, H, W, C]
+    eps = eps.reshape(x_t.shape)  # [B, K, H, W, C]
 
     reduce = jnp.sum if objective.reduction == "sum" else jnp.mean
-
-    def per_example(per_pixel):
-        return reduce(per_pixel, axis=tuple(range(1, per_pixel.ndim)))
-
-    simple = per_example(simple_loss(eps[:, 0], draws.noise[:, 0]))
-    terms = {"simple": simple}
-    total = simple
-    if objective.has_skip:
-        c = extract(skip_ratio(schedule, objective), draws.t, x0)
-        if objective.skip_noise == "expected":
-            per_pixel = expected_skip_loss(eps[:, 0], c)
-        elif objective.skip_noise == "independent":
-            if draws.skip_noise is None:
-                raise ValueError("draws.skip_noise is missing, which skip_noise='independent' needs")
-            per_pixel = skip_loss(eps[:, 0], draws.skip_noise, c)
-        else:
-            per_pixel = skip_loss(eps[:, 0], draws.noise[:, 0], c)
-        terms["skip"] = per_example(per_pixel)
-        tau = extract(simple_weight(schedule, objective), draws.t, simple)
-        total = tau * simple + (1 - tau) * terms["skip"]
-    if objective.has_sequence:
-        weight = window_weight(schedule, objective, levels)
-        terms["sequence"] = per_example(sequence_loss(eps - draws.noise, weight, objective.sa_norm))
-        total = total + objective.lam * terms["sequence"]
-    return total, terms
+    terms, weighted = {}, []
+    for name in objective.terms:
+        weight, per_pixel = TERMS[name].compute(schedule, objective, sample, timesteps, eps)
+        terms[name] = reduce(per_pixel, axis=tuple(range(1, per_pixel.ndim)))  # [B]
+        weighted.append(weight * terms[name])
+    return functools.reduce(jnp.add, weighted), terms
 
 
 PRESETS = {"paper": paper, "released": released}

@@ -1,8 +1,9 @@
-"""Noise schedules: the one place that says what `t` means.
+"""Noise schedules, and the definition of the timestep `t`.
 
-`t` counts 0 … T−1. `beta[t]`, `alpha[t] = 1 − beta[t]` belong to the single step that ends at level t;
-`alpha_bar[t]` is the product of alpha[0..t], so that x_t = √alpha_bar[t]·x_0 + √(1−alpha_bar[t])·ε.
-The clean image is level −1, with alpha_bar = 1. The papers count 1 … T: their t is ours plus one.
+A timestep `t` counts 0 … T−1. `beta[t]`, `alpha[t] = 1 − beta[t]` belong to the single step that ends at
+timestep t; `alpha_bar[t]` is the product of alpha[0..t], so that x_t = √alpha_bar[t]·x_0 +
+√(1−alpha_bar[t])·ε. The clean image is t = −1, with alpha_bar = 1. The papers count 1 … T: their t is one
+more than here.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class NoiseSchedule:
 
     @property
     def T(self) -> int:
-        """Number of noise levels."""
+        """Number of timesteps."""
         return len(self.beta)
 
     @functools.cached_property
@@ -45,12 +46,12 @@ class NoiseSchedule:
 
     @functools.cached_property
     def alpha_bar(self) -> np.ndarray:
-        """float64 [T]: product of alpha up to and including each level."""
+        """float64 [T]: product of alpha up to and including each timestep."""
         return np.cumprod(self.alpha)
 
     @functools.cached_property
     def alpha_bar_with_x0(self) -> np.ndarray:
-        """float64 [T+1]: alpha_bar preceded by the clean image's 1; entry t+1 belongs to level t."""
+        """float64 [T+1]: alpha_bar preceded by the clean image's 1; entry t+1 belongs to timestep t."""
         return np.concatenate([[1.0], self.alpha_bar])
 
     @functools.cached_property
@@ -71,17 +72,18 @@ def extract(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
       Array of shape t.shape + (1, …), as many axes as `like`.
     """
     values = jnp.asarray(table, like.dtype)[t]
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))  # [*t.shape, 1, …]
 
 
 def log_alpha_bar(schedule: NoiseSchedule, t: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """log alpha_bar at any level, linear between whole ones: a forward SDE of constant rate within each step.
+    """log alpha_bar at any timestep, linear between integers: a forward SDE of constant rate within each
+    step.
 
     Samplers take √alpha_bar and √(1−alpha_bar) from it as exp(½·) and √(−expm1(·)), which loses nothing to
     rounding where alpha_bar is almost 1.
 
     Args:
-      t: levels in [−1, T−1], of any shape, whole or fractional; −1 is the clean image.
+      t: timesteps in [−1, T−1], of any shape, integer or fractional; −1 is the clean image.
 
     Returns:
       Array of t's shape, at most 0.
@@ -98,7 +100,7 @@ def add_noise(schedule: NoiseSchedule, x0: jax.Array, t: jax.Array, noise: jax.A
 
     Args:
       x0: images in [−1, 1], broadcastable to `noise`.
-      t: int array, the leading axes of `noise`, levels in [0, T).
+      t: int array, the leading axes of `noise`, timesteps in [0, T).
       noise: standard normal [..., H, W, C].
     """
     signal = extract(np.sqrt(schedule.alpha_bar), t, noise)
@@ -139,7 +141,7 @@ def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) ->
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": linear_schedule,
     "cosine": cosine_schedule,
-    "quad": quadratic_schedule,
+    "quadratic": quadratic_schedule,
     "const": const_schedule,
     "sigmoid": sigmoid_schedule,
 }

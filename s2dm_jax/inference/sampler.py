@@ -5,7 +5,7 @@ Image i of a seed depends on (seed, i) alone, not on the batch or the order that
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from s2dm_jax.samplers.analytic import cov_x0, optimal_timesteps
 from s2dm_jax.samplers.common import scale_eps
 from s2dm_jax.samplers.noise import image_keys, initial_noise, per_image_noise
 from s2dm_jax.samplers.specs import SAMPLERS, check_options, get_sampler
-from s2dm_jax.samplers.timesteps import plan_timesteps
+from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps, split_timestep_spec
 
 
 def make_sampler(
@@ -138,7 +138,7 @@ def run_sampler(
     Args:
       program: network, schedule, sampler and options.
       params: the weights.
-      timesteps: int [S], ascending levels.
+      timesteps: int [S], ascending.
       seed, indices: of the noise; the images with these indices, int [B].
       eta: of DDIM; None for no noise in its steps.
       scale: float [T], a factor on the network's output; None for none.
@@ -192,9 +192,7 @@ def sample_batches(
     """Images 0 … num_images−1 of a seed, a batch at a time; how many are done is told as in `progress`.
 
     Args:
-      sample_fn: from `make_sampler`.
-      params: the weights.
-      timesteps: int [S], ascending levels.
+      sample_fn, params, timesteps: the function from `make_sampler`, and its arguments.
       seed: of the noise.
       num_images: how many in all.
       batch_size: how many at once; the memory needed is that of two batches.
@@ -250,21 +248,21 @@ def map_batches(
 def configure_sampler(
     network: Network, schedule: NoiseSchedule, sampler: str = "ddim", **options: Any
 ) -> tuple[Callable[..., jax.Array], np.ndarray]:
-    """A compiled sampler and the levels that it is to visit, from what a user says.
+    """A compiled sampler and the timesteps that it visits, from the user's sampling options.
 
     Args:
-      network: the network's shape.
-      schedule: the forward process.
-      sampler: one of `specs.SAMPLERS`.
-      **options: as for `resolve_sampler`.
+      network, schedule, sampler: as for `make_sampler`.
+      **options: the fields of `TimestepSpec` (steps, nfe, timestep_spacing, timesteps); the others as for
+        `resolve_sampler`.
 
     Returns:
-      The function as from `make_sampler`, and the levels int32 [S], ascending.
+      The function as from `make_sampler`, and the timesteps int32 [S], ascending.
 
     Raises:
       ValueError: for an unknown sampler, and for values that are not allowed or contradict one another.
     """
-    timesteps, scale, own = resolve_sampler(schedule, sampler, **options)
+    spec, options = split_timestep_spec(options)
+    timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
     ms_eps, head = options.get("ms_eps"), options.get("head")
     return make_sampler(network, schedule, sampler, scale=scale, ms_eps=ms_eps, head=head, **own), timesteps
 
@@ -296,12 +294,9 @@ def sampler_options(sample: ConfigDict) -> dict:
 
 def resolve_sampler(
     schedule: NoiseSchedule,
-    sampler: str = "ddim",
+    sampler: str,
+    spec: TimestepSpec,
     *,
-    steps: int = 0,
-    nfe: int = 0,
-    timestep_spacing: str = "uniform",
-    timesteps: Sequence[int] = (),
     skip_scale: int | np.ndarray | None = None,
     skip_scale_tau: float = 0.99,
     skip_scale_preset: str = "paper",
@@ -309,13 +304,12 @@ def resolve_sampler(
     head: Head | None = None,
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray | None, dict]:
-    """What a sampler is told, from what a user says.
+    """Turns the user's sampling options into timesteps, scale factors and the sampler's own arguments.
 
     Args:
       schedule: the forward process.
       sampler: one of `specs.SAMPLERS`.
-      steps, nfe, timestep_spacing, timesteps: as for `timesteps.choose_timesteps`; "optimal" is
-        `optimal_timesteps`.
+      spec: the request for timesteps; the spacing "optimal" is `optimal_timesteps`.
       skip_scale: the factor on the network's output that L_skip would train into it
         (`objectives.skip_scale`): a skip, or your own float [T]; None or 0 for no factor.
       skip_scale_tau, skip_scale_preset: tau and preset of that skip.
@@ -323,28 +317,20 @@ def resolve_sampler(
       **options: eta and the sampler's own, as for `make_sampler`; None stands for the sampler's default.
 
     Returns:
-      The levels int32 [S], ascending; the factors float [T], or None; the options that are not None.
+      The timesteps int32 [S], ascending; the factors float [T], or None; the options that are not None.
 
     Raises:
       ValueError: for an unknown sampler, and for values that are not allowed or contradict one another.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    levels = plan_timesteps(
-        schedule.T,
-        sampler,
-        steps=steps,
-        nfe=nfe,
-        timestep_spacing=timestep_spacing,
-        timesteps=timesteps,
-        **options,
-    )
-    if timestep_spacing == "optimal" and not len(timesteps):
+    timesteps = plan_timesteps(schedule.T, sampler, spec, **options)
+    if spec.timestep_spacing == "optimal" and not len(spec.timesteps):
         if ms_eps is None:
             raise ValueError(
                 "timestep_spacing='optimal' needs ms_eps, the network's statistic; "
                 "noise_statistics.estimate_noise_statistics makes it"
             )
-        levels = optimal_timesteps(schedule, ms_eps, len(levels))
+        timesteps = optimal_timesteps(schedule, ms_eps, len(timesteps))
     scale = None
     if skip_scale is None or np.ndim(skip_scale) == 0:
         skip = operator.index(skip_scale or 0)
@@ -354,9 +340,9 @@ def resolve_sampler(
             scale = objectives.skip_scale(schedule, skip, skip_scale_tau, skip_scale_preset)
     elif np.shape(skip_scale) != (schedule.T,):
         raise ValueError(
-            f"skip_scale has shape {np.shape(skip_scale)}; it is a skip, or one number per level, "
+            f"skip_scale has shape {np.shape(skip_scale)}; it is a skip, or one number per timestep, "
             f"shape ({schedule.T},)"
         )
     else:
         scale = np.asarray(skip_scale)
-    return levels, scale, options
+    return timesteps, scale, options

@@ -10,11 +10,18 @@ import numpy as np
 
 from s2dm_jax.diffusion.schedule import NoiseSchedule, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, SamplerOutput
-from s2dm_jax.samplers.common import alpha_sigma, call_network, predict_x0, timestep_pairs, weighted_sum
+from s2dm_jax.samplers.common import (
+    alpha_sigma,
+    call_network,
+    check_concrete_options,
+    predict_x0,
+    scan_sampler,
+    timestep_pairs,
+    weighted_sum,
+)
 
 # Gauss-Legendre quadrature moved from [−1, 1] to [0, 1]; all its weights are positive.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
-
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
@@ -28,64 +35,55 @@ def deis(
     return_x0: bool = False,
 ) -> SamplerOutput:
     """DEIS tAB (Zhang & Chen 2023, eq. 14, 15): ε extrapolated as a polynomial in t through the last `order`
-    evaluations and integrated against the probability-flow ODE; S evaluations.
+    evaluations and integrated against the probability-flow ODE; NFE S.
 
     The first steps have the order that their history allows. The last one is a DDIM step, whose result is
-    the network's prediction of x_0 at the lowest level.
+    the network's prediction of x_0 at the lowest timestep.
 
     Args:
-      x_T: [B, H, W, C].
-      timesteps: int [S], ascending levels in [0, T).
       order: evaluations that a step combines, 1 (this is DDIM) to 3; the polynomial's degree is one less.
-      return_x0: also return every step's prediction of x_0.
 
-    Returns:
-      x_0 [B, H, W, C]; with `return_x0` also the predictions [S, B, H, W, C], the noisiest level's first.
-
-    Raises:
-      ValueError: for a bad grid or an `order` that is not 1, 2 or 3.
+    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order={order} is not allowed: 1, 2 or 3")
+    check_concrete_options("deis", order=order)
     t, t_next = timestep_pairs(schedule, timesteps)
-    log_ab, log_ab_next = (log_alpha_bar(schedule, level, x_T.dtype) for level in (t, t_next))
+    log_ab, log_ab_next = (log_alpha_bar(schedule, s, x_T.dtype) for s in (t, t_next))
     signal, sigma = alpha_sigma(log_ab)
     signal_next, _ = alpha_sigma(log_ab_next)
-    weights = _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order)
+    weights = _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order)  # [S, order]
 
-    def step(state, at):
+    def step(state, inputs):
         x, history = state
-        t, signal, sigma, signal_next, weights = at
+        t, signal, sigma, signal_next, weights = inputs
         eps = call_network(eps_fn, x, t)
-        slopes = jnp.concatenate([eps[None], history])
+        slopes = jnp.concatenate([eps[None], history])  # [order, B, H, W, C]
         # x/signal moves by the integral of ε over sigma/signal.
         x_next = signal_next * (x / signal + weighted_sum(weights, slopes))
-        return (x_next, slopes[:-1]), predict_x0(x, eps, signal, sigma) if return_x0 else None
+        return (x_next, slopes[:-1]), predict_x0(x, eps, signal, sigma)
 
-    history = jnp.zeros((order - 1, *x_T.shape), x_T.dtype)
-    (x_0, _), predictions = jax.lax.scan(step, (x_T, history), (t, signal, sigma, signal_next, weights))
-    return (x_0, predictions) if return_x0 else x_0
+    history = jnp.zeros((order - 1, *x_T.shape), x_T.dtype)  # [order - 1, B, H, W, C]
+    return scan_sampler(step, (x_T, history), (t, signal, sigma, signal_next, weights), return_x0)
 
 
 def _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order):
     """[S, order]: each Lagrange polynomial in t integrated over ρ = sigma/signal, newest evaluation first."""
     dtype = log_ab.dtype
     rho, rho_next = jnp.sqrt(jnp.expm1(-log_ab)), jnp.sqrt(jnp.expm1(-log_ab_next))
-    # In ρ the ODE is d(x/signal) = ε dρ: quadrature points in ρ, and the fractional levels they belong to.
-    rho_q = rho[:, None] + (rho_next - rho)[:, None] * jnp.asarray(_NODES, dtype)
-    levels = jnp.arange(-1, schedule.T, dtype=dtype)
-    t_q = jnp.interp(jnp.log1p(rho_q**2), jnp.asarray(-schedule.log_alpha_bar_with_x0, dtype), levels)
+    # In ρ the ODE is d(x/signal) = ε dρ: quadrature points in ρ, and the fractional timesteps they belong to.
+    rho_q = rho[:, None] + (rho_next - rho)[:, None] * jnp.asarray(_NODES, dtype)  # [S, Q]
+    all_t = jnp.arange(-1, schedule.T, dtype=dtype)  # [T + 1], from the clean image
+    t_q = jnp.interp(jnp.log1p(rho_q**2), jnp.asarray(-schedule.log_alpha_bar_with_x0, dtype), all_t)
 
     # Evaluations that exist already; in the last step the newest alone.
     step, age = jnp.arange(len(t))[:, None], jnp.arange(order)
-    used = (age <= step) & ((t_next[:, None] >= 0) | (age == 0))
-    node = t.astype(dtype)[jnp.maximum(step - age, 0)]
-    # Axes from here on: step, evaluation of the polynomial, evaluation where it is 0, quadrature point.
-    pairs = used[:, :, None] & used[:, None, :] & ~jnp.eye(order, dtype=bool)
+    used = (age <= step) & ((t_next[:, None] >= 0) | (age == 0))  # [S, order]
+    node = t.astype(dtype)[jnp.maximum(step - age, 0)]  # [S, order]
+    # Axes: step, evaluation whose polynomial it is, evaluation where that is 0, quadrature point.
+    pairs = used[:, :, None] & used[:, None, :] & ~jnp.eye(order, dtype=bool)  # [S, order, order]
     distance = jnp.where(pairs, node[:, :, None] - node[:, None, :], 1)
-    factors = (t_q[:, None, None, :] - node[:, None, :, None]) / distance[..., None]
-    lagrange = jnp.prod(jnp.where(pairs[..., None], factors, 1), axis=2)
-    mean = jnp.sum(lagrange * jnp.asarray(_WEIGHTS, dtype), axis=-1)
+    factors = (t_q[:, None, None, :] - node[:, None, :, None]) / distance[..., None]  # [S, order, order, Q]
+    lagrange = jnp.prod(jnp.where(pairs[..., None], factors, 1), axis=2)  # [S, order, Q]
+    mean = jnp.sum(lagrange * jnp.asarray(_WEIGHTS, dtype), axis=-1)  # [S, order]
     return jnp.where(used, mean, 0) * (rho_next - rho)[:, None]
 
 
@@ -98,35 +96,25 @@ def dpmpp_2m(
     return_x0: bool = False,
 ) -> SamplerOutput:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the prediction of x_0 extrapolated linearly in the
-    half-log-SNR λ; S evaluations.
+    half-log-SNR λ; NFE S.
 
     The first step has no history, and the last one, where λ is infinite, must not use it: both are DDIM
-    steps, the last one's result being the network's prediction of x_0 at the lowest level.
+    steps, the last one's result being the network's prediction of x_0 at the lowest timestep.
 
-    Args:
-      x_T: [B, H, W, C].
-      timesteps: int [S], ascending levels in [0, T).
-      return_x0: also return every step's prediction of x_0.
-
-    Returns:
-      x_0 [B, H, W, C]; with `return_x0` also the predictions [S, B, H, W, C], the noisiest level's first.
-
-    Raises:
-      ValueError: for a bad grid.
+    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
     """
     t, signal, sigma, decay, gain, _, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
 
-    def step(state, at):
+    def step(state, inputs):
         x, x0_before = state
-        t, signal, sigma, decay, gain, growth = at
+        t, signal, sigma, decay, gain, growth = inputs
         x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
         # Half a step ahead along the line through the last two predictions.
         ahead = x0 + growth / 2 * (x0 - x0_before)
-        return (decay * x + gain * ahead, x0), x0 if return_x0 else None
+        return (decay * x + gain * ahead, x0), x0
 
     steps = (t, signal, sigma, decay, gain, growth)
-    (x_0, _), predictions = jax.lax.scan(step, (x_T, jnp.zeros_like(x_T)), steps)
-    return (x_0, predictions) if return_x0 else x_0
+    return scan_sampler(step, (x_T, jnp.zeros_like(x_T)), steps, return_x0)
 
 
 def unipc(
@@ -138,42 +126,40 @@ def unipc(
     return_x0: bool = False,
 ) -> SamplerOutput:
     """UniPC of order 2 with B₂(h) = e^h − 1, predicting x_0 (Zhao et al. 2023, multistep UniP-2 and UniC-2):
-    each evaluation corrects the step that led to it, then serves to predict the next one; S evaluations.
+    each evaluation corrects the step that led to it, then serves to predict the next one; NFE S.
 
     The first step has order 1. The last one is a DDIM step without correction, whose result is the
-    network's prediction of x_0 at the lowest level.
+    network's prediction of x_0 at the lowest timestep.
 
-    Arguments, result and errors as for `dpmpp_2m`.
+    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
     """
     t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
 
     # The corrector's weights for every step but the last. The paper's b_k are quotients of integrals of
     # e^{−(1−θ)h}·θ^k over [0, 1]: as means of θ^k they are free of the cancellation in their closed form.
     theta = jnp.asarray(_NODES, x_T.dtype)
-    density = jnp.asarray(_WEIGHTS, x_T.dtype) * jnp.exp(-(1 - theta) * h[:-1, None])
+    density = jnp.asarray(_WEIGHTS, x_T.dtype) * jnp.exp(-(1 - theta) * h[:-1, None])  # [S - 1, Q]
     b_1, b_2 = (jnp.sum(density * theta**k, -1) / jnp.sum(density, -1) for k in (1, 2))
     # Solution of the two order conditions, for the old line's slope and for the new evaluation. Growth is 0
     # in the first step alone, where the paper's weight for order 1 is a half.
     old = (b_1 - b_2) * growth[:-1] / (1 + growth[:-1])
     new = jnp.where(growth[:-1] == 0, 0.5, b_1 - old)
-    # At level i the step from i−1 is corrected; into the first level there was none.
-    old, new = (jnp.append(jnp.zeros(1, x_T.dtype), gain[:-1] * weight) for weight in (old, new))
+    # At timestep i the step from i−1 is corrected; into the first timestep there was none.
+    old, new = (jnp.append(jnp.zeros(1, x_T.dtype), gain[:-1] * weight) for weight in (old, new))  # [S]
 
-    def step(state, at):
+    def step(state, inputs):
         x, first_order, slope, x0_before = state
-        t, signal, sigma, decay, gain, growth, old, new = at
+        t, signal, sigma, decay, gain, growth, old, new = inputs
         x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
-        # Correct the arrival at this level. The network is not asked again at the corrected x.
+        # Correct the arrival at this timestep. The network is not called again at the corrected x.
         x = first_order + old * slope + new * (x0 - x0_before)
-        # Predict the next level.
+        # Predict the next timestep.
         slope = growth * (x0 - x0_before)
         first_order = decay * x + gain * x0
-        state = (first_order + gain * slope / 2, first_order, slope, x0)
-        return state, x0 if return_x0 else None
+        return (first_order + gain * slope / 2, first_order, slope, x0), x0
 
     state = (x_T, x_T, jnp.zeros_like(x_T), jnp.zeros_like(x_T))
-    (x_0, *_), predictions = jax.lax.scan(step, state, (t, signal, sigma, decay, gain, growth, old, new))
-    return (x_0, predictions) if return_x0 else x_0
+    return scan_sampler(step, state, (t, signal, sigma, decay, gain, growth, old, new), return_x0)
 
 
 def _log_snr_steps(schedule, timesteps, dtype):
@@ -184,7 +170,7 @@ def _log_snr_steps(schedule, timesteps, dtype):
       0 where a step must not look back: in the first and in the last.
     """
     t, t_next = timestep_pairs(schedule, timesteps)
-    log_ab, log_ab_next = (log_alpha_bar(schedule, level, dtype) for level in (t, t_next))
+    log_ab, log_ab_next = (log_alpha_bar(schedule, s, dtype) for s in (t, t_next))
     signal, sigma = alpha_sigma(log_ab)
     signal_next, sigma_next = alpha_sigma(log_ab_next)
     h = jnp.log(signal_next / sigma_next) - jnp.log(signal / sigma)

@@ -10,7 +10,6 @@ from s2dm_jax.diffusion.types import NoiseFn
 # Streams of a sampling seed. Training folds its step number into its seed: these are numbers that no run
 # reaches, so that sampling with the training's seed does not draw the training's noise again.
 _X_T_STREAM = np.uint32(2**32 - 1)
-
 _STEP_STREAM = np.uint32(2**32 - 2)
 
 
@@ -67,13 +66,13 @@ def slerp(x_a: jax.Array, x_b: jax.Array, weight: float | jax.Array) -> jax.Arra
       Array of the shape that the three broadcast to.
     """
     image = (-3, -2, -1)
-    weight = jnp.expand_dims(jnp.asarray(weight, x_a.dtype), image)
+    weight = jnp.expand_dims(jnp.asarray(weight, x_a.dtype), image)  # [..., 1, 1, 1]
 
     def inner(a, b):
         return jnp.sum(a * b, axis=image, keepdims=True)
 
     cosine = inner(x_a, x_b) / jnp.sqrt(inner(x_a, x_a) * inner(x_b, x_b))
-    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))  # [..., 1, 1, 1]
     # Where the sine is 0 the circle is not defined, and the quotient would be 0/0.
     parallel = jnp.sin(angle) < 1e-6
     sine = jnp.where(parallel, 1, jnp.sin(angle))

@@ -3,20 +3,27 @@
 The multistep history is part of the scan's state.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from s2dm_jax.diffusion.schedule import NoiseSchedule, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, SamplerOutput
 from s2dm_jax.samplers.common import (
     alpha_sigma,
     call_network,
+    check_concrete_options,
     ddim_step,
     predict_x0,
+    scan_sampler,
     timestep_pairs,
     weighted_sum,
 )
+from s2dm_jax.samplers.specs import nfe_of
+from s2dm_jax.samplers.timesteps import check_published_pndm
 
 
 def f_pndm(
@@ -29,25 +36,20 @@ def f_pndm(
     return_x0: bool = False,
 ) -> SamplerOutput:
     """F-PNDM (Liu et al. 2022, algorithm 2): three pseudo Runge-Kutta steps of four evaluations each, then
-    the four-step linear multistep formula; S + 9 evaluations.
+    the four-step linear multistep formula; NFE S + 9.
 
     Args:
-      x_T: [B, H, W, C].
-      timesteps: int [S], ascending, equally spaced levels in [0, T); S at least 4.
-      pndm_convention: "corrected" takes alpha_bar of the level that the network is told, and ends at the
-        clean image; half-way levels may be fractional, for the network and for alpha_bar (see
-        `log_alpha_bar`). "published" is the released code: alpha_bar of the level above, the end at
-        alpha_bar[0], half-way levels truncated for alpha_bar; it cannot run a grid that holds level T−1.
-      return_x0: also return the prediction of x_0 from the first evaluation of every step.
+      timesteps: equally spaced; S at least 4.
+      pndm_convention: "corrected" takes alpha_bar of the timestep that the network gets, and ends at the
+        clean image; half-way timesteps may be fractional, for the network and for alpha_bar (see
+        `log_alpha_bar`). "published" is the released code: alpha_bar one timestep later, the end at
+        alpha_bar[0], half-way timesteps truncated for alpha_bar; it cannot run timesteps that contain T−1.
+      return_x0: the predictions are those of the first evaluation of every step.
 
-    Returns:
-      x_0 [B, H, W, C]; with `return_x0` also the predictions [S, B, H, W, C], the noisiest level's first.
-
-    Raises:
-      ValueError: for a bad grid, too few steps, an unknown `pndm_convention`, or one that the grid does not
-        suit.
+    x_T [B, H, W, C], timesteps [S], the result and the errors: `s2dm_jax.samplers`.
     """
     return _pndm(
+        "f_pndm",
         eps_fn,
         x_T,
         schedule,
@@ -69,12 +71,17 @@ def s_pndm(
     pndm_convention: str = "corrected",
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """S-PNDM (Liu et al. 2022): one improved Euler step, then the two-step linear multistep formula; S + 1
-    evaluations.
+    """S-PNDM (Liu et al. 2022): one improved Euler step, then the two-step linear multistep formula; NFE S +
+    1.
 
-    Arguments, result and errors as for `f_pndm`, except that S is at least 2 and no level is fractional.
+    Args:
+      timesteps: equally spaced; S at least 2.
+      pndm_convention: as for `f_pndm`; no timestep is fractional.
+
+    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
     """
     return _pndm(
+        "s_pndm",
         eps_fn,
         x_T,
         schedule,
@@ -88,6 +95,7 @@ def s_pndm(
 
 
 def _pndm(
+    sampler,
     eps_fn,
     x_T,
     schedule,
@@ -102,66 +110,62 @@ def _pndm(
     """Steps of several evaluations until the multistep formula has its history, then the formula.
 
     Args:
-      stages: where in a starting step the network is evaluated, from 0 (its level) to 1 (the next level).
+      stages: where in a starting step the network is evaluated, from 0 (its timestep) to 1 (the next one).
       stage_weights: of these evaluations in the step's ε.
       multistep_weights: of this step's evaluation and those of the steps before it, newest first.
     """
+    check_concrete_options(sampler, pndm_convention=pndm_convention)
     t, t_next = timestep_pairs(schedule, timesteps)
+    # With fewer steps a starting step would reach the clean image, and call the network at t = −1.
+    nfe_of(sampler, len(t))
     start = len(multistep_weights) - 1
-    if len(t) <= start:
-        # With fewer steps a starting step would reach the clean image, and ask the network about level −1.
-        raise ValueError(f"steps={len(t)} is too few for this PNDM: it needs at least {start + 1}")
-    alpha_bar_at = _pndm_alpha_bar(schedule, timesteps, pndm_convention, x_T.dtype)
-    stages = jnp.asarray(stages, t.dtype)
-    stage_t = t[:, None] + stages * (t_next - t)[:, None]
-    log_ab, log_ab_next, log_ab_stages = (alpha_bar_at(level) for level in (t, t_next, stage_t))
+    log_ab_at = _log_alpha_bar_of(schedule, timesteps, pndm_convention, x_T.dtype)
+    t_stages = t[:, None] + jnp.asarray(stages, t.dtype) * (t_next - t)[:, None]  # [S, stages]
+    log_ab, log_ab_next, log_ab_stages = (log_ab_at(s) for s in (t, t_next, t_stages))
 
-    def prediction(x, eps, log_ab):
-        return predict_x0(x, eps, *alpha_sigma(log_ab)) if return_x0 else None
+    def starting_step(x, inputs):
+        log_ab, log_ab_next, t_stages, log_ab_stages = inputs
 
-    def starting_step(x, at):
-        log_ab, log_ab_next, stage_t, log_ab_stages = at
-
-        def stage(eps, at):
-            # Each stage looks at the level it is for from x, along the noise that the stage before it found.
-            level, log_ab_level = at
-            eps = call_network(eps_fn, ddim_step(x, eps, log_ab, log_ab_level), level)
+        def stage(eps, inputs):
+            # Each stage starts from x and follows the noise that the stage before it predicted.
+            t_stage, log_ab_stage = inputs
+            eps = call_network(eps_fn, ddim_step(x, eps, log_ab, log_ab_stage), t_stage)
             return eps, eps
 
-        _, slopes = jax.lax.scan(stage, jnp.zeros_like(x), (stage_t, log_ab_stages))
+        _, slopes = jax.lax.scan(stage, jnp.zeros_like(x), (t_stages, log_ab_stages))  # [stages, B, H, W, C]
         x_next = ddim_step(x, weighted_sum(stage_weights, slopes), log_ab, log_ab_next)
-        # Only the first evaluation is at this level on this path: it alone enters the history.
-        return x_next, (slopes[0], prediction(x, slopes[0], log_ab))
+        # Only the first evaluation is at this timestep on this path: it alone enters the history.
+        prediction = predict_x0(x, slopes[0], *alpha_sigma(log_ab)) if return_x0 else None
+        return x_next, (slopes[0], prediction)
 
-    def multistep(state, at):
+    def multistep(state, inputs):
         x, history = state
-        t, log_ab, log_ab_next = at
+        t, log_ab, log_ab_next = inputs
         eps = call_network(eps_fn, x, t)
-        slopes = jnp.concatenate([eps[None], history])
+        slopes = jnp.concatenate([eps[None], history])  # [start + 1, B, H, W, C]
         x_next = ddim_step(x, weighted_sum(multistep_weights, slopes), log_ab, log_ab_next)
-        return (x_next, slopes[:-1]), prediction(x, eps, log_ab)
+        return (x_next, slopes[:-1]), predict_x0(x, eps, *alpha_sigma(log_ab))
 
     # Two scans, so that no step makes evaluations that it does not use.
     x, (slopes, first) = jax.lax.scan(
-        starting_step, x_T, (log_ab[:start], log_ab_next[:start], stage_t[:start], log_ab_stages[:start])
+        starting_step, x_T, (log_ab[:start], log_ab_next[:start], t_stages[:start], log_ab_stages[:start])
     )
-    (x, _), rest = jax.lax.scan(
-        multistep, (x, slopes[::-1]), (t[start:], log_ab[start:], log_ab_next[start:])
-    )
-    return (x, jnp.concatenate([first, rest])) if return_x0 else x
+    steps = (t[start:], log_ab[start:], log_ab_next[start:])
+    output = scan_sampler(multistep, (x, slopes[::-1]), steps, return_x0)
+    if not return_x0:
+        return output
+    x_0, rest = output
+    return x_0, jnp.concatenate([first, rest])
 
 
-def _pndm_alpha_bar(schedule, timesteps, pndm_convention, dtype):
-    """Function from levels to log alpha_bar in the asked pndm_convention."""
+def _log_alpha_bar_of(
+    schedule: NoiseSchedule, timesteps: jax.Array | np.ndarray, pndm_convention: str, dtype: DTypeLike
+) -> Callable[[jax.Array], jax.Array]:
+    """Function from timesteps to log alpha_bar in the PNDM convention."""
     if pndm_convention == "corrected":
         return lambda t: log_alpha_bar(schedule, t, dtype)
-    if pndm_convention != "published":
-        raise ValueError(f"pndm_convention={pndm_convention!r} is not allowed: 'corrected' or 'published'")
-    values_known = not isinstance(timesteps, jax.core.Tracer)
-    if len(timesteps) == schedule.T or (values_known and timesteps[-1] == schedule.T - 1):
-        raise ValueError(
-            "pndm_convention='published' reads alpha_bar one level above each timestep: its grid must end "
-            f"below T−1={schedule.T - 1}; pndm_convention='corrected' runs this one"
-        )
+    # S traced timesteps end at S−1 or later.
+    last = len(timesteps) - 1 if isinstance(timesteps, jax.core.Tracer) else int(timesteps[-1])
+    check_published_pndm(schedule.T, last)
     table = jnp.asarray(schedule.log_alpha_bar_with_x0[1:], dtype)
     return lambda t: table[t.astype(jnp.int32) + 1]

@@ -1,6 +1,7 @@
-"""What is known of each sampler before it runs: its options, its network evaluations, its levels.
+"""The table of samplers: where each one is, its options, its NFE (number of function evaluations).
 
-No jax, so that a mistake is told before jax is imported. Messages begin with the name of the argument.
+Imports no jax, so that wrong options are reported before jax is imported. Error messages begin with the name
+of the argument.
 """
 
 import importlib
@@ -9,16 +10,16 @@ from typing import Any, NamedTuple
 
 
 class SamplerSpec(NamedTuple):
-    """Facts about a sampler.
+    """What there is to know about a sampler before it runs.
 
     Attributes:
-      module: file of this folder that has the function of the sampler's name.
-      options: names of the keyword arguments that only some samplers have.
-      extra_evaluations: network evaluations beyond one a step.
-      min_steps: fewer cannot be made.
-      stochastic: at every step, whatever the options.
-      requires: what must be known of the network besides its weights: "ms_eps" (Analytic-DPM's statistic), or
-        which second head ("sn", "npr").
+      module: file of this folder that defines the function of the sampler's name.
+      options: keyword arguments that not every sampler has: "eta" and names of OPTIONS.
+      extra_evaluations: network evaluations beyond one per step.
+      min_steps: smallest number of steps.
+      stochastic: draws noise at every step, whatever the options.
+      requires: input besides the network's weights: "ms_eps" (Analytic-DPM's statistic), or the kind of the
+        variance head ("sn", "npr").
     """
 
     module: str
@@ -44,7 +45,7 @@ SAMPLERS = {
     "npr": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="npr"),
 }
 
-# The values that an option may have; None: any number above 0.
+# The choices of each option; None: any number above 0. eta is apart: 0 suits every sampler.
 OPTIONS: dict[str, tuple | None] = {
     "clip_x0": (False, True),
     "variance": ("large", "small"),
@@ -55,8 +56,19 @@ OPTIONS: dict[str, tuple | None] = {
 }
 
 
+def spec_of(sampler: str) -> SamplerSpec:
+    """SAMPLERS[sampler].
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[sampler]
+
+
 def get_sampler(name: str) -> Callable[..., Any]:
-    """The function of SAMPLERS[name]; imports jax.
+    """The function of SAMPLERS[name], imported on use, and jax with it.
 
     Raises:
       ValueError: for an unknown name.
@@ -69,63 +81,58 @@ def nfe_of(sampler: str, steps: int) -> int:
     """Calls of the network that a sampler makes: S + 9 for F-PNDM, S + 1 for S-PNDM (PNDM), else S.
 
     Raises:
-      ValueError: for an unknown sampler, or fewer steps than it can make.
+      ValueError: for an unknown sampler, or fewer steps than its smallest number.
     """
-    facts = spec_of(sampler)
-    if steps < facts.min_steps:
-        raise ValueError(f"steps={steps} is too few for {sampler}: it needs at least {facts.min_steps}")
-    return steps + facts.extra_evaluations
+    spec = spec_of(sampler)
+    if steps < spec.min_steps:
+        raise ValueError(f"steps={steps} is too few for {sampler}: it needs at least {spec.min_steps}")
+    return steps + spec.extra_evaluations
 
 
 def steps_for_nfe(sampler: str, nfe: int) -> int:
-    """The largest number of steps whose `nfe_of` are at most `nfe`.
+    """The number of steps for which the sampler makes `nfe` evaluations, the inverse of `nfe_of`.
 
     Raises:
-      ValueError: for an unknown sampler, or a budget below its fewest steps.
+      ValueError: for an unknown sampler, or fewer evaluations than its smallest number of steps makes.
     """
-    facts = spec_of(sampler)
-    fewest = facts.min_steps + facts.extra_evaluations
+    spec = spec_of(sampler)
+    fewest = spec.min_steps + spec.extra_evaluations
     if nfe < fewest:
         raise ValueError(f"nfe={nfe} is too few for {sampler}: its fewest steps make {fewest} evaluations")
-    return nfe - facts.extra_evaluations
+    return nfe - spec.extra_evaluations
 
 
 def check_options(sampler: str, **options: Any) -> None:
-    """Checks the keyword arguments that only some samplers have.
+    """Checks the options that not every sampler has, by name, value and sampler.
 
     Args:
-      sampler: one of FACTS.
+      sampler: one of SAMPLERS.
       **options: "eta" and those of OPTIONS; eta 0 suits every sampler.
 
     Raises:
-      ValueError: for an option that does not exist or that the sampler does not have, or a bad value.
+      ValueError: for an option that does not exist or that the sampler does not have, or a value outside its
+        choices.
     """
-    facts = spec_of(sampler)
+    spec = spec_of(sampler)
     for name, value in options.items():
-        if name == "eta":
-            if not 0 <= value <= 1:
-                raise ValueError(
-                    f"eta={value} is not allowed: 0 (deterministic) to 1 (DDPM's posterior variance)"
-                )
-            if value == 0:
-                continue
-        elif name not in OPTIONS:
-            raise ValueError(
-                f"{name}={value!r} is no option of a sampler; there are eta, {', '.join(OPTIONS)}"
-            )
-        elif (allowed := OPTIONS[name]) is None:
-            if not value > 0:
-                raise ValueError(f"{name}={value!r} is not allowed: a number above 0, or inf")
-        elif value not in allowed:
-            raise ValueError(f"{name}={value!r} is not allowed: {' or '.join(map(repr, allowed))}")
-        if name not in facts.options:
-            have = ", ".join(other for other, its in SAMPLERS.items() if name in its.options)
-            raise ValueError(f"{name}={value!r} is no option of {sampler}, only of {have}")
-    if options.get("eta") and "mean" in facts.options and options.get("mean", "ddpm") == "ddpm":
+        _check_value(name, value)
+        if name not in spec.options and not (name == "eta" and value == 0):
+            owners = ", ".join(other for other, spec in SAMPLERS.items() if name in spec.options)
+            raise ValueError(f"{name}={value!r} is no option of {sampler}, only of {owners}")
+    if options.get("eta") and "mean" in spec.options and options.get("mean", "ddpm") == "ddpm":
         raise ValueError(f"eta={options['eta']} is no option of mean='ddpm', only of mean='ddim'")
 
 
-def spec_of(sampler: str) -> SamplerSpec:
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler]
+def _check_value(name: str, value: Any) -> None:
+    if name == "eta":
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"eta={value} is not allowed: 0 (deterministic) to 1 (DDPM's posterior variance)"
+            )
+    elif name not in OPTIONS:
+        raise ValueError(f"{name}={value!r} is no option of a sampler; there are eta, {', '.join(OPTIONS)}")
+    elif (choices := OPTIONS[name]) is None:
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} is not allowed: a number above 0, or inf")
+    elif value not in choices:
+        raise ValueError(f"{name}={value!r} is not allowed: {' or '.join(map(repr, choices))}")

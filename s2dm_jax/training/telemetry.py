@@ -26,11 +26,6 @@ from s2dm_jax.models.network import Network, num_params
 def run_summary(config: ConfigDict, network: Network, provenance: str, step: int) -> str:
     """What a run is about to do, in a few lines."""
     o, train = build_objective(config), config.train
-    loss = "L_simple"
-    if o.has_skip:
-        loss = f"{o.tau:g}·L_simple + {1 - o.tau:g}·L_skip (skip {o.skip}, {o.skip_noise} noise)"
-    if o.has_sequence:
-        loss += f" + {o.lam:g}·L_sa (K = {o.K})"
     devices = jax.devices()
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
@@ -41,7 +36,7 @@ def run_summary(config: ConfigDict, network: Network, provenance: str, step: int
             f"data     {provenance}",
             f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in "
             f"{network.dtype}",
-            f"loss     {loss}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
+            f"loss     {o.formula}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
             f"T = {config.diffusion.T:,}",
             f"train    {start}, batch {train.batch_size} × {o.num_timesteps_per_image} noise level(s), Adam "
             f"{train.lr:g}, "

@@ -46,7 +46,7 @@ _IN_BLOCK = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"}
 
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 # The schedules that both sides compute alike; others go as a list of betas.
-_BETA_SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_BETA_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
 def unet_config(network: UNet) -> dict:

@@ -33,6 +33,7 @@ from s2dm_jax.inference.sampler import (
 )
 from s2dm_jax.models.network import Network
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
+from s2dm_jax.samplers.timesteps import split_timestep_spec
 from s2dm_jax.weights import model_card
 from s2dm_jax.workdir.exported import FORMAT, WEIGHTS
 from s2dm_jax.workdir.load import load_run
@@ -55,7 +56,7 @@ def export_programs(
       schedule: the forward process.
       sampler: one of `specs.SAMPLERS`.
       platforms: that the programs can run on.
-      **said: as for `sampler.resolve_sampler`; all of it is baked in.
+      **said: as for `sampler.configure_sampler`; all of it is baked in.
 
     Returns:
       "sampler": (weights, seed int32 [], indices int32 [b]) → images; "sampler_from_noise": (weights,
@@ -66,7 +67,8 @@ def export_programs(
     Raises:
       ValueError: as `sampler.resolve_sampler`.
     """
-    levels, scale, options = resolve_sampler(schedule, sampler, **said)
+    spec, said = split_timestep_spec(said)
+    levels, scale, options = resolve_sampler(schedule, sampler, spec, **said)
     known = sampler_inputs(schedule, sampler, scale, said.get("ms_eps"), said.get("head"))
     baked_in: dict[str, Any] = {"eta": options.pop("eta", None) or None, "scale": scale, "known": known}
     program = SamplerConfig(network, schedule, sampler, tuple(sorted(options.items())))
@@ -123,7 +125,8 @@ def export(config: ConfigDict, workdir: str, *, network: Network | None = None) 
     statistic = noise_statistics.load_cached(schedule, run.ema_params, statistics_folder(workdir))
     needed: dict[str, Any] = {"ms_eps": statistic and statistic.ms_eps, "head": run.variance_head}
     try:
-        levels, scale, _ = resolve_sampler(schedule, **said, **needed)
+        spec, others = split_timestep_spec(said)
+        levels, scale, _ = resolve_sampler(schedule, spec=spec, **others, **needed)
         sampler_inputs(schedule, options.sampler, scale, **needed)
     except ValueError as error:
         raise UserError(f"config.sample.{error}") from error

@@ -110,10 +110,10 @@ def test_bad_config_files(tmp_path, config, sentence):
         ("loss.lam", float("inf"), "config.loss.lam=inf has the wrong type: it must be a finite number"),
         ("loss.skip_noise", "same", "choose one of shared, independent, expected"),
         ("loss.skip_factors", 1001, "config.loss.skip_factors=1001 must be at most 1000"),
-        ("eval.nfe", (10, 1001), "config.eval.nfe=1001 cannot be had: steps=1001 is not a number of steps"),
+        ("eval.nfe", (10, 1001), "config.eval.nfe=1001 is not possible: steps=1001 is out of range"),
         ("eval.nfe", (), "has the wrong type: it must be a tuple of positive integers"),
         ("eval.nfe", (10, -1), "has the wrong type: it must be a tuple of positive integers"),
-        ("sample.steps", 2000, "config.sample.steps=2000 is not a number of steps that T=1000 levels allow"),
+        ("sample.steps", 2000, "config.sample.steps=2000 is out of range: T=1000 allows 1 to 1000"),
         ("model.ch", 48, "config.model.ch=48 must be a multiple of 32"),
         (
             "model.attn_resolutions",
@@ -121,7 +121,7 @@ def test_bad_config_files(tmp_path, config, sentence):
             "names 16, which never occurs; this model's resolutions are 8, 4, 2",
         ),
         ("model.ch_mult", (1, 1, 1, 1, 1), "halves images of 8 pixels 4 times"),
-        ("diffusion.schedule", "log", "choose one of linear, cosine, quad, const, sigmoid"),
+        ("diffusion.schedule", "log", "choose one of linear, cosine, quadratic, const, sigmoid"),
         ("data.name", "mnist", "choose one of digits, cifar10, celeba, celebahq"),
         (
             "data.resolution",

@@ -12,7 +12,7 @@ from helpers import TINY, equations, group, network_of
 from torch_random import sketch
 
 from s2dm_jax.diffusion import objectives
-from s2dm_jax.diffusion.objectives import NoiseSample, paper, released
+from s2dm_jax.diffusion.objectives import NoiseSample, Term, paper, released
 from s2dm_jax.diffusion.schedule import add_noise, cosine_schedule, linear_schedule
 from s2dm_jax.training.step import StepConfig, update
 from s2dm_jax.weights import torch_names
@@ -37,8 +37,8 @@ def published_run(arrays):
     state = TrainState(np.int32(0), params, params, optimizer.init(params))
 
     @jax.jit
-    def step(state, x0, draws):
-        return update(made_of, state, x0, draws, None)
+    def step(state, x0, sample):
+        return update(made_of, state, x0, sample, None)
 
     history = []
     for i, t in enumerate(arrays["t"]):
@@ -81,31 +81,31 @@ def batch(objective, size=6, shape=(4, 4, 1), T=1000, seed=0):
 )
 def test_reduces_exactly_to_the_plain_objective(preset, reduced):
     plain, same = preset(reduction="sum"), preset(reduction="sum", **reduced)
-    x0, draws = batch(plain)
-    expected, _ = objectives.loss(linear_net(), SCHEDULE, plain, x0, draws)
-    x0, draws = batch(same)
-    actual, terms = objectives.loss(linear_net(), SCHEDULE, same, x0, draws)
+    x0, sample = batch(plain)
+    expected, _ = objectives.loss(linear_net(), SCHEDULE, plain, x0, sample)
+    x0, sample = batch(same)
+    actual, terms = objectives.loss(linear_net(), SCHEDULE, same, x0, sample)
     np.testing.assert_array_equal(actual, expected)
     assert terms.keys() == {"simple"}
 
 
-def by_hand(objective, x0, draws, net):
+def loss_in_numpy(objective, x0, sample, net):
     """L for one example at a time, in float64, as the papers' formulas read."""
     a, totals = SCHEDULE.alpha_bar, []
-    for i, t in enumerate(np.asarray(draws.t)):
+    for i, t in enumerate(np.asarray(sample.t)):
         residuals = []
         for k in range(objective.num_timesteps_per_image):
-            level = t + k if objective.window == "forward" else t - k
+            s = t + k if objective.window == "forward" else t - k
             first = 1 if objective.window_boundary == "inner" else 0
-            known = np.clip(level, 0, 999)
-            e = np.asarray(draws.noise[i, k], np.float64)
-            x = np.sqrt(a[known]) * np.asarray(x0[i], np.float64) + np.sqrt(1 - a[known]) * e
-            f = np.asarray(net(x[None], np.array([known])), np.float64)[0]
+            clipped = np.clip(s, 0, 999)
+            e = np.asarray(sample.noise[i, k], np.float64)
+            x = np.sqrt(a[clipped]) * np.asarray(x0[i], np.float64) + np.sqrt(1 - a[clipped]) * e
+            f = np.asarray(net(x[None], np.array([clipped])), np.float64)[0]
             if k == 0:
                 f0, e0 = f, e
-            weight = 1.0 if first <= level < 1000 else 0.0
+            weight = 1.0 if first <= s < 1000 else 0.0
             if objective.use_tau_s and weight:
-                weight = tau_by_induction(SCHEDULE)[known]
+                weight = tau_by_induction(SCHEDULE)[clipped]
             residuals.append(weight * (f - e))
         reduce = np.sum if objective.reduction == "sum" else np.mean
         simple = total = reduce((e0 - f0) ** 2)
@@ -113,7 +113,7 @@ def by_hand(objective, x0, draws, net):
         if objective.skip and not (t < factors and objective.skip_boundary == "plain"):
             a_skip = np.prod(SCHEDULE.alpha[max(t - factors + 1, 0) : t + 1])
             c = np.sqrt(1 - a_skip) / np.sqrt(a_skip)
-            target = e0 if objective.skip_noise == "shared" else np.asarray(draws.skip_noise[i])
+            target = e0 if objective.skip_noise == "shared" else np.asarray(sample.skip_noise[i])
             total = objective.tau * simple + (1 - objective.tau) * reduce((target - c * f0) ** 2)
         if objective.num_timesteps_per_image > 1:
             divisor = objective.K**2 if objective.sa_norm == "K^2" else objective.K
@@ -123,7 +123,7 @@ def by_hand(objective, x0, draws, net):
 
 
 def tau_by_induction(schedule):
-    """τ_s of Theorem 1 from its recursion: the error made at level s is carried down by γ₂ at every step."""
+    """τ_s of Theorem 1 from its recursion: the error at timestep s is carried down by γ₂ at every step."""
     a, before = schedule.alpha_bar, schedule.alpha_bar_with_x0[:-1]
     gamma_1 = np.sqrt(before) * schedule.beta / (1 - a)
     gamma_2 = np.sqrt(schedule.alpha) * (1 - before) / (1 - a)
@@ -143,12 +143,12 @@ def tau_by_induction(schedule):
         released(skip=2, reduction="mean"),
     ],
 )
-def test_formulas_level_by_level(objective):
+def test_formulas_timestep_by_timestep(objective):
     t = jnp.array([0, 1, 2, 8, 9, 10, 500, 997, 998, 999])
-    x0, draws = batch(objective, size=len(t))
-    draws = draws._replace(t=t)
-    actual, _ = objectives.loss(linear_net(), SCHEDULE, objective, x0, draws)
-    np.testing.assert_allclose(actual, by_hand(objective, x0, draws, linear_net()), rtol=1e-4)
+    x0, sample = batch(objective, size=len(t))
+    sample = sample._replace(t=t)
+    actual, _ = objectives.loss(linear_net(), SCHEDULE, objective, x0, sample)
+    np.testing.assert_allclose(actual, loss_in_numpy(objective, x0, sample, linear_net()), rtol=1e-4)
 
 
 def test_published_values_of_tau_s():
@@ -176,17 +176,17 @@ def test_network_is_called_once_whatever_K():
         return x
 
     objective = released(skip=10, K=4, lam=1.0)
-    x0, draws = batch(objective)
-    objectives.loss(net, SCHEDULE, objective, x0, draws)
+    x0, sample = batch(objective)
+    objectives.loss(net, SCHEDULE, objective, x0, sample)
     assert calls == [(6 * 4, 4, 4, 1)]
 
 
 def test_products_of_the_loss_keep_float32_on_accelerators():
     objective, x0 = paper(K=3, lam=1.0, skip=2), np.ones((2, 4, 4, 1), np.float32)
-    draws = objectives.sample_noise(objective, jax.random.key(0), 10, x0.shape)
+    sample = objectives.sample_noise(objective, jax.random.key(0), 10, x0.shape)
 
     def mean_loss(scale):
-        return objectives.loss(lambda x, t: scale * x, linear_schedule(10), objective, x0, draws)[0].mean()
+        return objectives.loss(lambda x, t: scale * x, linear_schedule(10), objective, x0, sample)[0].mean()
 
     program = jax.make_jaxpr(jax.grad(mean_loss))(1.0)
     products = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
@@ -201,8 +201,8 @@ def test_convolutions_in_the_compiled_program_do_not_grow_with_K():
     def convolutions(objective):
         def mean_loss(params, x0, key):
             eps_fn = functools.partial(TINY.apply, params)
-            draws = objectives.sample_noise(objective, key, SCHEDULE.T, x0.shape)
-            return objectives.loss(eps_fn, SCHEDULE, objective, x0, draws)[0].mean()
+            sample = objectives.sample_noise(objective, key, SCHEDULE.T, x0.shape)
+            return objectives.loss(eps_fn, SCHEDULE, objective, x0, sample)[0].mean()
 
         x0 = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
         program = jax.jit(jax.grad(mean_loss)).lower(params, x0, jax.random.key(0)).compile()
@@ -254,21 +254,21 @@ def test_expected_target_has_the_same_mean_gradient_and_less_variance():
     def gradient(objective, key):
         x_key, key = jax.random.split(key)
         x0 = jax.random.uniform(x_key, shape, minval=-1, maxval=1)
-        draws = objectives.sample_noise(objective, key, 1000, shape)._replace(t=jnp.array([t]))
+        sample = objectives.sample_noise(objective, key, 1000, shape)._replace(t=jnp.array([t]))
         return jax.grad(
-            lambda a: objectives.loss(lambda x, _: a * x, SCHEDULE, objective, x0, draws)[0].sum()
+            lambda a: objectives.loss(lambda x, _: a * x, SCHEDULE, objective, x0, sample)[0].sum()
         )(0.8)
 
     keys = jax.random.split(jax.random.key(0), 20_000)
     g_independent = jax.vmap(lambda k: gradient(independent, k))(keys)
     g_expected = jax.vmap(lambda k: gradient(expected, k))(keys)
-    # The same keys draw the same levels and first noise, so the difference is the second noise's alone.
+    # The same keys draw the same timesteps and first noise, so the difference is the second noise's alone.
     difference = np.asarray(g_independent - g_expected)
     assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(len(difference))
     assert g_expected.var() < 0.5 * g_independent.var()
 
 
-def test_draws_cover_all_levels_and_are_mirrored_when_antithetic():
+def test_samples_cover_all_timesteps_and_are_mirrored_when_antithetic():
     key = jax.random.key(0)
     t = objectives.sample_noise(paper(), key, 10, (20_000, 1, 1, 1)).t
     counts = np.bincount(t, minlength=10)
@@ -288,11 +288,51 @@ def test_second_noise_is_drawn_only_where_it_is_used():
         assert objectives.sample_noise(objective, jax.random.key(0), 1000, shape).skip_noise is None
 
 
-def test_draws_without_the_second_noise_are_refused():
+def test_a_sample_without_the_second_noise_is_refused():
     objective, x0 = released(skip=10), jnp.zeros((2, 4, 4, 1))
-    draws = objectives.sample_noise(objective, jax.random.key(0), 1000, x0.shape)._replace(skip_noise=None)
-    with pytest.raises(ValueError, match=r"draws\.skip_noise is missing"):
-        objectives.loss(lambda x, t: x, SCHEDULE, objective, x0, draws)
+    sample = objectives.sample_noise(objective, jax.random.key(0), 1000, x0.shape)._replace(skip_noise=None)
+    with pytest.raises(ValueError, match=r"sample\.skip_noise is missing"):
+        objectives.loss(lambda x, t: x, SCHEDULE, objective, x0, sample)
+
+
+@pytest.mark.parametrize(
+    ("objective", "formula"),
+    [
+        (paper(), "L_simple"),
+        (paper(skip=10, tau=1.0, K=3), "L_simple"),
+        (paper(skip=10), "0.99·L_simple + 0.01·L_skip (skip 10, shared noise)"),
+        (paper(K=3, lam=0.5), "L_simple + 0.5·L_sa (K = 3)"),
+        (
+            released(skip=10, tau=0.9, K=2, lam=1.0),
+            "0.9·L_simple + 0.1·L_skip (skip 10, independent noise) + 1·L_sa (K = 2)",
+        ),
+    ],
+)
+def test_an_objective_as_text_has_the_terms_of_its_loss(objective, formula):
+    assert objective.formula == formula
+    symbols = {"simple": "L_simple", "skip": "L_skip", "sequence": "L_sa"}
+    assert objective.terms == tuple(name for name, symbol in symbols.items() if symbol in formula)
+    x0, sample = batch(objective)
+    _, terms = objectives.loss(linear_net(), SCHEDULE, objective, x0, sample)
+    assert tuple(terms) == objective.terms
+
+
+def test_a_new_term_is_one_entry_of_the_table(monkeypatch):
+    def squared_prediction(schedule, objective, sample, timesteps, eps):
+        return 0.5, jnp.square(eps[:, 0])
+
+    x0, sample = batch(paper())
+    plain, _ = objectives.loss(linear_net(), SCHEDULE, paper(), x0, sample)
+    monkeypatch.setitem(
+        objectives.TERMS, "power", Term(lambda o: True, lambda o: "0.5·‖ε_θ‖²", squared_prediction)
+    )
+    total, terms = objectives.loss(linear_net(), SCHEDULE, paper(), x0, sample)
+    assert paper().formula == "L_simple + 0.5·‖ε_θ‖²"
+    x_t = add_noise(SCHEDULE, x0, sample.t, sample.noise[:, 0])
+    np.testing.assert_allclose(
+        terms["power"], jnp.square(linear_net()(x_t, sample.t)).sum((1, 2, 3)), rtol=1e-5
+    )
+    np.testing.assert_allclose(total, plain + 0.5 * terms["power"], rtol=1e-6)
 
 
 def test_sequence_aware_optimum_on_gaussian_data():
@@ -307,12 +347,12 @@ def test_sequence_aware_optimum_on_gaussian_data():
         n = 400_000
         x0 = jnp.asarray(np.sqrt(variance) * rng.standard_normal((n, 1, 1, 1)), jnp.float32)
         noise = jnp.asarray(rng.standard_normal((n, K, 1, 1, 1)), jnp.float32)
-        draws = NoiseSample(jnp.full(n, t), noise, None)
+        sample = NoiseSample(jnp.full(n, t), noise, None)
 
-        def mean_loss(scale, x0=x0, draws=draws, bayes=bayes):
-            # At these levels the neighbour's Bayes factor differs from this one's by far less than the
+        def mean_loss(scale, x0=x0, sample=sample, bayes=bayes):
+            # At these timesteps the neighbour's Bayes factor differs from this one's by far less than the
             # tolerance, so one number stands for the window.
-            per_example, _ = objectives.loss(lambda x, _: scale * bayes * x, SCHEDULE, objective, x0, draws)
+            per_example, _ = objectives.loss(lambda x, _: scale * bayes * x, SCHEDULE, objective, x0, sample)
             return per_example.mean()
 
         # The loss is quadratic in the scale: its minimum follows from the gradient at two points.

@@ -37,7 +37,7 @@ def random_net(kind, seed):
 
 
 def residuals_of(schedule, net, seed):
-    """f(x_s, s) − ε_s at every level for one joint draw of x_0, ε_1 … ε_T for each image: [N, T, H, W, C]."""
+    """f(x_s, s) − ε_s at every timestep, for one joint draw of x_0, ε_1 … ε_T per image: [N, T, H, W, C]."""
     rng = np.random.default_rng(seed)
     x0 = rng.uniform(-1, 1, (IMAGES, 1, *SHAPE)).astype(np.float32)
     noise = rng.standard_normal((IMAGES, T, *SHAPE)).astype(np.float32)
@@ -57,9 +57,9 @@ def three_losses(schedule, objective, residuals):
     weighted = weights.reshape(-1, 1, 1, 1) * residuals
     # The theorem's t goes over 1−K … T in the paper's count.
     t = jnp.arange(-objective.K, T)
-    levels = objectives.window_timesteps(objective, t)
-    weight = objectives.window_weight(schedule, objective, levels)
-    windows = residuals[:, np.clip(levels, 0, T - 1)].reshape(-1, objective.K, *SHAPE)
+    timesteps = objectives.window_timesteps(objective, t)
+    weight = objectives.window_weight(schedule, objective, timesteps)
+    windows = residuals[:, np.clip(timesteps, 0, T - 1)].reshape(-1, objective.K, *SHAPE)
     per_pixel = objectives.sequence_loss(windows, np.tile(weight, (len(residuals), 1)), objective.sa_norm)
     sa = np.asarray(per_pixel, np.float64).reshape(len(residuals), T + objective.K, -1).sum(-1).mean(-1)
     return squared(weighted[:, 1:]).mean(-1), sa, squared(weighted.sum(1))
@@ -72,7 +72,7 @@ def test_theorem_1_recursion_is_the_weighted_sum_of_errors(schedule):
     a = schedule.alpha_bar
     own = (gamma_1 * np.sqrt((1 - a) / a)).reshape(-1, 1, 1, 1) * residuals
     total = own[:, T - 1]
-    # From the paper's step T down to its step 2, which is level 1.
+    # From the paper's step T down to its step 2, which is timestep 1.
     for t in range(T - 2, 0, -1):
         total = own[:, t] + gamma_2[t] * total
 
@@ -104,12 +104,12 @@ def test_theorem_1_product_of_gammas(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_theorem_2_bounds_on_random_networks(schedule, K, tau_s):
     objective = paper(K=K, lam=1.0, use_tau_s=tau_s)
-    draws = [
+    residuals = [
         residuals_of(schedule, random_net(kind, seed), seed)[0]
         for kind in ("linear", "tanh")
         for seed in range(3)
     ]
-    simple, sa, total = three_losses(schedule, objective, np.concatenate(draws))
+    simple, sa, total = three_losses(schedule, objective, np.concatenate(residuals))
     upper, lower = (T - 1) / (T + K) * simple, total / (T + K) ** 2
     # With one joint draw of all noise per image both hold for each image, so for every mean over images.
     assert (upper >= sa * (1 - 1e-5)).all()
@@ -139,8 +139,8 @@ def test_theorem_2_upper_bound_is_reached_but_for_the_ends_of_the_sequence(K):
 
 @pytest.mark.parametrize("K", [2, 7])
 def test_theorem_2_lower_bound_is_reached_but_for_two_empty_windows(K):
-    # T − 2 = 28 is a multiple of K: one error in each K levels gives every window that holds any level the
-    # same sum. The two lowest windows end below the paper's step 2 and are empty.
+    # T − 2 = 28 is a multiple of K: one error in each K timesteps gives every window that holds any of them
+    # the same sum. The two lowest windows end below the paper's step 2 and are empty.
     objective = paper(K=K, lam=1.0)
     spaced = (np.arange(T) % K == 1 % K).astype(np.float32).reshape(1, -1, 1, 1, 1) * np.ones(
         SHAPE, np.float32
@@ -150,7 +150,7 @@ def test_theorem_2_lower_bound_is_reached_but_for_two_empty_windows(K):
     np.testing.assert_allclose(sa * (T + K) ** 2 / total, (T + K) / (T + K - 2), rtol=1e-5)
 
 
-def test_theorem_2_needs_the_first_level_left_out():
+def test_theorem_2_needs_the_first_timestep_left_out():
     first = np.zeros((1, T, *SHAPE), np.float32)
     first[:, 0] = 1
     simple, sa, _ = three_losses(SCHEDULES["linear"], paper(K=2, lam=1.0), first)
@@ -165,10 +165,10 @@ def test_training_minimises_the_theorems_loss():
     residuals, x0, noise = residuals_of(schedule, net, seed=3)
     _, sa, _ = three_losses(schedule, objective, residuals)
     t = jnp.arange(-objective.K, T)
-    levels = np.clip(objectives.window_timesteps(objective, t), 0, T - 1)
-    draws = NoiseSample(t, jnp.asarray(noise[0][levels]), None)
+    timesteps = np.clip(objectives.window_timesteps(objective, t), 0, T - 1)
+    sample = NoiseSample(t, jnp.asarray(noise[0][timesteps]), None)
     images = jnp.broadcast_to(x0[0], (len(t), *SHAPE))
-    _, terms = objectives.loss(net, schedule, objective, images, draws)
+    _, terms = objectives.loss(net, schedule, objective, images, sample)
     np.testing.assert_allclose(terms["sequence"].mean(), sa[0], rtol=1e-4)
 
 
@@ -207,7 +207,7 @@ def test_gap_of_known_errors(eta):
     np.testing.assert_array_equal(gap.t, np.arange(start, 0, -1))
     np.testing.assert_allclose(gap.square, 0, atol=1e-9)
     gap = gap_for(0.3)
-    # Theorem 1: the same error at every level adds up by τ_s.
+    # Theorem 1: the same error at every timestep adds up by τ_s.
     np.testing.assert_allclose(gap.mean[-1], 0.3 * tau.sum(), rtol=1e-4)
     np.testing.assert_allclose(np.sqrt(gap.square[-1]), 0.3 * tau.sum(), rtol=1e-4)
     np.testing.assert_allclose(gap.mean[0], 0.3 * carried_to(schedule, start)[start], rtol=1e-4)
@@ -215,7 +215,7 @@ def test_gap_of_known_errors(eta):
 
 
 def carried_to(schedule, t):
-    """Weight of each level's error in d̄_t: the product formula of Theorem 1's proof."""
+    """Weight of each timestep's error in d̄_t: the product formula of Theorem 1's proof."""
     a, before = schedule.alpha_bar, schedule.alpha_bar_with_x0[:-1]
     own = gap_coefficients(schedule)[0] * np.sqrt((1 - a) / a)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -256,7 +256,7 @@ def test_gap_of_a_random_network_step_by_step(eta):
 
 
 @pytest.mark.parametrize("start", [0, T])
-def test_gap_refuses_a_level_that_is_not_there(start):
+def test_gap_refuses_a_start_outside_its_range(start):
     x0, noise, _ = gap_inputs()
     with pytest.raises(ValueError, match=f"start={start} .* allows 1 to {T - 1}"):
         estimation_gap(random_net("linear", 0), SCHEDULES["linear"], x0, noise, start, eta=0.0)

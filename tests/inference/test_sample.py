@@ -32,7 +32,7 @@ from s2dm_jax.models.unet import UNet
 from s2dm_jax.samplers.common import scale_eps
 from s2dm_jax.samplers.ddim import ddim
 from s2dm_jax.samplers.specs import SAMPLERS
-from s2dm_jax.samplers.timesteps import plan_timesteps, uniform_timesteps
+from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps, uniform_timesteps
 
 NETWORK = UNet(8, 1, 1, 32, (1,), 1, ())
 
@@ -311,8 +311,8 @@ def test_command_line(workdir, model):
 
 BAD = [
     ({"sampler": "euler"}, "config.sample.sampler='euler' is not known; choose one of ddim, ddpm, f_pndm"),
-    ({"steps": 21, "nfe": 0}, "config.sample.steps=21 is not a number of steps that T=20 levels allow"),
-    ({"nfe": 21}, "config.sample.nfe=21 cannot be had: steps=21 is not a number of steps that T=20"),
+    ({"steps": 21, "nfe": 0}, "config.sample.steps=21 is out of range: T=20 allows 1 to 20"),
+    ({"nfe": 21}, "config.sample.nfe=21 is not possible: steps=21 is out of range: T=20"),
     ({"eta": 1.5}, "config.sample.eta=1.5 is out of range: it must be from 0.0 to 1.0"),
     ({"eta": 0.5, "sampler": "deis"}, "config.sample.eta=0.5 is no option of deis, only of ddim"),
     (
@@ -331,13 +331,13 @@ BAD = [
     ),
     (
         {"timestep_spacing": "quadratic", "nfe": 19},
-        "config.sample.nfe=19 cannot be had: steps=19 repeats a level",
+        "config.sample.nfe=19 is not possible: steps=19 repeats a timestep",
     ),
     ({"clip_x0": True, "sampler": "unipc"}, "config.sample.clip_x0=True is no option of unipc, only of ddim"),
     ({"order": 4, "sampler": "deis"}, "config.sample.order=4 is not allowed: 1 or 2 or 3"),
     (
         {"pndm_convention": "published", "sampler": "s_pndm", "timestep_spacing": "linspace"},
-        "config.sample.pndm_convention='published' reads alpha_bar one level above",
+        "config.sample.pndm_convention='published' reads alpha_bar one timestep later",
     ),
     ({"skip_scale": 20}, "config.sample.skip_scale=20 must be at most 19"),
     ({"output": "gif"}, "config.sample.output='gif' is not known; choose one of grid, npz, png"),
@@ -371,7 +371,7 @@ def test_bad_values_in_python(toy):
     with pytest.raises(ValueError, match="order=0 is not allowed"):
         make_sampler(NETWORK, model.schedule, "deis", order=0)
     with pytest.raises(ValueError, match="steps=5 contradicts timesteps, which are 2"):
-        plan_timesteps(20, "ddim", steps=5, timesteps=(0, 1))
+        plan_timesteps(20, "ddim", TimestepSpec(steps=5, timesteps=(0, 1)))
 
 
 def test_bad_command_lines(workdir, tmp_path):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, golden_eps, injected
+from helpers import LINEAR, assert_close, golden_eps, injected
 
 from s2dm_jax.diffusion.schedule import SCHEDULES, linear_schedule, log_alpha_bar
 from s2dm_jax.samplers.analytic import (
@@ -22,26 +22,19 @@ from s2dm_jax.samplers.analytic import (
 from s2dm_jax.samplers.ddim import ddpm
 from s2dm_jax.samplers.timesteps import linspace_timesteps
 
-LINEAR = linear_schedule()
 VARIANCE = 0.25
 
 
-@pytest.fixture(params=["float64", "float32"])
-def precision(request):
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param, {"float64": 1e-5, "float32": 1e-3}[request.param]
+def golden_variance_head(kind):
+    """The closed-form variance heads of the golden file."""
 
-
-def golden_heads(kind):
-    """The closed-form second heads of the golden file."""
-
-    def heads(x, t):
+    def eps_variance_fn(x, t):
         eps = golden_eps(x, t)
         if kind == "eps2":
             return eps, eps**2 + 0.1 + 0.08 * jnp.cos(2 * x)
         return eps, 0.2 + 0.1 * jnp.sin(2 * x) ** 2
 
-    return heads
+    return eps_variance_fn
 
 
 @pytest.mark.parametrize(
@@ -57,11 +50,11 @@ def golden_heads(kind):
 def test_published_sampling(golden, case, precision):
     dtype, rtol = precision
     arrays = golden("analytic_dpm.npz")
-    name, form, head, pixels = re.match(r"(\w+?)_(\w+?)_eps_(?:(eps2|epsc)_)?linear.*x(\d)", case).groups()
+    name, mean, head, pixels = re.match(r"(\w+?)_(\w+?)_eps_(?:(eps2|epsc)_)?linear.*x(\d)", case).groups()
     schedule = SCHEDULES[name]()
-    # The published code draws no noise in its last step; ours draws and multiplies it by 0.
+    # The published code draws no noise in its last step; here it is multiplied by 0.
     noise = np.pad(arrays[f"{case}/noise"], [(0, 1)] + 4 * [(0, 0)])
-    options = {"mean": form, "clip_pixel": float(pixels), "noise_fn": injected(noise, dtype)}
+    options = {"mean": mean, "clip_pixel": float(pixels), "noise_fn": injected(noise, dtype)}
     timesteps = arrays[f"{case}/steps"] - 1
     x_T = jnp.asarray(arrays["x_T"], dtype)
     np.testing.assert_array_equal(timesteps, linspace_timesteps(1000, len(timesteps)))
@@ -69,17 +62,17 @@ def test_published_sampling(golden, case, precision):
         cov = cov_x0(schedule, arrays["ms_eps"][1:])
         x = analytic(golden_eps, x_T, schedule, timesteps, cov_x0=cov, **options)
         t_next = np.concatenate([[-1], timesteps[:-1]])
-        levels = (log_alpha_bar(schedule, level, dtype) for level in (timesteps, t_next))
-        _, _, base, gain = reverse_coefficients(*levels, form, 0.0)
+        log_ab = (log_alpha_bar(schedule, t, dtype) for t in (timesteps, t_next))
+        _, _, base, gain = reverse_coefficients(*log_ab, mean, 0.0)
         assert_close(base + gain * cov[timesteps], arrays[f"{case}/sigma2"], rtol)
     else:
-        x = {"eps2": sn, "epsc": npr}[head](golden_heads(head), x_T, schedule, timesteps, **options)
+        x = {"eps2": sn, "epsc": npr}[head](golden_variance_head(head), x_T, schedule, timesteps, **options)
     assert x.dtype == dtype
     assert_close(x, arrays[f"{case}/x"], rtol)
 
 
 def gaussian_eps(schedule):
-    """The exact network for pixels of variance 1/4 around 0, and its mean square at each level."""
+    """The exact network for pixels of variance 1/4 around 0, and its mean square at each timestep."""
     alpha_bar = schedule.alpha_bar
     factor = np.sqrt(1 - alpha_bar) / (alpha_bar * VARIANCE + 1 - alpha_bar)
 
@@ -91,71 +84,74 @@ def gaussian_eps(schedule):
 
 @pytest.mark.parametrize("steps", [2, 5, 50])
 @pytest.mark.parametrize(("mean", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)])
-@pytest.mark.parametrize("method", ["analytic", "sn", "npr"])
-def test_gaussian_data_keep_their_variance_at_any_number_of_steps(method, mean, eta, steps):
+@pytest.mark.parametrize("name", ["analytic", "sn", "npr"])
+def test_gaussian_data_keep_their_variance_at_any_number_of_steps(name, mean, eta, steps):
     eps, ms_eps = gaussian_eps(LINEAR)
     residual = 1 - ms_eps
-    grid = linspace_timesteps(1000, steps)
-    how = {"mean": mean, "eta": eta, "clip_pixel": np.inf, "clip_x0": False}
+    timesteps = linspace_timesteps(1000, steps)
+    options = {"mean": mean, "eta": eta, "clip_pixel": np.inf, "clip_x0": False}
 
-    def heads(x, t):
+    def eps_variance_fn(x, t):
         noise = eps(x, t)
         spread = jnp.asarray(residual, x.dtype)[t.astype(int)].reshape(-1, 1, 1, 1)
-        return noise, spread + (noise**2 if method == "sn" else 0)
+        return noise, spread + (noise**2 if name == "sn" else 0)
 
     @jax.jit
     def run(x_T, noise):
         noise_fn = lambda step: noise[step]  # noqa: E731
-        if method == "analytic":
-            return analytic(eps, x_T, LINEAR, grid, cov_x0=cov_x0(LINEAR, ms_eps), noise_fn=noise_fn, **how)
-        return {"sn": sn, "npr": npr}[method](heads, x_T, LINEAR, grid, noise_fn=noise_fn, **how)
+        if name == "analytic":
+            cov = cov_x0(LINEAR, ms_eps)
+            return analytic(eps, x_T, LINEAR, timesteps, cov_x0=cov, noise_fn=noise_fn, **options)
+        sampler = {"sn": sn, "npr": npr}[name]
+        return sampler(eps_variance_fn, x_T, LINEAR, timesteps, noise_fn=noise_fn, **options)
 
     with jax.enable_x64(True):
         # Each row is one x_T or one step's noise of 1, everything else 0.
-        draws = np.eye(steps + 1)
+        impulses = np.eye(steps + 1)
         gains = [
-            run(jnp.full((1, 1, 1, 1), row[0]), jnp.asarray(row[1:]).reshape(-1, 1, 1, 1, 1)) for row in draws
+            run(jnp.full((1, 1, 1, 1), row[0]), jnp.asarray(row[1:]).reshape(-1, 1, 1, 1, 1))
+            for row in impulses
         ]
         variance = float(sum(jnp.square(gain) for gain in gains).squeeze())
-    # The last step, from level 0 to the clean image, adds no noise: that much is missing. And x_T has
-    # variance 1, where the data noised to the last level have 3e-5 less.
+    # The last step, from timestep 0 to the clean image, adds no noise: that much is missing. And x_T has
+    # variance 1, where the data noised to the last timestep have 3e-5 less.
     missing = (1 - ms_eps[0]) * (1 - LINEAR.alpha_bar[0]) / LINEAR.alpha_bar[0]
     np.testing.assert_allclose(variance, VARIANCE - missing, rtol=5e-5)
 
 
-def test_ddpm_loses_variance_where_these_keep_it():
+def test_ddpm_loses_variance_on_the_same_data():
     eps, _ = gaussian_eps(LINEAR)
     with jax.enable_x64(True):
         gains = []
         for row in np.eye(6):
             noise = jnp.asarray(row[1:]).reshape(-1, 1, 1, 1, 1)
-            x_T, how = jnp.full((1, 1, 1, 1), row[0]), {"variance": "small", "clip_x0": False}
+            x_T, options = jnp.full((1, 1, 1, 1), row[0]), {"variance": "small", "clip_x0": False}
             gains.append(
-                ddpm(eps, x_T, LINEAR, linspace_timesteps(1000, 5), noise_fn=noise.__getitem__, **how)
+                ddpm(eps, x_T, LINEAR, linspace_timesteps(1000, 5), noise_fn=noise.__getitem__, **options)
             )
         variance = float(sum(jnp.square(gain) for gain in gains).squeeze())
     assert variance == pytest.approx(0.044, abs=5e-4)
 
 
-def test_ddim_form_with_eta_1_is_the_ddpm_form():
+def test_mean_ddim_with_eta_1_is_mean_ddpm():
     rng = np.random.default_rng(0)
     ms_eps = gaussian_eps(LINEAR)[1]
     noise = injected(rng.standard_normal((10, 2, 4, 4, 1)), "float32")
     x_T = jnp.asarray(rng.standard_normal((2, 4, 4, 1)), jnp.float32)
     common = {"cov_x0": cov_x0(LINEAR, ms_eps), "noise_fn": noise, "clip_pixel": 2, "clip_x0": False}
-    run = lambda **how: analytic(golden_eps, x_T, LINEAR, linspace_timesteps(1000, 10), **common, **how)  # noqa: E731
+    run = lambda **mean: analytic(golden_eps, x_T, LINEAR, linspace_timesteps(1000, 10), **common, **mean)  # noqa: E731
     np.testing.assert_allclose(run(mean="ddim", eta=1.0), run(mean="ddpm"), rtol=1e-3, atol=1e-4)
 
 
-def test_last_noise_is_capped_in_grey_levels():
-    x_T, grid = jnp.zeros((1, 8, 8, 1)), np.array([500, 999])
+def test_last_noise_is_capped_in_grey_values():
+    x_T, timesteps = jnp.zeros((1, 8, 8, 1)), np.array([500, 999])
     noise = injected(np.sign(np.random.default_rng(0).standard_normal((2, 1, 8, 8, 1))), "float32")
     silent = lambda x, t: (jnp.zeros_like(x), jnp.ones_like(x))  # noqa: E731
-    for form, pixels in (("ddpm", 2), ("ddim", 1)):
-        _, x0 = npr(silent, x_T, LINEAR, grid, noise_fn=noise, mean=form, clip_x0=False, return_x0=True)
-        # A silent network's x_0 at level 500 is x_500/√ᾱ: only the first step's noise is in it.
+    for mean, pixels in (("ddpm", 2), ("ddim", 1)):
+        _, x0 = npr(silent, x_T, LINEAR, timesteps, noise_fn=noise, mean=mean, clip_x0=False, return_x0=True)
+        # A silent network's x_0 at timestep 500 is x_500/√ᾱ: only the first step's noise is in it.
         step_noise = np.abs(x0[1]) * np.sqrt(LINEAR.alpha_bar[500])
-        # A standard normal's mean absolute value is √(2/π): y grey levels of 2/255 each.
+        # A standard normal's mean absolute value is √(2/π): y grey values of 2/255 each.
         np.testing.assert_allclose(step_noise * np.sqrt(2 / np.pi), pixels * 2 / 255, rtol=1e-5)
 
 
@@ -164,19 +160,19 @@ def test_cost_of_a_path_on_gaussian_data_is_the_same_for_every_path():
     cost = step_costs(LINEAR, ms_eps)
     last = LINEAR.alpha_bar[-1] * VARIANCE
     expected = np.log(last / (last + 1 - LINEAR.alpha_bar[-1]))
-    for levels in ([999], [0, 999], [3, 100, 700, 999], range(1000)):
-        path = [0, *(level + 1 for level in levels)]
+    for timesteps in ([999], [0, 999], [3, 100, 700, 999], range(1000)):
+        path = [0, *(t + 1 for t in timesteps)]
         np.testing.assert_allclose(sum(cost[s, r] for s, r in itertools.pairwise(path)), expected, rtol=1e-6)
 
 
-def test_optimal_grid_beats_every_other():
+def test_optimal_timesteps_beat_all_others():
     schedule = linear_schedule(12, 1e-2, 0.4)
     rng = np.random.default_rng(0)
     ms_eps = np.sort(rng.uniform(0.2, 0.99, 12))
     cost = step_costs(schedule, ms_eps)
 
-    def total(levels):
-        path = [0, *(level + 1 for level in levels)]
+    def total(timesteps):
+        path = [0, *(t + 1 for t in timesteps)]
         return sum(cost[s, r] for s, r in itertools.pairwise(path))
 
     for steps in (1, 2, 4, 12):
@@ -185,13 +181,13 @@ def test_optimal_grid_beats_every_other():
         assert tuple(best) == min(every, key=total)
 
 
-def test_optimal_grid_survives_noisy_estimates():
+def test_optimal_timesteps_survive_noisy_estimates():
     ms_eps = np.minimum(gaussian_eps(LINEAR)[1], 1) + 1e-3 * np.random.default_rng(0).standard_normal(1000)
     assert (ms_eps > 1).any()
-    grid = optimal_timesteps(LINEAR, ms_eps, 20)
-    assert len(grid) == 20
-    assert grid[-1] == 999
-    assert (np.diff(grid) > 0).all()
+    timesteps = optimal_timesteps(LINEAR, ms_eps, 20)
+    assert len(timesteps) == 20
+    assert timesteps[-1] == 999
+    assert (np.diff(timesteps) > 0).all()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from s2dm_jax.config.defaults import default_config
 from s2dm_jax.inference import sampler as sampling
 from s2dm_jax.inference.sampler import SamplerConfig, resolve_sampler, run_sampler, sampler_options
 from s2dm_jax.samplers.noise import initial_noise
+from s2dm_jax.samplers.timesteps import split_timestep_spec
 from s2dm_jax.weights import export
 from s2dm_jax.workdir.load import load_run
 
@@ -52,7 +53,8 @@ def exported(workdir, path, **sample):
 def reference(run, seed, indices, x_T=None):
     """What this project draws, as float32: `make_sampler` without the rounding to bytes."""
     schedule = build_schedule(run.config)
-    levels, scale, options = resolve_sampler(schedule, **sampler_options(run.config.sample))
+    spec, options = split_timestep_spec(sampler_options(run.config.sample))
+    levels, scale, options = resolve_sampler(schedule, spec=spec, **options)
     eta = options.pop("eta", None) or None
     program = SamplerConfig(run.network, schedule, run.config.sample.sampler, tuple(sorted(options.items())))
     return np.asarray(
