@@ -124,11 +124,14 @@ def seconds_of(table: Table, line: TableRow, args: argparse.Namespace) -> list[s
         last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
         batch = from_json((workdir / "config.json").read_text()).train.batch_size
         return [f"{batch / last['images_per_second']:.4f}"]
-    cells = [json.loads(path.read_text()) for path in (workdir / "evaluations" / "cells").glob("*.json")]
+    entries = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (workdir / "evaluations" / "points").glob("*.json")
+    ]
     seconds = {
-        (cell["depends_on"]["cell"]["nfe"], cell["depends_on"]["num_images"]): cell["seconds"]
-        for cell in cells
-        if "cell" in cell["depends_on"]
+        (entry["depends_on"]["point"]["nfe"], entry["depends_on"]["num_images"]): entry["seconds"]
+        for entry in entries
+        if "point" in entry["depends_on"]
     }
     images = images_of(args)
     return [f"{seconds[nfe, images]:.1f}" for nfe in budgets(table, line).values()]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2dm_jax.common.images import to_unit
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.diffusion.types import EpsFn, NoiseFn
@@ -142,7 +143,7 @@ def gap_curve(
     with progress_bar(len(images), "images") as advance:
         for first in range(0, len(images), batch_size):
             batch = images[first : first + batch_size]
-            x0 = batch.astype(np.float32) / 127.5 - 1
+            x0 = to_unit(batch)
             gap = jax.device_get(
                 _gap_of(network, schedule, start, eta, params, seed, x0, first + np.arange(len(batch)))
             )

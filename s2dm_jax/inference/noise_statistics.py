@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2dm_jax.common.files import atomic_path
 from s2dm_jax.common.hashing import sha256_of_arrays
+from s2dm_jax.common.images import to_unit
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import replicate, shard_batch
@@ -117,7 +119,7 @@ def load_cached(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _squares(network, schedule, params, images, indices, levels, seed):
     """‖ε̂‖²/dim, [levels, images]."""
-    x0 = images.astype(jnp.float32) / 127.5 - 1
+    x0 = to_unit(images)
 
     def at_level(t):
         # Each level has its own noise: one seed of `initial_noise` for each.
@@ -150,11 +152,6 @@ def _read(path):
 
 def _write(path, mean, standard_error, num_images, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            about = json.dumps({"num_images": num_images, "seed": seed, "levels": len(mean)})
-            np.savez(file, ms_eps=mean, standard_error=standard_error, about=about)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = json.dumps({"num_images": num_images, "seed": seed, "timesteps": len(mean)})
+    with atomic_path(path) as temporary:
+        np.savez(temporary, ms_eps=mean, standard_error=standard_error, metadata=metadata)

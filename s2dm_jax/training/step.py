@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from s2dm_jax.config.build import build_objective, build_schedule
-from s2dm_jax.data.batches import gather_batch, step_keys
+from s2dm_jax.data.batches import gather_batch, preprocess_batch, step_keys
 from s2dm_jax.devices.hardware import compiler_options
 from s2dm_jax.devices.sharding import replicated
 from s2dm_jax.diffusion import objectives
@@ -187,7 +187,11 @@ def make_train_chunk(
     def chunk(state, images, rows, key, frozen=None):
         def step(state, rows):
             draw_key, dropout_key, flip_key = step_keys(key, state.step)
-            x0 = gather_batch(images, rows, flip_key if config.data.random_flip else None)
+            flip_key = flip_key if config.data.random_flip else None
+            if images is None:
+                x0 = preprocess_batch(rows, flip_key)
+            else:
+                x0 = gather_batch(images, rows, flip_key)
             draws = objectives.sample_noise(objective, draw_key, schedule.T, x0.shape)
             how = optimizer, config.train.ema_decay, config.train.ema_start
             if config.variance_head.kind:
