@@ -83,8 +83,8 @@ def run_line(table: Table, line: TableRow, args: argparse.Namespace) -> dict:
         if run_command(command):
             raise UserError(f"{line.label}: the command above failed and says why; the same command goes on")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, (workdir / "results.json").read_text())
-    return json.loads(kept.read_text())
+        write_atomic(kept, (workdir / "results.json").read_text(encoding="utf-8"))
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def costs_of(table: Table, args: argparse.Namespace) -> list[float]:
@@ -121,8 +121,8 @@ def seconds_of(table: Table, line: TableRow, args: argparse.Namespace) -> list[s
     """What a table of times holds for a line: seconds per training step, or for sampling all images."""
     workdir = workdir_of(line.model, args)
     if table.kind == "training":
-        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-        batch = from_json((workdir / "config.json").read_text()).train.batch_size
+        last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        batch = from_json((workdir / "config.json").read_text(encoding="utf-8")).train.batch_size
         return [f"{batch / last['images_per_second']:.4f}"]
     entries = [
         json.loads(path.read_text(encoding="utf-8"))
@@ -219,7 +219,7 @@ def reproduce(args: argparse.Namespace) -> None:
     if table.kind != "gap":
         text = table_text(table, results, args)
         path = Path(args.out) / f"{args.table}.md"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         print(f"\n{text}\ntable: {path}")
     for command in pictures:
         print(" ".join(command[1:]), flush=True)

@@ -139,7 +139,7 @@ def _folder(config: ConfigDict) -> Path | None:
 def is_ready(folder: Path) -> bool:
     """Whether a folder of the cache holds all that its provenance names, in full."""
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text())
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         return all(
             (folder / name).stat().st_size == facts["bytes"] for name, facts in provenance["files"].items()
         )
@@ -164,7 +164,7 @@ def _finish(temporary: Path, folder: Path, told: dict, wanted: ImageTransform) -
         "prepared": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     (temporary / RESULT).unlink(missing_ok=True)
-    with (temporary / PROVENANCE).open("w") as file:
+    with (temporary / PROVENANCE).open("w", encoding="utf-8") as file:
         file.write(json.dumps(provenance, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -181,7 +181,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
     """Holds the lock of a data set, once no other process does; the system frees it when a process dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"the cache of prepared data {path.parent} cannot be used ({error.strerror}); set S2DM_JAX_DATA "

@@ -72,7 +72,7 @@ def load_dataset(config: ConfigDict) -> Dataset:
     folder = prepare_dataset(config)
     if folder is None:
         return load_digits()
-    told = json.loads((folder / PROVENANCE).read_text())
+    told = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     images = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
     labels = [np.load(folder / f"{split}_labels.npy") for split in SPLITS]
     digest = told["files"]["train.npy"]["sha256"]

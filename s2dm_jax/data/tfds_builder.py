@@ -59,7 +59,7 @@ def run_tfds(name: str, wanted: ImageTransform, temporary: Path) -> dict:
         if child.stdin:
             child.stdin.close()
     try:
-        told = json.loads((temporary / RESULT).read_text())
+        told = json.loads((temporary / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"preparing {name} failed with status {status}; what went wrong is printed above"
@@ -192,7 +192,7 @@ def main() -> None:
             "error": f"{type(error).__name__}: {said}; if the download is what fails, get {files} by hand, "
             f"put it into {manual_folder()} and run the same command again"
         }
-    Path(result).write_text(json.dumps(told))
+    Path(result).write_text(json.dumps(told), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _train(config: ConfigDict, workdir: Path, held: contextlib.ExitStack) -> Non
     params = unshard(state.params)
     if is_main_process():
         overview = parameter_overview.get_parameter_overview(params)
-        (workdir / "parameters.txt").write_text(overview + "\n")
+        (workdir / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
     del params
     say(run_summary(config, network, data.provenance, step))
 
@@ -254,7 +254,7 @@ def _finished_results(workdir: Path, config: ConfigDict) -> dict | None:
     path = workdir / "results.json"
     if not path.exists():
         return None
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(to_json(config))["eval"]
     # Results of before a field was there were made with its default.
     made = {**json.loads(to_json(default_config()))["eval"], **results["eval"]}

@@ -184,7 +184,7 @@ def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State
     state, about, reason = None, dict[str, Any](), ""
     try:
         _read_through(folder / ("default" if old else "state"))
-        about = {} if old else json.loads((folder / "about" / "metadata").read_text())
+        about = {} if old else json.loads((folder / "about" / "metadata").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         reason = _reason(error)
     # What one process cannot read none may use: the others would wait for it for ever.
@@ -242,7 +242,7 @@ def _read_through(item: Path) -> None:
     if not item.is_dir():
         raise ValueError(f"{item.name} is missing")
     for metadata in (item / "_METADATA", *item.glob("array_metadatas/*")):
-        json.loads(metadata.read_text())
+        json.loads(metadata.read_text(encoding="utf-8"))
     base = {"driver": "file", "path": f"{item}/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     keys = store.list().result()

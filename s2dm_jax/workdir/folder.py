@@ -67,7 +67,7 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         ) from error
     if (path / _LOCK).exists():
         # Shared: processes of one run may look at the same time.
-        with (path / _LOCK).open() as file:
+        with (path / _LOCK).open(encoding="utf-8") as file:
             _lock(file, fcntl.LOCK_SH, workdir)
     return path
 
@@ -86,7 +86,7 @@ def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
 
     with contextlib.ExitStack() as held:
         if is_main_process():
-            lock = held.enter_context((prepare_workdir(workdir, config) / _LOCK).open("a+"))
+            lock = held.enter_context((prepare_workdir(workdir, config) / _LOCK).open("a+", encoding="utf-8"))
             _lock(lock, fcntl.LOCK_EX, workdir)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -108,7 +108,7 @@ def _lock(file: TextIO, kind: int, workdir: str) -> None:
 
 def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     try:
-        saved = flatten(from_json(saved_path.read_text()))
+        saved = flatten(from_json(saved_path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
     for name, value in flatten(config).items():
@@ -134,8 +134,8 @@ def check_same_images(workdir: Path, digest: str) -> None:
     if not digest:
         return
     if not path.exists():
-        path.write_text(f"{digest}\n")
-    elif (began_with := path.read_text().strip()) != digest:
+        path.write_text(f"{digest}\n", encoding="utf-8")
+    elif (began_with := path.read_text(encoding="utf-8").strip()) != digest:
         raise UserError(
             f"--workdir={workdir} was trained on images with sha256 {began_with[:16]}…, not {digest[:16]}…: "
             "its images have changed; give those of then, or another --workdir"
