@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from papers.plan import budgets, gpu_hours, images_of, picture_commands, scaled, train_command, workdir_of
@@ -15,9 +16,12 @@ from papers.types import Model, Table, TableRow
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, run_command
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.config.io import from_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLES = {**S2_TABLES, **SA_TABLES}
 _DESCRIPTION = """\
@@ -170,8 +174,8 @@ def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace)
     return f"# {table.title}\n\n{text}\n\n{below}{table.note}".rstrip() + "\n"
 
 
-def save_curves(path: Path, table: Table, results: dict[str, dict], args: argparse.Namespace) -> None:
-    """The table as a picture: ours as lines, the paper's figures as dashes."""
+def plot_curves(table: Table, results: dict[str, dict], args: argparse.Namespace) -> "Figure":
+    """The table as a figure: ours as solid lines, the paper's numbers dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -185,7 +189,7 @@ def save_curves(path: Path, table: Table, results: dict[str, dict], args: argpar
     axes.set_xticks(table.columns, table.columns)
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(path)
+    return figure
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -214,12 +218,13 @@ def reproduce(args: argparse.Namespace) -> None:
     results = {line.label: run_line(table, line, args) for line in lines}
     if table.kind == "curves":
         path = Path(args.out) / f"{args.table}.png"
-        save_curves(path, table, results, args)
+        with atomic_path(path) as temporary:
+            plot_curves(table, results, args).savefig(temporary)
         print(f"curves: {path}")
     if table.kind != "gap":
         text = table_text(table, results, args)
         path = Path(args.out) / f"{args.table}.md"
-        path.write_text(text, encoding="utf-8")
+        write_atomic(path, text)
         print(f"\n{text}\ntable: {path}")
     for command in pictures:
         print(" ".join(command[1:]), flush=True)

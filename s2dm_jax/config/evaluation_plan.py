@@ -161,7 +161,8 @@ def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
         )
     if fields["timestep_spacing"] not in SPACINGS:
         raise ValueError(
-            f"timestep_spacing={fields['timestep_spacing']!r} is unknown; choose one of {', '.join(SPACINGS)}"
+            f"timestep_spacing={fields['timestep_spacing']!r} is not known; choose one of "
+            f"{', '.join(SPACINGS)}"
         )
     if fields["timestep_spacing"] == "optimal" and any(
         SAMPLERS[name].requires != "ms_eps" for name in samplers

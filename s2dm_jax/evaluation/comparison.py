@@ -99,15 +99,14 @@ def series_of(runs: Sequence[Evaluated]) -> list[Series]:
                 f"{' and '.join(run.workdir for run in members)} share one train.seed and config; give one"
             )
         for sampler in samplers:
+            rows = [(run, row) for run in members for row in _sampled(run) if row["name"] == sampler]
             distances: dict[int, list[float]] = {}
-            for run in members:
-                for row in _sampled(run):
-                    if row["name"] == sampler:
-                        distances.setdefault(row["nfe"], []).append(row["frechet_distance"])
+            for _, row in rows:
+                distances.setdefault(row["nfe"], []).append(row["frechet_distance"])
             if distances:
                 points = [(nfe, *mean_and_spread(values)) for nfe, values in sorted(distances.items())]
                 label = ", ".join(part for part in (name, sampler) if part)
-                series.append(Series(label, [run.workdir for run in members], points))
+                series.append(Series(label, list(dict.fromkeys(run.workdir for run, _ in rows)), points))
     return series
 
 
