@@ -366,7 +366,7 @@ for split, count in counts.items():
     np.save(folder / f"{split}.npy", np.full((count, size, size, channels), count, np.uint8))
     np.save(folder / f"{split}_labels.npy", np.arange(count))
 splits = {split: {"count": count} for split, count in counts.items()}
-told = {"source": name, "version": "1", "splits": splits, "classes": list("abcd"), "skipped": []}
+description = {"source": name, "version": "1", "splits": splits, "classes": list("abcd"), "skipped": []}
 """
 
 
@@ -385,7 +385,7 @@ def child(cache, monkeypatch):
 def test_what_the_child_leaves_is_the_data_set_and_is_made_once(child, cache):
     config = default_config()
     config.data.name = "cifar10"
-    child("Path(result).write_text(json.dumps(told))")
+    child("Path(result).write_text(json.dumps(description))")
     data = load_dataset(config)
     assert data.train.shape == (4, 32, 32, 3)
     assert data.held_out.max() == 2
