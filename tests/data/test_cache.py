@@ -195,7 +195,7 @@ def test_no_path_in_an_archive_leads_anywhere(cache, tmp_path):
 
 
 def test_members_that_open_into_too_much_are_not_opened(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(sources, "_MAX_BYTES", 10_000)
     huge = {"cat/huge.png": bytes(20_000)}
     for source in (
         make_zip(tmp_path / "some.zip", {**PICTURES, **huge}),

@@ -24,7 +24,7 @@ def state_of(step):
 
 
 def save_all(workdir, steps, metrics=None, **options):
-    manager = checkpoint.open_checkpoints(workdir, **{"keep": 100, **options})
+    manager = checkpoint.open_checkpoints(workdir, **{"max_to_keep": 100, **options})
     for step in steps:
         told = {"loss": metrics[step]} if metrics else None
         checkpoint.save(manager, step, jax.device_put(state_of(step)), {"note": step}, told)
