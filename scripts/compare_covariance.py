@@ -67,9 +67,9 @@ def distances_of(args: argparse.Namespace, kept: Path, workdir: Path, commands: 
             if run_command(command):
                 raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, (workdir / "results.json").read_text())
+        write_atomic(kept, (workdir / "results.json").read_text(encoding="utf-8"))
     distances = {}
-    for row in json.loads(kept.read_text())["rows"]:
+    for row in json.loads(kept.read_text(encoding="utf-8"))["rows"]:
         if row["nfe"]:
             method = row["name"].split(",")[0]
             distances.setdefault(method, {})[row["nfe"]] = row["frechet_distance"]
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     with report_user_errors():
         args = parse(argv)
         table = compare(args)
-        (Path(args.out) / "covariance.md").write_text(table + "\n")
+        (Path(args.out) / "covariance.md").write_text(table + "\n", encoding="utf-8")
         print(f"\n{table}")
 
 

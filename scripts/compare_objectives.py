@@ -87,8 +87,8 @@ def results_of(args: argparse.Namespace, seed: int, method: str, steps: int, ski
         if run_command(command):
             raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, (workdir / "results.json").read_text())
-    results = json.loads(kept.read_text())
+        write_atomic(kept, (workdir / "results.json").read_text(encoding="utf-8"))
+    results = json.loads(kept.read_text(encoding="utf-8"))
     if results["eval"]["nfe"] != budgets:
         raise UserError(f"{kept} was made with other --nfe; give another DIR, or the same --nfe")
     return results
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         floor, *_, ceiling = (row["frechet_distance"] for row in one["rows"])
         text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n\n"
         text += differences(args, results) + "\n"
-        (Path(args.out) / "table.md").write_text(text)
+        (Path(args.out) / "table.md").write_text(text, encoding="utf-8")
         print(f"\n{text}")
 
 

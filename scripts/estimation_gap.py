@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, check_matplotlib
 from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.workdir.load import load_run, read_config
 
@@ -115,13 +115,9 @@ def plot(curves: list[dict], path: Path) -> None:
         panel.invert_xaxis()
         panel.grid(alpha=0.3)
     panels[0].legend()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    plt.close(figure)
 
 
 def summary(curves: list[dict]) -> str:
@@ -155,7 +151,7 @@ def run(argv: list[str] | None) -> None:
         curves.append(measure(workdir, schedules, args))
     options = {name: getattr(args, name) for name in ("start", "images", "split", "eta", "seed")}
     numbers = out.with_suffix(".json")
-    numbers.write_text(json.dumps({"options": options, "curves": curves}, indent=1) + "\n")
+    write_atomic(numbers, json.dumps({"options": options, "curves": curves}, indent=1) + "\n")
     plot(curves, out)
     print(f"{summary(curves)}\n\nfigure: {out}, numbers: {numbers}")
 

@@ -1,7 +1,6 @@
 """Writes one self-contained HTML page about one evaluated run or several."""
 
 import argparse
-import os
 from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, check_matplotlib
@@ -48,16 +47,15 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: a mistake becomes one sentence and exit status 2."""
     with report_user_errors():
         args = parse(argv)
-        from s2dm_jax.common.files import write_atomic
+        from s2dm_jax.common.files import atomic_path, write_atomic
         from s2dm_jax.evaluation.comparison import plot_distances, read_evaluated
         from s2dm_jax.evaluation.html_report import report_page
 
         write_atomic(Path(args.out), report_page(args.workdirs))
         print(f"page: {args.out}")
         if args.plot:
-            temporary = Path(args.plot).with_name(f".{os.getpid()}.{Path(args.plot).name}")
-            plot_distances(read_evaluated(args.workdirs)).savefig(temporary, dpi=150)
-            os.replace(temporary, args.plot)
+            with atomic_path(args.plot) as temporary:
+                plot_distances(read_evaluated(args.workdirs)).savefig(temporary, dpi=150)
             print(f"plot: {args.plot}")
 
 

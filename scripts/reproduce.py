@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from papers.plan import budgets, gpu_hours, images_of, picture_commands, scaled, train_command, workdir_of
@@ -15,9 +16,12 @@ from papers.types import Model, Table, TableRow
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, run_command
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.config.io import from_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLES = {**S2_TABLES, **SA_TABLES}
 _DESCRIPTION = """\
@@ -83,8 +87,8 @@ def run_line(table: Table, line: TableRow, args: argparse.Namespace) -> dict:
         if run_command(command):
             raise UserError(f"{line.label}: the command above failed and says why; the same command goes on")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, (workdir / "results.json").read_text())
-    return json.loads(kept.read_text())
+        write_atomic(kept, (workdir / "results.json").read_text(encoding="utf-8"))
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def costs_of(table: Table, args: argparse.Namespace) -> list[float]:
@@ -121,14 +125,17 @@ def seconds_of(table: Table, line: TableRow, args: argparse.Namespace) -> list[s
     """What a table of times holds for a line: seconds per training step, or for sampling all images."""
     workdir = workdir_of(line.model, args)
     if table.kind == "training":
-        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-        batch = from_json((workdir / "config.json").read_text()).train.batch_size
+        last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        batch = from_json((workdir / "config.json").read_text(encoding="utf-8")).train.batch_size
         return [f"{batch / last['images_per_second']:.4f}"]
-    cells = [json.loads(path.read_text()) for path in (workdir / "evaluations" / "cells").glob("*.json")]
+    entries = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (workdir / "evaluations" / "points").glob("*.json")
+    ]
     seconds = {
-        (cell["depends_on"]["cell"]["nfe"], cell["depends_on"]["num_images"]): cell["seconds"]
-        for cell in cells
-        if "cell" in cell["depends_on"]
+        (entry["depends_on"]["point"]["nfe"], entry["depends_on"]["num_images"]): entry["seconds"]
+        for entry in entries
+        if "point" in entry["depends_on"]
     }
     images = images_of(args)
     return [f"{seconds[nfe, images]:.1f}" for nfe in budgets(table, line).values()]
@@ -167,8 +174,8 @@ def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace)
     return f"# {table.title}\n\n{text}\n\n{below}{table.note}".rstrip() + "\n"
 
 
-def save_curves(path: Path, table: Table, results: dict[str, dict], args: argparse.Namespace) -> None:
-    """The table as a picture: ours as lines, the paper's figures as dashes."""
+def plot_curves(table: Table, results: dict[str, dict], args: argparse.Namespace) -> "Figure":
+    """The table as a figure: ours as solid lines, the paper's numbers dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -182,7 +189,7 @@ def save_curves(path: Path, table: Table, results: dict[str, dict], args: argpar
     axes.set_xticks(table.columns, table.columns)
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(path)
+    return figure
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -211,12 +218,13 @@ def reproduce(args: argparse.Namespace) -> None:
     results = {line.label: run_line(table, line, args) for line in lines}
     if table.kind == "curves":
         path = Path(args.out) / f"{args.table}.png"
-        save_curves(path, table, results, args)
+        with atomic_path(path) as temporary:
+            plot_curves(table, results, args).savefig(temporary)
         print(f"curves: {path}")
     if table.kind != "gap":
         text = table_text(table, results, args)
         path = Path(args.out) / f"{args.table}.md"
-        path.write_text(text)
+        write_atomic(path, text)
         print(f"\n{text}\ntable: {path}")
     for command in pictures:
         print(" ".join(command[1:]), flush=True)

@@ -1,4 +1,4 @@
-"""What the command lines share: help, a missing matplotlib, running other commands."""
+"""Shared by the command lines: help, the check for matplotlib, running other commands."""
 
 import argparse
 import importlib.util
@@ -11,7 +11,7 @@ from s2dm_jax.common.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows description and examples as they are written; what argparse objects to is a `UserError`."""
+    """Prints description and examples as they are written; errors of argparse become a `UserError`."""
 
     def __init__(self, description: str, examples: str):
         super().__init__(
@@ -22,24 +22,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def check_matplotlib(wanted: str) -> None:
-    """Checks that matplotlib can be had, before work that would be lost without it.
+def check_matplotlib(purpose: str) -> None:
+    """Checks that matplotlib is installed, before work that would be lost without it.
 
     Args:
-      wanted: what it is for, as "the page".
+      purpose: what it is for, as "the page".
 
     Raises:
       UserError: if it is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{wanted} needs matplotlib; install it with pip install 's2dm_jax[plot]'")
+        raise UserError(f"{purpose} needs matplotlib; install it with pip install 's2dm_jax[plot]'")
 
 
 def run_command(command: Sequence[str]) -> int:
-    """Runs another command of ours so that its progress is seen; returns its exit status.
+    """Runs another command of s2dm_jax and returns its exit status; all its output goes to stderr.
 
-    On a terminal that is its bar, and what else it says is left out; elsewhere there is no bar, and all that
-    it says goes to stderr.
+    Its progress is a bar where stderr is a terminal, and lines elsewhere.
     """
-    out = subprocess.DEVNULL if sys.stderr.isatty() else sys.stderr
-    return subprocess.run(command, stdout=out).returncode
+    return subprocess.run(command, stdout=sys.stderr).returncode

@@ -1,4 +1,4 @@
-"""`UserError`: a mistake of the user's, reported in one sentence."""
+"""`UserError`: an error of the user's, reported in one sentence."""
 
 import contextlib
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one sentence; `main` prints it and exits with status 2."""
+    """An error of the user's, described in one sentence; `main` prints it and exits with status 2."""
 
 
 @contextlib.contextmanager

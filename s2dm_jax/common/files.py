@@ -12,21 +12,14 @@ from pathlib import Path
 from s2dm_jax.common.errors import UserError
 
 
-def data_cache_dir() -> Path:
-    """Where prepared data sets are kept: $S2DM_JAX_DATA, or ~/.cache/s2dm_jax/data."""
-    return Path(os.environ.get("S2DM_JAX_DATA") or "~/.cache/s2dm_jax/data").expanduser()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole or, if the process or the disk gives out, as it was before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def cache_dir() -> Path:
-    """Where weights and statistics of data sets are kept: $S2DM_JAX_CACHE, or ~/.cache/s2dm_jax."""
+    """The cache of Inception weights and dataset statistics: $S2DM_JAX_CACHE, or ~/.cache/s2dm_jax."""
     return Path(os.environ.get("S2DM_JAX_CACHE") or "~/.cache/s2dm_jax").expanduser()
+
+
+def data_cache_dir() -> Path:
+    """The cache of prepared datasets: $S2DM_JAX_DATA, or ~/.cache/s2dm_jax/data."""
+    return Path(os.environ.get("S2DM_JAX_DATA") or "~/.cache/s2dm_jax/data").expanduser()
 
 
 # What a zip file that is cut short or has flipped bits makes zipfile raise.
@@ -45,37 +38,76 @@ ZIP_DAMAGE = (
 
 
 @contextlib.contextmanager
-def atomic_outputs(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary names to write to, files or folders, that are renamed to `paths` once all are written.
+def atomic_path(path: str | os.PathLike, *, fsync: bool = True) -> Iterator[Path]:
+    """A temporary name to write to, a file or a folder, that replaces `path` at the end of the block.
+
+    At any moment, also after a crash, `path` is complete: what it was before, or what was written. After an
+    exception nothing is left of the temporary name.
 
     Args:
-      *paths: none of which is there; the folder that they go to is created.
+      path: in a folder that exists; a file there is replaced.
+      fsync: whether to wait until the data are on the disk, without which a power failure can leave an empty
+        file.
 
     Yields:
-      One name for each, in the folder of its path, with the same suffix.
+      A hidden name in the same folder, with the same suffix.
 
     Raises:
-      UserError: if one of the paths is there already, or cannot be written.
+      OSError: where the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        if fsync:
+            for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+                _fsync(file)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a text file as UTF-8 through `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_outputs(*paths: Path) -> Iterator[list[Path]]:
+    """`atomic_path` for several outputs of a command, none of which may exist.
+
+    Args:
+      *paths: files or folders; the folders that they are in are created.
+
+    Yields:
+      A temporary name for each.
+
+    Raises:
+      UserError: if one of the paths exists (an empty folder may), or cannot be written.
     """
     for path in paths:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(
-                f"{path} is there already and would be overwritten; give another name, or remove it"
+                f"{path} already exists and would be overwritten; give another name, or remove it"
             )
-    temporary = [path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}") for path in paths]
     try:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        # What the files belong to comes last: who finds it finds the others.
-        for name, path in reversed(list(zip(temporary, paths, strict=True))):
-            os.replace(name, path)
+        with contextlib.ExitStack() as stack:
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            # The last is renamed first: whoever finds the main output finds the files that describe it.
+            yield [stack.enter_context(atomic_path(path)) for path in paths]
     except OSError as error:
         raise UserError(
             f"{paths[0]} cannot be written ({error.strerror or error}); give another path"
         ) from error
-    finally:
-        for name in temporary:
-            if name.is_dir():
-                shutil.rmtree(name)
-            name.unlink(missing_ok=True)

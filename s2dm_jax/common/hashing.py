@@ -4,34 +4,30 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-def sha256_of_arrays(arrays: Iterable[ArrayLike]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of the arrays' bytes, one after another."""
+def sha256_of_arrays(arrays: Iterable[ArrayLike], digits: int = 16) -> str:
+    """The first hexadecimal digits of the SHA-256 of the arrays' bytes, one after another.
+
+    Types and shapes are not hashed. 64 digits are the whole hash.
+    """
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:digits]
 
 
-def sha256_of_weights(flat: dict) -> str:
-    """SHA-256 of the arrays, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(flat):
-        digest.update(np.ascontiguousarray(flat[name]).data)
-    return digest.hexdigest()
-
-
-def sha256_of_json(depends_on: dict) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+def sha256_of_json(data: Any, digits: int = 16) -> str:
+    """The first hexadecimal digits of the SHA-256 of plain data, the keys of each dict in order."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def sha256_of_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of named arrays, with their types and shapes, and of the text that goes with them."""
+    """SHA-256 of named arrays, with their types and shapes, and of their metadata; 64 digits."""
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])

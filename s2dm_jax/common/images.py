@@ -1,13 +1,15 @@
-"""Images for people: bytes, grids, PNG files."""
+"""Images: between bytes and [−1, 1], grids, PNG files."""
 
 import math
 import os
-from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+
+from s2dm_jax.common.files import atomic_path
 
 _READABLE_TILE = 32
 
@@ -15,6 +17,21 @@ _SEPARATOR = 2
 
 # Mid grey shows against the black ground of digits and the white of photographs alike.
 _SEPARATOR_VALUE = 128
+
+
+Bytes = TypeVar("Bytes", jax.Array, np.ndarray)
+
+
+def to_unit(images: Bytes) -> Bytes:
+    """Images of bytes scaled to the networks' [−1, 1], as the published codes do.
+
+    Args:
+      images: uint8, any shape, on the host or the device, where the result is too.
+
+    Returns:
+      float32 of the same shape, 0 ↦ −1 and 255 ↦ 1; `to_uint8` inverts it exactly.
+    """
+    return images.astype(np.float32) / 127.5 - 1
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
@@ -74,7 +91,7 @@ def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes a PNG file under a temporary name, then renames it, so that no reader sees half a picture.
+    """Writes a PNG file atomically: no reader sees a partial image.
 
     Args:
       path: where to; its directory exists. A file that is there is replaced.
@@ -89,10 +106,6 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
         raise ValueError(
             f"image must be uint8 [H,W,C] with 1 or 3 channels, got {image.dtype} {list(image.shape)}"
         )
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    # Waiting for the disk takes ten times as long as writing: minutes for 50,000 samples.
+    with atomic_path(path, fsync=False) as temporary:
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

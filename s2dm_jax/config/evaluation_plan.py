@@ -1,6 +1,4 @@
-"""Which numbers an evaluation is to have: samplers × budgets, and the metrics. No jax, as
-`samplers/specs.py`.
-"""
+"""The evaluation plan: (sampler, NFE) points and metrics. Imports no jax, like `samplers/specs.py`."""
 
 from typing import NamedTuple
 
@@ -13,18 +11,98 @@ FEATURES = ("auto", "inception", "classifier")
 
 REFERENCES = ("auto", "train", "held_out")
 
-METRICS = ("fid", "kid", "inception_score", "precision_recall", "fid_infinity")
 
-# Names that the papers use for one of ours.
+class Column(NamedTuple):
+    """A column of the table of results: "title" over "value ± error".
+
+    Attributes:
+      title: may hold {distance} and {score}, the names of distance and score in the chosen features.
+      value: key in a row of results.json.
+      error: key of the standard error or deviation, or "" for none.
+      scale: what value and error are multiplied by.
+      digits: decimals.
+    """
+
+    title: str
+    value: str
+    error: str = ""
+    scale: float = 1.0
+    digits: int = 2
+
+
+class Metric(NamedTuple):
+    """A metric of samples against a reference, computed by a function of `evaluation/metrics.py`.
+
+    Attributes:
+      function: its name. It returns one float for each of `results`, a single one bare.
+      requires: its arguments in order, of "mean", "cov" (float64 [D], [D,D]), "features" (float32 [N,D]) and
+        "logits" (float32 [N,L]) of the samples, and "reference_mean", "reference_cov", "reference_features".
+      results: keys in a row of results.json.
+      columns: of the table.
+      min_images: the smallest num_images, and `min_images_per_feature` the smallest for each of D features.
+      max_images: the rows of features and logits that the function gets; None for all.
+    """
+
+    function: str
+    requires: tuple[str, ...]
+    results: tuple[str, ...]
+    columns: tuple[Column, ...]
+    min_images: int = 2
+    min_images_per_feature: int = 0
+    max_images: int | None = None
+
+
+# The metrics by their names in `config.eval.metrics`, in the order of the table. A new one is a record here
+# and its function.
+METRICS = {
+    "fid": Metric(
+        function="frechet_distance",
+        requires=("mean", "cov", "reference_mean", "reference_cov"),
+        results=("frechet_distance",),
+        columns=(Column("{distance}", "frechet_distance"),),
+    ),
+    "kid": Metric(
+        function="kid",
+        requires=("reference_features", "features"),
+        results=("kid", "kid_se"),
+        columns=(Column("KID × 1000", "kid", "kid_se", scale=1e3),),
+        min_images=20,
+    ),
+    "inception_score": Metric(
+        function="inception_score",
+        requires=("logits",),
+        results=("inception_score", "inception_score_std"),
+        columns=(Column("{score}", "inception_score", "inception_score_std"),),
+        min_images=10,
+    ),
+    "precision_recall": Metric(
+        function="precision_recall",
+        requires=("reference_features", "features"),
+        results=("precision", "recall"),
+        columns=(Column("precision", "precision", digits=3), Column("recall", "recall", digits=3)),
+        min_images=4,
+        # As in ADM's evaluator: three sets of distances between 10,000 and 10,000 images.
+        max_images=10_000,
+    ),
+    "fid_infinity": Metric(
+        function="fid_infinity",
+        requires=("features", "reference_mean", "reference_cov"),
+        results=("fid_infinity", "fid_infinity_se"),
+        columns=(Column("{distance}, N → ∞", "fid_infinity", "fid_infinity_se"),),
+        min_images_per_feature=4,
+    ),
+}
+
+# The papers' names for samplers that have another one here.
 _ALIASES = {"pndm": "f_pndm"}
 
 
 class EvalPoint(NamedTuple):
-    """One line of a table.
+    """A sampler at a budget: one line of the table of results.
 
     Attributes:
       sampler: one of `specs.SAMPLERS`.
-      nfe: network evaluations.
+      nfe: number of function evaluations, per image.
       timestep_spacing: one of `timesteps.SPACINGS`.
       options: the sampler's keyword arguments that are not its defaults.
     """
@@ -36,9 +114,11 @@ class EvalPoint(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The sampler with its options, as a table has it: "ddim, eta 1"."""
-        said = {} if self.timestep_spacing == "uniform" else {"timestep_spacing": self.timestep_spacing}
-        return ", ".join([self.sampler, *(f"{key} {value}" for key, value in (said | self.options).items())])
+        """The sampler with its options, as in the table: "ddim, eta 1"."""
+        spacing = {} if self.timestep_spacing == "uniform" else {"timestep_spacing": self.timestep_spacing}
+        return ", ".join(
+            [self.sampler, *(f"{name} {value}" for name, value in (spacing | self.options).items())]
+        )
 
     def timesteps(self, T: int) -> np.ndarray:
         """The timesteps [S] that it visits, ascending; for the spacing "optimal" as many others."""
@@ -52,21 +132,21 @@ def split_names(text: str) -> list[str]:
 
 
 def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
-    """The cells that a config's group `eval` asks for.
+    """The points that a config's group `eval` requests.
 
-    A budget that suits one sampler and not another, as 10 evaluations DDIM and not F-PNDM, leaves a gap. An
-    option holds for those of the samplers that have it.
+    A pair of sampler and NFE that is impossible, as F-PNDM with 10, is skipped. An option applies to those of
+    the samplers that have it.
 
     Args:
-      T: number of levels.
+      T: number of timesteps.
       fields: the group as a dict.
 
     Returns:
-      The cells, sampler by sampler, and one sentence for each gap.
+      The points, sampler by sampler, and one sentence for each skipped pair.
 
     Raises:
-      ValueError: for an unknown or repeated sampler, an option that no sampler has, a budget that suits no
-        sampler, a sampler that no budget suits. The message begins with the name of a field.
+      ValueError: for an unknown or repeated sampler, an option that no sampler has, an NFE that no sampler
+        can run with, a sampler that can run with none. The message begins with the name of a field.
     """
     samplers = [_ALIASES.get(name, name) for name in split_names(fields["samplers"])]
     for name in samplers:
@@ -89,28 +169,32 @@ def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
         raise ValueError(
             f"timestep_spacing='optimal' is only for analytic, not for samplers={fields['samplers']!r}"
         )
-    given = {name: fields[name] for name in OPTIONS if fields[name] is not None}
+    requested = {name: fields[name] for name in OPTIONS if fields[name] is not None}
     if fields["eta"]:
-        given["eta"] = fields["eta"]
-    for name, value in given.items():
+        requested["eta"] = fields["eta"]
+    for name, value in requested.items():
         if not any(name in SAMPLERS[sampler].options for sampler in samplers):
-            have = ", ".join(sampler for sampler, facts in SAMPLERS.items() if name in facts.options)
-            raise ValueError(f"{name}={value!r} is no option of {', '.join(samplers)}, only of {have}")
-    cells, gaps = [], {}
+            owners = ", ".join(sampler for sampler, spec in SAMPLERS.items() if name in spec.options)
+            raise ValueError(f"{name}={value!r} is no option of {', '.join(samplers)}, only of {owners}")
+    points, skipped = [], {}
     for sampler in samplers:
-        options = {name: value for name, value in given.items() if name in SAMPLERS[sampler].options}
+        options = {name: value for name, value in requested.items() if name in SAMPLERS[sampler].options}
         for nfe in fields["nfe"]:
-            cell = EvalPoint(sampler, nfe, fields["timestep_spacing"], options)
+            point = EvalPoint(sampler, nfe, fields["timestep_spacing"], options)
             try:
-                cell.timesteps(T)
-                cells.append(cell)
+                point.timesteps(T)
+                points.append(point)
             except ValueError as error:
-                gaps[sampler, nfe] = str(error)
-    for wanted, found in ((samplers, {c.sampler for c in cells}), (fields["nfe"], {c.nfe for c in cells})):
-        for one in wanted:
-            if one not in found:
-                raise ValueError(next(why for cell, why in gaps.items() if one in cell))
-    return cells, [f"no {sampler} at {nfe}: {why}" for (sampler, nfe), why in gaps.items()]
+                skipped[sampler, nfe] = str(error)
+    # A sampler or an NFE without any point is an error.
+    for requests, planned in (
+        (samplers, {point.sampler for point in points}),
+        (fields["nfe"], {point.nfe for point in points}),
+    ):
+        for request in requests:
+            if request not in planned:
+                raise ValueError(next(reason for pair, reason in skipped.items() if request in pair))
+    return points, [f"no {sampler} at {nfe}: {reason}" for (sampler, nfe), reason in skipped.items()]
 
 
 def parse_metrics(text: str) -> list[str]:
@@ -119,8 +203,8 @@ def parse_metrics(text: str) -> list[str]:
     Raises:
       ValueError: for an unknown one.
     """
-    named = split_names(text)
-    for name in named:
+    names = split_names(text)
+    for name in names:
         if name not in METRICS:
             raise ValueError(f"metrics={text!r} names {name!r}; there are {', '.join(METRICS)}")
-    return [name for name in METRICS if name in named or name == "fid"]
+    return [name for name in METRICS if name in names or name == "fid"]

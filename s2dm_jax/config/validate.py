@@ -14,7 +14,7 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import network_of
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import FIELDS, OPTIONAL
-from s2dm_jax.config.evaluation_plan import FEATURES, REFERENCES, parse_metrics, plan_evaluation
+from s2dm_jax.config.evaluation_plan import FEATURES, METRICS, REFERENCES, parse_metrics, plan_evaluation
 from s2dm_jax.config.io import flatten
 from s2dm_jax.config.presets import HEADS
 from s2dm_jax.models.network import NETWORKS
@@ -269,34 +269,35 @@ def _check_head(fields: dict, told: str, needs: str) -> None:
 def _check_evaluation(fields: dict) -> None:
     group = {name.removeprefix("eval."): fields[name] for name in fields if name.startswith("eval.")}
     try:
-        cells, _ = plan_evaluation(fields["diffusion.T"], group)
+        points, _ = plan_evaluation(fields["diffusion.T"], group)
         metrics = parse_metrics(group["metrics"])
     except ValueError as error:
         raise UserError(f"config.eval.{error}") from error
-    for cell in cells:
-        _check_head(fields, f"config.eval.samplers={group['samplers']!r}", SAMPLERS[cell.sampler].requires)
+    for point in points:
+        _check_head(fields, f"config.eval.samplers={group['samplers']!r}", SAMPLERS[point.sampler].requires)
     features, reference, sha256 = group["feature_extractor"], group["reference"], group["inception_sha256"]
     if features not in FEATURES and not all(features.rpartition(":")):
         raise UserError(
             f"config.eval.feature_extractor={features!r} is not known; choose one of {', '.join(FEATURES)}, "
             "or FILE.py:function"
         )
-    if features not in FEATURES and "inception_score" in metrics:
-        raise UserError(
-            f"config.eval.metrics={group['metrics']!r} names inception_score, which needs class "
-            f"probabilities: config.eval.feature_extractor={features!r} must be inception or classifier for "
-            "that"
-        )
-    for metric, fewest in {"kid": 20, "inception_score": 10, "precision_recall": 4}.items():
-        if metric in metrics and group["num_images"] < fewest:
+    for name in metrics:
+        metric = METRICS[name]
+        if features not in FEATURES and "logits" in metric.requires:
             raise UserError(
-                f"config.eval.num_images={group['num_images']} is too few for {metric}, which needs {fewest}"
+                f"config.eval.metrics={group['metrics']!r} names {name}, which needs class probabilities: "
+                f"config.eval.feature_extractor={features!r} must be inception or classifier for that"
             )
-    if reference not in REFERENCES and {"kid", "precision_recall"} & set(metrics):
-        raise UserError(
-            f"config.eval.metrics={group['metrics']!r} needs the reference's images, which "
-            f"config.eval.reference={reference!r} does not hold; give train or held_out"
-        )
+        if group["num_images"] < metric.min_images:
+            raise UserError(
+                f"config.eval.num_images={group['num_images']} is too few for {name}, which needs "
+                f"{metric.min_images}"
+            )
+        if reference not in REFERENCES and "reference_features" in metric.requires:
+            raise UserError(
+                f"config.eval.metrics={group['metrics']!r} names {name}, which needs the reference's images: "
+                f"config.eval.reference={reference!r} must be train or held_out for that"
+            )
     if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise UserError(
             f"config.eval.inception_sha256={sha256!r} is no SHA-256: it must be 64 hexadecimal digits"

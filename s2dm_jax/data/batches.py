@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2dm_jax.common.images import to_unit
+
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """The keys of a training run's data order, and of all else that its steps draw."""
-    # Of other generators the order of the data would depend on the chunks' length.
+    """The keys of a training run's data order, and of all other random numbers of its steps."""
+    # With other generators the order of the data would depend on the length of the chunks.
     order_key, step_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
     return order_key, step_key
 
 
 def step_keys(step_key: jax.Array, step: int | jax.Array | np.ndarray) -> jax.Array:
-    """Keys [3] of a step: of levels and noise, of dropout, of flips."""
+    """Keys [3] of a step: of timesteps and noise, of dropout, of flips."""
     return jax.random.split(jax.random.fold_in(step_key, step), 3)
 
 
@@ -34,7 +36,7 @@ def batch_at(
     order_key, step_key = run_keys(seed)
     rows = np.asarray(batch_indices(order_key, step, 1, batch_size, len(images)))[0]
     flip_key = step_keys(step_key, step)[2] if random_flip else None
-    return gather_batch(None, jnp.asarray(images[rows]), flip_key)
+    return preprocess_batch(jnp.asarray(images[rows]), flip_key)
 
 
 def batch_indices(key: jax.Array, start: int, steps: int, batch_size: int, size: int) -> jax.Array:
@@ -48,7 +50,7 @@ def batch_indices(key: jax.Array, start: int, steps: int, batch_size: int, size:
       start: first step, a Python integer.
       steps: number of steps.
       batch_size: rows per step.
-      size: number of rows of the data set.
+      size: number of rows of the dataset.
 
     Returns:
       int32 [steps, batch_size].
@@ -56,9 +58,9 @@ def batch_indices(key: jax.Array, start: int, steps: int, batch_size: int, size:
     first_epoch, offset = divmod(start * batch_size, size)
     epochs = -(-(offset + steps * batch_size) // size)
     # The number of permutations that `steps` steps can touch at most, so that one program serves every start.
-    epochs_at_most = (steps * batch_size - 1) // size + 2
-    assert epochs <= epochs_at_most
-    return _gather_order(key, first_epoch, offset, steps, batch_size, size, epochs_at_most)
+    max_epochs = (steps * batch_size - 1) // size + 2
+    assert epochs <= max_epochs
+    return _gather_order(key, first_epoch, offset, steps, batch_size, size, max_epochs)
 
 
 @jax.jit(static_argnums=(3, 4, 5, 6))
@@ -68,20 +70,32 @@ def _gather_order(key, first_epoch, offset, steps, batch_size, size, epochs):
     return order[offset + jnp.arange(steps * batch_size)].reshape(steps, batch_size)
 
 
-def gather_batch(images: jax.Array | None, rows: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
-    """Gathers rows of uint8 images and scales them to [−1, 1], flipping half of them if given a key.
+def gather_batch(images: jax.Array, rows: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
+    """The batch of these rows of the dataset, through `preprocess_batch`.
 
     Args:
-      images: uint8 [N, H, W, C]; None where the host has gathered the rows.
-      rows: int [B]; or the images themselves, uint8 [B, H, W, C].
-      flip_key: key of the horizontal flips, or None for no flips.
+      images: uint8 [N, H, W, C], on the devices.
+      rows: int [B].
+      flip_key: as for `preprocess_batch`.
 
     Returns:
-      float32 [B, H, W, C].
+      float32 [B, H, W, C] in [−1, 1].
     """
-    batch = rows if images is None else images[rows]
-    x = batch.astype(jnp.float32) / 127.5 - 1
+    return preprocess_batch(images[rows], flip_key)
+
+
+def preprocess_batch(images: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
+    """A batch of images scaled to [−1, 1] and, given a key, each flipped horizontally with probability ½.
+
+    Args:
+      images: uint8 [B, H, W, C].
+      flip_key: key of the flips, or None for none.
+
+    Returns:
+      float32 [B, H, W, C] in [−1, 1].
+    """
+    x = to_unit(images)
     if flip_key is None:
         return x
-    flipped = jax.random.bernoulli(flip_key, shape=(len(rows), 1, 1, 1))
+    flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
     return jnp.where(flipped, x[:, :, ::-1], x)

@@ -1,15 +1,14 @@
-"""Prepared data sets: one uint8 .npy per split in a cache folder, made once, whole or not at all.
+"""The cache of prepared datasets: one uint8 .npy per split; entries are complete or absent.
 
-A folder of the cache appears by one rename, when everything in it is written. A file lock lets one process
-of all that see the cache prepare, on however many hosts, while the rest wait; killing it at any moment leaves
-only a temporary folder, which the next one removes. jax and tensorflow are not imported here.
+An entry appears by one rename, when everything in it is written. A file lock lets one process prepare while
+the others, on all hosts that share the cache, wait; a process killed at any moment leaves only a temporary
+folder, which the next one removes. Imports neither jax nor tensorflow.
 """
 
 import contextlib
 import datetime
 import errno
 import fcntl
-import hashlib
 import importlib.util
 import json
 import os
@@ -21,7 +20,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import data_cache_dir
+from s2dm_jax.common.files import data_cache_dir, write_atomic
+from s2dm_jax.common.hashing import digest_of_file, sha256_of_json
 from s2dm_jax.config.defaults import dataset_name, image_shape
 from s2dm_jax.data.sources import check_source, fingerprint
 from s2dm_jax.data.tfds_builder import RESULT, manual_folder, run_tfds
@@ -37,7 +37,7 @@ _CROPS = {"celeba": "ddim"}
 
 
 def transform_of(config: ConfigDict) -> ImageTransform:
-    """What the config does to every image."""
+    """The transform that the config applies to every image."""
     size, channels = image_shape(config)
     crop = config.data.crop
     if crop == "auto":
@@ -46,7 +46,7 @@ def transform_of(config: ConfigDict) -> ImageTransform:
 
 
 def prepare_dataset(config: ConfigDict) -> Path | None:
-    """Makes sure that the config's images are in the cache, which may take minutes and use the network.
+    """Prepares the config's images unless they are in the cache; may take minutes and use the network.
 
     Args:
       config: a checked config.
@@ -56,16 +56,16 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
       for the digits, which need no preparation.
 
     Raises:
-      UserError: as `check_preparable`, or if too much of the source is unfit, or the cache cannot be used.
+      UserError: as `check_preparable`, or if too many images are invalid, or the cache cannot be used.
     """
     folder = _folder(config)
     if folder is None or is_ready(folder):
         return folder
     check_preparable(config)
     source = os.path.expanduser(config.data.source)
-    name, lock, wanted = dataset_name(config), f"{folder.name}.lock", transform_of(config)
+    name, lock, transform = dataset_name(config), f"{folder.name}.lock", transform_of(config)
     if not source:
-        # One lock for all crops of a data set: they share what tensorflow-datasets downloads.
+        # One lock for all crops of a dataset: they share the downloads of tensorflow-datasets.
         lock = f"{name}.lock"
     with _locked(data_cache_dir() / lock, name):
         if is_ready(folder):
@@ -79,14 +79,12 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
             if source:
                 from s2dm_jax.data.import_images import import_images
 
-                told = import_images(source, wanted, config.data.max_invalid_fraction, temporary)
+                description = import_images(source, transform, config.data.max_invalid_fraction, temporary)
             else:
-                told = run_tfds(name, wanted, temporary)
-            _finish(temporary, folder, told, wanted)
+                description = run_tfds(name, transform, temporary)
+            _finish(temporary, folder, description, transform)
         except KeyboardInterrupt:
-            print(
-                f"\nstopped; nothing of {name} was kept, and the same command starts again", file=sys.stderr
-            )
+            print(f"\nstopped; {name} was not prepared, and the same command starts over", file=sys.stderr)
             raise SystemExit(130) from None
         except OSError as error:
             raise UserError(
@@ -99,10 +97,10 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
 
 
 def check_preparable(config: ConfigDict) -> None:
-    """Checks, in milliseconds, that what preparing the config's images needs is there; writes nothing.
+    """Checks in milliseconds, writing nothing, that the requirements to prepare the images are met.
 
     Raises:
-      UserError: if the source, TensorFlow or a file to be got by hand is missing.
+      UserError: if the source, TensorFlow or a file to be provided by hand is missing.
     """
     folder, name = _folder(config), config.data.name
     if folder is None or config.data.source or is_ready(folder):
@@ -123,23 +121,22 @@ def check_preparable(config: ConfigDict) -> None:
 
 
 def _folder(config: ConfigDict) -> Path | None:
-    """Where the config's images are or will be: a path that depends on the source and what is done to it."""
+    """The cache entry of the config's images: its name depends on the source and the transform."""
     source = os.path.expanduser(config.data.source)
     if source:
         check_source(source)
     elif config.data.name == "digits":
         return None
-    wanted = transform_of(config)
+    transform = transform_of(config)
     name = Path(source).resolve().name if source else config.data.name
-    identity = [_FORMAT, fingerprint(source) if source else name, *wanted]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    return data_cache_dir() / f"{name}-{wanted.size}-{key}"
+    identity = [_FORMAT, fingerprint(source) if source else name, *transform]
+    return data_cache_dir() / f"{name}-{transform.size}-{sha256_of_json(identity, digits=12)}"
 
 
 def is_ready(folder: Path) -> bool:
-    """Whether a folder of the cache holds all that its provenance names, in full."""
+    """Whether a cache entry holds all files that its provenance names, at their full size."""
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text())
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         return all(
             (folder / name).stat().st_size == facts["bytes"] for name, facts in provenance["files"].items()
         )
@@ -147,27 +144,21 @@ def is_ready(folder: Path) -> bool:
         return False
 
 
-def _finish(temporary: Path, folder: Path, told: dict, wanted: ImageTransform) -> None:
-    """Writes the provenance, makes sure that all is on the disk, and puts the folder in its place."""
+def _finish(temporary: Path, folder: Path, description: dict, transform: ImageTransform) -> None:
+    """Adds the provenance, flushes everything to the disk, and renames the folder to its final name."""
     files = {}
     for path in sorted(temporary.glob("*.npy")):
+        files[path.name] = {"sha256": digest_of_file(path), "bytes": path.stat().st_size}
         with path.open("rb") as file:
-            files[path.name] = {
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                "bytes": path.stat().st_size,
-            }
             os.fsync(file.fileno())
     provenance = {
-        **told,
-        **wanted._asdict(),
+        **description,
+        **transform._asdict(),
         "files": files,
         "prepared": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     (temporary / RESULT).unlink(missing_ok=True)
-    with (temporary / PROVENANCE).open("w") as file:
-        file.write(json.dumps(provenance, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomic(temporary / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
     os.rename(temporary, folder)
     parent = os.open(folder.parent, os.O_RDONLY)
     os.fsync(parent)
@@ -178,10 +169,10 @@ def _finish(temporary: Path, folder: Path, told: dict, wanted: ImageTransform) -
 
 @contextlib.contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Holds the lock of a data set, once no other process does; the system frees it when a process dies."""
+    """Holds the lock of a dataset, waiting for other processes; the system frees it when a process dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"the cache of prepared data {path.parent} cannot be used ({error.strerror}); set S2DM_JAX_DATA "
@@ -198,9 +189,9 @@ def _locked(path: Path, name: str) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
                 raise
             raise UserError(
-                f"the file system of {path.parent} knows no file locks, so that two processes could prepare "
+                f"the file system of {path.parent} has no file locks, so that two processes could prepare "
                 "at once; set S2DM_JAX_DATA to another folder"
             ) from error
-        # The child inherits the lock: as long as it lives, no other process prepares.
+        # The child process inherits the lock: no other process prepares before the child has ended.
         os.set_inheritable(file.fileno(), True)
         yield

@@ -1,7 +1,4 @@
-"""Data sets as uint8 arrays, and the order in which training sees them.
-
-Which rows make the batch of a step is a function of (seed, step) alone.
-"""
+"""Datasets as uint8 arrays in memory or mapped from the cache."""
 
 import json
 from typing import NamedTuple
@@ -21,7 +18,7 @@ class Dataset(NamedTuple):
       train, held_out: uint8 [N, H, W, C], in memory or mapped from a file.
       train_labels, held_out_labels: int [N].
       num_classes: number of different labels.
-      provenance: one line that says what this is and where it comes from.
+      provenance: content and source in one line.
       digest: SHA-256 of the file of `train`; empty for images that never change.
     """
 
@@ -35,7 +32,7 @@ class Dataset(NamedTuple):
 
 
 def load_digits() -> Dataset:
-    """The 1,797 handwritten digits that scikit-learn carries (UCI optdigits' test set), 8×8, 17 grey levels.
+    """The 1,797 handwritten digits of scikit-learn (test set of UCI optdigits), 8×8 in 17 shades of grey.
 
     The held-out split is fixed: 500 digits drawn once with seed 0.
 
@@ -59,9 +56,9 @@ def load_digits() -> Dataset:
 
 
 def load_dataset(config: ConfigDict) -> Dataset:
-    """The images that the config names, prepared before if they are not in the cache.
+    """The dataset that the config names, prepared first if it is not in the cache.
 
-    Arrays of the cache are mapped, not read: what is never touched never takes memory.
+    Images of the cache are memory-mapped: those that are never read take no memory.
 
     Args:
       config: a checked config.
@@ -72,19 +69,19 @@ def load_dataset(config: ConfigDict) -> Dataset:
     folder = prepare_dataset(config)
     if folder is None:
         return load_digits()
-    told = json.loads((folder / PROVENANCE).read_text())
+    entry = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     images = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
     labels = [np.load(folder / f"{split}_labels.npy") for split in SPLITS]
-    digest = told["files"]["train.npy"]["sha256"]
-    version = f" {told['version']}" if told["version"] else ""
+    digest = entry["files"]["train.npy"]["sha256"]
+    version = f" {entry['version']}" if entry["version"] else ""
     return Dataset(
         images[0],
         labels[0],
         images[1],
         labels[1],
-        len(told["classes"]),
-        f"{told['source']}{version}, {told['size']}×{told['size']}×{told['channels']}, crop {told['crop']}, "
-        f"{told['resize']}, {len(images[0]):,} for training, {len(images[1]):,} held out, "
-        f"{len(told['skipped'])} skipped, sha256 {digest[:16]}",
+        len(entry["classes"]),
+        f"{entry['source']}{version}, {entry['size']}×{entry['size']}×{entry['channels']}, crop "
+        f"{entry['crop']}, {entry['resize']}, {len(images[0]):,} for training, {len(images[1]):,} held out, "
+        f"{len(entry['skipped'])} skipped, sha256 {digest[:16]}",
         digest,
     )

@@ -1,4 +1,4 @@
-"""Your own images into arrays: decoded by a few threads, what is unfit named, counted and skipped."""
+"""Users' images into arrays: decoded by a few threads; invalid files are reported, counted and skipped."""
 
 import collections
 import math
@@ -18,16 +18,16 @@ from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.data.sources import ARRAYS, held_out_rows, list_images, open_array, split_and_label
 from s2dm_jax.data.transforms import ImageTransform, decode, to_array
 
-_NAMED = 10
+_MAX_REPORTED = 10
 
-_TOGETHER_BYTES = 2**16
+_BATCH_BYTES = 2**16
 
 
 class NpyWriter:
-    """A .npy of uint8 images that is written row by row, in any order, without being held in memory."""
+    """Writes a .npy of uint8 images row by row, in any order, without an array in memory."""
 
-    def __init__(self, path: Path, count: int, wanted: ImageTransform):
-        self._shape = (wanted.size, wanted.size, wanted.channels)
+    def __init__(self, path: Path, count: int, transform: ImageTransform):
+        self._shape = (transform.size, transform.size, transform.channels)
         self._row = math.prod(self._shape)
         # Read back where rows move up.
         self._file = path.open("w+b")
@@ -48,34 +48,34 @@ class NpyWriter:
         self._written[row] = True
 
     def close(self) -> np.ndarray:
-        """Closes the gaps that rows never written leave; returns bool [count], which rows there are."""
-        kept = np.flatnonzero(self._written)
-        for row, old in enumerate(kept):
+        """Removes the rows that were never written; returns bool [count], which rows were."""
+        written = np.flatnonzero(self._written)
+        for row, old in enumerate(written):
             if row != old:
                 self._file.seek(self._start + int(old) * self._row)
                 image = self._file.read(self._row)
                 self._file.seek(self._start + row * self._row)
                 self._file.write(image)
-        self._file.truncate(self._start + len(kept) * self._row)
-        self._write_header(len(kept))
+        self._file.truncate(self._start + len(written) * self._row)
+        self._write_header(len(written))
         self._file.close()
         return self._written
 
 
-def import_images(source: str, wanted: ImageTransform, bad_limit: float, folder: Path) -> dict:
+def import_images(source: str, transform: ImageTransform, max_invalid_fraction: float, folder: Path) -> dict:
     """Writes the arrays of a folder, zip, tar or array of images into `folder`.
 
     Args:
       source: path, checked.
-      wanted: what is done to every image.
-      bad_limit: largest share of images that may be skipped, rounded up to whole images.
+      transform: applied to every image.
+      max_invalid_fraction: of the images that may be skipped, rounded up to an integer.
       folder: empty folder.
 
     Returns:
       For the provenance: source, splits, classes, skipped.
 
     Raises:
-      UserError: if the source holds no images, is damaged as a whole, or more than the limit is unfit.
+      UserError: if the source holds no images, is an unreadable archive, or more than the limit is invalid.
     """
     is_array = source.lower().endswith(ARRAYS) and not os.path.isdir(source)
     print(f"reading the {'array' if is_array else 'list of images'} of {source} …", flush=True)
@@ -100,7 +100,9 @@ def import_images(source: str, wanted: ImageTransform, bad_limit: float, folder:
             f"config.data.source={source} holds {len(names)} images; it must hold at least 2 PNG, JPEG or "
             "WebP files"
         )
-    skipped = _write_splits(source, names, jobs, order, held_out, labels, wanted, bad_limit, folder)
+    skipped = _write_splits(
+        source, names, jobs, order, held_out, labels, transform, max_invalid_fraction, folder
+    )
     splits = {
         name: {"count": int(np.load(folder / f"{name}_labels.npy", mmap_mode="r").size)}
         for name in ("train", "held_out")
@@ -114,11 +116,11 @@ def import_images(source: str, wanted: ImageTransform, bad_limit: float, folder:
     }
 
 
-def _write_splits(source, names, jobs, order, held_out, labels, wanted, bad_limit, folder):
+def _write_splits(source, names, jobs, order, held_out, labels, transform, max_invalid_fraction, folder):
     """Decodes every job into its row: names in sorted order within each split. Returns what was skipped."""
-    most_bad = math.ceil(bad_limit * len(names))
+    max_invalid = math.ceil(max_invalid_fraction * len(names))
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    needed = len(names) * wanted.size**2 * wanted.channels
+    needed = len(names) * transform.size**2 * transform.channels
     if needed > free:
         raise UserError(
             f"{folder.parent} has {free:,} bytes left, and the images of {source} need {needed:,}; set "
@@ -128,20 +130,20 @@ def _write_splits(source, names, jobs, order, held_out, labels, wanted, bad_limi
     parts = {"train": order[~held_out[order]], "held_out": order[held_out[order]]}
     for part in parts.values():
         row[part] = np.arange(len(part))
-    files = {name: NpyWriter(folder / f"{name}.npy", len(part), wanted) for name, part in parts.items()}
+    files = {name: NpyWriter(folder / f"{name}.npy", len(part), transform) for name, part in parts.items()}
     skipped = []
-    for index, result in _decoded(jobs, wanted, len(names)):
+    for index, result in _decoded(jobs, transform, len(names)):
         if isinstance(result, Exception):
             reason = str(result) or type(result).__name__
             skipped.append([names[index], reason])
-            if len(skipped) <= _NAMED:
+            if len(skipped) <= _MAX_REPORTED:
                 tqdm.write(f"skipped {names[index]!r}: {reason}", file=sys.stderr)
-            if len(skipped) > most_bad:
+            if len(skipped) > max_invalid:
                 raise UserError(
                     f"config.data.source={source}: {len(skipped)} of {len(names)} images are damaged or "
                     f"unfit, the last {names[index]!r} ({reason}); "
-                    f"config.data.max_invalid_fraction={bad_limit:g} allows {most_bad}: mend or remove them, "
-                    "or allow more"
+                    f"config.data.max_invalid_fraction={max_invalid_fraction:g} allows {max_invalid}: mend "
+                    "or remove them, or allow more"
                 )
         else:
             files["held_out" if held_out[index] else "train"].write(row[index], result)
@@ -152,15 +154,15 @@ def _write_splits(source, names, jobs, order, held_out, labels, wanted, bad_limi
                 f"config.data.source={source} leaves no image for the split {name}; give more images"
             )
         np.save(folder / f"{name}_labels.npy", labels[part][written])
-    if len(skipped) > _NAMED:
-        print(f"… and {len(skipped) - _NAMED} more, all listed in provenance.json", file=sys.stderr)
+    if len(skipped) > _MAX_REPORTED:
+        print(f"… and {len(skipped) - _MAX_REPORTED} more, all listed in provenance.json", file=sys.stderr)
     if skipped:
-        print(f"{len(skipped)} of {len(names)} images skipped; at most {most_bad} may be", file=sys.stderr)
+        print(f"{len(skipped)} of {len(names)} images skipped; at most {max_invalid} may be", file=sys.stderr)
     return skipped
 
 
 def _decoded(
-    jobs: Iterator[tuple[int, np.ndarray | bytes | Exception]], wanted: ImageTransform, count: int
+    jobs: Iterator[tuple[int, np.ndarray | bytes | Exception]], transform: ImageTransform, count: int
 ) -> Iterator[tuple[int, np.ndarray | Exception]]:
     """Every job's image or the error that it met, in the jobs' order, decoded by one thread a core."""
 
@@ -168,7 +170,7 @@ def _decoded(
         try:
             if isinstance(data, Exception):
                 return data
-            return decode(data, wanted) if isinstance(data, bytes) else _convert(data, wanted)
+            return decode(data, transform) if isinstance(data, bytes) else _convert(data, transform)
         except Exception as error:
             # Whatever Pillow raises for a damaged file makes this one unfit, and no other.
             return error
@@ -185,35 +187,36 @@ def _decoded(
     ):
         # Pillow warns of files that open into very many pixels.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for some in _together(jobs):
-            waiting.append(pool.submit(decoded_all, some))
+        for batch in _batched_jobs(jobs):
+            waiting.append(pool.submit(decoded_all, batch))
             if len(waiting) > 2 * threads:
-                yield from _counted(advance, waiting.popleft().result())
+                yield from _advancing(advance, waiting.popleft().result())
         while waiting:
-            yield from _counted(advance, waiting.popleft().result())
+            yield from _advancing(advance, waiting.popleft().result())
 
 
-def _together(jobs):
-    """Lists of jobs of some 64 KiB: handing thumbnails over one by one costs more than decoding them."""
-    some, size = [], 0
+def _batched_jobs(jobs):
+    """Lists of jobs of about 64 KiB: handing thumbnails over one by one costs more than decoding them."""
+    batch, size = [], 0
     for index, data in jobs:
-        some.append((index, data))
+        batch.append((index, data))
         size += 0 if isinstance(data, Exception) else memoryview(data).nbytes
-        if size >= _TOGETHER_BYTES:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _counted(advance, results):
+def _advancing(advance, results):
     for result in results:
         yield result
         advance(1)
 
 
-def _convert(array: np.ndarray, wanted: ImageTransform) -> np.ndarray:
+def _convert(array: np.ndarray, transform: ImageTransform) -> np.ndarray:
     """One uint8 image [H, W, C] as `to_array` leaves it."""
-    if array.shape == (wanted.size, wanted.size, wanted.channels) and wanted.crop in ("none", "center"):
+    shape = (transform.size, transform.size, transform.channels)
+    if array.shape == shape and transform.crop in ("none", "center"):
         return array
-    return to_array(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), wanted)
+    return to_array(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), transform)

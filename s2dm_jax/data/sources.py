@@ -1,4 +1,4 @@
-"""Your own images: a folder, a zip or tar of one, read in place, and what their paths say of split and label.
+"""Users' images: a folder, a zip or tar of one, read in place, with split and label from their paths.
 
 Nothing here writes. A path inside an archive is a name and never becomes a path on disk.
 """
@@ -25,11 +25,11 @@ _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 ARRAYS = (".npy", ".npz")
 
-_MOST_BYTES = 2**28
+_MAX_BYTES = 2**28
 
 _NO_FILE = "a link that cannot be followed or a device, not a file"
 
-_HELD_OUT_SHARE = 0.1
+_HELD_OUT_FRACTION = 0.1
 
 _HELD_OUT_NAMES = {"test", "val", "valid", "validation"}
 
@@ -52,7 +52,7 @@ def check_source(source: str) -> str:
     """What kind of source a path is: "folder", "zip", "tar" or "array".
 
     Raises:
-      UserError: if there is nothing, or a file whose suffix is none of ours.
+      UserError: if it does not exist, or is a file of another suffix.
     """
     path, name = Path(source), source.lower()
     if path.is_dir():
@@ -84,30 +84,30 @@ def list_images(source: str) -> ImageList:
     """The image files of a folder, zip or tar.
 
     Raises:
-      UserError: for an archive that is damaged as a whole.
+      UserError: for an unreadable archive.
     """
     kind, path = check_source(source), Path(source)
     with _as_user_error(source):
         if kind == "folder":
-            everything, opened = sorted(_walk(path)), _read_folder
+            names, opened = sorted(_walk(path)), _read_folder
         elif kind == "zip":
-            everything = [member.filename.replace("\\", "/") for member in _zip_files(path)]
+            names = [member.filename.replace("\\", "/") for member in _zip_files(path)]
             opened = _read_zip
         else:
-            everything, opened = [member.name for _, member in _tar_files(path)], _read_tar
-    visible = [index for index, name in enumerate(everything) if not _hidden(name)]
-    wanted = [index for index in visible if everything[index].lower().endswith(SUFFIXES)]
-    others = Counter(os.path.splitext(everything[index])[1].lower() or "no suffix" for index in visible)
-    others.subtract(os.path.splitext(everything[index])[1].lower() for index in wanted)
-    others["hidden"] = len(everything) - len(visible)
-    position = {index: i for i, index in enumerate(wanted)}
+            names, opened = [member.name for _, member in _tar_files(path)], _read_tar
+    visible = [index for index, name in enumerate(names) if not _hidden(name)]
+    selected = [index for index in visible if names[index].lower().endswith(SUFFIXES)]
+    others = Counter(os.path.splitext(names[index])[1].lower() or "no suffix" for index in visible)
+    others.subtract(os.path.splitext(names[index])[1].lower() for index in selected)
+    others["hidden"] = len(names) - len(visible)
+    position = {index: i for i, index in enumerate(selected)}
 
     def read():
         with _as_user_error(source):
-            for index, data in opened(source, everything, position):
+            for index, data in opened(source, names, position):
                 yield position[index], data
 
-    return ImageList([everything[index] for index in wanted], +others, read)
+    return ImageList([names[index] for index in selected], +others, read)
 
 
 def split_and_label(names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -140,8 +140,8 @@ def split_and_label(names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]
 
 
 def held_out_rows(count: int) -> np.ndarray:
-    """Which of `count` images are held out where nothing says it: a tenth, drawn with seed 0, or one."""
-    return np.random.default_rng(0).permutation(count)[: max(1, round(_HELD_OUT_SHARE * count))]
+    """Which of `count` images are held out where the source has no split: a tenth, drawn with seed 0."""
+    return np.random.default_rng(0).permutation(count)[: max(1, round(_HELD_OUT_FRACTION * count))]
 
 
 def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.ndarray]:
@@ -166,10 +166,10 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
             "it must be uint8 [N, H, W] or [N, H, W, C] with values from 0 to 255"
         )
     count, *image_shape = (*shape, 1) if len(shape) == 3 else shape
-    if image_shape[2] not in (1, 3, 4) or math.prod(image_shape) > _MOST_BYTES:
+    if image_shape[2] not in (1, 3, 4) or math.prod(image_shape) > _MAX_BYTES:
         raise UserError(
             f"config.data.source={source} holds images {image_shape}; they must be [H, W, C] with 1, 3 or 4 "
-            f"channels and at most {_MOST_BYTES:,} values"
+            f"channels and at most {_MAX_BYTES:,} values"
         )
     labels = np.zeros(count, np.int64) if labels is None else labels
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
@@ -230,13 +230,13 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def _read_folder(source, everything, wanted):
-    for index in wanted:
+def _read_folder(source, names, selected):
+    for index in selected:
         try:
-            path = Path(source, everything[index])
+            path = Path(source, names[index])
             if not path.is_file():
                 yield index, ValueError(_NO_FILE)
-            elif path.stat().st_size > _MOST_BYTES:
+            elif path.stat().st_size > _MAX_BYTES:
                 yield index, _too_large(path.stat().st_size)
             else:
                 yield index, path.read_bytes()
@@ -249,17 +249,17 @@ def _zip_files(path):
         return [member for member in archive.infolist() if not member.is_dir()]
 
 
-def _read_zip(source, everything, wanted):
+def _read_zip(source, names, selected):
     with zipfile.ZipFile(source) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
-        for index in wanted:
-            if members[index].file_size > _MOST_BYTES:
+        for index in selected:
+            if members[index].file_size > _MAX_BYTES:
                 yield index, _too_large(members[index].file_size)
                 continue
             try:
                 # The size that a member claims need not be what it opens into.
                 with archive.open(members[index]) as file:
-                    yield index, file.read(_MOST_BYTES)
+                    yield index, file.read(_MAX_BYTES)
             except Exception as error:
                 # A wrong checksum, a password, an unknown compression: each has its own error.
                 yield index, error
@@ -287,20 +287,20 @@ def _tar_files(path):
                 yield archive, member
 
 
-def _read_tar(source, everything, wanted):
+def _read_tar(source, names, selected):
     for index, (archive, member) in enumerate(_tar_files(source)):
-        if index not in wanted:
+        if index not in selected:
             continue
         if not member.isreg():
             yield index, ValueError(_NO_FILE)
-        elif member.size > _MOST_BYTES:
+        elif member.size > _MAX_BYTES:
             yield index, _too_large(member.size)
         else:
             yield index, archive.extractfile(member).read()
 
 
 def _too_large(size: int) -> ValueError:
-    return ValueError(f"a file of {size:,} bytes, more than {_MOST_BYTES:,}")
+    return ValueError(f"a file of {size:,} bytes, more than {_MAX_BYTES:,}")
 
 
 @contextlib.contextmanager

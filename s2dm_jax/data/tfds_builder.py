@@ -1,7 +1,7 @@
-"""The child process that prepares a data set with tensorflow-datasets, the only one to import TensorFlow.
+"""The child process that prepares a dataset with tensorflow-datasets, the only one to import TensorFlow.
 
-`python -m s2dm_jax.data.tfds_builder REQUEST`, where REQUEST is a JSON list: name, treatment, path of the
-result, folder for what tensorflow-datasets keeps. The arrays are written beside the result, which is
+`python -m s2dm_jax.data.tfds_builder REQUEST`, where REQUEST is a JSON list: name, transform, path of the
+result, folder of tensorflow-datasets. The arrays are written beside the result, which is
 {"error": one sentence} or what goes into the provenance.
 """
 
@@ -28,13 +28,13 @@ from s2dm_jax.data.transforms import ImageTransform, decode
 RESULT = "result.json"
 
 
-def run_tfds(name: str, wanted: ImageTransform, temporary: Path) -> dict:
+def run_tfds(name: str, transform: ImageTransform, temporary: Path) -> dict:
     """Lets tensorflow-datasets download and prepare in a child process, the only one to import tensorflow.
 
     The child ends when its standard input closes: with this process, however that ends.
     """
     print(f"preparing {name} with tensorflow-datasets in {data_cache_dir()}", flush=True)
-    request = json.dumps([name, wanted, str(temporary / RESULT), str(data_cache_dir() / "tfds" / name)])
+    request = json.dumps([name, transform, str(temporary / RESULT), str(data_cache_dir() / "tfds" / name)])
     child = subprocess.Popen(
         tfds_command(request),
         stdin=subprocess.PIPE,
@@ -59,14 +59,14 @@ def run_tfds(name: str, wanted: ImageTransform, temporary: Path) -> dict:
         if child.stdin:
             child.stdin.close()
     try:
-        told = json.loads((temporary / RESULT).read_text())
+        description = json.loads((temporary / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"preparing {name} failed with status {status}; what went wrong is printed above"
         ) from error
-    if "error" in told:
-        raise UserError(f"preparing {name} failed: {told['error']}")
-    return told
+    if "error" in description:
+        raise UserError(f"preparing {name} failed: {description['error']}")
+    return description
 
 
 def tfds_command(request: str) -> list[str]:
@@ -81,13 +81,13 @@ def manual_folder() -> Path:
 
 
 def build(name: str, folder: Path) -> Any:
-    """The data set's builder, prepared; found in tensorflow-datasets' own place, or made in `folder`."""
+    """The dataset's builder, prepared: that of tensorflow-datasets' own folder, or one made in `folder`."""
     import tensorflow_datasets as tfds
 
-    usual = tfds.builder(SOURCES[name].builder)
-    if usual.data_path.exists():
-        return usual
-    # What an interrupted download, extraction or preparation left; the caller holds this data set's lock.
+    existing = tfds.builder(SOURCES[name].builder)
+    if existing.data_path.exists():
+        return existing
+    # Left by an interrupted download, extraction or preparation; the caller holds this dataset's lock.
     for leftover in [*folder.rglob("incomplete.*"), *folder.glob("downloads/**/*.tmp.*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     builder = tfds.builder(SOURCES[name].builder, data_dir=folder)
@@ -106,7 +106,7 @@ def label_of(name: str, example: dict) -> int:
 
 
 def classes_of(name: str, features: Any) -> list[str]:
-    """What each label is called; one class where there are none."""
+    """The name of each label; one class where there are none."""
     if name == "celeba":
         return CELEBA_CLASSES
     return features["label"].names if "label" in features else ["."]
@@ -127,7 +127,7 @@ def write_split(
     examples: Iterable[dict],
     count: int,
     held_out: np.ndarray,
-    wanted: ImageTransform,
+    transform: ImageTransform,
     folder: Path,
 ) -> dict[str, int]:
     """Writes the examples to train.npy and held_out.npy, as bool [count] says; returns the counts."""
@@ -139,12 +139,12 @@ def write_split(
         if mask.any():
             counts[part] = int(mask.sum())
             row[mask] = np.arange(counts[part])
-            files[part] = NpyWriter(folder / f"{part}.npy", counts[part], wanted)
+            files[part] = NpyWriter(folder / f"{part}.npy", counts[part], transform)
             labels[part] = np.zeros(counts[part], np.int64)
     with progress_bar(count, "images") as advance:
         for index, example in enumerate(examples):
             part = "held_out" if held_out[index] else "train"
-            files[part].write(int(row[index]), decode(example["image"], wanted))
+            files[part].write(int(row[index]), decode(example["image"], transform))
             labels[part][row[index]] = label_of(name, example)
             advance(1)
     for part, file in files.items():
@@ -153,8 +153,8 @@ def write_split(
     return counts
 
 
-def run(name: str, wanted: ImageTransform, folder: Path, tfds_folder: Path) -> dict:
-    """Prepares the data set and writes its arrays into `folder`; returns what goes into the provenance."""
+def run(name: str, transform: ImageTransform, folder: Path, tfds_folder: Path) -> dict:
+    """Prepares the dataset and writes its arrays into `folder`; returns entries of the provenance."""
     builder = build(name, tfds_folder)
     splits = builder.info.splits
     count = splits["train"].num_examples
@@ -162,12 +162,12 @@ def run(name: str, wanted: ImageTransform, folder: Path, tfds_folder: Path) -> d
     if "test" in splits:
         tests = splits["test"].num_examples
         counts = write_split(
-            name, encoded_examples(builder, "test"), tests, np.ones(tests, bool), wanted, folder
+            name, encoded_examples(builder, "test"), tests, np.ones(tests, bool), transform, folder
         )
     else:
         counts = {}
         held_out[held_out_rows(count)] = True
-    counts |= write_split(name, encoded_examples(builder, "train"), count, held_out, wanted, folder)
+    counts |= write_split(name, encoded_examples(builder, "train"), count, held_out, transform, folder)
     return {
         "source": f"{SOURCES[name].title} of tensorflow-datasets",
         "version": str(builder.version),
@@ -178,21 +178,21 @@ def run(name: str, wanted: ImageTransform, folder: Path, tfds_folder: Path) -> d
 
 
 def main() -> None:
-    name, wanted, result, tfds_folder = json.loads(sys.argv[1])
+    name, transform, result, tfds_folder = json.loads(sys.argv[1])
     # The parent holds the other end: it closes when the parent dies, however that is.
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     try:
-        told = run(name, ImageTransform(*wanted), Path(result).parent, Path(tfds_folder))
+        description = run(name, ImageTransform(*transform), Path(result).parent, Path(tfds_folder))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         # Downloads, checksums and builders each have errors of their own.
-        said, files = " ".join(str(error).split())[:300], SOURCES[name].files
-        told = {
-            "error": f"{type(error).__name__}: {said}; if the download is what fails, get {files} by hand, "
+        reason, files = " ".join(str(error).split())[:300], SOURCES[name].files
+        description = {
+            "error": f"{type(error).__name__}: {reason}; if the download is what fails, get {files} by hand, "
             f"put it into {manual_folder()} and run the same command again"
         }
-    Path(result).write_text(json.dumps(told))
+    Path(result).write_text(json.dumps(description), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One image file to one uint8 array: which formats, how every kind of pixel is treated, crop and resize."""
+"""One image file to one uint8 array: formats, kinds of pixels, crop and resize."""
 
 import io
 from typing import NamedTuple
@@ -24,7 +24,7 @@ _CELEBA_SIZE = (178, 218)
 
 
 class ImageTransform(NamedTuple):
-    """What is done to every image.
+    """The transform of every image of a dataset.
 
     Attributes:
       size: pixels of a side of the result.
@@ -40,7 +40,7 @@ class ImageTransform(NamedTuple):
 
 
 def crop_box(crop: str, width: int, height: int) -> tuple[int, int, int, int]:
-    """The part of an image that is kept: left, top, right, bottom.
+    """The part of an image that remains: left, top, right, bottom.
 
     Args:
       crop: "none": all of it; "center": the largest square in the middle; "ddim": rows 57…185 and columns
@@ -65,11 +65,11 @@ def crop_box(crop: str, width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
-def to_array(image: Image.Image, treatment: ImageTransform) -> np.ndarray:
-    """The image, turned upright as its EXIF says, in the channels wanted, cropped, resized.
+def to_array(image: Image.Image, transform: ImageTransform) -> np.ndarray:
+    """The image, rotated by its EXIF orientation, in the transform's channels, cropped and resized.
 
-    16-bit values keep their high byte, palettes are looked up, what is transparent is laid on white, grey
-    becomes three equal channels, colour becomes grey by ITU-R 601.
+    Of 16-bit values the high byte remains, palettes are resolved, transparency is composited on white, grey
+    is replicated to three channels, colour becomes grey by ITU-R 601.
 
     Returns:
       uint8 [size, size, channels].
@@ -85,13 +85,13 @@ def to_array(image: Image.Image, treatment: ImageTransform) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if treatment.channels == 1 else "RGB")
-    image = image.crop(crop_box(treatment.crop, *image.size))
-    image = image.resize((treatment.size, treatment.size), _FILTERS[treatment.resize])
-    return np.asarray(image).reshape(treatment.size, treatment.size, treatment.channels)
+    image = image.convert("L" if transform.channels == 1 else "RGB")
+    image = image.crop(crop_box(transform.crop, *image.size))
+    image = image.resize((transform.size, transform.size), _FILTERS[transform.resize])
+    return np.asarray(image).reshape(transform.size, transform.size, transform.channels)
 
 
-def decode(data: bytes, treatment: ImageTransform) -> np.ndarray:
+def decode(data: bytes, transform: ImageTransform) -> np.ndarray:
     """The bytes of a PNG, JPEG or WebP file as `to_array` leaves them; of an animation, the first image.
 
     Returns:
@@ -102,7 +102,7 @@ def decode(data: bytes, treatment: ImageTransform) -> np.ndarray:
         pixels than `Image.MAX_IMAGE_PIXELS`.
     """
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        most = Image.MAX_IMAGE_PIXELS
-        if most is not None and image.width * image.height > most:
-            raise ValueError(f"{image.width}×{image.height} pixels, more than {most:,}")
-        return to_array(image, treatment)
+        max_pixels = Image.MAX_IMAGE_PIXELS
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width}×{image.height} pixels, more than {max_pixels:,}")
+        return to_array(image, transform)

@@ -1,9 +1,10 @@
-"""A small image classifier whose features stand in for Inception's where those do not fit or cannot be had.
+"""A small image classifier whose features replace Inception's where those do not fit or are unavailable.
 
 A Fréchet distance in these features is no FID: it compares only runs that share the classifier. Images below
-16 pixels get a two-layer perceptron: on 8×8 digits as accurate as a convolutional net with channel means, it
-sets noise three times farther apart from real digits, in units of the distance between real digits and real
-digits. Larger ones get convolutions of stride 2 down to 4 pixels, and a layer that sees where things are.
+16 pixels get a two-layer perceptron: on 8×8 digits it is as accurate as a convolutional network with pooled
+channels, and separates noise from real digits three times as well, in units of the distance between real
+digits and real digits. Larger images get convolutions of stride 2 down to 4 pixels, and a dense layer that
+sees positions.
 """
 
 import functools
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from s2dm_jax.common.images import to_unit
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.devices.distributed import is_main_process
+from s2dm_jax.devices.sharding import shard_batch
+from s2dm_jax.inference.sampler import map_batches
 from s2dm_jax.models.cpu_ops import conv2d
 
 # A feature is the same number on every device: not TF32 on one and bfloat16 on another.
@@ -33,14 +37,14 @@ _LARGEST_SIDE = 64
 
 _STEPS = {"perceptron": 600, "convolutional": 2000}
 
-_MOST_IMAGES, _MOST_BYTES = 50_000, 2**30
+_MAX_IMAGES, _MAX_BYTES = 50_000, 2**30
 
 _TRAIN_BATCH = 64
 
-# Steps in one compiled program, between two looks at how many are done.
-_STEPS_AT_ONCE = 50
+# Steps in one compiled program, between two updates of the progress bar.
+_STEPS_PER_CHUNK = 50
 
-_FEATURE_BATCH = 256
+_ACCURACY_BATCH = 256
 
 _LEARNING_RATE = 3e-3
 
@@ -52,7 +56,7 @@ def train_classifier(
 ) -> Params:
     """Trains the classifier with Adam; the same arguments give the same parameters.
 
-    Of a set of more than 50,000 images or 1 GB a part drawn at random is used.
+    A random subset is used of more than 50,000 images or 1 GB.
 
     Args:
       images: uint8 [N,H,W,C], N ≥ 1, H and W ≥ 8.
@@ -80,9 +84,9 @@ def train_classifier(
         )
 
     rng = np.random.default_rng(seed)
-    most = min(_MOST_IMAGES, _MOST_BYTES // math.prod(images.shape[1:]))
-    if len(images) > most:
-        rows = np.sort(rng.choice(len(images), most, replace=False))
+    limit = min(_MAX_IMAGES, _MAX_BYTES // math.prod(images.shape[1:]))
+    if len(images) > limit:
+        rows = np.sort(rng.choice(len(images), limit, replace=False))
         images, labels = images[rows], labels[rows]
     params = _initial_params(rng, images.shape[1:], num_classes)
     # Drawn on the host: jax.random's draws cost more to compile here than the training takes to run.
@@ -95,35 +99,11 @@ def train_classifier(
     state = params, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), moments)
     on_device = jnp.asarray(images), jnp.asarray(labels)
     with progress_bar(steps, "steps of the classifier", shown=is_main_process(), delay=2) as advance:
-        for first in range(0, steps, _STEPS_AT_ONCE):
-            piece = batches[first : first + _STEPS_AT_ONCE]
-            state = jax.block_until_ready(_train(steps, state, *on_device, piece))
-            advance(len(piece))
+        for first in range(0, steps, _STEPS_PER_CHUNK):
+            chunk = batches[first : first + _STEPS_PER_CHUNK]
+            state = jax.block_until_ready(_train(steps, state, *on_device, chunk))
+            advance(len(chunk))
     return state[0]
-
-
-def features(params: Params, images: np.ndarray) -> np.ndarray:
-    """The classifier's last hidden layer, after its ReLU.
-
-    Args:
-      params: from `train_classifier`.
-      images: uint8 [N,H,W,C], N ≥ 1, of the size that the classifier was trained on.
-
-    Returns:
-      float32 [N,64], ≥ 0, on the host.
-
-    Raises:
-      ValueError: where images is not as above.
-    """
-    images = _checked_images(images)
-    chunks = []
-    for start in range(0, len(images), _FEATURE_BATCH):
-        chunk = images[start : start + _FEATURE_BATCH]
-        # One shape for all chunks, so that one compilation serves any number of images.
-        padded = np.zeros((_FEATURE_BATCH, *images.shape[1:]), np.uint8)
-        padded[: len(chunk)] = chunk
-        chunks.append(np.asarray(_features(params, padded))[: len(chunk)])
-    return np.concatenate(chunks)
 
 
 def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
@@ -131,7 +111,7 @@ def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
 
     Args:
       params: from `train_classifier`.
-      images: uint8 [N,H,W,C], as for `features`.
+      images: uint8 [N,H,W,C], N ≥ 1, in memory or mapped, of the size that the classifier was trained on.
       labels: integers [N].
 
     Returns:
@@ -142,13 +122,24 @@ def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
     """
     labels = np.asarray(labels)
     _check_labels(labels, len(images))
-    logits = features(params, images) @ np.asarray(params["head_w"]) + np.asarray(params["head_b"])
-    return float(np.mean(logits.argmax(axis=1) == labels))
+
+    def predict(rows):
+        # Beyond the last image it is repeated; `map_batches` drops the repetitions.
+        batch = images[np.minimum(rows, len(images) - 1)]
+        return _predicted_classes(params, shard_batch(batch))
+
+    predictions = np.concatenate(list(map_batches(predict, len(images), _ACCURACY_BATCH, progress=False)))
+    return float(np.mean(predictions == labels))
+
+
+@jax.jit
+def _predicted_classes(params, images):
+    return features_and_logits(params, images)[1].argmax(axis=1)
 
 
 @_full_precision
 def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`features` and the logits of the classes, to be compiled into another program.
+    """The last hidden layer after its ReLU, and the logits of the classes; to be compiled into a program.
 
     Args:
       params: from `train_classifier`.
@@ -194,9 +185,9 @@ def _convolved_size(height, width):
 @_full_precision
 def _features(params, images):
     if "conv0_w" not in params:
-        x = images.reshape(len(images), -1).astype(jnp.float32) / 127.5 - 1.0
+        x = to_unit(images.reshape(len(images), -1))
     else:
-        x = images.astype(jnp.float32) / 127.5 - 1.0
+        x = to_unit(images)
         x = jax.image.resize(x, (len(x), *_convolved_size(*x.shape[1:3]), x.shape[3]), "linear")
         for index in range(sum(name.startswith("conv") for name in params) // 2):
             x = conv2d(x, params[f"conv{index}_w"], 2, ((1, 1), (1, 1))) + params[f"conv{index}_b"]

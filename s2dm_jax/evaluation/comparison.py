@@ -1,4 +1,4 @@
-"""Results of several runs side by side: which are seeds of one another, distances by evaluations."""
+"""Results of several runs side by side: runs grouped over seeds, distances by NFE."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.config.io import flatten
 from s2dm_jax.workdir.folder import MAY_CHANGE, OTHER_GROUPS
 from s2dm_jax.workdir.load import read_config
@@ -15,8 +14,8 @@ from s2dm_jax.workdir.results import mean_and_spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Results that differ in one of these are not in one unit.
-_SAME = ("metric", "features", "reference", "num_images", "seed")
+# Results that differ in one of these are not comparable.
+_COMPARABLE = ("metric", "features", "reference", "num_images", "seed")
 
 
 class Evaluated(NamedTuple):
@@ -24,7 +23,7 @@ class Evaluated(NamedTuple):
 
     Attributes:
       workdir: its folder, as the user named it.
-      fields: its config as {"group.name": value}, without what does not change the trained network.
+      fields: its config as {"group.name": value}, the fields that change the trained network, and its step.
       results: of results.json.
     """
 
@@ -34,12 +33,12 @@ class Evaluated(NamedTuple):
 
 
 class Series(NamedTuple):
-    """One line of a plot: a sampler on the runs that differ in nothing but their training seed.
+    """One curve of a plot: a sampler on the runs that differ only in their training seed.
 
     Attributes:
-      name: what distinguishes it from the other lines.
+      name: what distinguishes it from the other curves.
       workdirs: the runs, one for each seed.
-      points: (network evaluations, mean, standard deviation or None), by evaluations.
+      points: (NFE, mean, standard deviation or None), by NFE.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Series(NamedTuple):
 
 
 def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
-    """The runs in `workdirs` with the results that were written last.
+    """The runs in `workdirs` with their newest results.
 
     Raises:
       UserError: for a folder without a run or results, one named twice, or results that cannot be compared.
@@ -60,22 +59,22 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
         fields = flatten(read_config(workdir))
         path = Path(workdir) / "results.json"
         try:
-            results = json.loads(path.read_text())
+            results = json.loads(path.read_text(encoding="utf-8"))
             results["rows"], results["provenance"]["metric"]
         except FileNotFoundError as error:
             raise UserError(
                 f"{workdir} has no results.json; run --mode=evaluate --workdir={workdir} first"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} holds no results of ours ({error}); evaluate the run again") from error
-        kept = {
+            raise UserError(f"{path} is not readable as results ({error}); evaluate the run again") from error
+        trained = {
             name: value
             for name, value in fields.items()
             if not name.startswith(OTHER_GROUPS) and name not in MAY_CHANGE
         }
-        runs.append(Evaluated(workdir, {**kept, "step": results["step"]}, results))
+        runs.append(Evaluated(workdir, {**trained, "step": results["step"]}, results))
     for run in runs[1:]:
-        for name in _SAME:
+        for name in _COMPARABLE:
             one, other = (each.results["provenance"].get(name) for each in (runs[0], run))
             if one != other:
                 raise UserError(
@@ -86,49 +85,47 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
 
 
 def series_of(runs: Sequence[Evaluated]) -> list[Series]:
-    """Distances of every sampler on every kind of run, mean and standard deviation over training seeds."""
-    kinds: dict[str, list[Evaluated]] = {}
+    """Distances of every sampler on every group of runs, mean and standard deviation over training seeds."""
+    groups: dict[str, list[Evaluated]] = {}
     for run in runs:
-        kind = json.dumps({name: value for name, value in run.fields.items() if name != "train.seed"})
-        kinds.setdefault(kind, []).append(run)
-    names = _names([json.loads(kind) for kind in kinds])
+        settings = json.dumps({name: value for name, value in run.fields.items() if name != "train.seed"})
+        groups.setdefault(settings, []).append(run)
+    names = _names([json.loads(settings) for settings in groups])
     series = []
     samplers = list(dict.fromkeys(row["name"] for run in runs for row in _sampled(run)))
-    for name, members in zip(names, kinds.values(), strict=True):
+    for name, members in zip(names, groups.values(), strict=True):
         if len({run.fields["train.seed"] for run in members}) < len(members):
             raise UserError(
                 f"{' and '.join(run.workdir for run in members)} share one train.seed and config; give one"
             )
         for sampler in samplers:
+            rows = [(run, row) for run in members for row in _sampled(run) if row["name"] == sampler]
             distances: dict[int, list[float]] = {}
-            for run in members:
-                for row in _sampled(run):
-                    if row["name"] == sampler:
-                        distances.setdefault(row["nfe"], []).append(row["frechet_distance"])
+            for _, row in rows:
+                distances.setdefault(row["nfe"], []).append(row["frechet_distance"])
             if distances:
                 points = [(nfe, *mean_and_spread(values)) for nfe, values in sorted(distances.items())]
                 label = ", ".join(part for part in (name, sampler) if part)
-                series.append(Series(label, [run.workdir for run in members], points))
+                series.append(Series(label, list(dict.fromkeys(run.workdir for run, _ in rows)), points))
     return series
 
 
-def comparison_table(runs: Sequence[Evaluated]) -> str:
-    """The points of `series_of` as a Markdown table, with the anchors below."""
+def comparison_cells(runs: Sequence[Evaluated]) -> tuple[list[str], list[list[str]], str]:
+    """Header, rows and caption of the table of `series_of`'s points; the caption holds the anchors."""
     series = series_of(runs)
     budgets = sorted({nfe for each in series for nfe, *_ in each.points})
     rows = []
     for each in series:
         cells = {nfe: f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}") for nfe, mean, sd in each.points}
-        rows.append([each.name, len(each.workdirs), *(cells.get(nfe, "–") for nfe in budgets)])
-    provenance = runs[0].results["provenance"]
+        rows.append([each.name, str(len(each.workdirs)), *(cells.get(nfe, "–") for nfe in budgets)])
+    metric = runs[0].results["provenance"]["metric"]
     floor, *_, ceiling = (row["frechet_distance"] for row in runs[0].results["rows"])
-    table = markdown_table(["run, sampler", "seeds", *map(str, budgets)], rows)
-    anchors = f"real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}"
-    return f"{table}\n{provenance['metric']}, by network evaluations; {anchors}.\n"
+    caption = f"{metric}, by NFE; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}."
+    return ["run, sampler", "seeds", *map(str, budgets)], rows, caption
 
 
 def plot_distances(runs: Sequence[Evaluated]) -> "Figure":
-    """A matplotlib figure: distance against network evaluations, both axes logarithmic."""
+    """A matplotlib figure: distance against NFE, both axes logarithmic."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator
 
@@ -150,7 +147,7 @@ def plot_distances(runs: Sequence[Evaluated]) -> "Figure":
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.set(
-        xlabel="network evaluations per image",
+        xlabel="NFE, network evaluations per image",
         ylabel=runs[0].results["provenance"].get("distance", "Fréchet distance"),
     )
     axes.grid(alpha=0.3)
@@ -162,8 +159,8 @@ def _sampled(run: Evaluated) -> list[dict]:
     return [row for row in run.results["rows"] if row["nfe"]]
 
 
-def _names(kinds: list[dict]) -> list[str]:
-    """For each config what sets it apart from the others: "loss.skip=10, loss.K=1"."""
-    fields = dict.fromkeys(name for kind in kinds for name in kind)
-    apart = [name for name in fields if len({json.dumps(kind.get(name)) for kind in kinds}) > 1]
-    return [", ".join(f"{name}={kind.get(name)}" for name in apart) for kind in kinds]
+def _names(configs: list[dict]) -> list[str]:
+    """For each config the fields in which the configs differ: "loss.skip=10, loss.K=1"."""
+    fields = dict.fromkeys(name for config in configs for name in config)
+    differing = [name for name in fields if len({json.dumps(config.get(name)) for config in configs}) > 1]
+    return [", ".join(f"{name}={config.get(name)}" for name in differing) for config in configs]

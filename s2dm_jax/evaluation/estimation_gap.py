@@ -1,4 +1,4 @@
-"""SA-DPM's estimation gap: how far sampling drifts from the chain that knows the image (Figure 4)."""
+"""SA-DPM's estimation gap: how far sampling drifts from the chain that is given the image (Figure 4)."""
 
 import functools
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2dm_jax.common.images import to_unit
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.diffusion.types import EpsFn, NoiseFn
@@ -16,10 +17,10 @@ from s2dm_jax.samplers.noise import image_keys, initial_noise, per_image_noise
 
 
 class Gap(NamedTuple):
-    """The total gap at each level, in the order of sampling.
+    """The total gap at each timestep, in the order of sampling.
 
     Attributes:
-      t: int32 [S], levels from the start down to 1, the end of Theorem 1 (the paper's step 2).
+      t: int32 [S], timesteps from the start down to 1, the end of Theorem 1 (the paper's step 2).
       square: float32 [S, B], mean over pixels of the gap's square, for each image.
       mean: float32 [S, H, W, C], mean over images of the gap.
     """
@@ -32,8 +33,8 @@ class Gap(NamedTuple):
 def gap_coefficients(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
     """γ1 and γ2 of the posterior mean γ1·x_0 + γ2·x_t (SA-DPM, eq. 2).
 
-    γ2 is 0 at level 0, where the step arrives at the clean image: whatever the gap was before, that step
-    forgets it, and Theorem 1 ends one level earlier.
+    γ2 is 0 at timestep 0, where the step arrives at the clean image and discards the gap so far: Theorem 1
+    ends one timestep earlier.
 
     Returns:
       Two float64 [T].
@@ -43,11 +44,11 @@ def gap_coefficients(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accumulate(gaps: jax.Array, carried: jax.Array) -> jax.Array:
-    """d̄_t = d_t + γ2_t·d̄_{t+1} from the noisiest level down, with nothing before it (SA-DPM, Theorem 1).
+    """d̄_t = d_t + γ2_t·d̄_{t+1} from the noisiest timestep down, starting at 0 (SA-DPM, Theorem 1).
 
     Args:
-      gaps: [S, ...], d_t of each level, the noisiest first.
-      carried: [S], γ2 of the same levels; the first is not used.
+      gaps: [S, ...], d_t of each timestep, the noisiest first.
+      carried: [S], γ2 of the same timesteps; the first is not used.
 
     Returns:
       d̄_t, [S, ...].
@@ -71,20 +72,20 @@ def estimation_gap(
     eta: float = 1.0,
     noise_fn: NoiseFn | None = None,
 ) -> Gap:
-    """Noises real images, denoises them level by level, and follows the total gap (SA-DPM, Figure 4).
+    """Noises real images, denoises them step by step, and measures the total gap (SA-DPM, Figure 4).
 
     With ε_t = (x_t − √ᾱ_t·x_0)/√(1−ᾱ_t), the gap of one step is
     d_t = γ1_t·√(1−ᾱ_t)/√ᾱ_t·(f(x_t, t) − ε_t) = γ1_t·(x_0 − x̂_0) (eq. 4, whose middle has the other sign).
     For eta = 1 the total d̄_t is y_{t−1} − x_{t−1}, where y is the chain that the same noise makes with x_0
     itself in x̂_0's place.
-    All the predictions of x_0 are held at once: S·B images of memory.
+    All predictions of x_0 are in memory at once: S·B images.
 
     Args:
       eps_fn: the network.
       schedule: the forward process.
       x0: real images in [−1, 1], [B, H, W, C].
       noise: standard normal, [B, H, W, C], makes x_start.
-      start: level to start from, in [1, T); S = start steps follow, down to level 1.
+      start: timestep to start from, in [1, T); S = start steps follow, down to timestep 1.
       eta: 1 for DDPM with the posterior's variance, 0 for DDIM; x_0's prediction is not clipped.
       noise_fn: step index -> standard normal [B, H, W, C]; needed unless eta is 0.
 
@@ -93,13 +94,13 @@ def estimation_gap(
     """
     if not 1 <= start < schedule.T:
         raise ValueError(
-            f"start={start} is not a level to denoise from: T={schedule.T} allows 1 to {schedule.T - 1}"
+            f"start={start} is not a timestep to denoise from: T={schedule.T} allows 1 to {schedule.T - 1}"
         )
-    levels = np.arange(1, start + 1)
+    timesteps = np.arange(1, start + 1)
     x_start = add_noise(schedule, x0, jnp.full(len(x0), start), noise)
-    # The sampler goes on from level 1 to the clean image, but every prediction is made before that step.
-    _, x0_hat = ddim(eps_fn, x_start, schedule, levels, eta=eta, noise_fn=noise_fn, return_x0=True)
-    t = levels[::-1]
+    # The sampler continues from timestep 1 to the clean image, but every prediction is made before that step.
+    _, x0_hat = ddim(eps_fn, x_start, schedule, timesteps, eta=eta, noise_fn=noise_fn, return_x0=True)
+    t = timesteps[::-1]
     gamma_1, gamma_2 = (jnp.asarray(gamma[t], x0.dtype) for gamma in gap_coefficients(schedule))
     gaps = gamma_1.reshape(-1, *[1] * x0.ndim) * (x0 - x0_hat)
     total = accumulate(gaps, gamma_2)
@@ -117,18 +118,18 @@ def gap_curve(
     seed: int = 0,
     batch_size: int = 100,
 ) -> dict[str, np.ndarray]:
-    """The total gap of a trained network on real images, as one number for each level.
+    """The total gap of a trained network on real images, as one number for each timestep.
 
     The noise of image i depends on (seed, i) alone, so that two networks are compared on the same noise.
     Networks of one shape share a compiled program where they share the `schedule` object.
 
     Args:
-      network, params: the network, and the weights to use, as a rule the moving average.
+      network, params: the network, and the weights to use, usually the EMA.
       schedule: the forward process.
       images: uint8 [N, H, W, C].
       start, eta: as for `estimation_gap`.
       seed: of the noise.
-      batch_size: images in one call.
+      batch_size: images per call.
 
     Returns:
       "t" int32 [S]; "rms" [S], root mean square of the gap over pixels and images; "rms_of_mean" [S], root
@@ -141,13 +142,13 @@ def gap_curve(
     with progress_bar(len(images), "images") as advance:
         for first in range(0, len(images), batch_size):
             batch = images[first : first + batch_size]
-            x0 = batch.astype(np.float32) / 127.5 - 1
+            x0 = to_unit(batch)
             gap = jax.device_get(
                 _gap_of(network, schedule, start, eta, params, seed, x0, first + np.arange(len(batch)))
             )
-            share = len(batch) / len(images)
-            square += share * gap.square.mean(1, dtype=np.float64)
-            mean += share * gap.mean.astype(np.float64)
+            fraction = len(batch) / len(images)
+            square += fraction * gap.square.mean(1, dtype=np.float64)
+            mean += fraction * gap.mean.astype(np.float64)
             advance(len(batch))
     return {"t": gap.t, "rms": np.sqrt(square), "rms_of_mean": np.sqrt(np.square(mean).mean((1, 2, 3)))}
 

@@ -1,10 +1,11 @@
-"""Samples from trained weights and measures how far they are from real images.
+"""Samples from trained weights and measures how far the samples are from real images.
 
-Images go from noise through the sampler to bytes and on to features on the device, and are kept nowhere. The
-features (float32) come to the host batch by batch, where their mean and covariance are summed in float64; the
-features themselves are kept, in memory, only for metrics that need them.
+Noise becomes images, bytes and features on the device, and no image is stored. The features (float32) come to
+the host batch by batch, where their mean and covariance are summed in float64; the features themselves are
+stored, in memory, only for metrics that require them.
 """
 
+import functools
 import json
 import os
 import time
@@ -21,7 +22,7 @@ from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
-from s2dm_jax.config.evaluation_plan import EvalPoint, parse_metrics, plan_evaluation
+from s2dm_jax.config.evaluation_plan import METRICS, EvalPoint, Metric, parse_metrics, plan_evaluation
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch
@@ -34,17 +35,14 @@ from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.workdir.results import results_table, write_results
 
-# As in ADM's evaluator: three sets of distances between 10,000 and 10,000 images.
-_MOST_FOR_PRECISION = 10_000
-
 _CPU_BATCH = 16
 
 
 def device_batch_size(batch_size: int) -> int:
-    """How many images to compute at once: on CPU a number that does not depend on `batch_size`.
+    """Images per batch on the devices: on CPU a number that does not depend on `batch_size`.
 
-    Rounding depends on the shapes of a computation, and a grey level of one pixel in 30,000 on the rounding.
-    On a GPU that is the price of speed; on CPU larger batches are no faster.
+    Rounding depends on the shapes of a computation, and the byte of one pixel in 30,000 on the rounding. On a
+    GPU that is the price of speed; on CPU larger batches are no faster.
     """
     if jax.default_backend() != "cpu":
         return batch_size
@@ -57,82 +55,79 @@ def compute_metrics(
     """The metrics of images whose features come in batches.
 
     Args:
-      batches: float32 [B, D + L] each, as `features.apply` makes them.
-      features: what they were made by.
-      reference: what to compare with.
-      names: of evaluation_plan.METRICS.
+      batches: float32 [B, D + L] each, from `features.apply`.
+      features: the feature function.
+      reference: what the images are compared with.
+      names: of `evaluation_plan.METRICS`.
 
     Returns:
-      "num_images", counted; "frechet_distance"; for each further metric its value, and "kid_se",
-      "inception_score_std", "fid_infinity_se"; "notes", a list of sentences.
+      "num_images", counted; the `Metric.results` of each metric; "notes", a list of sentences.
     """
-    sums, kept = metrics.init_sums(features.dimensions), []
-    keep = bool({"kid", "precision_recall", "fid_infinity", "inception_score"} & set(names))
+    requested = [METRICS[name] for name in names]
+    store = any({"features", "logits"} & set(metric.requires) for metric in requested)
+    sums, stored = metrics.init_sums(features.dimensions), []
     for batch in batches:
         sums = metrics.update_sums(sums, batch[:, : features.dimensions])
-        if keep:
-            kept.append(batch)
+        if store:
+            stored.append(batch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         mean, cov = metrics.mean_and_cov(sums)
-    row = {
-        "num_images": sums.number,
-        "frechet_distance": metrics.frechet_distance(mean, cov, reference.mean, reference.cov),
-        "notes": [str(warning.message) for warning in caught],
+    vectors = np.concatenate(stored or [np.zeros((0, features.dimensions), np.float32)])  # [N, D + L]
+    no_features = np.zeros((0, features.dimensions), np.float32)
+    inputs = {
+        "mean": mean,
+        "cov": cov,
+        "features": vectors[:, : features.dimensions],
+        "logits": vectors[:, features.dimensions :],
+        "reference_mean": reference.mean,
+        "reference_cov": reference.cov,
+        # Metrics that require them refuse an empty set.
+        "reference_features": no_features if reference.features is None else reference.features,
     }
-    whole = np.concatenate(kept or [np.zeros((0, features.dimensions), np.float32)])
-    vectors = whole[:, : features.dimensions]
-    # Metrics that need vectors refuse none.
-    real = vectors[:0] if reference.features is None else reference.features
-    if "kid" in names:
-        row["kid"], row["kid_se"] = metrics.kid(real, vectors)
-    if "inception_score" in names:
-        row["inception_score"], row["inception_score_std"] = metrics.inception_score(
-            whole[:, features.dimensions :]
-        )
-    if "precision_recall" in names:
-        row["precision"], row["recall"] = metrics.precision_recall(
-            real[:_MOST_FOR_PRECISION], vectors[:_MOST_FOR_PRECISION]
-        )
-    if "fid_infinity" in names:
-        row["fid_infinity"], row["fid_infinity_se"] = metrics.fid_infinity(
-            vectors, reference.mean, reference.cov
-        )
+    row: dict = {"num_images": sums.number, "notes": [str(warning.message) for warning in caught]}
+    for metric in requested:
+        values = getattr(metrics, metric.function)(*_arguments(metric, inputs))
+        row |= zip(metric.results, values if isinstance(values, tuple) else (values,), strict=True)
     return row
 
 
-def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
-    """Draws `model.config.eval.num_images` by each sampler at each number of evaluations and compares them.
+def _arguments(metric: Metric, inputs: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The inputs that a metric requires; of features and logits the first `max_images`."""
+    for name in metric.requires:
+        per_image = name.endswith(("features", "logits"))
+        yield inputs[name][: metric.max_images] if per_image else inputs[name]
 
-    Two anchors are measured alike: "real", as many real images that are not the reference's (the floor), and
-    "noise", the x_T that sampling starts from (the ceiling). `above_floor` is 0 at the former and 1 at the
-    latter. Each line's numbers are kept in `workdir`/evaluations/cells and not computed again.
+
+def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
+    """Samples `model.config.eval.num_images` images at every point of the plan and compares them.
+
+    Two anchors are measured in the same way: "real", as many real images outside the reference (the floor),
+    and "noise", the x_T that sampling starts from (the ceiling). `normalized` is 0 at the former and 1 at the
+    latter. Each point's numbers are cached in `workdir`/evaluations/points.
 
     Args:
-      model: what to sample from; its config, checked, says how in the group `eval`.
-      data: the data set.
+      model: what to sample from; its config, checked, holds the options in the group `eval`.
+      data: the dataset.
       workdir: folder of the run.
 
     Returns:
-      {"step", "eval": the config's group, "rows": one dict per line of the table, "provenance": all that the
+      {"step", "eval": the config's group, "rows": one dict per line of the table, with "name", "nfe",
+      "frechet_distance", "normalized" and the results of the other metrics, "provenance": all that the
       numbers depend on}; plain data, the same on every run with the same versions on the same device.
 
     Raises:
-      UserError: for features or a reference that cannot be had.
+      UserError: for features or a reference that are unavailable.
     """
     options, schedule = model.config.eval, model.schedule
-    cells, gaps = plan_evaluation(schedule.T, options.to_dict())
+    points, skipped = plan_evaluation(schedule.T, options.to_dict())
     names, count = parse_metrics(options.metrics), options.num_images
-    at_once = device_batch_size(options.batch_size)
+    batch_size = device_batch_size(options.batch_size)
     features = build_features(model.config, data)
-    if "fid_infinity" in names and count < 4 * features.dimensions:
-        raise UserError(
-            f"config.eval.num_images={count} is too few for fid_infinity in {features.dimensions} features, "
-            f"which needs {4 * features.dimensions}"
-        )
-    reference, others = load_reference(model.config, data, features, names, at_once)
+    _check_num_images(names, count, features)
+    reference, floor_images = load_reference(model.config, data, features, names, batch_size)
     weights = sha256_of_arrays(jax.tree.leaves(model.ema_params))
-    for sampler in dict.fromkeys(cell.sampler for cell in cells):
+    for sampler in dict.fromkeys(point.sampler for point in points):
         model = model.with_noise_statistics(workdir, sampler, options.noise_stat_images, options.batch_size)
     common = {
         "features": features.provenance,
@@ -151,27 +146,25 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         "activations": model.network.dtype,
     }
 
-    scaled = f", skip_scale {options.skip_scale}" if options.skip_scale else ""
-
-    def row(name, evaluations, depends_on, batches):
-        measured = _cached(
-            Path(workdir) / "evaluations" / "cells",
-            name if evaluations is None else f"{name}_nfe{evaluations}",
+    def row(name, nfe, depends_on, batches):
+        values = _cached(
+            Path(workdir) / "evaluations" / "points",
+            name if nfe is None else f"{name}_nfe{nfe}",
             {**common, **depends_on},
             lambda: compute_metrics(batches(), features, reference, names),
         )
-        label = name if evaluations is None else f"{name}, {evaluations} evaluations"
+        label = name if nfe is None else f"{name}, NFE {nfe}"
         if is_main_process():
-            print(f"{label}: {features.distance} {measured['frechet_distance']:.2f}", flush=True)
-        return {"name": name, "nfe": evaluations, **measured}
+            print(f"{label}: {features.distance} {values['frechet_distance']:.2f}", flush=True)
+        return {"name": name, "nfe": nfe, **values}
 
-    def sampled(cell: EvalPoint) -> Iterator[np.ndarray]:
+    def sampled(point: EvalPoint) -> Iterator[np.ndarray]:
         sample_fn, timesteps = model.sampler(
-            cell.sampler,
-            nfe=cell.nfe,
-            timestep_spacing=cell.timestep_spacing,
+            point.sampler,
+            nfe=point.nfe,
+            timestep_spacing=point.timestep_spacing,
             skip_scale=options.skip_scale,
-            **cell.options,
+            **point.options,
         )
         return sample_batches(
             sample_fn,
@@ -179,37 +172,37 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
             timesteps,
             seed=options.seed,
             num_images=count,
-            batch_size=at_once,
+            batch_size=batch_size,
             postprocess=features.apply,
         )
 
     def real():
-        rows = np.random.default_rng(options.seed).permutation(len(others))[:count]
-        return image_batches(others, features, at_once, rows)
+        order = np.random.default_rng(options.seed).permutation(len(floor_images))
+        return image_batches(floor_images, features, batch_size, order[:count])
 
     def noise():
         def compute(indices):
             shape = data.train.shape[1:]
             return features.apply(to_uint8(initial_noise(options.seed, shard_batch(indices), shape)))
 
-        return map_batches(compute, count, at_once)
+        return map_batches(compute, count, batch_size)
 
-    rows = [row("real (floor)", None, {"images": sha256_of_images(others)}, real)]
-    for cell in cells:
-        steps = len(cell.timesteps(schedule.T))
+    scaled = f", skip_scale {options.skip_scale}" if options.skip_scale else ""
+    rows = [row("real (floor)", None, {"images": sha256_of_images(floor_images)}, real)]
+    for point in points:
+        steps = len(point.timesteps(schedule.T))
         depends_on = {
             **trained,
-            "cell": {**cell._asdict(), "steps": steps},
-            **_inputs_of(model, cell.sampler),
+            "point": {**point._asdict(), "steps": steps},
+            **_inputs_of(model, point.sampler),
         }
-        rows.append(
-            {**row(cell.name + scaled, cell.nfe, depends_on, lambda cell=cell: sampled(cell)), "steps": steps}
-        )
+        values = row(point.name + scaled, point.nfe, depends_on, functools.partial(sampled, point))
+        rows.append({**values, "steps": steps})
     rows.append(row("noise (ceiling)", None, {"images": "noise"}, noise))
     floor, ceiling = rows[0]["frechet_distance"], rows[-1]["frechet_distance"]
     for each in rows:
         each["normalized"] = (each["frechet_distance"] - floor) / (ceiling - floor)
-    notes = gaps + sorted({note for each in rows for note in each.pop("notes")})
+    notes = skipped + sorted({note for each in rows for note in each.pop("notes")})
     skip = options.skip_scale
     return {
         "step": model.step,
@@ -221,7 +214,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
             "score": "Inception Score" if features.name == "inception" else "score of the classifier",
             **common,
             "data": data.provenance,
-            "weights": f"moving average at step {model.step}, sha256 {weights}",
+            "weights": f"EMA at step {model.step}, sha256 {weights}",
             "sampler": "last step to the clean image, no clipping but what a sampler's name says"
             + (f"; output scaled as training with skip {skip} would scale it" if skip else ""),
             "activations": model.network.dtype,
@@ -230,8 +223,19 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     }
 
 
+def _check_num_images(names: list[str], num_images: int, features: Features) -> None:
+    """Metrics whose smallest number of images depends on that of the features (`validate` has the others)."""
+    for name in names:
+        needed = METRICS[name].min_images_per_feature * features.dimensions
+        if num_images < needed:
+            raise UserError(
+                f"config.eval.num_images={num_images} is too few for {name} in {features.dimensions} "
+                f"features, which needs {needed}"
+            )
+
+
 def evaluate_run(config: ConfigDict, workdir: str) -> dict:
-    """What `--mode=evaluate` does: evaluates a run as the group `eval` says; leaves and prints the table.
+    """`--mode=evaluate`: evaluates a run by its config's group `eval`, writes and prints the table.
 
     Args:
       config: the run's config, checked, with the group `eval` to use.
@@ -241,18 +245,18 @@ def evaluate_run(config: ConfigDict, workdir: str) -> dict:
       UserError: as `evaluate`, and if the run cannot be read.
     """
     model = load(workdir, config.eval.checkpoint_step or None)._replace(config=config)
-    print(f"run      {workdir}, moving average at step {model.step:,}", flush=True)
+    print(f"run      {workdir}, EMA at step {model.step:,}", flush=True)
     results = evaluate(model, load_dataset(config), workdir)
     show_results(workdir, results)
     return results
 
 
 def show_results(workdir: str | Path, results: dict) -> None:
-    """Writes the results of a run to its folder and prints their table; of several processes one does."""
+    """Writes the results of a run to its folder and prints their table, on the main process alone."""
     if not is_main_process():
         return
-    asked = {name: value for name, value in results["eval"].items() if name != "batch_size"}
-    path = write_results(workdir, results, f"step{results['step']}_{sha256_of_json(asked)[:8]}")
+    options = {name: value for name, value in results["eval"].items() if name != "batch_size"}
+    path = write_results(workdir, results, f"step{results['step']}_{sha256_of_json(options, digits=8)}")
     print(f"\n{results_table(results)}\n{results['provenance']['metric']}.")
     for note in results["provenance"]["notes"]:
         print(f"note: {note}")
@@ -260,23 +264,23 @@ def show_results(workdir: str | Path, results: dict) -> None:
 
 
 def _inputs_of(model: Model, sampler: str) -> dict:
-    """What a sampler's images depend on besides the network's weights."""
-    needs = SAMPLERS[sampler].requires
-    known = model.variance_head.params if model.variance_head and needs != "ms_eps" else model.ms_eps
-    return {needs: sha256_of_arrays(jax.tree.leaves(known))} if needs else {}
+    """What a sampler's images depend on besides the network's weights: variance head or noise statistics."""
+    requires = SAMPLERS[sampler].requires
+    inputs = model.variance_head.params if model.variance_head and requires != "ms_eps" else model.ms_eps
+    return {requires: sha256_of_arrays(jax.tree.leaves(inputs))} if requires else {}
 
 
 def _cached(folder: Path, name: str, depends_on: dict, compute: Callable[[], dict]) -> dict:
-    """What `compute` gives, or gave before with the same `depends_on`."""
+    """The result of `compute`, or that of an earlier call with the same `depends_on`."""
     label = "".join(c if c.isalnum() else "_" for c in name)
     path = folder / f"{label}_{sha256_of_json(depends_on)}.json"
     # Several processes need not see the same files, and each must take part in computing.
     if jax.process_count() == 1 and path.exists():
-        return json.loads(path.read_text())["measured"]
+        return json.loads(path.read_text(encoding="utf-8"))["values"]
     began = time.monotonic()
-    measured = compute()
-    kept = {"measured": measured, "seconds": time.monotonic() - began, "depends_on": depends_on}
+    values = compute()
+    entry = {"values": values, "seconds": time.monotonic() - began, "depends_on": depends_on}
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(kept, indent=1) + "\n")
-    return measured
+        write_atomic(path, json.dumps(entry, indent=1) + "\n")
+    return values

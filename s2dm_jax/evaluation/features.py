@@ -1,7 +1,6 @@
-"""What images are compared in: Inception, a classifier of the data set's labels, or a function of yours."""
+"""The features that images are compared in: Inception, a classifier of the labels, or a user's function."""
 
 import functools
-import hashlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.sharding import replicate
@@ -22,17 +22,17 @@ _CLASSIFIER_SEED = 0
 
 
 class FeaturesUnavailable(UserError):
-    """With features="auto" there are neither weights of Inception nor labels: nothing can be measured."""
+    """With feature_extractor="auto", neither Inception's weights nor labels are available."""
 
 
 class Features(NamedTuple):
-    """A function of images, and what is to be said of it.
+    """A feature function with its description.
 
     Attributes:
       name: "inception", "classifier", or the user's FILE.py:function.
-      distance: what the Fréchet distance in these features is called.
-      metric: the same in a sentence.
-      apply: uint8 [B,H,W,C] → float32 [B, D + L], the features and behind them the logits; compiled.
+      distance: the name of the Fréchet distance in these features.
+      metric: its description in a sentence.
+      apply: uint8 [B,H,W,C] → float32 [B, D + L], the features followed by the logits; compiled.
       dimensions: D.
       logits: L, 0 where there are none.
       provenance: what the function depends on, plain data.
@@ -50,15 +50,15 @@ class Features(NamedTuple):
 def resolve_features(config: ConfigDict, labelled: bool) -> str:
     """What `config.eval.feature_extractor` stands for: "inception", "classifier" or FILE.py:function.
 
-    "auto" is the classifier for the digits, whose 8×8 pixels say little to Inception, and for other images
-    Inception, or where its weights cannot be had and there are labels, the classifier.
+    "auto" is the classifier for the digits, whose 8×8 pixels are too few for Inception, and for other images
+    Inception or, if its weights are unavailable and there are labels, the classifier.
 
     Args:
       config: a checked config.
       labelled: whether the images have labels of two classes or more.
 
     Raises:
-      FeaturesMissing: where neither can be had.
+      FeaturesUnavailable: where neither is available.
       UserError: for a classifier without labels.
     """
     chosen = config.eval.feature_extractor
@@ -82,7 +82,7 @@ def resolve_features(config: ConfigDict, labelled: bool) -> str:
 
 
 def check_features(config: ConfigDict, data: Dataset) -> None:
-    """Makes sure, before a long training, that the features asked for by name can be had at its end.
+    """Checks before a long training that the features requested by name are available for its evaluation.
 
     Raises:
       UserError: as `build_features`.
@@ -101,10 +101,10 @@ def build_features(config: ConfigDict, data: Dataset) -> Features:
 
     Args:
       config: a checked config.
-      data: the data set that a classifier is trained on.
+      data: the dataset that a classifier is trained on.
 
     Raises:
-      UserError: for weights that cannot be had, missing labels, a function of the user's that fails.
+      UserError: for unavailable weights, missing labels, or a user's function that fails.
     """
     name = resolve_features(config, data.num_classes > 1)
     if name == "inception":
@@ -119,11 +119,11 @@ def _inception(options: ConfigDict) -> Features:
     sha256 = (options.inception_sha256 or inception_weights.SHA256).lower()
     standard = sha256 == inception_weights.SHA256
     distance = "FID" if standard else "Fréchet distance (own Inception)"
-    about = "weights of 2015-12-05" if standard else f"weights of your own, sha256 {sha256[:16]}; not FID"
+    weights = "weights of 2015-12-05" if standard else f"your own weights, sha256 {sha256[:16]}; not FID"
     return Features(
         "inception",
         distance,
-        f"{distance} in the 2,048 features of Inception, {about}",
+        f"{distance} in the 2,048 features of Inception, {weights}",
         functools.partial(_joined, inception.features_and_logits, replicate(params)),
         inception.NUM_FEATURES,
         inception.NUM_LOGITS,
@@ -139,19 +139,19 @@ def _classifier(data_name: str, data: Dataset) -> Features:
     params = classifier.train_classifier(
         data.train, data.train_labels, data.num_classes, seed=_CLASSIFIER_SEED
     )
-    accuracy = classifier.accuracy(params, np.asarray(data.held_out), data.held_out_labels)
-    digest = hashlib.sha256(b"".join(np.asarray(params[name]).tobytes() for name in sorted(params)))
+    accuracy = classifier.accuracy(params, data.held_out, data.held_out_labels)
     return Features(
         "classifier",
         "Fréchet distance",
-        f"Fréchet distance in the {classifier.NUM_FEATURES} features of a classifier trained on this data "
-        "set; not FID",
+        f"Fréchet distance in the {classifier.NUM_FEATURES} features of a classifier trained on this "
+        "dataset; "
+        "not FID",
         functools.partial(_joined, classifier.features_and_logits, replicate(params)),
         classifier.NUM_FEATURES,
         data.num_classes,
         {
             "features": f"classifier of {data_name}",
-            "weights_sha256": digest.hexdigest(),
+            "weights_sha256": sha256_of_arrays((params[name] for name in sorted(params)), digits=64),
             "seed": _CLASSIFIER_SEED,
             "held_out_accuracy": accuracy,
         },
@@ -178,8 +178,8 @@ def _user_function(name: str, shape: tuple[int, ...]) -> Features:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{field} failed with {type(error).__name__}: {reason}") from error
-    right = hasattr(result, "shape") and len(result.shape) == 2 and result.shape[0] == 2
-    if not right or not jnp.issubdtype(result.dtype, jnp.floating):
+    batched = hasattr(result, "shape") and len(result.shape) == 2 and result.shape[0] == 2
+    if not batched or not jnp.issubdtype(result.dtype, jnp.floating):
         got = f"{result.dtype} {list(result.shape)}" if hasattr(result, "shape") else type(result).__name__
         raise UserError(f"{field} must give floats [B, D] for uint8 {['B', *shape]}, got {got} for B = 2")
     return Features(
@@ -189,5 +189,5 @@ def _user_function(name: str, shape: tuple[int, ...]) -> Features:
         jax.jit(lambda images: function(images).astype(jnp.float32)),
         result.shape[1],
         0,
-        {"features": name, "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()},
+        {"features": name, "file_sha256": digest_of_file(Path(path))},
     )

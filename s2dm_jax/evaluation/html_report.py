@@ -1,17 +1,16 @@
-"""One HTML page about one run or several, with everything in it: readable anywhere, without a network."""
+"""One self-contained HTML page about one run or several: readable anywhere, without a network."""
 
 import base64
 import html
 import io
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2dm_jax.common.version import __version__
-from s2dm_jax.evaluation.comparison import Evaluated, comparison_table, plot_distances, read_evaluated
-from s2dm_jax.workdir.results import flat_provenance, results_table
+from s2dm_jax.evaluation.comparison import Evaluated, comparison_cells, plot_distances, read_evaluated
+from s2dm_jax.workdir.results import flat_provenance, results_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +29,7 @@ figcaption, .small { color: #555; font-size: .9rem; } summary { cursor: pointer;
 
 
 def report_page(workdirs: Sequence[str]) -> str:
-    """The page: distances by evaluations, and for each run its table, pictures, curves and provenance.
+    """The HTML page: distances by NFE, and for each run its results, samples, loss curves and provenance.
 
     Args:
       workdirs: folders of evaluated runs, at least one.
@@ -42,12 +41,11 @@ def report_page(workdirs: Sequence[str]) -> str:
     title = workdirs[0] if len(runs) == 1 else f"{len(runs)} runs compared"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if len(runs) > 1:
-        parts += ["<h2>Compared</h2>", _markdown(comparison_table(runs))]
-    parts.append(
-        _figure(_svg(plot_distances(runs)), "Distance against network evaluations, lower is better.")
-    )
+        header, rows, caption = comparison_cells(runs)
+        parts += ["<h2>Compared</h2>", _table(header, rows, caption)]
+    parts.append(_figure(_svg(plot_distances(runs)), "Distance against NFE, lower is better."))
     for run in runs:
-        parts += _about(run)
+        parts += _section(run)
     parts.append(f"<p class=small>s2dm_jax {__version__}</p>")
     return (
         f"<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>"
@@ -57,70 +55,70 @@ def report_page(workdirs: Sequence[str]) -> str:
     )
 
 
-def _about(run: Evaluated) -> list[str]:
-    parts = [f"<h2>{html.escape(run.workdir)}</h2>"]
-    loss = {
-        name.removeprefix("loss."): value for name, value in run.fields.items() if name.startswith("loss.")
-    }
-    said = ", ".join(f"{name} {value}" for name, value in loss.items() if value is not None)
-    told = f"{run.results['step']:,} steps, training seed {run.fields['train.seed']}; loss: {said}."
-    parts.append(f"<p>{html.escape(told)}</p>")
-    parts.append(_markdown(f"{results_table(run.results)}\n{run.results['provenance']['metric']}."))
-    grids = sorted(Path(run.workdir, "samples").glob("step_*.png"))
+def _section(run: Evaluated) -> list[str]:
+    """The part of the page about one run."""
+    workdir, provenance = Path(run.workdir), run.results["provenance"]
+    loss = ", ".join(
+        f"{name.removeprefix('loss.')} {value}"
+        for name, value in run.fields.items()
+        if name.startswith("loss.") and value is not None
+    )
+    summary = f"{run.results['step']:,} steps, training seed {run.fields['train.seed']}; loss: {loss}."
+    parts = [f"<h2>{html.escape(run.workdir)}</h2>", f"<p>{html.escape(summary)}</p>"]
+    parts.append(_table(*results_cells(run.results), f"{provenance['metric']}."))
+    grids = sorted(workdir.glob("samples/step_*.png"))
     if grids:
-        picture = base64.b64encode(grids[-1].read_bytes()).decode()
-        step = int(grids[-1].stem.removeprefix("step_"))
-        caption = f"Samples at step {step:,}, the newest of the training."
-        parts.append(_figure(f"<img alt='samples' src='data:image/png;base64,{picture}'>", caption))
-    curves = _loss_curves(Path(run.workdir, "metrics.jsonl"))
-    if curves:
-        parts.append(_figure(curves, "Loss and its terms as training went, logarithmic."))
-    lines = "".join(
+        image = base64.b64encode(grids[-1].read_bytes()).decode()
+        caption = (
+            f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the newest of the training."
+        )
+        parts.append(_figure(f"<img alt='samples' src='data:image/png;base64,{image}'>", caption))
+    if (workdir / "metrics.jsonl").exists():
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        curves = plot_losses([json.loads(line) for line in lines])
+        parts.append(_figure(_svg(curves), "Loss and its terms during training, logarithmic."))
+    rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-        for name, value in flat_provenance(run.results["provenance"]).items()
+        for name, value in flat_provenance(provenance).items()
     )
+    parts.append(f"<h3>Provenance</h3><div class=wide><table class=provenance>{rows}</table></div>")
     fields = html.escape(json.dumps(run.fields, indent=1))
-    parts.append(
-        f"<h3>What the numbers depend on</h3><div class=wide><table class=provenance>{lines}</table></div>"
-    )
     parts.append(f"<details><summary>Config</summary><pre>{fields}</pre></details>")
     return parts
 
 
-def _markdown(text: str) -> str:
-    """A Markdown table, and the line below it, as HTML."""
-    lines = [line for line in text.splitlines() if line]
-    table = [re.split(r"(?<!\\)\|", line.strip("| ")) for line in lines if line.startswith("|")]
-    header, _, *rows = [[html.escape(cell.strip().replace("\\|", "|")) for cell in row] for row in table]
-    below = " ".join(line for line in lines if not line.startswith("|"))
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    return (
-        f"<div class=wide><table><tr>{head}</tr>{body}</table></div><p class=small>{html.escape(below)}</p>"
-    )
+def plot_losses(lines: Sequence[dict]) -> "Figure":
+    """A matplotlib figure of the loss and each of its terms against the step, logarithmic.
 
-
-def _figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _loss_curves(path: Path) -> str:
-    if not path.exists():
-        return ""
+    Args:
+      lines: of metrics.jsonl; every metric called "loss…" is drawn, but those of a group of timesteps, which
+        have a "/" in their name.
+    """
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.subplots()
-    for name in ("loss", "simple", "skip", "sa"):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+    names = dict.fromkeys(name for line in lines for name in line)
+    for name in names:
+        if name.startswith("loss") and "/" not in name:
+            curve = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.2)
     axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="mean over the steps since the point before")
     axes.grid(alpha=0.3)
     axes.legend()
-    return _svg(figure)
+    return figure
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    table = f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+    return f"{table}<p class=small>{html.escape(caption)}</p>"
+
+
+def _figure(content: str, caption: str) -> str:
+    return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _svg(figure: "Figure") -> str:

@@ -1,6 +1,5 @@
-"""The weights of Inception: from a file or the network, checked, converted once and kept in a cache."""
+"""The weights of Inception: from a file or a URL, checked, converted once and cached."""
 
-import hashlib
 import os
 import sys
 import urllib.request
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import cache_dir
+from s2dm_jax.common.files import atomic_path, cache_dir
+from s2dm_jax.common.hashing import digest_of_file
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.evaluation.inception import fold_norms, parameter_shapes
 from s2dm_jax.weights.torch_pickle import Tensor, open_torch
@@ -43,11 +43,11 @@ def inception_params(source: str = "", sha256: str = "") -> dict[str, np.ndarray
     params = _read_converted(converted)
     if params is not None:
         return params
-    by_hand = folder / Path(URL).name
-    if "://" in source or not (source or by_hand.exists()):
-        path, temporary = _fetch(source or URL, folder, by_hand), True
+    manual = folder / Path(URL).name
+    if "://" in source or not (source or manual.exists()):
+        path, temporary = _fetch(source or URL, folder, manual), True
     else:
-        path, temporary = Path(source or by_hand), False
+        path, temporary = Path(source or manual), False
     try:
         params = _convert(path, source or str(path), sha256)
     finally:
@@ -57,21 +57,11 @@ def inception_params(source: str = "", sha256: str = "") -> dict[str, np.ndarray
     return params
 
 
-def at_hand(source: str = "", sha256: str = "") -> bool:
-    """Whether `inception_params` would need no network."""
-    folder = cache_dir() / "inception"
-    places = [
-        folder / f"{(sha256 or SHA256).lower()}.npz",
-        Path(source) if source else folder / Path(URL).name,
-    ]
-    return any(place.is_file() for place in places)
-
-
 def _read_converted(path):
     try:
         with np.load(path) as arrays:
             params = dict(arrays)
-    # What is not there or damaged is made anew; zip files carry checksums.
+    # A missing or damaged file is made anew; zip files carry checksums.
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     shapes = {name: value.shape for name, value in params.items()}
@@ -79,20 +69,18 @@ def _read_converted(path):
 
 
 def _write_converted(path, params):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, **params)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            np.savez(temporary, **params)
     except OSError as error:
-        print(f"the converted weights could not be kept in {path.parent} ({error.strerror})", file=sys.stderr)
-    finally:
-        temporary.unlink(missing_ok=True)
+        print(
+            f"the converted weights could not be cached in {path.parent} ({error.strerror})", file=sys.stderr
+        )
 
 
-def _fetch(url, folder, by_hand):
-    temporary = folder / f".{by_hand.name}.{os.getpid()}.tmp"
+def _fetch(url, folder, manual):
+    temporary = folder / f".{manual.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -110,24 +98,23 @@ def _fetch(url, folder, by_hand):
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"the weights of Inception are not in the cache and {url} cannot be fetched ({reason}); get that "
-            f"file elsewhere and put it at {by_hand} or give it as --config.eval.inception_weights=FILE, or "
+            f"file elsewhere and put it at {manual} or give it as --config.eval.inception_weights=FILE, or "
             "measure in other features with --config.eval.feature_extractor=classifier"
         ) from error
     return temporary
 
 
-def _convert(path, told, sha256):
+def _convert(path, source, sha256):
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = digest_of_file(path)
     except OSError as error:
         raise UserError(
-            f"config.eval.inception_weights={told} cannot be read ({error.strerror}); get it from {URL}"
+            f"config.eval.inception_weights={source} cannot be read ({error.strerror}); get it from {URL}"
         ) from error
     if digest != sha256:
         raise UserError(
-            f"{told} has the SHA-256 {digest}, not {sha256}: it is cut short or another file; get {URL} "
-            "again, or give the SHA-256 of weights of your own as --config.eval.inception_sha256"
+            f"{source} has the SHA-256 {digest}, not {sha256}: it is cut short or another file; get {URL} "
+            "again, or give the SHA-256 of your own weights as --config.eval.inception_sha256"
         )
     with open_torch(path) as (contents, read, _):
         tensors = contents if isinstance(contents, dict) else {}
@@ -135,4 +122,4 @@ def _convert(path, told, sha256):
     try:
         return fold_norms(arrays)
     except ValueError as error:
-        raise UserError(f"{told} does not hold the FID Inception's weights: {error}") from error
+        raise UserError(f"{source} does not hold the FID Inception's weights: {error}") from error

@@ -34,12 +34,12 @@ class FeatureSums(NamedTuple):
 
 
 def init_sums(dimensions: int) -> FeatureSums:
-    """The sums over no vectors of D = `dimensions` numbers."""
+    """The sums over zero vectors of D = `dimensions` numbers."""
     return FeatureSums(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
 
 
 def update_sums(sums: FeatureSums, features: np.ndarray) -> FeatureSums:
-    """The sums over a batch more (Chan, Golub & LeVeque 1979: nothing cancels, in whatever batches).
+    """The sums with one more batch (Chan, Golub & LeVeque 1979: no cancellation for any batch sizes).
 
     Args:
       sums: of the vectors before.
@@ -134,8 +134,8 @@ def _factor(cov):
     values, vectors = np.linalg.eigh(cov)
     # In the null space round-off of 1e-16 would come back as 1e-8 per dimension from the square root, so the
     # product is formed on the range only: its nonzero eigenvalues are those of the full product.
-    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])
+    positive = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    return vectors[:, positive] * np.sqrt(values[positive])
 
 
 def _distance(mean1, cov1, factor1, mean2, cov2):
@@ -202,9 +202,9 @@ def kid(features1: np.ndarray, features2: np.ndarray, *, seed: int = 0) -> tuple
       ValueError: for other shapes or too few vectors.
     """
     x, y = _checked_pair(features1, features2, 20)
-    fewest = min(len(x), len(y))
-    block = min(_KID_BLOCK, fewest // 10)
-    blocks = fewest // block
+    smaller = min(len(x), len(y))
+    block = min(_KID_BLOCK, smaller // 10)
+    blocks = smaller // block
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(each))[: blocks * block].reshape(blocks, block) for each in (x, y)]
     estimates = [_unbiased_mmd(x[i], y[j]) for i, j in zip(*orders, strict=True)]
@@ -292,20 +292,20 @@ def _squared_distances(
         advance(1)
 
 
-def _checked(features, name, fewest):
+def _checked(features, name, min_count):
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f"{name} must have shape [N,D] with D ≥ 1, got {list(features.shape)}")
-    if len(features) < fewest:
-        purpose = " for a covariance" if fewest == 2 else ""
-        raise ValueError(f"{name} must hold at least {fewest} vectors{purpose}, got {len(features)}")
+    if len(features) < min_count:
+        purpose = " for a covariance" if min_count == 2 else ""
+        raise ValueError(f"{name} must hold at least {min_count} vectors{purpose}, got {len(features)}")
     if not np.isfinite(features).all():
         raise ValueError(f"{name} must be finite, got {np.sum(~np.isfinite(features))} values that are not")
     return features
 
 
-def _checked_pair(features1, features2, fewest):
-    first, second = (_checked(features, "features", fewest) for features in (features1, features2))
+def _checked_pair(features1, features2, min_count):
+    first, second = (_checked(features, "features", min_count) for features in (features1, features2))
     if first.shape[1] != second.shape[1]:
         raise ValueError(
             f"both sets of features must have as many columns, got {first.shape[1]} and {second.shape[1]}"

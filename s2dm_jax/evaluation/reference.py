@@ -1,6 +1,5 @@
-"""What samples are compared with: real images in the features of choice, or statistics from a file."""
+"""What samples are compared with: real images in the chosen features, or a file of statistics."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import cache_dir
-from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
+from s2dm_jax.common.files import atomic_path, cache_dir
+from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.progress import progress_bar
+from s2dm_jax.config.evaluation_plan import METRICS
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch
@@ -22,11 +22,11 @@ from s2dm_jax.inference.sampler import map_batches
 
 
 class Reference(NamedTuple):
-    """What is compared with.
+    """Statistics, and perhaps features, of the images that samples are compared with.
 
     Attributes:
       mean, cov: float64 [D] and [D,D].
-      features: float32 [N,D], or None where no metric needs them.
+      features: float32 [N,D], or None where no metric requires them.
       provenance: plain data.
     """
 
@@ -39,13 +39,13 @@ class Reference(NamedTuple):
 def image_batches(
     images: np.ndarray, features: Features, batch_size: int, rows: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """The features of images that are there.
+    """Features and logits of images, batch by batch.
 
     Args:
       images: uint8 [N,H,W,C], in memory or mapped from a file.
-      features: what to make of them.
-      batch_size: how many at once.
-      rows: which of them, in which order; by default all.
+      features: the feature function.
+      batch_size: images per batch.
+      rows: indices of the images, in order; by default all.
 
     Yields:
       float32 [B, D + L].
@@ -53,7 +53,7 @@ def image_batches(
     rows = np.arange(len(images)) if rows is None else rows
 
     def compute(indices):
-        # Beyond the last image it is repeated; `map_batches` cuts that off.
+        # Beyond the last image it is repeated; `map_batches` drops the repetitions.
         return features.apply(shard_batch(images[rows[np.minimum(indices, len(rows) - 1)]]))
 
     return map_batches(compute, len(rows), batch_size)
@@ -63,45 +63,44 @@ def sha256_of_images(images: np.ndarray) -> str:
     """`hashing.sha256_of_arrays` of images that need not fit into memory."""
     with progress_bar(len(images), "images hashed", shown=is_main_process(), delay=2) as advance:
 
-        def pieces():
+        def chunks():
             for start in range(0, len(images), 1000):
                 yield images[start : start + 1000]
                 advance(len(images[start : start + 1000]))
 
-        return sha256_of_arrays(pieces())
+        return sha256_of_arrays(chunks())
 
 
 def load_reference(
     config: ConfigDict, data: Dataset, features: Features, names: list[str], batch_size: int
 ) -> tuple[Reference, np.ndarray]:
-    """What to compare with, and real images that are not in it.
+    """The reference of `config.eval.reference`, and real images outside it for the floor.
 
     Args:
       config: a checked config.
-      data: the data set.
-      features: what images are compared in.
-      names: the metrics, of evaluation_plan.METRICS.
-      batch_size: images at once.
+      data: the dataset.
+      features: the feature function.
+      names: the metrics, of `evaluation_plan.METRICS`.
+      batch_size: images per batch.
 
     Returns:
-      The reference, and uint8 [N,H,W,C].
+      The reference, and the images uint8 [N,H,W,C].
 
     Raises:
-      UserError: for a file that does not hold the statistics of these features.
+      UserError: for a file that does not hold statistics of these features.
     """
     chosen = config.eval.reference
     if chosen == "auto":
         chosen = "train" if features.name == "inception" else "held_out"
     if chosen not in ("train", "held_out"):
         return _reference_file(chosen, features), data.train
-    images, others = (data.train, data.held_out) if chosen == "train" else (data.held_out, data.train)
-    told = "training" if chosen == "train" else "held-out"
-    provenance = {"images": f"{len(images)} {told} images", "sha256": sha256_of_images(images)}
-    needs = bool({"kid", "precision_recall"} & set(names))
+    images, floor_images = (data.train, data.held_out) if chosen == "train" else (data.held_out, data.train)
+    split = "training" if chosen == "train" else "held-out"
+    provenance = {"images": f"{len(images)} {split} images", "sha256": sha256_of_images(images)}
     batches = image_batches(images, features, batch_size)
-    if needs:
+    if any("reference_features" in METRICS[name].requires for name in names):
         vectors = np.concatenate([batch[:, : features.dimensions] for batch in batches])
-        return Reference(*metrics.feature_statistics(vectors), vectors, provenance), others
+        return Reference(*metrics.feature_statistics(vectors), vectors, provenance), floor_images
 
     def statistics():
         sums = metrics.init_sums(features.dimensions)
@@ -113,11 +112,11 @@ def load_reference(
         mean, cov = _cached(statistics, {**features.provenance, **provenance})
     else:
         mean, cov = statistics()
-    return Reference(mean, cov, None, provenance), others
+    return Reference(mean, cov, None, provenance), floor_images
 
 
 def _cached(statistics: Callable, depends_on: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Inception's statistics of a data set, which take minutes, kept in the cache."""
+    """Inception's statistics of a dataset, which take minutes, through the cache."""
     path = cache_dir() / "statistics" / f"{sha256_of_json(depends_on)}.npz"
     if jax.process_count() == 1 and path.exists():
         with np.load(path) as arrays:
@@ -125,9 +124,8 @@ def _cached(statistics: Callable, depends_on: dict) -> tuple[np.ndarray, np.ndar
     mean, cov = statistics()
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.tmp.npz")
-        np.savez(temporary, mu=mean, sigma=cov)
-        temporary.replace(path)
+        with atomic_path(path) as temporary:
+            np.savez(temporary, mu=mean, sigma=cov)
     return mean, cov
 
 
@@ -144,7 +142,6 @@ def _reference_file(path: str, features: Features) -> Reference:
     if len(mean) != features.dimensions:
         raise UserError(
             f"config.eval.reference={path!r} holds {len(mean)} features, config.eval.feature_extractor="
-            f"{features.name!r} makes {features.dimensions}; they must be the same"
+            f"{features.name!r} makes {features.dimensions}; the numbers must be equal"
         )
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Reference(mean, cov, None, {"file": path, "sha256": sha256})
+    return Reference(mean, cov, None, {"file": path, "sha256": digest_of_file(Path(path))})

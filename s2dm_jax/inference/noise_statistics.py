@@ -1,4 +1,4 @@
-"""Analytic-DPM's statistic: the mean square of the predicted noise at every level, over training images."""
+"""Analytic-DPM's statistic: the mean square of the predicted noise at each timestep, over training images."""
 
 import functools
 import json
@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2dm_jax.common.files import atomic_path
 from s2dm_jax.common.hashing import sha256_of_arrays
+from s2dm_jax.common.images import to_unit
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import replicate, shard_batch
@@ -21,21 +23,21 @@ from s2dm_jax.samplers.noise import initial_noise
 
 
 def statistics_folder(workdir: str | os.PathLike) -> Path:
-    """Where the statistics of a run are kept."""
+    """The folder of a run's statistics."""
     return Path(workdir) / "ms_eps"
 
 
-# Levels between two saves of what is known so far.
+# Timesteps between two saves.
 _TIMESTEPS_AT_ONCE = 20
 
 
 class NoiseStatistics(NamedTuple):
-    """The statistic and how well it is known.
+    """The statistic and its standard error.
 
     Attributes:
-      ms_eps: float64 [T], E‖ε̂‖²/dim at each level.
+      ms_eps: float64 [T], E‖ε̂‖²/dim at each timestep.
       standard_error: float64 [T], of ms_eps over the images.
-      num_images: images behind each level.
+      num_images: number of images at each timestep.
     """
 
     ms_eps: np.ndarray
@@ -54,20 +56,20 @@ def estimate_noise_statistics(
     seed: int = 0,
     batch_size: int = 500,
 ) -> NoiseStatistics:
-    """E‖ε̂(x_t, t)‖²/dim (Analytic-DPM, eq. 8), one noise for each image and level; kept, and read if kept.
+    """E‖ε̂(x_t, t)‖²/dim (Analytic-DPM, eq. 8), with one noise for each image and timestep; cached.
 
-    The file's name holds the weights' hash, so that another network never uses it. What an interrupted call
-    has done is kept, too.
+    The file's name holds the weights' hash, so that another network never uses it. An interrupted estimate
+    resumes where it stopped.
 
     Args:
       network: the network that `params` belong to.
       schedule: the forward process.
-      params: weights that will sample, as a rule the moving average.
+      params: the weights to sample with, usually the EMA.
       images: uint8 [N, H, W, C], training images.
-      folder: where the statistic is kept.
+      folder: of the cache, as `statistics_folder`.
       num_images: how many of the images, drawn by `seed`; all where there are fewer.
-      seed: of the choice and of the noise: that of image i at level t depends on (seed, t, i) alone.
-      batch_size: images at once.
+      seed: of the choice and of the noise: that of image i at timestep t depends on (seed, t, i) alone.
+      batch_size: images per batch.
 
     Raises:
       OSError: if the folder cannot be written to.
@@ -77,17 +79,17 @@ def estimate_noise_statistics(
     path = _path(folder, schedule, params, num_images, seed)
     mean, standard_error = _read(path)
     params = replicate(params)
-    with progress_bar(schedule.T, "levels", done=len(mean), shown=is_main_process()) as advance:
+    with progress_bar(schedule.T, "timesteps", done=len(mean), shown=is_main_process()) as advance:
         while len(mean) < schedule.T:
-            # The last piece is filled up and cut, so that every piece is one program.
-            levels = np.minimum(len(mean) + np.arange(_TIMESTEPS_AT_ONCE), schedule.T - 1)
-            pieces = []
+            # The last chunk is padded and cut, so that one program serves every chunk.
+            timesteps = np.minimum(len(mean) + np.arange(_TIMESTEPS_AT_ONCE), schedule.T - 1)
+            batches = []
             for first in range(0, num_images, batch_size):
-                at = (first + np.arange(min(batch_size, num_images))) % num_images
-                batch = shard_batch(images[rows[at]]), shard_batch(at)
-                piece = _squares(network, schedule, params, *batch, levels, seed)
-                pieces.append(np.asarray(piece, np.float64)[:, : num_images - first])
-            squares = np.concatenate(pieces, axis=1)[: schedule.T - len(mean)]
+                indices = (first + np.arange(min(batch_size, num_images))) % num_images
+                batch = shard_batch(images[rows[indices]]), shard_batch(indices)
+                squares = _squares(network, schedule, params, *batch, timesteps, seed)
+                batches.append(np.asarray(squares, np.float64)[:, : num_images - first])
+            squares = np.concatenate(batches, axis=1)[: schedule.T - len(mean)]  # [timesteps, images]
             mean = np.append(mean, squares.mean(1))
             spread = squares.std(1, ddof=1) / np.sqrt(num_images)
             standard_error = np.append(standard_error, spread)
@@ -99,34 +101,32 @@ def estimate_noise_statistics(
 def load_cached(
     schedule: NoiseSchedule, params: dict, folder: str | os.PathLike, num_images: int | None = None
 ) -> NoiseStatistics | None:
-    """What `estimate_noise_statistics` has kept of these weights, of most images unless `num_images` is
-    given; or None.
-    """
+    """The cached statistic of these weights: that of `num_images`, or else of the most images; or None."""
     folder, found = Path(folder), []
-    # Most runs have no statistic: the weights are hashed only where there is one to compare with.
+    # Most runs have no statistic: the weights are hashed only where a file exists.
     paths = folder.glob(f"{_stem(schedule, params)}_*.npz") if any(folder.glob("*.npz")) else ()
     for path in paths:
         mean, standard_error = _read(path)
         count = int(path.stem.split("_")[1])
         if len(mean) == schedule.T and num_images in (None, count):
             found.append(NoiseStatistics(mean, standard_error, count))
-    return max(found, key=lambda moments: moments.num_images, default=None)
+    return max(found, key=lambda statistics: statistics.num_images, default=None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _squares(network, schedule, params, images, indices, levels, seed):
-    """‖ε̂‖²/dim, [levels, images]."""
-    x0 = images.astype(jnp.float32) / 127.5 - 1
+def _squares(network, schedule, params, images, indices, timesteps, seed):
+    """‖ε̂‖²/dim, [timesteps, images]."""
+    x0 = to_unit(images)
 
-    def at_level(t):
-        # Each level has its own noise: one seed of `initial_noise` for each.
-        level_seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), t), dtype=jnp.uint32)
-        noise = initial_noise(level_seed, indices, x0.shape[1:])
+    def at_timestep(t):
+        # Each timestep has its own noise: one seed of `initial_noise` for each.
+        noise_seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), t), dtype=jnp.uint32)
+        noise = initial_noise(noise_seed, indices, x0.shape[1:])
         t = jnp.full(len(x0), t)
         eps = network.eps_fn(params, schedule)(add_noise(schedule, x0, t, noise), t)
         return jnp.square(eps).mean((1, 2, 3))
 
-    return jax.lax.map(at_level, levels)
+    return jax.lax.map(at_timestep, timesteps)
 
 
 def _stem(schedule, params):
@@ -138,22 +138,17 @@ def _path(folder, schedule, params, num_images, seed):
 
 
 def _read(path):
-    """Mean and standard error of the levels that are known so far."""
+    """Mean and standard error of the timesteps that are saved so far."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays["ms_eps"], arrays["standard_error"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        # No file, or a damaged one: it can be made again.
+        # A missing or damaged file is made anew.
         return np.zeros(0), np.zeros(0)
 
 
 def _write(path, mean, standard_error, num_images, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            about = json.dumps({"num_images": num_images, "seed": seed, "levels": len(mean)})
-            np.savez(file, ms_eps=mean, standard_error=standard_error, about=about)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = json.dumps({"num_images": num_images, "seed": seed, "timesteps": len(mean)})
+    with atomic_path(path) as temporary:
+        np.savez(temporary, ms_eps=mean, standard_error=standard_error, metadata=metadata)

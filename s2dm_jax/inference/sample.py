@@ -1,9 +1,7 @@
 """What `--mode=sample` does: samples as a config says and leaves the pictures in the run's folder."""
 
 import datetime
-import hashlib
 import json
-import os
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -13,7 +11,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.hashing import sha256_of_arrays
+from s2dm_jax.common.files import atomic_path
+from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.version import __version__
 from s2dm_jax.inference import visualize
@@ -62,7 +61,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     )
 
     began = time.monotonic()
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = sha256_of_json(settings, digits=8)
     kind = "".join(f"_{name}" for name in ("interpolate", "trajectory", "compare") if options[name])
     place = Path(workdir)
     place = place / "samples" if place.is_dir() else place.with_name(f"{place.stem}_samples")
@@ -166,17 +165,12 @@ def _rows(options: ConfigDict, models: list[Model]) -> tuple[np.ndarray, int | N
 
 
 def _write_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...], provenance: str) -> None:
-    """Writes `images` uint8 and `provenance` as they come, under a temporary name that is then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("images.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for batch in batches:
-                    file.write(batch.tobytes())
-            with archive.open("provenance.npy", "w") as file:
-                np.lib.format.write_array(file, np.array(provenance), allow_pickle=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes `images`, uint8 of that shape, batch by batch, and `provenance`."""
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in batches:
+                file.write(batch.tobytes())
+        with archive.open("provenance.npy", "w") as file:
+            np.lib.format.write_array(file, np.array(provenance), allow_pickle=False)

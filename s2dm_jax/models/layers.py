@@ -151,7 +151,7 @@ def average_pool(x: jax.Array) -> jax.Array:
 
 
 def split_module(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict]:
-    """A module's structure, and its parameters' shapes as a nested dict with string keys, without computing."""
+    """A module's structure, and its parameters' shapes as a nested dict, computing nothing."""
     graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
-from s2dm_jax.common.progress import SECONDS_BETWEEN_LINES
+from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.progress import ProgressDisplay
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import build_objective
 from s2dm_jax.devices.distributed import is_main_process
@@ -58,11 +57,10 @@ class MetricWriter:
             return
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= resume_step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, self._path)
-        self._lines = self._path.open("a")
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= resume_step]
+            write_atomic(self._path, "".join(f"{line}\n" for line in kept))
+        self._lines = self._path.open("a", encoding="utf-8")
         purge = {"purge_step": resume_step + 1} if resume_step else {}
         self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), **purge)
 
@@ -111,14 +109,13 @@ class Progress:
         """
         self._start, self._total = start, total
         self._images, self._flops, self._peak = images_per_step, flops_per_step, peak
-        self._began = self._last_line = self._last_update = time.monotonic()
+        self._last_update = time.monotonic()
         self._last_step, self._paused = start, 0.0
-        self._shown = False
-        self._bar = tqdm(
-            total=total,
-            initial=start,
-            disable=not (is_main_process() and sys.stderr.isatty()),
-            dynamic_ncols=True,
+        self._display = ProgressDisplay(
+            sys.stdout,
+            total,
+            start,
+            shown=is_main_process(),
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]",
         )
 
@@ -132,8 +129,8 @@ class Progress:
         """
         now = time.monotonic()
         seconds_per_step = (now - self._last_update - self._paused) / max(step - self._last_step, 1)
+        first = self._last_step == self._start
         self._last_step, self._last_update, self._paused = step, now, 0.0
-        left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
         speed = {
             "seconds_per_step": seconds_per_step,
             "images_per_second": self._images / seconds_per_step,
@@ -141,17 +138,16 @@ class Progress:
         }
         if self._peak:
             speed["mfu"] = self._flops / seconds_per_step / self._peak
-        said = f"{speed['images_per_second']:,.0f} images/s"
-        said += f", {speed['mfu']:.0%} of peak" if self._peak else ""
-        self._bar.set_postfix_str(f"loss {loss:.4g}, {said}", refresh=False)
-        self._bar.update(step - self._bar.n)
-        due = now - self._last_line > SECONDS_BETWEEN_LINES or step == self._total or not self._shown
-        self._shown = True
-        if self._bar.disable and due and is_main_process():
-            self._last_line = now
-            line = f"step {step:,}/{self._total:,}  loss {loss:.4g}  {said}"
-            print(f"{line}  {tqdm.format_interval(left)} left", flush=True)
-        return {**speed, "peak_memory_gb": peak_memory() / 1e9, "eta_seconds": left}
+        rate = f"{speed['images_per_second']:,.0f} images/s"
+        rate += f", {speed['mfu']:.0%} of peak" if self._peak else ""
+        self._display.update(
+            step,
+            f"step {step:,}/{self._total:,}  loss {loss:.4g}  {rate}",
+            postfix=f"loss {loss:.4g}, {rate}",
+            due=first or step == self._total,
+        )
+        eta = self._display.seconds_left(step)
+        return {**speed, "peak_memory_gb": peak_memory() / 1e9, "eta_seconds": eta}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -161,7 +157,7 @@ class Progress:
         self._paused += time.monotonic() - began
 
     def close(self) -> None:
-        self._bar.close()
+        self._display.close()
 
 
 class Profile:

@@ -3,7 +3,6 @@
 The programs take any batch size, and run on CPU, CUDA and TPU. What is in the file: docs/weights.md.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_outputs
-from s2dm_jax.common.hashing import sha256_of_weights
+from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.config.build import build_network, build_schedule
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import from_json, to_json
@@ -113,7 +112,7 @@ def export(config: ConfigDict, workdir: str, *, network: Network | None = None) 
       The file; its model card lies beside it, as .md and .json.
 
     Raises:
-      UserError: if the run is missing or damaged, or the file is there already.
+      UserError: if the run is missing or damaged, or the file already exists.
     """
     run = load_run(workdir, network=network)
     schedule, options = build_schedule(config), config.sample
@@ -150,7 +149,7 @@ def export(config: ConfigDict, workdir: str, *, network: Network | None = None) 
         "stochastic": bool(options.eta or SAMPLERS[options.sampler].stochastic),
     }
     # As the pictures' names: other settings or weights make another file.
-    digest = hashlib.sha256(json.dumps([card["sampler"], card["weights"]]).encode()).hexdigest()[:8]
+    digest = sha256_of_json([card["sampler"], card["weights"]], digits=8)
     name = f"{options.sampler}_nfe{evaluations}_{digest}.npz"
     path = Path(config.export.path or Path(workdir) / "exports" / name)
     with atomic_outputs(path, *model_card.card_paths(path)) as (file, *card_files):
@@ -173,7 +172,7 @@ def export(config: ConfigDict, workdir: str, *, network: Network | None = None) 
             "image_shape": network.image_shape,
             "platforms": PLATFORMS,
             "jax": jax.__version__,
-            "weights_sha256": sha256_of_weights(flat),
+            "weights_sha256": sha256_of_arrays((flat[name] for name in sorted(flat)), digits=64),
             "card": card,
         }
         arrays: dict[str, Any] = {

@@ -32,10 +32,10 @@ def card_of_run(run: Run, path: str) -> dict:
     folder = Path(path)
     if folder.is_file():
         return parse_card(json.dumps(exported.read_header(path).get("card")))
-    card = parse_card((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+    card = parse_card((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
     results = None
     if (folder / "results.json").is_file():
-        results = json.loads((folder / "results.json").read_text())
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     made = make_card(
         run,
         license=card.get("license", ""),
@@ -153,8 +153,8 @@ def card_paths(path: Path) -> tuple[Path, Path]:
 
 def write_card(card: dict, markdown: Path, numbers: Path) -> None:
     """Writes a card for people and for programs."""
-    markdown.write_text(card_to_markdown(card))
-    numbers.write_text(json.dumps(card, indent=1) + "\n")
+    markdown.write_text(card_to_markdown(card), encoding="utf-8")
+    numbers.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 def _list(facts: dict[str, str]) -> list[str]:

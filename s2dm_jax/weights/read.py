@@ -216,7 +216,7 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
 
 def _check_sums(folder: Path) -> None:
     listed = {}
-    for line in (folder / SUMS).read_text(errors="replace").splitlines():
+    for line in (folder / SUMS).read_text(errors="replace", encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
         listed[name] = digest
     read = [path for pattern in ("*.json", "*/*.json", "*/*.safetensors") for path in folder.glob(pattern)]
@@ -230,7 +230,7 @@ def _check_sums(folder: Path) -> None:
 
 def _described(path: Path, read: Callable[[dict], Described]) -> Described:
     try:
-        return read(json.loads(path.read_text()))
+        return read(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} does not describe a network or schedule of ours: {error}") from error
 

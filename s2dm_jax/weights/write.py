@@ -161,8 +161,8 @@ def _write_workdir(folder: Path, run: Run, card: dict) -> None:
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, run.params)
     )
     state = TrainState(np.asarray(run.step, np.int32), run.params, run.ema_params, opt_state)
-    (folder / "config.json").write_text(to_json(run.config))
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    (folder / "config.json").write_text(to_json(run.config), encoding="utf-8")
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     manager = checkpoint.open_checkpoints(folder, run.config.train.max_to_keep)
     checkpoint.save(manager, run.step, jax.device_put(state), run_metadata(run.config))
     checkpoint.close(manager)
@@ -186,16 +186,18 @@ def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
     }
     for name, value in configs.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     _save_safetensors(weights, state, card)
     names = sorted([*configs, weights.relative_to(folder).as_posix()])
-    (folder / SUMS).write_text("".join(f"{digest_of_file(folder / name)}  {name}\n" for name in names))
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    (folder / SUMS).write_text(
+        "".join(f"{digest_of_file(folder / name)}  {name}\n" for name in names), encoding="utf-8"
+    )
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     front_matter = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
     if card["license"] != "not stated":
         front_matter["license"] = card["license"]
-    (folder / "README.md").write_text(model_card.card_to_markdown(card, front_matter))
+    (folder / "README.md").write_text(model_card.card_to_markdown(card, front_matter), encoding="utf-8")
 
 
 def _save_safetensors(path: Path, state: dict, card: dict) -> None:

@@ -1,7 +1,7 @@
 """Save, verify and restore training states; the only file that imports orbax.
 
-Orbax keeps no checksums: bytes that flipped on the disk come back as other weights, in silence. Beside each
-state stands a digest of every leaf, and a state that does not have its digests is not used.
+Orbax stores no checksums and silently restores corrupted bytes. With each state a digest of every leaf is
+saved, and a state whose digests differ is not used.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ _policies = ocp.checkpoint_managers
 
 
 def open_checkpoints(
-    workdir: str | os.PathLike, keep: int = 1, keep_every: int = 0, best: str = ""
+    workdir: str | os.PathLike, max_to_keep: int = 1, keep_period: int = 0, best: str = ""
 ) -> ocp.CheckpointManager:
-    """Opens `workdir`/checkpoints, creating it if need be; saves there run in the background.
+    """Opens `workdir`/checkpoints, created if missing; saves run in the background.
 
     Args:
       workdir: folder of the run.
-      keep: number of newest checkpoints that a save leaves.
-      keep_every: also keeps for good one checkpoint in this many steps; 0 for none.
-      best: also keeps the checkpoint where this metric was lowest; "" for none.
+      max_to_keep: number of newest checkpoints that a save preserves.
+      keep_period: also preserves one checkpoint in this many steps for good; 0 for none.
+      best: also preserves the checkpoint where this metric was lowest; "" for none.
     """
-    policies = [_policies.LatestN(keep)]
-    if keep_every:
-        policies.append(_policies.EveryNSteps(keep_every, exact_interval=False))
+    policies = [_policies.LatestN(max_to_keep)]
+    if keep_period:
+        policies.append(_policies.EveryNSteps(keep_period, exact_interval=False))
     if best:
         policies.append(
             _policies.BestN(
@@ -60,16 +60,16 @@ def save(
     manager: ocp.CheckpointManager,
     step: int,
     state: State,
-    about: dict | None = None,
+    metadata: dict | None = None,
     metrics: dict[str, float] | None = None,
 ) -> None:
     """Starts saving `state` as `step`; `finish(manager)` waits for it.
 
     Args:
       manager: from `open_checkpoints`.
-      step: number of steps done; a step that is there already is left as it is.
+      step: number of steps done; a step that is saved already is not saved again.
       state: pytree of arrays.
-      about: what to keep beside it, as JSON.
+      metadata: saved with the state, as JSON.
       metrics: of the steps before, for `open_checkpoints(best=…)`.
 
     Raises:
@@ -77,8 +77,8 @@ def save(
     """
     if step in manager.all_steps():
         return
-    about = {**(about or {}), "digests": digests(state)}
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+    metadata = {**(metadata or {}), "digests": digests(state)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(metadata))
     with _as_user_error(manager):
         manager.save(step, args=items, metrics=metrics)
 
@@ -87,14 +87,14 @@ def finish(manager: ocp.CheckpointManager) -> None:
     """Waits until what `save` started is on the disk.
 
     Raises:
-      UserError: if it could not be written; nothing that was there before is lost then.
+      UserError: if it could not be written; the checkpoints before it are untouched.
     """
     with _as_user_error(manager):
         manager.wait_until_finished()
 
 
 def close(manager: ocp.CheckpointManager) -> None:
-    """`finish`, then lets go of the manager's threads."""
+    """`finish`, then ends the manager's threads."""
     with _as_user_error(manager):
         manager.close()
 
@@ -105,11 +105,11 @@ def _as_user_error(manager):
         yield
     # Orbax and tensorstore raise ValueError for a write that failed as well as OSError.
     except (OSError, ValueError) as error:
-        whole = [int(p.name) for p in Path(manager.directory).iterdir() if p.name.isdigit()]
-        left = f"step {max(whole):,}, saved before, is untouched" if whole else "none was saved before"
+        saved = [int(p.name) for p in Path(manager.directory).iterdir() if p.name.isdigit()]
+        earlier = f"step {max(saved):,}, saved before, is untouched" if saved else "none was saved before"
         raise UserError(
-            f"a checkpoint could not be written to {manager.directory} ({_reason(error)}); {left}; "
-            "make room or mend the disk, and the same command goes on from there"
+            f"a checkpoint could not be written to {manager.directory} ({_reason(error)}); {earlier}; "
+            "free space or repair the disk, and the same command resumes from there"
         ) from error
 
 
@@ -123,25 +123,25 @@ def restore_latest(
 ) -> State | None:
     """The newest saved state that verifies, or None where nothing was saved.
 
-    Checkpoints that are damaged are told on stderr and passed over.
+    Damaged checkpoints are reported on stderr and skipped.
 
     Args:
       manager: from `open_checkpoints`.
       like: a state of the same structure, shapes and types (arrays or `jax.ShapeDtypeStruct`).
-      shardings: of each leaf, on the devices of today, whose number need not be that of the run that saved;
-        None: whole on every device.
+      shardings: of each leaf, on the present devices, whose number may differ from that of the run that
+        saved; None: replicated.
       quarantine: whether to move damaged checkpoints that are newer than the state to
         `workdir`/damaged_checkpoints, so that their steps can be saved anew.
       step: the one checkpoint to restore; None for the newest.
 
     Raises:
-      UserError: if no checkpoint verifies, or `step` is not there.
+      UserError: if no checkpoint verifies, or `step` was not saved.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if step is not None:
         if step not in steps:
-            there = ", ".join(map(str, reversed(steps))) or "none"
-            raise UserError(f"{manager.directory} holds no checkpoint of step {step}; there are: {there}")
+            saved = ", ".join(map(str, reversed(steps))) or "none"
+            raise UserError(f"{manager.directory} holds no checkpoint of step {step}; there are: {saved}")
         steps = [step]
     if shardings is None:
         shardings = jax.tree.map(lambda _: replicated(), like)
@@ -181,13 +181,13 @@ def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State
     folder = Path(manager.directory) / str(step)
     # Checkpoints of version 0.1 hold the state alone.
     old = (folder / "default").is_dir()
-    state, about, reason = None, dict[str, Any](), ""
+    state, metadata, reason = None, dict[str, Any](), ""
     try:
         _read_through(folder / ("default" if old else "state"))
-        about = {} if old else json.loads((folder / "about" / "metadata").read_text())
+        metadata = {} if old else json.loads((folder / "about" / "metadata").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         reason = _reason(error)
-    # What one process cannot read none may use: the others would wait for it for ever.
+    # A checkpoint that one process cannot read no process may use: the others would wait for it forever.
     if any_process(bool(reason)):
         return None, reason or "another process cannot read it"
     try:
@@ -201,7 +201,7 @@ def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State
         # a part.
         reason = _reason(error)
     if not reason and not old:
-        expected, actual = about.get("digests", {}), digests(state)
+        expected, actual = metadata.get("digests", {}), digests(state)
         wrong = [name for name in actual if actual[name] != expected.get(name)]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -234,7 +234,7 @@ def _quarantine(manager: ocp.CheckpointManager, steps: list[int]) -> None:
 
 
 def _read_through(item: Path) -> None:
-    """Reads all that a saved pytree's index names, and keeps nothing.
+    """Reads everything that a saved pytree's index names, and discards it.
 
     Orbax reads its arrays concurrently: where a file is cut short it raises a bare Exception, and the reads
     still under way print a page of tracebacks each.
@@ -242,14 +242,14 @@ def _read_through(item: Path) -> None:
     if not item.is_dir():
         raise ValueError(f"{item.name} is missing")
     for metadata in (item / "_METADATA", *item.glob("array_metadatas/*")):
-        json.loads(metadata.read_text())
+        json.loads(metadata.read_text(encoding="utf-8"))
     base = {"driver": "file", "path": f"{item}/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     keys = store.list().result()
     if not keys:
         raise ValueError("it holds no arrays")
     for key in keys:
-        # Of a file that is gone tensorstore reads nothing, without an error.
+        # From a missing file tensorstore reads nothing, without an error.
         if not store.read(key).result().value:
             raise ValueError(f"the file with {key.decode()} is missing")
 

@@ -1,4 +1,4 @@
-"""The file of an exported sampler, read: an .npz of compiled programs, weights and a description.
+"""Reads the file of an exported sampler: an .npz of compiled programs, weights and a description.
 
 Imports no jax. docs/weights.md says what is in the file, and has the loader that needs none of this.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import ZIP_DAMAGE
-from s2dm_jax.common.hashing import sha256_of_weights
+from s2dm_jax.common.hashing import sha256_of_arrays
 
 if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
@@ -27,17 +27,17 @@ def read_header(path: str | os.PathLike) -> dict:
     """The description in an exported sampler: config, step, sampler, programs, digests.
 
     Raises:
-      UserError: if the file is damaged, or no exported sampler.
+      UserError: if the file is damaged or is not an exported sampler.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            about = json.loads(str(_member(archive, "about")))
-        if about["format"] != FORMAT:
-            raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
+            header = json.loads(str(_member(archive, "about")))
+        if header["format"] != FORMAT:
+            raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
         for name, expected in (("config", str), ("step", int), ("weights_sha256", str)):
-            if type(about[name]) is not expected:
-                raise ValueError(f"its {name} is not what it must be")
-        return about
+            if type(header[name]) is not expected:
+                raise ValueError(f"its {name} is no {expected.__name__}")
+        return header
     except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
         raise _damaged(path, error) from error
 
@@ -56,12 +56,12 @@ def read_weights(path: str | os.PathLike, network: "Network") -> tuple[dict, dic
     """
     from flax import traverse_util
 
-    about = read_header(path)
+    header = read_header(path)
     shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
     flat = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            # The programs too, though nothing of ours runs them: who was given the file will.
+            # The programs too, which s2dm_jax does not run: whoever loads the file does.
             if archive.testzip():
                 raise ValueError(f"bad CRC-32 of {archive.testzip()}")
             for name, leaf in shapes.items():
@@ -72,19 +72,19 @@ def read_weights(path: str | os.PathLike, network: "Network") -> tuple[dict, dic
                     )
     except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
         raise _damaged(path, error) from error
-    if sha256_of_weights(flat) != about["weights_sha256"]:
-        raise _damaged(path, "its weights are not those that it was written with")
-    return traverse_util.unflatten_dict(flat, sep="."), about
+    if sha256_of_arrays((flat[name] for name in sorted(flat)), digits=64) != header["weights_sha256"]:
+        raise _damaged(path, "its weights changed after it was written")
+    return traverse_util.unflatten_dict(flat, sep="."), header
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    # Reading a member whole checks its CRC-32, before its header can ask for any amount of memory.
+    # Reading all of a member checks its CRC-32, before its header can ask for any amount of memory.
     return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
 
 
 def _damaged(path: str | os.PathLike, reason: str | Exception) -> UserError:
-    told = str(reason).strip().partition("\n")[0][:120] or type(reason).__name__
+    message = str(reason).strip().partition("\n")[0][:120] or type(reason).__name__
     return UserError(
-        f"{path} is damaged or no exported sampler ({told}); export it again, or give the --workdir of a "
-        "training run"
+        f"{path} is damaged or is not an exported sampler ({message}); export it again, or give the "
+        "--workdir of a training run"
     )

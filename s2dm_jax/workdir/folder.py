@@ -1,4 +1,4 @@
-"""The folder of a run: made sure of before training, and read back: config, network and moving average."""
+"""The folder of a run: validated, created and locked before training."""
 
 import contextlib
 import fcntl
@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.io import flatten, from_json
 
-# A run may go on with other values of these, and of everything in these groups.
+# A run may resume with other values of these fields, and of all fields in these groups.
 OTHER_GROUPS = ("sample.", "eval.", "export.")
 
 MAY_CHANGE = (
-    # Whether the images are the same is told by their hash.
+    # The hash of the images identifies them.
     "data.source",
-    # Whether it is the same network is told by the hash of its weights.
+    # The hash of the base network's weights identifies it.
     "variance_head.base_workdir",
     "data.max_invalid_fraction",
     "data.max_device_memory_fraction",
@@ -40,7 +40,7 @@ _LOCK = ".lock"
 
 
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
-    """Creates the folder of a run, once sure that a run with this config can live there.
+    """Creates the folder of a run, after checking that a run with this config can train there.
 
     Raises:
       UserError: if the folder cannot be written to, holds a run or files that are not this config's, or is
@@ -58,7 +58,9 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     if saved_path.exists():
         _check_same_run(saved_path, workdir, config)
     elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise UserError(f"--workdir={workdir} holds files but no run of ours; give a new or an empty folder")
+        raise UserError(
+            f"--workdir={workdir} holds files but no run of s2dm_jax; give a new or an empty folder"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,31 +69,33 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         ) from error
     if (path / _LOCK).exists():
         # Shared: processes of one run may look at the same time.
-        with (path / _LOCK).open() as file:
+        with (path / _LOCK).open(encoding="utf-8") as file:
             _lock(file, fcntl.LOCK_SH, workdir)
     return path
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
-    """`prepare_workdir`, and no other process may train there meanwhile.
+    """`prepare_workdir`, with a lock that keeps other runs out of the folder.
 
-    Of the processes of one run the first takes the lock, and the others wait for it. The kernel lets go of it
-    when the process ends, however it ends.
+    The main process of a run takes the lock, the others wait for it. The kernel releases it when the process
+    ends, however it ends.
 
     Raises:
       UserError: as `prepare_workdir`.
     """
     from s2dm_jax.devices.distributed import barrier, is_main_process
 
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if is_main_process():
-            lock = held.enter_context((prepare_workdir(workdir, config) / _LOCK).open("a+"))
+            lock = stack.enter_context(
+                (prepare_workdir(workdir, config) / _LOCK).open("a+", encoding="utf-8")
+            )
             _lock(lock, fcntl.LOCK_EX, workdir)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
-        barrier("workdir is ours")
+        barrier("workdir is locked")
         yield Path(workdir)
 
 
@@ -108,9 +112,11 @@ def _lock(file: TextIO, kind: int, workdir: str) -> None:
 
 def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     try:
-        saved = flatten(from_json(saved_path.read_text()))
+        saved = flatten(from_json(saved_path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
+        raise UserError(
+            f"{saved_path} is not a config of s2dm_jax ({error}); give another --workdir"
+        ) from error
     for name, value in flatten(config).items():
         fixed = not name.startswith((*OTHER_GROUPS, *MAY_CHANGE))
         if fixed and saved[name] != value:
@@ -121,22 +127,22 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
 
 
 def check_same_images(workdir: Path, digest: str) -> None:
-    """Remembers in `workdir` which images a run is trained on, and refuses others when it goes on.
+    """Records the hash of a run's training images in `workdir`, and rejects other images when it resumes.
 
     Args:
       workdir: folder of the run.
       digest: hash of the training images; empty for images that never change.
 
     Raises:
-      UserError: if the run began with other images.
+      UserError: if the run started with other images.
     """
     path = workdir / "dataset.sha256"
     if not digest:
         return
     if not path.exists():
-        path.write_text(f"{digest}\n")
-    elif (began_with := path.read_text().strip()) != digest:
+        path.write_text(f"{digest}\n", encoding="utf-8")
+    elif (recorded := path.read_text(encoding="utf-8").strip()) != digest:
         raise UserError(
-            f"--workdir={workdir} was trained on images with sha256 {began_with[:16]}…, not {digest[:16]}…: "
-            "its images have changed; give those of then, or another --workdir"
+            f"--workdir={workdir} was trained on images with sha256 {recorded[:16]}…, not {digest[:16]}…: "
+            "its images have changed; give the original ones, or another --workdir"
         )

@@ -74,7 +74,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     if not path.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a training run")
     try:
-        text = (path / "config.json").read_text()
+        text = (path / "config.json").read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} holds no config.json, so it is no training run; give the --workdir of one"
@@ -205,7 +205,7 @@ def load_base_params(
 
     # The workdir may have moved, or the base; what counts is that the weights are the same.
     path = Path(workdir) / _BASE
-    told = json.loads(path.read_text()) if path.exists() else {}
+    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     run = load_run(config.variance_head.base_workdir, told.get("step"), network=network)
     digest = sha256_of_arrays(jax.tree.leaves(run.ema_params))
     if told and told["sha256"] != digest:

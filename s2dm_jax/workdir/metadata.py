@@ -1,4 +1,4 @@
-"""What made a state: config, versions, commit."""
+"""The metadata of a training state: config, versions, commit."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def run_metadata(config: ConfigDict) -> dict:
-    """What made a state: config, versions of the packages, commit of this code; plain data for JSON."""
+    """Config, versions of the packages and commit of this code, as plain data for JSON."""
     names = ("s2dm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {name: importlib.metadata.version(name) for name in names}
     versions["python"] = platform.python_version()
@@ -17,14 +17,14 @@ def run_metadata(config: ConfigDict) -> dict:
 
 
 def _git_commit() -> str | None:
-    """The commit that this code is at, "+changes" if files differ from it; None outside of a checkout."""
+    """The commit of this code, with "+changes" if files differ from it; None outside of a checkout."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # Installed files may lie in someone else's repository, which does not track them.
+        # Installed files may be inside another repository, which does not track them.
         git("ls-files", "--error-unmatch", Path(__file__).name)
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")

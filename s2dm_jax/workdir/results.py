@@ -1,4 +1,4 @@
-"""The results of an evaluation as tables, on the disk, and over several runs."""
+"""The results of an evaluation: as a table, as files, and averaged over several runs."""
 
 import json
 import os
@@ -8,45 +8,50 @@ from pathlib import Path
 
 from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.markdown import markdown_table
-
-# Names in a row, and what stands over and in their column.
-_COLUMNS = {
-    "kid": ("KID × 1000", lambda row: f"{1e3 * row['kid']:.2f} ± {1e3 * row['kid_se']:.2f}"),
-    "inception_score": (
-        "{score}",
-        lambda row: f"{row['inception_score']:.2f} ± {row['inception_score_std']:.2f}",
-    ),
-    "precision": ("precision", lambda row: f"{row['precision']:.3f}"),
-    "recall": ("recall", lambda row: f"{row['recall']:.3f}"),
-    "fid_infinity": (
-        "{distance}, N → ∞",
-        lambda row: f"{row['fid_infinity']:.2f} ± {row['fid_infinity_se']:.2f}",
-    ),
-}
+from s2dm_jax.config.evaluation_plan import METRICS, Column
 
 
-def results_table(results: dict) -> str:
-    """The rows of `evaluate` as a Markdown table."""
-    names = results["provenance"]
-    distance = names.get("distance", "Fréchet distance")
-    others = [name for name in _COLUMNS if any(name in row for row in results["rows"])]
-    titles = [_COLUMNS[name][0].format(distance=distance, score=names.get("score")) for name in others]
-    header = ["sampler", "NFE", distance, *titles, "above the floor, noise = 100"]
+def results_cells(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of `evaluate`'s results, one column for each metric that was computed."""
+    provenance = results["provenance"]
+    names = {
+        "distance": provenance.get("distance", "Fréchet distance"),
+        "score": provenance.get("score", "score"),
+    }
+    columns = [
+        column
+        for metric in METRICS.values()
+        for column in metric.columns
+        if any(column.value in row for row in results["rows"])
+    ]
+    titles = [column.title.format(**names) for column in columns]
+    header = ["sampler", "NFE", *titles, "above the floor, noise = 100"]
     rows = [
         [
             row["name"],
-            row["nfe"] or "–",
-            f"{row['frechet_distance']:.2f}",
-            *(_COLUMNS[name][1](row) if name in row else "–" for name in others),
+            str(row["nfe"] or "–"),
+            *(_cell(column, row) for column in columns),
             f"{100 * row['normalized']:.1f}",
         ]
         for row in results["rows"]
     ]
-    return markdown_table(header, rows)
+    return header, rows
+
+
+def _cell(column: Column, row: dict) -> str:
+    if column.value not in row:
+        return "–"
+    text = f"{column.scale * row[column.value]:.{column.digits}f}"
+    return f"{text} ± {column.scale * row[column.error]:.{column.digits}f}" if column.error else text
+
+
+def results_table(results: dict) -> str:
+    """`results_cells` as a Markdown table."""
+    return markdown_table(*results_cells(results))
 
 
 def results_page(results: dict) -> str:
-    """The table, and below it all that the numbers depend on, as Markdown."""
+    """The table and the provenance of its numbers, as Markdown."""
     provenance = results["provenance"]
     lines = [results_table(results), f"{provenance['metric']}.", ""]
     lines += [f"- {name}: {value}" for name, value in flat_provenance(provenance).items()]
@@ -82,5 +87,5 @@ def write_results(workdir: str | os.PathLike, results: dict, name: str) -> Path:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation (divided by n − 1), which a single value does not have."""
+    """Mean and standard deviation (divided by n − 1; None for a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -39,7 +39,7 @@ def get_config(_=""):
 
 def start(workdir: Path, flags: list[str]) -> subprocess.Popen:
     config = workdir.parent / "config.py"
-    config.write_text(CONFIG)
+    config.write_text(CONFIG, encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, "-m", "s2dm_jax.main", f"--config={config}", f"--workdir={workdir}", *flags],
         cwd=ROOT,
@@ -64,7 +64,7 @@ def checkpoints(workdir: Path) -> list[int]:
 
 def state_digests(workdir: Path) -> dict:
     newest = workdir / "checkpoints" / str(STEPS)
-    return json.loads((newest / "about" / "metadata").read_text())["digests"]
+    return json.loads((newest / "about" / "metadata").read_text(encoding="utf-8"))["digests"]
 
 
 def main() -> None:
@@ -120,7 +120,10 @@ def main() -> None:
 def check(whole: Path, killed: Path) -> None:
     if state_digests(whole) != state_digests(killed):
         sys.exit("the state differs from that of the run without a break")
-    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (killed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     if steps != list(range(LOG_EVERY, STEPS + 1, LOG_EVERY)):
         sys.exit(f"metrics.jsonl does not hold each step once: {steps}")
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s2dm_jax.common.images import image_grid, save_png, to_uint8
-from s2dm_jax.common.markdown import markdown_table
+from s2dm_jax.common.images import image_grid, save_png, to_uint8, to_unit
 
 
 def test_to_uint8_rounds_half_up_and_clips():
@@ -19,6 +18,16 @@ def test_to_uint8_rounds_half_up_and_clips():
 def test_to_uint8_inverts_scaling_of_every_byte(dtype):
     values = jnp.arange(256)
     assert to_uint8((values / 127.5 - 1).astype(dtype)).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_to_unit_scales_every_byte_where_it_is(kind):
+    images = kind(np.arange(256, dtype=np.uint8).reshape(4, 4, 4, 4))
+    x = to_unit(images)
+    assert type(x) is type(images)
+    assert x.dtype == np.float32
+    np.testing.assert_allclose(x.ravel(), np.linspace(-1, 1, 256), rtol=0, atol=2e-7)
+    np.testing.assert_array_equal(to_uint8(jnp.asarray(x)), images)
 
 
 def test_to_uint8_refuses_integers():
@@ -114,19 +123,3 @@ def test_bad_png(tmp_path, image):
     with pytest.raises(ValueError, match=r"image must be uint8 \[H,W,C\] with 1 or 3 channels, got "):
         save_png(tmp_path / "grid.png", image)
     assert not list(tmp_path.iterdir())
-
-
-def test_markdown_table():
-    table = markdown_table(["sampler", "NFE"], [["ddim", 10], ["a|b\nc", 1.25]])
-    assert table == ("| sampler | NFE  |\n| ------- | ---- |\n| ddim    | 10   |\n| a\\|b c  | 1.25 |")
-
-
-def test_markdown_table_without_rows():
-    assert markdown_table(["a"], []) == "| a   |\n| --- |"
-
-
-def test_bad_markdown_table():
-    with pytest.raises(ValueError, match="row 1 must have 2 cells like the header, got 1"):
-        markdown_table(["a", "b"], [[1, 2], [3]])
-    with pytest.raises(ValueError, match="header must name at least one column"):
-        markdown_table([], [])

@@ -1,10 +1,11 @@
-"""Progress without a terminal: lines now and then, the time left, nothing for what is quick or done."""
+"""A bar on a terminal; elsewhere lines now and then with the time left, none for quick or finished work."""
 
 import sys
 
 import pytest
 
 from s2dm_jax.common import progress
+from s2dm_jax.training.telemetry import Progress
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def test_a_line_every_ten_seconds_with_the_time_left(clock, capsys):
     ]
 
 
-def test_what_is_quick_or_not_to_be_shown_says_nothing(clock, capsys):
+def test_quick_or_hidden_work_prints_nothing(clock, capsys):
     for shown, seconds in ((True, 1), (False, 100)):
-        with progress.progress_bar(3, "levels", shown=shown) as advance:
+        with progress.progress_bar(3, "timesteps", shown=shown) as advance:
             for _ in range(3):
                 clock[0] += seconds
                 advance(1)
@@ -58,7 +59,39 @@ def test_on_a_terminal_a_bar_that_goes_away(monkeypatch, capsys):
     assert not capsys.readouterr().err.strip()
 
 
-def test_jobs_tell_which_they_are_and_what_is_left(clock, capsys):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bar_or_lines_is_decided_by_the_stream_that_is_written(monkeypatch, capsys, terminal):
+    # The other stream is a terminal just when this one is none.
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: not terminal)
+    display = progress.ProgressDisplay(sys.stdout, 4, bar_format="at {n_fmt}{postfix}")
+    display.update(2, "step 2/4", postfix="loss 1", due=True)
+    display.close()
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    if terminal:
+        assert "at 2, loss 1" in printed.out.replace("\r", "\n")
+    else:
+        assert printed.out == "step 2/4  00:00 left\n"
+
+
+def test_a_run_prints_its_first_and_its_last_steps(clock, capsys):
+    run = Progress(100, 400, images_per_step=8, flops_per_step=1e9, peak=1e12)
+    for step in (200, 300, 400):
+        clock[0] += 5
+        metrics = run.update(step, 0.25)
+    run.close()
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        "step 200/400  loss 0.25  160 images/s, 2% of peak  00:10 left",
+        "step 400/400  loss 0.25  160 images/s, 2% of peak  00:00 left",
+    ]
+    assert printed.err == ""
+    assert metrics["eta_seconds"] == 0
+    assert metrics["seconds_per_step"] == pytest.approx(0.05)
+
+
+def test_jobs_print_their_number_and_the_time_left(clock, capsys):
     done = []
     for job in progress.iterate_with_eta("abcd", [0, 3, 1, 2]):
         done.append(job)

@@ -222,13 +222,13 @@ def test_workdirs_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file is not a folder"):
         prepare_workdir(tmp_path / "file" / "run", small_config())
-    with pytest.raises(UserError, match="holds files but no run of ours"):
+    with pytest.raises(UserError, match="holds files but no run of s2dm_jax"):
         prepare_workdir(tmp_path, small_config())
     with pytest.raises(UserError, match=r"cannot be (used|created)"):
         prepare_workdir("/proc/s2dm_run", small_config())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"half": ')
-    with pytest.raises(UserError, match=r"config\.json is not a config of ours"):
+    with pytest.raises(UserError, match=r"config\.json is not a config of s2dm_jax"):
         prepare_workdir(tmp_path / "other", small_config())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
 

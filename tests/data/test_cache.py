@@ -195,7 +195,7 @@ def test_no_path_in_an_archive_leads_anywhere(cache, tmp_path):
 
 
 def test_members_that_open_into_too_much_are_not_opened(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(sources, "_MAX_BYTES", 10_000)
     huge = {"cat/huge.png": bytes(20_000)}
     for source in (
         make_zip(tmp_path / "some.zip", {**PICTURES, **huge}),
@@ -370,7 +370,7 @@ for split, count in counts.items():
     np.save(folder / f"{split}.npy", np.full((count, size, size, channels), count, np.uint8))
     np.save(folder / f"{split}_labels.npy", np.arange(count))
 splits = {split: {"count": count} for split, count in counts.items()}
-told = {"source": name, "version": "1", "splits": splits, "classes": list("abcd"), "skipped": []}
+description = {"source": name, "version": "1", "splits": splits, "classes": list("abcd"), "skipped": []}
 """
 
 
@@ -389,7 +389,7 @@ def child(cache, monkeypatch):
 def test_what_the_child_leaves_is_the_data_set_and_is_made_once(child, cache):
     config = default_config()
     config.data.name = "cifar10"
-    child("Path(result).write_text(json.dumps(told))")
+    child("Path(result).write_text(json.dumps(description))")
     data = load_dataset(config)
     assert data.train.shape == (4, 32, 32, 3)
     assert data.held_out.max() == 2

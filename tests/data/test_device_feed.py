@@ -1,5 +1,6 @@
-"""The same images at the same step, wherever they are kept."""
+"""The same images at the same step, wherever they are placed."""
 
+import math
 import os
 import re
 import subprocess
@@ -22,11 +23,11 @@ STEPS, BATCH = 7, 8
 KEY = jax.random.key(5)
 # 7 steps of 8 images go past two epochs of 21.
 IMAGES = np.random.default_rng(0).integers(0, 256, (21, 4, 4, 1), np.uint8)
-# Share and bytes of a device's memory that lead there.
-PLACES = {
-    "whole": (0.4, 10**6),
-    "spread": (0.4, 4 * IMAGES.nbytes),
-    "read by the host": (0.0, 10**6),
+# Fraction and bytes of a device's memory that lead to each placement.
+PLACEMENTS = {
+    "replicated": (0.4, 10**6),
+    "sharded": (0.4, 4 * IMAGES.nbytes),
+    "host": (0.0, 10**6),
 }
 
 
@@ -40,29 +41,35 @@ def images_of(feed, chunks):
     return np.concatenate(seen)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_every_place_gives_the_rows_of_batch_indices(place, tmp_path):
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_placement_gives_the_rows_of_batch_indices(placement, tmp_path):
     np.save(tmp_path / "images.npy", IMAGES)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     expected = IMAGES[np.asarray(batch_indices(KEY, 0, STEPS, BATCH, len(IMAGES)))]
-    share, memory = PLACES[place]
+    max_fraction, memory = PLACEMENTS[placement]
     for chunks in ([STEPS], [3, 3, 1]):
-        feed = make_feed(mapped, KEY, BATCH, STEPS, share, memory)
-        assert place in feed.summary
+        feed = make_feed(mapped, KEY, BATCH, STEPS, max_fraction, memory)
+        assert feed.placement == placement
+        assert (feed.images is None) == (placement == "host")
         np.testing.assert_array_equal(images_of(feed, chunks), expected)
 
 
-def test_the_place_follows_from_size_and_share_and_is_told():
+def test_the_placement_follows_from_the_size_and_the_fraction():
+    def placement(max_fraction, memory):
+        return make_feed(IMAGES, KEY, BATCH, STEPS, max_fraction, memory).placement
+
     size = IMAGES.nbytes
-    assert "whole on every device" in make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, 20 * size).summary
-    assert "spread over" in make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, 20 * size - 1).summary
-    small = int(size / 0.4 / jax.device_count()) - 1
-    host = make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, small)
-    assert (
-        "read by the host as training goes: more than config.data.max_device_memory_fraction=0.4"
-        in host.summary
-    )
-    assert make_feed(IMAGES, KEY, BATCH, STEPS, 0.0, 10**9).images is None
+    assert placement(0.4, 20 * size) == "replicated"
+    assert placement(0.4, 20 * size - 1) == "sharded"
+    smallest = math.ceil(size / 0.4 / jax.device_count())
+    assert placement(0.4, smallest) == "sharded"
+    assert placement(0.4, smallest - 1) == "host"
+    assert placement(0.0, 10**9) == "host"
+
+
+def test_the_summary_names_the_field_that_decides():
+    summary = make_feed(IMAGES, KEY, BATCH, STEPS, 0.0, 10**9).summary
+    assert "more than config.data.max_device_memory_fraction=0 of " in summary
 
 
 def test_chunks_too_large_for_a_device_are_refused():
@@ -102,7 +109,7 @@ from s2dm_jax.data.batches import gather_batch, batch_indices
 from s2dm_jax.data.device_feed import make_feed
 expected = IMAGES[np.asarray(batch_indices(KEY, 0, STEPS, BATCH, len(IMAGES)))]
 feed = make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, IMAGES.nbytes)
-assert "spread over 4" in feed.summary, feed.summary
+assert feed.placement == "sharded", feed
 assert {s.data.shape for s in feed.images.addressable_shards} == {(6, 4, 4, 1)}
 np.testing.assert_array_equal(images_of(feed, [3, 4]), expected)
 rows = feed.batches(0, 3)
@@ -138,14 +145,14 @@ def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resu
     own = {"data.source": str(tmp_path / "images.npy")}
     train(small_config(**own), tmp_path / "device")
     said = capsys.readouterr().out
-    assert "whole on every device" in said
+    assert "replicated on every device" in said
     assert re.search(
         "no distance to real images is measured: .*images.npy has no labels, and the weights", said
     )
     host = {**own, "data.max_device_memory_fraction": 0.0}
     train(small_config(**host, **{"train.steps": 3, "train.log_every": 1}), tmp_path / "host")
     train(small_config(**host), tmp_path / "host")
-    assert "read by the host" in capsys.readouterr().out
+    assert "prefetched by the host" in capsys.readouterr().out
     expected, actual = (final_state(tmp_path / name, small_config()) for name in ("device", "host"))
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     np.save(tmp_path / "images.npy", np.zeros((40, 8, 8, 1), np.uint8))

@@ -5,7 +5,7 @@ from helpers import equations
 from sklearn.datasets import load_digits
 
 from s2dm_jax.evaluation import classifier
-from s2dm_jax.evaluation.classifier import accuracy, features, features_and_logits, train_classifier
+from s2dm_jax.evaluation.classifier import accuracy, features_and_logits, train_classifier
 from s2dm_jax.evaluation.metrics import feature_statistics, frechet_distance
 
 
@@ -24,6 +24,10 @@ def params(digits):
     return train_classifier(images, labels, num_classes=10)
 
 
+def features(params, images):
+    return np.asarray(features_and_logits(params, images)[0])
+
+
 def random_images(count, height, width, channels):
     return np.random.default_rng(1).integers(0, 256, (count, height, width, channels), np.uint8)
 
@@ -33,10 +37,10 @@ def test_recognises_held_out_digits(params, digits):
     assert accuracy(params, images, labels) > 0.96
 
 
-def test_training_in_pieces_changes_nothing(digits, monkeypatch):
+def test_training_in_chunks_changes_nothing(digits, monkeypatch):
     (images, labels), _ = digits
     whole = train_classifier(images, labels, num_classes=10, steps=12)
-    monkeypatch.setattr(classifier, "_STEPS_AT_ONCE", 5)
+    monkeypatch.setattr(classifier, "_STEPS_PER_CHUNK", 5)
     for name, value in train_classifier(images, labels, num_classes=10, steps=12).items():
         np.testing.assert_array_equal(value, whole[name])
 
@@ -53,18 +57,33 @@ def test_same_seed_same_parameters_and_another_seed_others(params, digits):
 
 def test_features_do_not_depend_on_the_other_images(params, digits):
     _, (images, _) = digits
-    whole = features(params, images)
-    assert whole.shape == (500, 64)
-    assert whole.dtype == np.float32
-    np.testing.assert_array_equal(features(params, images[250:260]), whole[250:260])
+    together = features(params, images)
+    assert together.shape == (500, 64)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(features(params, images[250:260]), together[250:260], rtol=1e-5, atol=1e-5)
 
 
-def test_accuracy_counts_matches(params, digits):
-    _, (images, labels) = digits
-    shifted = (labels + 1) % 10
-    assert accuracy(params, images, labels) + accuracy(params, images, shifted) <= 1
-    logits = features(params, images) @ np.asarray(params["head_w"]) + np.asarray(params["head_b"])
-    assert accuracy(params, images, logits.argmax(1)) == 1
+def test_accuracy_is_the_fraction_of_labels_with_the_largest_logit():
+    # Two hidden units are relu(x) and relu(−x) of the first pixel x, the logits these two and ½: the class is
+    # 0 for white, 1 for black and 2 for grey.
+    first_pixel = np.zeros((64, 2), np.float32)
+    first_pixel[0] = 1, -1
+    params = {
+        "hidden0_w": first_pixel,
+        "hidden0_b": np.zeros(2, np.float32),
+        "hidden1_w": np.eye(2, dtype=np.float32),
+        "hidden1_b": np.zeros(2, np.float32),
+        "head_w": np.eye(2, 3, dtype=np.float32),
+        "head_b": np.array([0, 0, 0.5], np.float32),
+    }
+    # More than one batch, and the last is not full.
+    labels = np.arange(700) % 3
+    images = np.zeros((700, 8, 8, 1), np.uint8)
+    images[:, 0, 0, 0] = np.array([255, 0, 128])[labels]
+    assert accuracy(params, images, labels) == 1
+    labels[[0, 300, 699]] = 2, 1, 2
+    assert accuracy(params, images, labels) == 697 / 700
+    assert accuracy(params, images, (labels + 1) % 3) == 2 / 700
 
 
 def test_distance_tells_digits_from_damaged_digits(params, digits):

@@ -1,4 +1,4 @@
-"""Evaluation: what is counted, compared, kept and said; a set against itself; the same on every run."""
+"""Evaluation: what is counted, compared and cached; a set against itself; the same on every run."""
 
 import json
 
@@ -8,16 +8,19 @@ import pytest
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.evaluation_plan import METRICS, Column, Metric
 from s2dm_jax.config.validate import check_config, check_evaluation_files
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.evaluation import evaluate as evaluation
 from s2dm_jax.evaluation import features as feature_functions
+from s2dm_jax.evaluation import metrics
 from s2dm_jax.evaluation.features import FeaturesUnavailable, build_features, check_features
 from s2dm_jax.evaluation.metrics import feature_statistics, frechet_distance
 from s2dm_jax.evaluation.reference import image_batches, load_reference
 from s2dm_jax.inference.model import Model
 from s2dm_jax.models.unet import UNet
+from s2dm_jax.workdir.results import results_cells
 
 NETWORK = UNet(8, 1, 1, 32, (1,), 1, ())
 FUNCTION = """
@@ -65,12 +68,12 @@ def sampled(monkeypatch, data):
     """Replaces the samplers by real images, those held out, and lists the calls and the images asked for."""
     calls = []
 
-    def configure(_, method, *, nfe, **how):
-        def sampler(params, timesteps, seed, indices):
-            calls.append((method, nfe, len(indices)))
+    def configure(_, sampler, *, nfe, **options):
+        def sample(params, timesteps, seed, indices):
+            calls.append((sampler, nfe, len(indices)))
             return jnp.asarray(data.held_out)[np.asarray(indices) % len(data.held_out)]
 
-        return sampler, np.arange(nfe)
+        return sample, np.arange(nfe)
 
     monkeypatch.setattr(Model, "sampler", configure)
     return calls
@@ -111,23 +114,25 @@ def features_by_hand(images):
     return np.concatenate([x.mean((2, 3)), x.mean((1, 3))], axis=1)
 
 
-def test_an_interrupted_evaluation_goes_on_with_what_is_missing(config, data, sampled, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_resumes_at_the_missing_points(
+    config, data, sampled, tmp_path, monkeypatch
+):
     config.eval.samplers = "ddim,dpmpp_2m"
-    measure = evaluation.compute_metrics
+    compute_metrics = evaluation.compute_metrics
     done = []
 
     def interrupted(*arguments):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(1)
-        return measure(*arguments)
+        return compute_metrics(*arguments)
 
     monkeypatch.setattr(evaluation, "compute_metrics", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, data, tmp_path)
     assert {call[:2] for call in sampled} == {("ddim", 2), ("ddim", 4)}
     sampled.clear()
-    monkeypatch.setattr(evaluation, "compute_metrics", measure)
+    monkeypatch.setattr(evaluation, "compute_metrics", compute_metrics)
     results = run(config, data, tmp_path)
     assert {call[:2] for call in sampled} == {("dpmpp_2m", 2), ("dpmpp_2m", 4)}
     names = [(row["name"], row["nfe"], row.get("steps")) for row in results["rows"][1:-1]]
@@ -174,16 +179,59 @@ def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_pa
     assert [name.split(".")[1] for name in kept] == ["json", "md"]
     page = (tmp_path / "a" / "results.md").read_text()
     assert "| ddim" in page
-    assert "- weights: moving average at step 7, sha256 " in page
+    assert "- weights: EMA at step 7, sha256 " in page
     assert "mine.py:means; not FID" in capsys.readouterr().out
 
 
-def test_too_few_images_and_gaps_are_noted(config, data, sampled, tmp_path):
+def test_a_new_metric_is_a_record_and_a_function(config, data, sampled, tmp_path, monkeypatch):
+    def spread(logits, features, reference_mean):
+        assert logits.shape == (30, 0)
+        return float(features.std()), float(np.abs(features.mean(0) - reference_mean).max())
+
+    monkeypatch.setattr(metrics, "spread", spread, raising=False)
+    record = Metric(
+        function="spread",
+        requires=("logits", "features", "reference_mean"),
+        results=("spread", "largest_bias"),
+        columns=(Column("spread of {distance}", "spread", "largest_bias", scale=10, digits=1),),
+        min_images=25,
+        max_images=30,
+    )
+    monkeypatch.setitem(METRICS, "own", record)
+    config.eval.update({"metrics": "own", "nfe": (2,)})
+    with pytest.raises(UserError, match=r"names own, which needs class probabilities: config\.eval\.feature"):
+        check_config(config)
+    monkeypatch.setitem(METRICS, "own", record._replace(requires=record.requires[1:]))
+    monkeypatch.setattr(metrics, "spread", lambda *inputs: spread(np.zeros((30, 0)), *inputs))
+    config.eval.num_images = 24
+    with pytest.raises(UserError, match="num_images=24 is too few for own, which needs 25"):
+        check_config(config)
+    config.eval.num_images = 50
+    results = run(config, data, tmp_path)
+    # The sampled images are the held-out ones, in order, of which the metric gets the first 30.
+    features = features_by_hand(data.held_out[:30])
+    bias = np.abs(features.mean(0) - features_by_hand(data.held_out).mean(0)).max()
+    row = results["rows"][1]
+    assert row["spread"] == pytest.approx(features.std(), rel=1e-5)
+    assert row["largest_bias"] == pytest.approx(bias, rel=1e-4)
+    header, cells = results_cells(results)
+    assert header[2:4] == ["Fréchet distance", "spread of Fréchet distance"]
+    assert cells[1][3] == f"{10 * features.std():.1f} ± {10 * bias:.1f}"
+
+
+def test_metrics_without_enough_images_for_their_features_are_refused(config, data, sampled, tmp_path):
+    config.eval.update({"metrics": "fid_infinity", "num_images": 63})
+    with pytest.raises(UserError, match="num_images=63 is too few for fid_infinity in 16 features, which ne"):
+        run(config, data, tmp_path)
+    assert not sampled
+
+
+def test_too_few_images_and_skipped_points_are_noted(config, data, sampled, tmp_path):
     config.eval.update({"num_images": 12, "samplers": "ddim,pndm", "nfe": (4, 13)})
     results = run(config, data, tmp_path)
     assert [row["nfe"] for row in results["rows"]] == [None, 4, 13, 13, None]
-    gap, few = results["provenance"]["notes"]
-    assert gap == "no f_pndm at 4: nfe=4 is too few for f_pndm: its fewest steps make 13 evaluations"
+    skipped, few = results["provenance"]["notes"]
+    assert skipped == "no f_pndm at 4: nfe=4 is too few for f_pndm: its fewest steps make 13 evaluations"
     assert few.startswith("12 images are too few for a covariance of 16 features")
     assert all(np.isfinite(row["frechet_distance"]) for row in results["rows"])
 
@@ -229,7 +277,7 @@ def test_features_do_not_depend_on_the_batches(config, data):
         ("missing", r"failed with AttributeError"),
     ],
 )
-def test_a_function_that_does_not_fit_is_told_in_one_sentence(config, data, function, name, sentence):
+def test_an_unsuitable_function_is_reported_in_one_sentence(config, data, function, name, sentence):
     config.eval.feature_extractor = f"{function}:{name}"
     with pytest.raises(UserError, match=sentence):
         build_features(config, data)
@@ -266,11 +314,11 @@ def test_inception_of_ones_own_is_not_called_fid(config, data, monkeypatch):
     config.eval.inception_sha256 = "AB" * 32
     own = build_features(config, data)
     assert own.distance == "Fréchet distance (own Inception)"
-    assert "weights of your own, sha256 abababababababab; not FID" in own.metric
+    assert "your own weights, sha256 abababababababab; not FID" in own.metric
     assert own.provenance["weights_sha256"] == "ab" * 32 != standard.provenance["weights_sha256"]
 
 
-def test_features_that_cannot_be_had_are_told_before_a_training(config, data, monkeypatch, function):
+def test_unavailable_features_are_reported_before_a_training(config, data, monkeypatch, function):
     def fail(*_):
         raise UserError("the weights cannot be fetched; get them")
 
@@ -288,7 +336,7 @@ def test_features_that_cannot_be_had_are_told_before_a_training(config, data, mo
     check_features(config, data._replace(num_classes=1))
 
 
-def test_inceptions_statistics_of_a_data_set_are_computed_once(config, data, tmp_path, monkeypatch):
+def test_inceptions_statistics_of_a_dataset_are_computed_once(config, data, tmp_path, monkeypatch):
     monkeypatch.setenv("S2DM_JAX_CACHE", str(tmp_path / "cache"))
     features = build_features(config, data)._replace(name="inception")
     first, others = load_reference(config, data, features, ["fid"], 16)

@@ -107,7 +107,6 @@ def test_weights_are_fetched_checked_converted_once_and_kept(state_dict, params,
     path = tmp_path / "weights.pth"
     write_torch(path, state_dict, "")
     digest = sha256(path)
-    assert not inception_weights.at_hand(sha256=digest)
     fetched = inception_weights.inception_params(f"{server}/weights.pth", digest)
     assert fetched.keys() == params.keys()
     for name, value in params.items():
@@ -116,7 +115,6 @@ def test_weights_are_fetched_checked_converted_once_and_kept(state_dict, params,
     assert [file.name for file in kept] == [f"{digest}.npz"]
     # Neither the file nor the server is needed any more.
     path.unlink()
-    assert inception_weights.at_hand(sha256=digest)
     again = inception_weights.inception_params("", digest)
     np.testing.assert_array_equal(again["fc.kernel"], params["fc.kernel"])
     # A damaged cache is not used.
@@ -157,13 +155,11 @@ def test_without_weights_and_network_one_sentence_says_what_to_do(cache, server,
         rf"cannot be fetched \(.*not found.*\).* put it at {place} or give it as", str(caught.value)
     )
     assert "\n" not in str(caught.value)
-    assert not inception_weights.at_hand()
 
 
 def test_a_file_put_where_the_sentence_says_is_found(cache):
     place = cache / "inception" / "pt_inception-2015-12-05-6726825d.pth"
     place.parent.mkdir(parents=True)
     place.write_bytes(b"not the weights")
-    assert inception_weights.at_hand()
     with pytest.raises(UserError, match=rf"{re.escape(str(place))} has the SHA-256"):
         inception_weights.inception_params()

@@ -156,15 +156,13 @@ def test_only_a_mistake_of_the_users_is_told_in_one_sentence(capsys):
         raise ValueError("a defect")
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_what_a_command_says_goes_to_stderr_where_it_has_no_bar(terminal, monkeypatch, capfd):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+def test_the_output_of_a_command_goes_to_stderr(monkeypatch, capfd):
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
     program = "import sys; print('step 1'); print('warned', file=sys.stderr); sys.exit(3)"
     assert run_command([sys.executable, "-c", program]) == 3
     said = capfd.readouterr()
     assert said.out == ""
-    assert sorted(said.err.splitlines()) == (["warned"] if terminal else ["step 1", "warned"])
+    assert sorted(said.err.splitlines()) == ["step 1", "warned"]
 
 
 def test_a_config_is_a_file_or_comes_with_the_package(tmp_path, monkeypatch):

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import load_file
+from PIL import Image
 
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.validate import check_config
@@ -155,8 +157,23 @@ def test_a_head_costs_its_training(tmp_path, capsys):
 
 
 def test_curves_are_drawn_from_the_measured_distances(launched, tmp_path):
-    reproduce.main(["s2-figure3", "--scale=digits", f"--out={tmp_path}"])
-    assert (tmp_path / "s2-figure3.png").read_bytes().startswith(b"\x89PNG")
+    command = ["s2-figure3", "--scale=digits", f"--out={tmp_path}"]
+    reproduce.main(command)
+    args = reproduce.parse(command)
+    table = reproduce.scaled(reproduce.TABLES["s2-figure3"], args)
+    results = {line.label: reproduce.run_line(table, line, args) for line in table.lines}
+    figure = reproduce.plot_curves(table, results, args)
+    curves = {curve.get_label(): curve for curve in figure.axes[0].lines}
+    assert curves.keys() == results.keys()
+    for line in table.lines:
+        # The distances are NFE / 10, and each of these samplers makes a known NFE in so many steps.
+        expected = [nfe / 10 for nfe in reproduce.budgets(table, line).values()]
+        curve = curves[line.label]
+        assert curve.get_xdata().tolist() == list(table.columns)
+        assert curve.get_ydata()[np.isfinite(curve.get_ydata())].tolist() == expected
+    figure.savefig(tmp_path / "expected.png")
+    drawn, again = (Image.open(tmp_path / name) for name in ("s2-figure3.png", "expected.png"))
+    np.testing.assert_array_equal(drawn, again)
 
 
 def test_a_figure_makes_its_pictures(launched, tmp_path):

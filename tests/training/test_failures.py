@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import write_atomic
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.training.failures import check_finite
 from s2dm_jax.workdir.folder import open_workdir
@@ -54,15 +53,6 @@ def test_a_killed_process_holds_nothing(tmp_path):
     process.wait()
     with open_workdir(workdir, default_config()) as path:
         assert path == Path(workdir)
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    write_atomic(path, "old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old"
 
 
 def finite(*bad, n=10):

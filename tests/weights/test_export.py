@@ -190,7 +190,7 @@ def test_mistakes_with_files_are_told(workdir, sampler_file, tmp_path, command_l
 
     run = f"--workdir={workdir}"
     fails("config.export.path='a.pth' must end in .npz", "--mode=export", run, "--config.export.path=a.pth")
-    fails("is there already", "--mode=export", run, f"--config.export.path={sampler_file}")
+    fails("already exists", "--mode=export", run, f"--config.export.path={sampler_file}")
     fails(
         "--config.train.lr cannot be changed with --mode=export", "--mode=export", run, "--config.train.lr=1"
     )

@@ -24,7 +24,7 @@ def state_of(step):
 
 
 def save_all(workdir, steps, metrics=None, **options):
-    manager = checkpoint.open_checkpoints(workdir, **{"keep": 100, **options})
+    manager = checkpoint.open_checkpoints(workdir, **{"max_to_keep": 100, **options})
     for step in steps:
         told = {"loss": metrics[step]} if metrics else None
         checkpoint.save(manager, step, jax.device_put(state_of(step)), {"note": step}, told)
@@ -82,7 +82,7 @@ DAMAGES = {
 def test_newest_checkpoint_that_verifies_is_used(saved, tmp_path, capsys, damage):
     shutil.copytree(saved, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / "3")
-    manager = checkpoint.open_checkpoints(tmp_path / "run", keep=100)
+    manager = checkpoint.open_checkpoints(tmp_path / "run", max_to_keep=100)
     assert_state(checkpoint.restore_latest(manager, state_of(0)), 2)
     told = capsys.readouterr().err
     assert "the checkpoint of step 3 is damaged (" in told
@@ -92,7 +92,7 @@ def test_newest_checkpoint_that_verifies_is_used(saved, tmp_path, capsys, damage
     assert (tmp_path / "run" / "damaged_checkpoints" / "3").is_dir()
     checkpoint.save(manager, 3, jax.device_put(state_of(3)))
     checkpoint.close(manager)
-    manager = checkpoint.open_checkpoints(tmp_path / "run", keep=100)
+    manager = checkpoint.open_checkpoints(tmp_path / "run", max_to_keep=100)
     assert_state(checkpoint.restore_latest(manager, state_of(0)), 3)
 
 
@@ -108,7 +108,7 @@ def test_where_none_verifies_nothing_is_touched(saved, tmp_path):
 
 
 def test_one_step_can_be_asked_for(saved):
-    manager = checkpoint.open_checkpoints(saved, keep=100)
+    manager = checkpoint.open_checkpoints(saved, max_to_keep=100)
     assert_state(checkpoint.restore_latest(manager, state_of(0), step=1), 1)
     with pytest.raises(UserError, match="no checkpoint of step 7; there are: 1, 2, 3"):
         checkpoint.restore_latest(manager, state_of(0), step=7)
@@ -128,20 +128,20 @@ def test_digest_tells_every_small_change_apart():
 
 def test_last_every_and_best_are_kept(tmp_path):
     losses = {10: 5.0, 20: 4.0, 30: 1.0, 40: 3.0, 50: 2.0, 60: 2.5, 70: 2.0}
-    manager = save_all(tmp_path / "every", losses, keep=2, keep_every=30)
+    manager = save_all(tmp_path / "every", losses, max_to_keep=2, keep_period=30)
     assert sorted(manager.all_steps()) == [10, 40, 60, 70]
     manager.close()
-    manager = save_all(tmp_path / "best", losses, losses, keep=1, best="loss")
+    manager = save_all(tmp_path / "best", losses, losses, max_to_keep=1, best="loss")
     assert sorted(manager.all_steps()) == [30, 70]
     manager.close()
-    manager = checkpoint.open_checkpoints(tmp_path / "best", keep=1, best="loss")
+    manager = checkpoint.open_checkpoints(tmp_path / "best", max_to_keep=1, best="loss")
     checkpoint.save(manager, 80, jax.device_put(state_of(80)), metrics={"loss": 9.0})
     checkpoint.close(manager)
     assert {p.name for p in (tmp_path / "best" / "checkpoints").iterdir()} == {"30", "80"}
 
 
 def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
-    manager = save_all(tmp_path, [1], keep=1)
+    manager = save_all(tmp_path, [1], max_to_keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
