@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.markdown import markdown_table
+from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten
-from s2dm_jax.workdir.folder import MAY_CHANGE, OTHER_GROUPS
 from s2dm_jax.workdir.load import read_config
 from s2dm_jax.workdir.results import mean_and_spread
 
@@ -68,12 +68,8 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} holds no results of ours ({error}); evaluate the run again") from error
-        kept = {
-            name: value
-            for name, value in fields.items()
-            if not name.startswith(OTHER_GROUPS) and name not in MAY_CHANGE
-        }
-        runs.append(Evaluated(workdir, {**kept, "step": results["step"]}, results))
+        trained = {name: value for name, value in fields.items() if not FIELDS[name].resumable}
+        runs.append(Evaluated(workdir, {**trained, "step": results["step"]}, results))
     for run in runs[1:]:
         for name in _SAME:
             one, other = (each.results["provenance"].get(name) for each in (runs[0], run))

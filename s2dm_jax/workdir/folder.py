@@ -11,30 +11,8 @@ from typing import TextIO
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
-
-# A run may go on with other values of these, and of everything in these groups.
-OTHER_GROUPS = ("sample.", "eval.", "export.")
-
-MAY_CHANGE = (
-    # Whether the images are the same is told by their hash.
-    "data.source",
-    # Whether it is the same network is told by the hash of its weights.
-    "variance_head.base_workdir",
-    "data.max_invalid_fraction",
-    "data.max_device_memory_fraction",
-    "train.steps",
-    "train.log_every",
-    "train.sample_every",
-    "train.checkpoint_every",
-    "train.max_to_keep",
-    "train.keep_period",
-    "train.keep_best",
-    "train.on_nonfinite",
-    "train.shard_state",
-    "train.profile_steps",
-    "model.remat",
-)
 
 _LOCK = ".lock"
 
@@ -112,8 +90,7 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{saved_path} is not a config of ours ({error}); give another --workdir") from error
     for name, value in flatten(config).items():
-        fixed = not name.startswith((*OTHER_GROUPS, *MAY_CHANGE))
-        if fixed and saved[name] != value:
+        if not FIELDS[name].resumable and saved[name] != value:
             raise UserError(
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
                 "give another --workdir or the same config"

@@ -359,7 +359,7 @@ BAD = [
         "config.sample.nfe=19 cannot be had: steps=19 repeats a level",
     ),
     ({"clip_x0": True, "sampler": "unipc"}, "config.sample.clip_x0=True is no option of unipc, only of ddim"),
-    ({"order": 4, "sampler": "deis"}, "config.sample.order=4 is not allowed: 1 or 2 or 3"),
+    ({"order": 4, "sampler": "deis"}, "config.sample.order=4 is not known; choose one of 1, 2, 3"),
     (
         {"pndm_convention": "published", "sampler": "s_pndm", "timestep_spacing": "linspace"},
         "config.sample.pndm_convention='published' reads alpha_bar one level above",
