@@ -69,8 +69,6 @@ def _define_flags() -> flags.FlagValues:
         "process_id", None, "Several hosts: index of this process, from 0", 0, flag_values=values
     )
     flags.DEFINE_boolean("help", False, "Show this text", short_name="h", flag_values=values)
-    # Values of the config's fields may stand between the flags that are read before them.
-    values.set_gnu_getopt(True)
     return values
 
 
@@ -78,7 +76,7 @@ def _parse(values: flags.FlagValues, argv: Sequence[str], known_only: bool = Fal
     """Reads the flags of `values`; what absl objects to becomes a `UserError`."""
     try:
         return values(argv, known_only=known_only)
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
         message = str(error).strip()
         wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
         if wrong:

@@ -119,14 +119,14 @@ def _check_model(fields: dict, resolution: int) -> None:
     if resolution % 2 ** (len(ch_mult) - 1):
         raise UserError(
             f"config.model.ch_mult={ch_mult} halves images of {resolution} pixels {len(ch_mult) - 1} times, "
-            "which does not go evenly; give fewer levels"
+            "which does not go evenly; give fewer factors"
         )
-    levels = [resolution >> i for i in range(len(ch_mult))]
+    resolutions = [resolution >> i for i in range(len(ch_mult))]
     for attn in fields["model.attn_resolutions"]:
-        if attn not in levels:
+        if attn not in resolutions:
             raise UserError(
                 f"config.model.attn_resolutions={fields['model.attn_resolutions']} names {attn}, which never "
-                f"occurs; this model's resolutions are {', '.join(map(str, levels))}"
+                f"occurs; this model's resolutions are {', '.join(map(str, resolutions))}"
             )
 
 
@@ -194,20 +194,20 @@ def _check_sampling(fields: dict) -> None:
     if sample["interpolate"]:
         if sample["interpolate"] == 1 or sample["num_images"] % 2:
             raise UserError(
-                f"config.sample.interpolate={sample['interpolate']} cannot be had with "
+                f"config.sample.interpolate={sample['interpolate']} does not go with "
                 f"config.sample.num_images={sample['num_images']}: it must be at least 2, and num_images even"
             )
         if sample["eta"] or SAMPLERS[sample["sampler"]].stochastic:
             raise UserError(
-                f"config.sample.interpolate={sample['interpolate']} needs a method that draws no noise, and "
+                f"config.sample.interpolate={sample['interpolate']} needs a sampler that draws no noise, and "
                 "config.sample.eta=0"
             )
 
 
-def _check_head(fields: dict, told: str, needs: str) -> None:
+def _check_head(fields: dict, field: str, needs: str) -> None:
     if needs in ("sn", "npr") and fields["variance_head.kind"] != needs:
         raise UserError(
-            f"{told} needs a second head, which this run has not; train one with --config=…:{needs} "
+            f"{field} needs a variance head, which this run does not have; train one with --config=…:{needs} "
             "--config.variance_head.base_workdir=WORKDIR and sample from that run"
         )
 

@@ -62,6 +62,8 @@ BAD_COMMANDS = [
     (["--config.loss.skip=1000"], "config.loss.skip=1000 must be at most 999"),
     (["--wat=1"], "Unknown command line flag 'wat'"),
     (["surplus"], "'surplus' is not a flag"),
+    (["--noconfig.model.remat=1"], "--noconfig.model.remat=1 does not take an argument"),
+    (["--wrkdir=runs"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
     (["--mode=fly"], "should be one of <train|sample|evaluate|export>"),
     (["--workdir="], "--workdir is missing"),
     (

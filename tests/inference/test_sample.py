@@ -369,7 +369,7 @@ BAD = [
     ({"output": "npz", "trajectory": True}, "config.sample.output='npz' does not go with"),
     ({"interpolate": 5, "trajectory": True}, "interpolate and config.sample.trajectory do not go together"),
     ({"interpolate": 5, "num_images": 3}, "num_images=3: it must be at least 2, and num_images even"),
-    ({"interpolate": 5, "eta": 0.5}, "config.sample.interpolate=5 needs a method that draws no noise"),
+    ({"interpolate": 5, "eta": 0.5}, "config.sample.interpolate=5 needs a sampler that draws no noise"),
 ]
 
 
