@@ -1,30 +1,31 @@
-"""CelebA, 64×64: the network and training of the DDIM code, which both papers keep.
+"""CelebA, 64×64: network and training of the DDIM code, which both papers keep.
 
     python -m s2dm_jax.main --config=configs/celeba64.py:s2_10 --workdir=runs/celeba64
 
 The first run downloads 1.4 GB and prepares them, with TensorFlow; when Google Drive refuses, docs/data.md
-says where to put the files by hand. The method follows the colon: ddpm, s2_2, s2_10 (default), s2_50, sa_2,
-sa_3, sa_4; joined with +, as s2_10+sa_2, also with a noise schedule: sa_2+cosine.
+says where to put the files by hand. The objective follows the colon: ddpm, s2_2, s2_10 (default), s2_50,
+sa_2, sa_3, sa_4; joined with +, as s2_10+sa_2, also with a noise schedule: sa_2+cosine. sn and npr train a
+variance head on the run that --config.variance_head.base_workdir names.
 
-Values: [D] configs/celeba.yml (reference.md 1.4), where S²-DMs' code has the same; 162,770 training images,
-rows 57…185 and columns 25…153, then 64×64 (reference.md 5.1). Steps: 400,000 (S²-DMs, section 4), SA-DPM
-alone 1,525,200 (1,200 epochs of 1,271, [SA] configs/celeba.yml). λ by K: SA-DPM, Table 4, where it is
-CIFAR-10's. Otherwise [SA] differs in one value: --config.train.ema_start=first_step.
+Values: the DDIM code's configs/celeba.yml, where S²-DMs' code has the same; 162,770 training images, rows
+57…185 and columns 25…153, then 64×64. Steps: 400,000 (S²-DMs, section 4), SA-DPM alone 1,525,200 (1,200
+epochs of 1,271, SA-DPM's configs/celeba.yml). λ by K: SA-DPM, Table 4, where it is CIFAR-10's. SA-DPM's code
+differs in one further value: --config.train.ema_start=first_step.
 
 The papers report, FID of 50,000 images at 10 / 1,000 steps: S²-DMs' Table 2, DDIM 13.15 / 4.07, with s2_10
 11.97 / 3.13; SA-DPM's Table 2, DDIM 20.54 / 3.40, with sa_2 12.88 / 2.98. Nothing of this has been trained
 here.
 
-Hours on one H100: not measured. Computed from 23.4 ms a step, the arithmetic alone at 790 TFLOP/s
-(design.md): no less than 2.6 for ddpm and s2, 19.8 for sa_2 and 5.2 for s2_10+sa_2.
+Hours on one H100: not measured. Computed from 23.4 ms a step, the arithmetic alone at 790 TFLOP/s: no less
+than 2.6 for ddpm and s2, 19.8 for sa_2 and 5.2 for s2_10+sa_2.
 """
 
 from s2dm_jax.config import HEADS, default_config, set_head, set_objective
 
 
-def get_config(method: str = "s2_10"):
+def get_config(objective: str = "s2_10"):
     c = default_config()
-    set_objective(c, "ddpm" if method in HEADS else method)
+    set_objective(c, "ddpm" if objective in HEADS else objective)
     only_sa = c.loss.K > 1 and not c.loss.skip
     c.data.name = "celeba"
     c.data.random_flip = True
@@ -41,7 +42,7 @@ def get_config(method: str = "s2_10"):
     c.sample.batch_size = 100
     c.eval.num_images = 50_000
     c.eval.batch_size = 100
-    if method in HEADS:
-        set_head(c, method)
+    if objective in HEADS:
+        set_head(c, objective)
         c.train.steps = 500_000
     return c

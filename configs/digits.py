@@ -2,32 +2,23 @@
 
     python -m s2dm_jax.main --config=configs/digits.py --workdir=runs/digits
 
-The method follows a colon: `digits.py:ddpm` (plain), `:s2` (skip-step term), `:sa` (sequence-aware term),
-`:s2sa` (both, the default). `:sn` and `:npr` train a second head on the network of the run that
---config.variance_head.base_workdir names.
+The objective follows the colon: ddpm, s2_2, s2_10, s2_50, sa_2, sa_3, sa_4; joined with +, as s2_10+sa_2,
+also with a noise schedule: sa_2+cosine. For short, s2 is s2_10, sa is sa_2 and s2sa (default) both. sn and
+npr train a variance head on the run that --config.variance_head.base_workdir names.
 """
 
-from s2dm_jax.config import HEADS, default_config, set_head
-
-METHODS = {
-    "ddpm": {},
-    "s2": {"skip": 10},
-    "sa": {"K": 2, "lam": 1.0},
-    "s2sa": {"skip": 10, "K": 2, "lam": 1.0},
-}
+from s2dm_jax.config import HEADS, default_config, set_head, set_objective
 
 
-def get_config(method: str = "s2sa"):
-    if method not in METHODS and method not in HEADS:
-        raise ValueError(f"method {method!r} is not known; choose one of {', '.join((*METHODS, *HEADS))}")
+def get_config(objective: str = "s2sa"):
     c = default_config()
+    set_objective(c, "ddpm" if objective in HEADS else objective)
     c.data.name = "digits"
     c.model.ch = 32
     c.model.ch_mult = (1, 2)
     c.model.num_res_blocks = 1
     c.model.attn_resolutions = (4,)
     c.model.dropout = 0.0
-    c.loss.update(METHODS.get(method, {}))
     c.train.steps = 1_050
     c.train.batch_size = 64
     c.train.lr = 1e-3
@@ -36,8 +27,8 @@ def get_config(method: str = "s2sa"):
     c.train.sample_every = 350
     c.train.checkpoint_every = 350
     c.eval.num_images = 500
-    if method in HEADS:
-        set_head(c, method)
+    if objective in HEADS:
+        set_head(c, objective)
         c.train.lr = 1e-3
         c.train.steps = 500
     return c

@@ -1,141 +1,140 @@
 """Trains a run, samples from it, evaluates it, exports its sampler.
 
   python -m s2dm_jax.main --config=configs/digits.py:s2sa --workdir=runs/digits
-  python -m s2dm_jax.main --workdir=runs/digits --config.train.steps=2000      # goes on
+  python -m s2dm_jax.main --workdir=runs/digits --config.train.steps=2000      # resumes
   python -m s2dm_jax.main --mode=sample --workdir=runs/digits --config.sample.nfe=20
   python -m s2dm_jax.main --mode=evaluate --workdir=runs/digits --config.eval.nfe=10,20
   python -m s2dm_jax.main --mode=export --workdir=runs/digits
 
-Every field of s2dm_jax/config/defaults.py, which says what each is and in which unit, can be set as
---config.GROUP.FIELD=VALUE.
+`python -m s2dm_jax` and, where the package is installed, `s2dm` are the same command. Every field of the
+config is a flag, --config.GROUP.FIELD=VALUE.
 """
 
-import contextlib
 import difflib
 import errno
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.config.defaults import FIELDS
-from s2dm_jax.config.io import config_path
-from s2dm_jax.config.validate import allowed_type, check_config, check_evaluation_files
+from s2dm_jax.config.fields import allowed_type, fields_help
+from s2dm_jax.config.io import load_config
+from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
 from s2dm_jax.data.cache import check_preparable, prepare_dataset
-from s2dm_jax.workdir import load
 from s2dm_jax.workdir.folder import prepare_workdir
 from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, with the method after a colon: configs/digits.py:s2sa; the other modes take the run's own",
-)
+# Three ways to set the number of sampling steps: one on the command line replaces another in the config.
+_STEP_FIELDS = ("steps", "nfe", "timesteps")
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; a run that is there goes on")
-
-_MODE = flags.DEFINE_enum(
-    "mode",
-    "train",
-    ["train", "sample", "evaluate", "export"],
-    "Train a run, sample from one as --config.sample.* say, evaluate one as --config.eval.* say, or export "
-    "its sampler as one file",
-)
-
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address",
-    None,
-    "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods",
-)
-
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes", 1)
-
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0", 0)
-
-# Ways of saying how many steps a sampler makes: one on the command line replaces another in the config.
-_HOW_MANY = {"steps": 0, "nfe": 0, "timesteps": ()}
-
-# What may be changed of a run that is there, by mode.
+# The groups of a run's config that a mode may change.
 _GROUPS = {"sample": ("sample",), "evaluate": ("eval",), "export": ("sample", "export")}
 
 
-def _given(argv: list[str]) -> dict[str, str]:
-    """Flags as they stand on the command line, before absl reads them, and what follows each."""
-    given = {}
-    for i, argument in enumerate(argv):
-        flag, has_value, value = argument.lstrip("-").partition("=")
-        given[flag] = value if has_value else "".join(argv[i + 1 : i + 2])
-    return given
+def _define_flags() -> flags.FlagValues:
+    """The flags beside the config's fields; in an object of their own, for absl's is global."""
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "config",
+        None,
+        "Config file, with the objective after a colon: configs/digits.py:s2sa; by default the config of the "
+        "run in --workdir",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "workdir", "", "Folder of the run; a run that is already there is resumed", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "mode",
+        "train",
+        ["train", *_GROUPS],
+        "Train a run, sample from one (config.sample), evaluate one (config.eval), or export its sampler as "
+        "one file (config.sample, config.export)",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "Several hosts: number of processes", 1, flag_values=values)
+    flags.DEFINE_integer(
+        "process_id", None, "Several hosts: index of this process, from 0", 0, flag_values=values
+    )
+    flags.DEFINE_boolean("help", False, "Show this text", short_name="h", flag_values=values)
+    return values
 
 
-def _check_names(given: dict[str, str]) -> None:
-    """Checks that a config is named, and only fields that exist, before absl reads them."""
-    for flag in given:
-        if flag.startswith("config.") and flag.removeprefix("config.") not in FIELDS:
-            close = difflib.get_close_matches(flag.removeprefix("config."), FIELDS, n=1, cutoff=0)
-            raise UserError(f"{flag} is not a field of a config; did you mean config.{close[0]}?")
-    if not given.get("config"):
-        raise UserError("--config is missing; for example --config=configs/digits.py --workdir=runs/digits")
-
-
-def _with_config_path(argv: list[str]) -> list[str]:
-    """The arguments with `config_path` of what --config names, as --config=FILE or --config FILE."""
-    found = list(argv)
-    for i, argument in enumerate(argv):
-        flag, has_value, value = argument.partition("=")
-        if flag not in ("-config", "--config"):
-            continue
-        if has_value:
-            found[i] = f"{flag}={config_path(value)}"
-        elif i + 1 < len(argv):
-            found[i + 1] = config_path(argv[i + 1])
-    return found
-
-
-def _own_config(given: dict[str, str]) -> list[str]:
-    """The flag that makes a run's own config the config to start from, where no other is given."""
-    workdir = given.get("workdir")
-    if not workdir:
-        mode = given.get("mode", "train")
-        raise UserError(f"--workdir is missing; for example --mode={mode} --workdir=runs/digits")
-    read_config(workdir)
-    return [] if "config" in given else [f"--config={load.__file__}:{workdir}"]
-
-
-def _parse(argv: list[str]) -> None:
-    """Reads the flags; what absl or the config file object to becomes a `UserError`."""
+def _parse(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
+    """Reads the flags of `values`; what absl objects to becomes a `UserError`."""
     try:
-        rest = flags.FLAGS(argv)
-    except Exception as error:
-        # absl's own errors, and whatever the config file raised while it ran.
-        lines = str(error).strip().splitlines()
-        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", lines[0])
-        if wrong and wrong[1] in FIELDS:
+        return values(argv, known_only=known_only)
+    except (flags.Error, ValueError) as error:
+        message = str(error).strip()
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
+        if wrong:
             allowed = allowed_type(FIELDS[wrong[1]])
-            raise UserError(
-                f"config.{wrong[1]}={wrong[2]!r} has the wrong type: it must be {allowed}"
-            ) from error
-        if isinstance(error, flags.Error):
-            # An error inside the config file may come as a whole traceback; its last line says what is wrong.
-            raise UserError(lines[-1].removeprefix("ValueError: ")) from error
-        raise UserError(f"the config file failed with {type(error).__name__}: {lines[-1]}") from error
+            message = f"config.{wrong[1]}={wrong[2]!r} has the wrong type: it must be {allowed}"
+        raise UserError(message) from error
+
+
+def _help(values: flags.FlagValues) -> str:
+    own = values.module_help(values.find_module_defining_flag("mode")).split(":\n", 1)[1]
+    return (
+        f"{__doc__}\nflags:\n{own}\n\nfields of the config:\n{fields_help(FIELDS)}\n\n"
+        "A config file sets its own defaults. None: the loss preset's or the sampler's own value."
+    )
+
+
+def _starting_config(values: flags.FlagValues) -> ConfigDict:
+    """The config that the command line changes: that of --config, else that of the run in --workdir."""
+    if not values.workdir:
+        raise UserError(f"--workdir is missing; for example --mode={values.mode} --workdir=runs/digits")
+    is_run = values.mode in _GROUPS or os.path.isfile(f"{values.workdir}/config.json")
+    if values.config is None and is_run:
+        return read_config(values.workdir)
+    if not values.config:
+        raise UserError("--config is missing; for example --config=configs/digits.py --workdir=runs/digits")
+    config = load_config(values.config)
+    check_names(config)
+    return config
+
+
+def _set_fields(values: flags.FlagValues, config: ConfigDict, arguments: list[str]) -> list[str]:
+    """Sets the config's fields from flags such as --config.train.lr=1e-3; returns the names of those set."""
+    for argument in arguments:
+        field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if field and field[1] not in FIELDS:
+            (close,) = difflib.get_close_matches(field[1], FIELDS, n=1, cutoff=0)
+            raise UserError(f"config.{field[1]} is not a field of a config; did you mean config.{close}?")
+    # The file's name has been read: the config itself takes the place of its flag.
+    delattr(values, "config")
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    rest = _parse(values, arguments)
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags start with -- (see --help)")
-    if not _WORKDIR.value:
-        raise UserError("--workdir is missing; for example --workdir=runs/digits")
-    _check_processes()
+    flag: Any = values["config"]
+    named = list(flag.override_values)
+    if steps := [name for name in _STEP_FIELDS if f"sample.{name}" in named]:
+        others = [name for name in _STEP_FIELDS if name not in steps]
+        config.sample.update({name: FIELDS[f"sample.{name}"].default for name in others})
+    return named
 
 
-def _check_processes() -> None:
+def _check_processes(values: flags.FlagValues) -> None:
     """Checks the flags of several hosts against each other."""
-    coordinator, count, number = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    coordinator, count, number = values.coordinator_address, values.num_processes, values.process_id
     if coordinator is None or count is None or number is None:
-        said = {"coordinator_address": coordinator, "num_processes": count, "process_id": number}
-        missing = [name for name, value in said.items() if value is None]
-        if len(missing) == len(said):
+        names = ("coordinator_address", "num_processes", "process_id")
+        missing = [name for name in names if values[name].value is None]
+        if len(missing) == len(names):
             return
         raise UserError(
             f"--{missing[0]} is missing: --coordinator_address=HOST:PORT, --num_processes=N and "
@@ -151,98 +150,91 @@ def _check_processes() -> None:
             f"--process_id={number} is out of range: with --num_processes={count} it must be from 0 to "
             f"{count - 1}"
         )
-    if _MODE.value != "train":
+    if values.mode != "train":
         raise UserError(
-            f"--coordinator_address does not go with --mode={_MODE.value}, which is for one process"
+            f"--coordinator_address does not go with --mode={values.mode}, which is for one process"
         )
 
 
-def run(argv: list[str]) -> None:
-    """Checks the flags, the config and the folder, then does what --mode says; writes nothing before."""
-    app.define_help_flags()
-    given = _given(argv[1:])
-    if any(flag.startswith("help") for flag in given):
-        # absl shows it and exits with status 1, as for a mistake.
-        with contextlib.suppress(SystemExit):
-            _parse(argv)
+def run(argv: Sequence[str]) -> None:
+    """Checks the flags, the config and the folder, then does what --mode says; writes nothing before.
+
+    Raises:
+      UserError: for a wrong flag, config or folder.
+    """
+    values = _define_flags()
+    arguments = _parse(values, argv, known_only=True)
+    if values.help:
+        print(_help(values))
         return
-    # A folder that holds a run goes on with the run's config where no other is given.
-    goes_on = "config" not in given and os.path.isfile(f"{given.get('workdir', '')}/config.json")
-    if given.get("mode") in _GROUPS or goes_on:
-        argv = [argv[0], *_own_config(given), *argv[1:]]
-    _check_names(_given(argv[1:]))
-    argv = _with_config_path(argv)
-    _parse(argv)
-    config = _CONFIG.value
-    named = [name for name in _HOW_MANY if f"config.sample.{name}" in given]
-    if named:
-        config.sample.update({name: value for name, value in _HOW_MANY.items() if name not in named})
-    if _MODE.value == "train":
-        config = _head_config(given, config)
+    config = _starting_config(values)
+    named = _set_fields(values, config, arguments)
+    _check_processes(values)
+    mode, workdir = values.mode, values.workdir
+    if mode == "train":
+        config = _training_config(config, named)
         check_config(config)
         check_preparable(config)
         check_evaluation_files(config)
-        prepare_workdir(_WORKDIR.value, config)
+        prepare_workdir(workdir, config)
         prepare_dataset(config)
     else:
-        config = _config_of_run(given, config)
-    # Orbax logs with a traceback what it also raises, and what is raised is told in one sentence.
+        config = _config_of_run(config, named, mode, workdir)
+    # Orbax logs with a traceback what it also raises, and what it raises is reported in one sentence.
     logging.set_verbosity(logging.FATAL)
-    # Compiled programs are kept, so that a second start takes seconds; the user's own settings win.
+    # A second start finds the compiled programs and takes seconds; the user's own settings win.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/s2dm_jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-    # jax takes seconds to import: mistakes are told before.
-    if _MODE.value == "sample":
+    # jax takes seconds to import: user errors are reported before.
+    if mode == "sample":
         from s2dm_jax.inference.sample import sample
 
-        sample(config, _WORKDIR.value)
+        sample(config, workdir)
         return
-    if _MODE.value == "export":
+    if mode == "export":
         from s2dm_jax.weights.export import export
 
-        export(config, _WORKDIR.value)
+        export(config, workdir)
         return
     from s2dm_jax.devices.distributed import initialize_distributed
     from s2dm_jax.devices.sharding import set_cpu_device_count
 
     # Evaluation too, so that a run's own and a later one are the same.
-    set_cpu_device_count(config.train.batch_size // (_NUM_PROCESSES.value or 1))
-    if _MODE.value == "evaluate":
+    set_cpu_device_count(config.train.batch_size // (values.num_processes or 1))
+    if mode == "evaluate":
         from s2dm_jax.evaluation.evaluate import evaluate_run
 
-        evaluate_run(config, _WORKDIR.value)
+        evaluate_run(config, workdir)
     else:
         from s2dm_jax.training.loop import train
 
-        initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        train(config, _WORKDIR.value)
+        initialize_distributed(values.coordinator_address, values.num_processes, values.process_id)
+        train(config, workdir)
 
 
-def _head_config(given: dict[str, str], config: ConfigDict) -> ConfigDict:
-    """The config of a head with what it has from its base; any other config as it is."""
-    for flag in given:
-        if config.variance_head.kind and flag.startswith(
-            ("config.data.", "config.diffusion.", "config.model.")
-        ):
+def _training_config(config: ConfigDict, named: Iterable[str]) -> ConfigDict:
+    """The config of a variance head with what it has from its base; any other config as it is."""
+    for name in named:
+        if config.variance_head.kind and name.startswith(("data.", "diffusion.", "model.")):
             raise UserError(
-                f"--{flag} cannot be changed with config.variance_head.kind={config.variance_head.kind!r}, "
-                "which takes it from the run in config.variance_head.base_workdir"
+                f"--config.{name} cannot be changed with "
+                f"config.variance_head.kind={config.variance_head.kind!r}, which takes it from the run in "
+                "config.variance_head.base_workdir"
             )
     return inherit_base_config(config)
 
 
-def _config_of_run(given: dict[str, str], config: ConfigDict) -> ConfigDict:
-    """The run's own config with the groups that the mode is about of the config given, checked."""
-    groups = _GROUPS[_MODE.value]
-    can = [f"config.{group}." for group in groups]
-    for flag in given:
-        if flag.startswith("config.") and not flag.startswith(tuple(can)):
+def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir: str) -> ConfigDict:
+    """The run's own config with the groups of `config` that the mode may change, checked."""
+    groups = _GROUPS[mode]
+    for name in named:
+        if name.split(".")[0] not in groups:
             raise UserError(
-                f"--{flag} cannot be changed with --mode={_MODE.value}, which takes it from the run; only "
-                f"{' and '.join(f'--{group}*' for group in can)} can"
+                f"--config.{name} cannot be changed with --mode={mode}, which takes it from the run; only "
+                f"{' and '.join(f'--config.{group}.*' for group in groups)} can"
             )
-    own = read_config(_WORKDIR.value)
+    own = read_config(workdir)
     for group in groups:
         own[group] = config[group]
     check_config(own)
@@ -255,7 +247,7 @@ def _config_of_run(given: dict[str, str], config: ConfigDict) -> ConfigDict:
 
 @report_user_errors()
 def main() -> None:
-    """Entry point: a mistake, and a full disk, become one sentence and exit status 2."""
+    """Entry point: a user error, and a full disk, become one sentence and exit status 2."""
     try:
         run(sys.argv)
     except OSError as error:
@@ -263,8 +255,8 @@ def main() -> None:
             raise
         where = f" at {error.filename}" if error.filename else ""
         raise UserError(
-            f"writing failed{where} ({error.strerror}); the checkpoints are untouched; make room, and the "
-            "same command goes on"
+            f"writing failed{where} ({error.strerror}); the checkpoints are untouched; free some space, and "
+            "the same command resumes the run"
         ) from error
 
 

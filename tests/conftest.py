@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from torch_random import initial_weights
 
 from s2dm_jax import main
@@ -68,10 +67,6 @@ def command_line(monkeypatch):
     """Function of arguments that runs `python -m s2dm_jax.main` with them in this process."""
 
     def run(*argv):
-        # A config's fields become flags each time that one is read.
-        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-            delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
         monkeypatch.setattr("sys.argv", ["main", *argv])
         main.main()
 

@@ -20,7 +20,8 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"__init__"},
-    {"main", "__main__"},
+    {"main"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -31,6 +32,7 @@ NO_JAX = [
     "common.progress",
     "config",
     "config.build",
+    "config.fields",
     "config.evaluation_plan",
     "config.io",
     "config.validate",
@@ -89,8 +91,10 @@ def test_no_chain_of_imports_is_circular_or_long():
     def length(path):
         return 1 + max((length(other) for other in uses[path]), default=0)
 
-    # A circle would end in a RecursionError.
-    assert max(map(length, FILES)) <= LONGEST_CHAIN, sorted(FILES, key=length)[-3:]
+    # A circle would end in a RecursionError. `__main__` is `main` under another name.
+    assert max(length(path) for path in FILES if path.stem != "__main__") <= LONGEST_CHAIN, sorted(
+        FILES, key=length
+    )[-3:]
 
 
 def test_files_are_short():

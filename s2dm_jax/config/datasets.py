@@ -1,34 +1,62 @@
-"""The data sets by name."""
+"""The datasets by name: one entry here and a file in `configs/` make a dataset."""
 
 from typing import NamedTuple
 
-# Pixels of a side, channels.
-DATASETS = {"digits": (8, 1), "cifar10": (32, 3), "celeba": (64, 3), "celebahq": (256, 3)}
 
-
-class Source(NamedTuple):
-    """A data set of tensorflow-datasets.
+class DatasetSpec(NamedTuple):
+    """A dataset.
 
     Attributes:
-      builder: its name there.
+      size: pixels of a side.
+      channels: 1 (grey) or 3 (RGB).
       title: its name in the provenance.
-      files: what to get by hand when the download fails.
+      builder: its name in tensorflow-datasets; empty for one that needs no preparation.
+      manual_files: what to download by hand where the automatic download fails.
+      downloadable: whether there is an automatic download.
+      crop: what `data.crop="auto"` stands for; one of CROPS. Only a dataset with a crop takes others.
+      max_size: largest size that its images have, or None where any can be made.
+      binary_attributes: attributes whose values, as bits, make the label where the builder has no labels.
+      classes: what those labels are called.
     """
 
-    builder: str
+    size: int
+    channels: int
     title: str
-    files: str
+    builder: str = ""
+    manual_files: str = ""
+    downloadable: bool = True
+    crop: str = "none"
+    max_size: int | None = None
+    binary_attributes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Pixels of a side, channels."""
+        return self.size, self.channels
 
 
-SOURCES = {
-    "cifar10": Source("cifar10", "CIFAR-10", "cifar-10-binary.tar.gz"),
-    "celeba": Source(
-        "celeb_a",
+DATASETS = {
+    "digits": DatasetSpec(8, 1, "digits of scikit-learn"),
+    "cifar10": DatasetSpec(32, 3, "CIFAR-10", "cifar10", "cifar-10-binary.tar.gz"),
+    "celeba": DatasetSpec(
+        64,
+        3,
         "CelebA",
+        "celeb_a",
         "img_align_celeba.zip, list_eval_partition.txt, list_attr_celeba.txt, "
         "list_landmarks_align_celeba.txt and identity_CelebA.txt",
+        crop="ddim",
+        binary_attributes=("Male", "Smiling"),
+        classes=("female", "male", "female, smiling", "male, smiling"),
     ),
-    "celebahq": Source("celeb_a_hq/256", "CelebA-HQ 256", "data256x256.tar"),
+    "celebahq": DatasetSpec(
+        256, 3, "CelebA-HQ 256", "celeb_a_hq/256", "data256x256.tar", downloadable=False, max_size=256
+    ),
 }
 
-CELEBA_CLASSES = ["female", "male", "female, smiling", "male, smiling"]
+# What `data.transforms.crop_box` cuts out.
+CROPS = ("none", "center", "ddim", "center_crop_140")
+
+# Pillow's filters by name, in lower case.
+RESIZE_FILTERS = ("bilinear", "bicubic", "lanczos", "box")

@@ -1,192 +1,289 @@
-"""Configs as plain data: the fields with their defaults, the JSON round trip, what is built from them.
+"""Every field of a config, and what is read off the fields.
 
-jax is imported only by the functions that build something from a config: a mistake must be told before
-seconds of imports.
+A file in `configs/` starts from `default_config()` and sets what its dataset needs.
 """
+
+import functools
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from s2dm_jax.config.datasets import DATASETS
+from s2dm_jax.config.datasets import CROPS, DATASETS, RESIZE_FILTERS
+from s2dm_jax.config.fields import Field
+from s2dm_jax.config.presets import HEADS
+from s2dm_jax.models.network import NETWORKS
+from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
+from s2dm_jax.samplers.timesteps import SPACINGS
+
+# A field that a run may resume with another value.
+Resumable = functools.partial(Field, resumable=True)
+
+# Keys of SCHEDULES, PREDICTIONS and PRESETS in diffusion/, which need jax.
+_SCHEDULES = ("linear", "cosine", "quadratic", "const", "sigmoid")
+_PREDICTIONS = ("epsilon", "v", "x0")
+_PRESETS = ("paper", "released")
+_MAX_SEED = 2**31 - 1
+
+# The keyword arguments of `inference.sampler.configure_sampler` that the groups `sample` and `eval` share.
+SAMPLER_OPTIONS: dict[str, Field] = {
+    "timestep_spacing": Resumable(
+        "uniform",
+        choices=SPACINGS,
+        doc="how the timesteps are spaced; optimal is Analytic-DPM's dynamic programme",
+    ),
+    "eta": Resumable(
+        0.0, low=0.0, high=1.0, doc="noise of DDIM's steps, from deterministic to DDPM's posterior variance"
+    ),
+    "clip_x0": Resumable(
+        None, type=bool, doc="clip each step's prediction of x_0; None: as the sampler does"
+    ),
+    "variance": Resumable(
+        None, type=str, choices=OPTIONS["variance"], doc="variance of DDPM's steps; None: as the sampler does"
+    ),
+    "pndm_convention": Resumable(
+        None,
+        type=str,
+        choices=OPTIONS["pndm_convention"],
+        doc="which alpha_bar PNDM reads at a timestep; None: as the sampler does",
+    ),
+    "order": Resumable(
+        None,
+        type=int,
+        choices=OPTIONS["order"],
+        doc="order of DEIS's multistep formula; None: as the sampler does",
+    ),
+    "mean": Resumable(
+        None,
+        type=str,
+        choices=OPTIONS["mean"],
+        doc="mean of Analytic-, SN- and NPR-DPM's steps; None: as the sampler does",
+    ),
+    "clip_pixel": Resumable(
+        None,
+        type=float,
+        low=1e-6,
+        doc="bound on the mean absolute noise of the last noisy step of Analytic-, SN- and NPR-DPM, in grey "
+        "levels of 255; None: as the sampler does",
+    ),
+    "skip_scale": Resumable(
+        0, low=0, doc="scale the network's output as training with L_skip and this skip would; 0: no scaling"
+    ),
+    "skip_scale_tau": Resumable(0.99, low=0.0, high=1.0, doc="tau of that scaling"),
+    "skip_scale_preset": Resumable(
+        "paper", choices=_PRESETS, doc="loss preset of that scaling, as loss.preset"
+    ),
+}
+
+# In both groups too, but no argument of a sampler.
+_NOISE_STAT_IMAGES = Resumable(
+    100, low=2, doc="training images per timestep behind Analytic-DPM's statistic of the noise"
+)
+
+FIELDS: dict[str, Field] = {
+    "data.name": Field("digits", choices=tuple(DATASETS), doc="dataset"),
+    "data.random_flip": Field(False, doc="flip half of the training images from left to right"),
+    "data.source": Resumable(
+        "",
+        # The hash of the images decides whether they are the same.
+        doc="your own images: a folder, a .zip or .tar of one, an .npy or .npz; empty: the dataset data.name",
+    ),
+    "data.resolution": Field(0, low=0, high=1024, doc="pixels of a side; 0: as the dataset data.name"),
+    "data.channels": Field(0, choices=(0, 1, 3), doc="1: grey, 3: RGB; 0: as the dataset data.name"),
+    "data.crop": Field(
+        "auto",
+        choices=("auto", *CROPS),
+        doc="crop before resizing; auto: ddim for CelebA, center for your own images, none for the rest",
+    ),
+    "data.resize": Field("bilinear", choices=RESIZE_FILTERS, doc="Pillow's filter for resizing, antialiased"),
+    "data.max_invalid_fraction": Resumable(
+        0.01,
+        low=0.0,
+        high=1.0,
+        doc="largest fraction of your own images that may be corrupt or unsupported; those are skipped",
+    ),
+    "data.max_device_memory_fraction": Resumable(
+        0.4,
+        low=0.0,
+        high=1.0,
+        doc="largest fraction of a device's memory for images; larger datasets are streamed from the host",
+    ),
+    "diffusion.schedule": Field("linear", choices=_SCHEDULES, doc="noise schedule"),
+    "diffusion.T": Field(1000, low=2, doc="number of timesteps"),
+    "model.name": Field("unet", choices=tuple(NETWORKS), doc="network"),
+    "model.prediction": Field(
+        "epsilon", choices=_PREDICTIONS, doc="what the network's output is: the noise, v or the clean image"
+    ),
+    "model.ch": Field(128, low=32, doc="channels at the highest resolution"),
+    "model.ch_mult": Field(
+        (1, 2, 2, 2), low=1, min_length=1, doc="factor on the channels at each resolution level"
+    ),
+    "model.num_res_blocks": Field(2, low=1, doc="residual blocks per resolution level"),
+    "model.attn_resolutions": Field((16,), low=1, doc="resolutions with self-attention, in pixels"),
+    "model.dropout": Field(0.1, low=0.0, high=0.999, doc="dropout rate in the residual blocks"),
+    "model.resamp_with_conv": Field(True, doc="resample with convolutions, as the published networks"),
+    "model.dtype": Field(
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+        doc="dtype of the activations; auto: float32 on CPU, where bfloat16 is slower, else bfloat16",
+    ),
+    "model.remat": Resumable(False, doc="recompute activations in the backward pass: less memory, more time"),
+    "loss.preset": Field("paper", choices=_PRESETS, doc="options as in the papers or in their released code"),
+    "loss.skip": Field(0, low=0, doc="skip of L_skip (S²-DMs); 0: without L_skip"),
+    "loss.tau": Field(0.99, low=0.0, high=1.0, doc="weight of L_simple; L_skip gets 1 − tau"),
+    "loss.K": Field(1, low=1, doc="timesteps in the window of L_sa (SA-DPM); 1: without L_sa"),
+    "loss.lam": Field(0.0, low=0.0, doc="weight λ of L_sa"),
+    "loss.skip_noise": Field(
+        None,
+        type=str,
+        choices=("shared", "independent", "expected"),
+        doc="target noise of L_skip; None: as the preset",
+    ),
+    "loss.skip_factors": Field(
+        None, type=int, low=0, doc="one-step alphas multiplied in alpha_skip; None: as the preset"
+    ),
+    "loss.skip_boundary": Field(
+        None,
+        type=str,
+        choices=("truncate", "plain"),
+        doc="L_skip at timesteps with fewer steps below them than factors; None: as the preset",
+    ),
+    "loss.window": Field(
+        None,
+        type=str,
+        choices=("forward", "backward"),
+        doc="L_sa's window from t on or up to t; None: as the preset",
+    ),
+    "loss.window_boundary": Field(
+        None, type=str, choices=("inner", "all"), doc="timesteps of the window in L_sa; None: as the preset"
+    ),
+    "loss.sa_norm": Field(None, type=str, choices=("K^2", "K"), doc="divisor of L_sa; None: as the preset"),
+    "loss.use_tau_s": Field(None, type=bool, doc="weight L_sa by Theorem 1's τ_s; None: as the preset"),
+    "loss.reduction": Field(
+        None, type=str, choices=("sum", "mean"), doc="reduction over an image's pixels; None: as the preset"
+    ),
+    "loss.antithetic": Field(
+        None, type=bool, doc="draw half of the timesteps as mirrors of the others; None: as the preset"
+    ),
+    "variance_head.kind": Field(
+        "", choices=("", *HEADS), doc="variance head to train on another run's frozen network; empty: none"
+    ),
+    "variance_head.base_workdir": Resumable(
+        "",
+        # The hash of the weights decides whether it is the same network.
+        doc="workdir of that run",
+    ),
+    "variance_head.dropout": Field(False, doc="whether the frozen network's dropout is on"),
+    "train.steps": Resumable(500_000, low=1, doc="optimizer steps in total"),
+    "train.batch_size": Field(128, low=1, doc="global batch size, over all devices"),
+    "train.lr": Field(2e-4, low=1e-12, doc="learning rate of Adam"),
+    "train.grad_clip": Field(1.0, low=0.0, doc="largest global norm of the gradient; 0: no clipping"),
+    "train.ema_decay": Field(0.9999, low=0.0, high=1.0, doc="decay of the EMA of the weights per step"),
+    "train.ema_start": Field(
+        "initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"
+    ),
+    "train.seed": Field(0, low=0, high=_MAX_SEED, doc="seed of everything random in training"),
+    "train.log_every": Resumable(100, low=1, doc="steps between logged metrics"),
+    "train.sample_every": Resumable(5_000, low=1, doc="steps between saved sample grids"),
+    "train.checkpoint_every": Resumable(5_000, low=1, doc="steps between checkpoints"),
+    "train.max_to_keep": Resumable(3, low=1, doc="newest checkpoints to keep"),
+    "train.keep_period": Resumable(
+        0, low=0, doc="also keep one checkpoint in this many steps for good; 0: none"
+    ),
+    "train.keep_best": Resumable(
+        "",
+        doc="also keep the checkpoint with the lowest mean of this metric since the one before; empty: none",
+    ),
+    "train.on_nonfinite": Resumable(
+        "stop",
+        choices=("stop", "skip"),
+        doc="a loss or gradient that is not finite: stop the run or skip the step",
+    ),
+    "train.grad_accum_steps": Field(
+        1, low=1, doc="parts of a batch that are computed one after another; their gradients are averaged"
+    ),
+    "train.shard_state": Resumable(
+        False, doc="shard weights, EMA and Adam's moments over the devices (ZeRO)"
+    ),
+    "train.profile_steps": Resumable(0, low=0, doc="steps to trace into workdir/profile; 0: none"),
+    "sample.sampler": Resumable("ddim", choices=tuple(SAMPLERS), doc="sampler"),
+    "sample.steps": Resumable(0, low=0, doc="sampling steps; 0: from nfe or timesteps"),
+    "sample.nfe": Resumable(
+        0,
+        low=0,
+        doc="number of network evaluations; 0: from steps or timesteps, or 10 without any of the three",
+    ),
+    "sample.timesteps": Resumable((), doc="explicit timesteps, ascending; empty: from steps, nfe"),
+    **{f"sample.{name}": field for name, field in SAMPLER_OPTIONS.items()},
+    "sample.noise_stat_images": _NOISE_STAT_IMAGES,
+    "sample.num_images": Resumable(64, low=1, doc="images to sample"),
+    "sample.seed": Resumable(0, low=0, high=_MAX_SEED, doc="seed of the sampler's noise"),
+    "sample.batch_size": Resumable(500, low=1, doc="images sampled at once"),
+    "sample.checkpoint_step": Resumable(
+        0, low=0, doc="training step of the checkpoint to sample from; 0: the newest"
+    ),
+    "sample.output": Resumable(
+        "grid",
+        choices=("grid", "npz", "png"),
+        doc="what --mode=sample writes: one PNG with all images, one .npz, or one PNG per image",
+    ),
+    "sample.interpolate": Resumable(
+        0, low=0, doc="write rows of this many images between two noises instead; 0: do not"
+    ),
+    "sample.trajectory": Resumable(False, doc="write each step's prediction of x_0 instead"),
+    "sample.compare": Resumable(
+        "", doc="write the same noise through these workdirs (a,b,…) as well, row by row"
+    ),
+    "eval.samplers": Resumable("ddim", doc="samplers to evaluate (a,b,…)"),
+    "eval.nfe": Resumable((10, 20, 50), low=1, min_length=1, doc="NFE to evaluate each sampler at"),
+    **{f"eval.{name}": field for name, field in SAMPLER_OPTIONS.items()},
+    "eval.noise_stat_images": _NOISE_STAT_IMAGES,
+    "eval.feature_extractor": Resumable(
+        "auto",
+        doc="features to compare in: inception, classifier (trained on the dataset's labels) or your own "
+        "FILE.py:function of uint8 [B, H, W, C]; auto: inception if available, classifier for the digits",
+    ),
+    "eval.metrics": Resumable(
+        "fid", doc="metrics (a,b,…): fid, kid, inception_score, precision_recall, fid_infinity"
+    ),
+    "eval.reference": Resumable(
+        "auto",
+        doc="images to compare with: train, held_out or FILE.npz with mu and sigma; auto: train for "
+        "inception, as in the papers, else held_out",
+    ),
+    "eval.inception_weights": Resumable(
+        "", doc="file or URL of Inception's weights; empty: the standard ones"
+    ),
+    "eval.inception_sha256": Resumable(
+        "", doc="SHA-256 of Inception's weights; empty: that of the standard ones"
+    ),
+    "eval.checkpoint_step": Resumable(
+        0, low=0, doc="training step of the checkpoint for --mode=evaluate; 0: the newest"
+    ),
+    "eval.num_images": Resumable(50_000, low=2, doc="images to sample for each sampler and NFE"),
+    "eval.batch_size": Resumable(500, low=1, doc="images sampled at once"),
+    "eval.seed": Resumable(0, low=0, high=_MAX_SEED, doc="seed of the samplers' noise"),
+    "export.path": Resumable("", doc="file to write, .npz; empty: named by the sampler, in workdir/exports"),
+    "export.license": Resumable("", doc="license of the weights, for the model card"),
+}
 
 
 def default_config() -> ConfigDict:
-    """Every field with its default; a file in `configs/` sets what its data set needs."""
-    c = ConfigDict()
-
-    c.data = ConfigDict()
-    c.data.name = "digits"
-    c.data.random_flip = False
-    # Your own images: a folder, a .zip or .tar of one, an .npy or .npz; empty: the data set `name`.
-    c.data.source = ""
-    # Pixels of a side, channels; 0: as the data set `name` has them.
-    c.data.resolution = 0
-    c.data.channels = 0
-    # "auto": "ddim" for CelebA, "center" for your own images, "none" for the rest; `transforms.crop_box`.
-    c.data.crop = "auto"
-    c.data.resize = "bilinear"
-    # The largest share of your own images that may be damaged or unfit; those are skipped.
-    c.data.max_invalid_fraction = 0.01
-    # The largest share of a device's memory that images may take; larger sets are read as training goes.
-    c.data.max_device_memory_fraction = 0.4
-
-    c.diffusion = ConfigDict()
-    c.diffusion.schedule = "linear"
-    c.diffusion.T = 1000
-
-    c.model = ConfigDict()
-    # The network, and what its output is: epsilon, v or x0 (`diffusion/parameterization.py`).
-    c.model.name = "unet"
-    c.model.prediction = "epsilon"
-    c.model.ch = 128
-    c.model.ch_mult = (1, 2, 2, 2)
-    c.model.num_res_blocks = 2
-    c.model.attn_resolutions = (16,)
-    c.model.dropout = 0.1
-    c.model.resamp_with_conv = True
-    c.model.dtype = "auto"
-    # Computes activations again in the backward pass instead of keeping them: less memory, more time.
-    c.model.remat = False
-
-    c.loss = ConfigDict()
-    c.loss.preset = "paper"
-    c.loss.skip = 0
-    c.loss.tau = 0.99
-    c.loss.K = 1
-    c.loss.lam = 0.0
-    # None: as the preset has it. `objectives.Objective` says what each means.
-    c.loss.skip_noise = placeholder(str)
-    c.loss.skip_factors = placeholder(int)
-    c.loss.skip_boundary = placeholder(str)
-    c.loss.window = placeholder(str)
-    c.loss.window_boundary = placeholder(str)
-    c.loss.sa_norm = placeholder(str)
-    c.loss.use_tau_s = placeholder(bool)
-    c.loss.reduction = placeholder(str)
-    c.loss.antithetic = placeholder(bool)
-
-    # A second head, "sn" or "npr", trained on the frozen network of another run (its workdir), whose dropout
-    # is on or off.
-    c.variance_head = ConfigDict()
-    c.variance_head.kind = ""
-    c.variance_head.base_workdir = ""
-    c.variance_head.dropout = False
-
-    c.train = ConfigDict()
-    c.train.steps = 500_000
-    c.train.batch_size = 128
-    c.train.lr = 2e-4
-    c.train.grad_clip = 1.0
-    c.train.ema_decay = 0.9999
-    c.train.ema_start = "initial"
-    c.train.seed = 0
-    c.train.log_every = 100
-    c.train.sample_every = 5_000
-    c.train.checkpoint_every = 5_000
-    c.train.max_to_keep = 3
-    # Also kept for good: one checkpoint in this many steps (0: none), and the one with the lowest mean of
-    # this metric since the one before ("": none).
-    c.train.keep_period = 0
-    c.train.keep_best = ""
-    # A loss or gradient that is not finite: "stop" the run, or "skip" the step.
-    c.train.on_nonfinite = "stop"
-    # Parts of a batch that go through the network one after another; their gradients are averaged.
-    c.train.grad_accum_steps = 1
-    # Splits weights, average and moments over the devices instead of copying them to each.
-    c.train.shard_state = False
-    # Steps to trace into workdir/profile, after the first chunk; 0: none.
-    c.train.profile_steps = 0
-
-    c.sample = ConfigDict()
-    c.sample.sampler = "ddim"
-    # How far apart: a number of steps, or of network evaluations, or your own levels; the others stay 0 or
-    # empty. Where none is given there are 10 evaluations.
-    c.sample.steps = 0
-    c.sample.nfe = 0
-    c.sample.timesteps = ()
-    c.sample.timestep_spacing = "uniform"
-    c.sample.eta = 0.0
-    # Options of some methods; None: as the method has it.
-    c.sample.clip_x0 = placeholder(bool)
-    c.sample.variance = placeholder(str)
-    c.sample.pndm_convention = placeholder(str)
-    c.sample.order = placeholder(int)
-    c.sample.mean = placeholder(str)
-    c.sample.clip_pixel = placeholder(float)
-    # Training images per level behind Analytic-DPM's statistic.
-    c.sample.noise_stat_images = 100
-    # The skip of `objectives.skip_scale`; 0: the network as it is.
-    c.sample.skip_scale = 0
-    c.sample.skip_scale_tau = 0.99
-    c.sample.skip_scale_preset = "paper"
-    c.sample.num_images = 64
-    c.sample.seed = 0
-    c.sample.batch_size = 500
-    # The training step whose checkpoint to sample from; 0: the newest.
-    c.sample.checkpoint_step = 0
-    # --mode=sample: "grid" (one PNG), "png" (one for each image) or "npz"; or else rows of pictures between
-    # two noises (how many), every level's prediction, or the same noise through other workdirs (a,b,…).
-    c.sample.output = "grid"
-    c.sample.interpolate = 0
-    c.sample.trajectory = False
-    c.sample.compare = ""
-
-    c.eval = ConfigDict()
-    # Samplers (a,b,…), each at these numbers of network evaluations.
-    c.eval.samplers = "ddim"
-    c.eval.nfe = (10, 20, 50)
-    c.eval.timestep_spacing = "uniform"
-    # Options of some methods, used by those that have them; None: as the method has it.
-    c.eval.eta = 0.0
-    c.eval.clip_x0 = placeholder(bool)
-    c.eval.variance = placeholder(str)
-    c.eval.pndm_convention = placeholder(str)
-    c.eval.order = placeholder(int)
-    c.eval.mean = placeholder(str)
-    c.eval.clip_pixel = placeholder(float)
-    # Training images per level behind Analytic-DPM's statistic.
-    c.eval.noise_stat_images = 100
-    # The skip of `objectives.skip_scale`; 0: the network as it is.
-    c.eval.skip_scale = 0
-    # What images are compared in: "inception", "classifier" (trained on the data set's labels), your own
-    # "FILE.py:function" of uint8 [B, H, W, C]; "auto": the classifier for the digits, else Inception if it
-    # can be had. And by what: fid, kid, is, pr, fid_infinity (a,b,…).
-    c.eval.feature_extractor = "auto"
-    c.eval.metrics = "fid"
-    # Compared with: "train", "held_out", or FILE.npz with mu and sigma; "auto": train for Inception, as the
-    # papers do, else held_out.
-    c.eval.reference = "auto"
-    # File or URL of Inception's weights, and its SHA-256; empty: the standard ones.
-    c.eval.inception_weights = ""
-    c.eval.inception_sha256 = ""
-    # The training step whose checkpoint to evaluate; 0: the newest. A training's own is always its last.
-    c.eval.checkpoint_step = 0
-    c.eval.num_images = 50_000
-    c.eval.batch_size = 500
-    c.eval.seed = 0
-
-    c.export = ConfigDict()
-    # Empty: named by the sampler, in the run's folder.
-    c.export.path = ""
-    c.export.license = ""
-    return c
-
-
-_DEFAULT = default_config()
-
-FIELDS = {f"{group}.{name}": _DEFAULT[group].get_type(name) for group in _DEFAULT for name in _DEFAULT[group]}
-
-OPTIONAL = {
-    f"{group}.{name}" for group in _DEFAULT for name, value in _DEFAULT[group].items() if value is None
-}
+    """A config with the default of every field; a field whose default is None accepts its type as well."""
+    config = ConfigDict()
+    for name, field in FIELDS.items():
+        group, key = name.split(".")
+        if group not in config:
+            config[group] = ConfigDict()
+        config[group][key] = placeholder(field.type) if field.default is None else field.default
+    return config
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int]:
     """Pixels of a side and channels of the images that the config trains on."""
-    size, channels = DATASETS[config.data.name]
+    size, channels = DATASETS[config.data.name].shape
     return config.data.resolution or size, config.data.channels or channels
 
 
 def dataset_name(config: ConfigDict) -> str:
-    """What the images are called: the path of the user's own, else the data set's name."""
+    """What the images are called: the path of the user's own, else the dataset's name."""
     return config.data.source or config.data.name

@@ -20,12 +20,12 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def config_path(name: str) -> str:
-    """FILE[:METHOD] as it is where there is such a file, else with the path of the packaged one of that name.
+    """FILE[:OBJECTIVE] as it is where the file exists, else with the path of the packaged one of that name.
 
     Raises:
       UserError: where there is neither.
     """
-    file, colon, method = name.partition(":")
+    file, colon, objective = name.partition(":")
     if os.path.isfile(file):
         return name
     packaged = packaged_configs()
@@ -33,7 +33,7 @@ def config_path(name: str) -> str:
         raise UserError(
             f"--config={name}: there is no such file; those that come with s2dm_jax are {', '.join(packaged)}"
         )
-    return f"{packaged[os.path.normpath(file)]}{colon}{method}"
+    return f"{packaged[os.path.normpath(file)]}{colon}{objective}"
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -62,14 +62,19 @@ def from_json(text: str) -> ConfigDict:
 
 
 def load_config(name: str) -> ConfigDict:
-    """The config that FILE[:METHOD] names, as --config of the main command line does.
+    """The config that FILE[:OBJECTIVE] names, as --config of the main command line does.
 
     Raises:
       UserError: where there is no such file, and for whatever the file raises.
     """
-    path, _, method = config_path(name).partition(":")
+    path, *objective = config_path(name).split(":", 1)
     try:
-        return runpy.run_path(path)["get_config"](*([method] if method else []))
+        config = runpy.run_path(path)["get_config"](*objective)
+    except ValueError as error:
+        raise UserError(f"--config={name}: {error}") from error
     except Exception as error:
         # Whatever the user's own file raises while it runs.
         raise UserError(f"--config={name} failed with {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={name}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return config

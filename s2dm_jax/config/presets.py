@@ -13,30 +13,34 @@ OBJECTIVES = {
     "sa_4": {"K": 4, "lam": 0.2},
 }
 
+# Short names for what the papers mostly use.
+ALIASES = {"s2": "s2_10", "sa": "sa_2", "s2sa": "s2_10+sa_2"}
+
 SCHEDULES = ("linear", "cosine")
 
-# Second heads of a trained network (SN-, NPR-DPM), as methods of a config.
+# Variance heads of a trained network (SN-, NPR-DPM), which a config file takes in the place of an objective.
 HEADS = ("sn", "npr")
 
 
-def set_objective(config: ConfigDict, method: str) -> None:
-    """Sets the objective and the noise schedule that a name such as "s2_10", "s2_10+sa_2+cosine" stands for.
+def set_objective(config: ConfigDict, objective: str) -> None:
+    """Sets the objective and the noise schedule of a name such as "s2_10" or "s2_10+sa_2+cosine".
 
     Raises:
       ValueError: for an unknown part, or for two parts that set the same thing.
     """
-    parts = method.split("+")
+    parts = [name for part in objective.split("+") for name in ALIASES.get(part, part).split("+")]
     for part in parts:
         if part not in OBJECTIVES and part not in SCHEDULES:
             raise ValueError(
-                f"method {method!r} is not known; choose one of {', '.join(OBJECTIVES)}, one of s2_ with one "
-                f"of sa_ as in s2_10+sa_2, and {' or '.join(SCHEDULES)} after another +"
+                f"objective {objective!r} is not known; choose one of {', '.join((*OBJECTIVES, *ALIASES))}, "
+                f"join one of s2_ and one of sa_ as in s2_10+sa_2, add +{' or +'.join(SCHEDULES)}, or choose "
+                f"a variance head: {' or '.join(HEADS)}"
             )
     kinds = ["schedule" if part in SCHEDULES else part.split("_")[0] for part in parts]
     if len(set(kinds)) < len(kinds) or ("ddpm" in kinds and {"s2", "sa"} & set(kinds)):
         raise ValueError(
-            f"method {method!r} names things that exclude one another; join at most one s2_, one sa_ and one "
-            "schedule, or ddpm and a schedule"
+            f"objective {objective!r} names parts that exclude one another; join at most one s2_, one sa_ "
+            "and one schedule, or ddpm and a schedule"
         )
     for part in parts:
         if part in SCHEDULES:
@@ -46,7 +50,7 @@ def set_objective(config: ConfigDict, method: str) -> None:
 
 
 def set_head(config: ConfigDict, kind: str) -> None:
-    """Makes a config that of a second head, with the released code's Adam: 1e-4, no clipping."""
+    """Makes a config that of a variance head, with the released code's Adam: 1e-4, no clipping."""
     config.variance_head.kind = kind
     config.train.lr = 1e-4
     config.train.grad_clip = 0.0

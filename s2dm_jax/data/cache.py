@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import data_cache_dir, write_atomic
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_json
+from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import dataset_name, image_shape
 from s2dm_jax.data.sources import check_source, fingerprint
 from s2dm_jax.data.tfds_builder import RESULT, manual_folder, run_tfds
@@ -33,15 +34,13 @@ PROVENANCE = "provenance.json"
 
 SPLITS = ("train", "held_out")
 
-_CROPS = {"celeba": "ddim"}
-
 
 def transform_of(config: ConfigDict) -> ImageTransform:
     """The transform that the config applies to every image."""
     size, channels = image_shape(config)
     crop = config.data.crop
     if crop == "auto":
-        crop = "center" if config.data.source else _CROPS.get(config.data.name, "none")
+        crop = "center" if config.data.source else DATASETS[config.data.name].crop
     return ImageTransform(size, channels, crop, config.data.resize)
 
 
@@ -110,13 +109,14 @@ def check_preparable(config: ConfigDict) -> None:
             f"{name} is prepared by tensorflow-datasets, which needs TensorFlow once: run {sys.executable} "
             "-m pip install 'tensorflow-cpu>=2.21' (the extra prepare), then the same command again"
         )
-    path = manual_folder() / "data256x256.tar"
+    spec = DATASETS[name]
+    path = manual_folder() / spec.manual_files
     roots = (manual_folder().parents[1], data_cache_dir() / "tfds" / name)
-    prepared = any((root / "celeb_a_hq" / "256").exists() for root in roots)
-    if name == "celebahq" and not path.exists() and not prepared:
+    prepared = any((root / spec.builder).exists() for root in roots)
+    if not spec.downloadable and not path.exists() and not prepared:
         raise UserError(
-            f"CelebA-HQ cannot be downloaded: make data256x256.tar by hand and put it at {path}, or give its "
-            "images as config.data.source (docs/data.md says how)"
+            f"{spec.title} cannot be downloaded: make {spec.manual_files} by hand and put it at {path}, or "
+            "give its images as config.data.source (docs/data.md says how)"
         )
 
 
@@ -125,7 +125,7 @@ def _folder(config: ConfigDict) -> Path | None:
     source = os.path.expanduser(config.data.source)
     if source:
         check_source(source)
-    elif config.data.name == "digits":
+    elif not DATASETS[config.data.name].builder:
         return None
     transform = transform_of(config)
     name = Path(source).resolve().name if source else config.data.name

@@ -20,7 +20,7 @@ import numpy as np
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import data_cache_dir
 from s2dm_jax.common.progress import progress_bar
-from s2dm_jax.config.datasets import CELEBA_CLASSES, SOURCES
+from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.data.import_images import NpyWriter
 from s2dm_jax.data.sources import held_out_rows
 from s2dm_jax.data.transforms import ImageTransform, decode
@@ -84,13 +84,13 @@ def build(name: str, folder: Path) -> Any:
     """The dataset's builder, prepared: that of tensorflow-datasets' own folder, or one made in `folder`."""
     import tensorflow_datasets as tfds
 
-    existing = tfds.builder(SOURCES[name].builder)
+    existing = tfds.builder(DATASETS[name].builder)
     if existing.data_path.exists():
         return existing
     # Left by an interrupted download, extraction or preparation; the caller holds this dataset's lock.
     for leftover in [*folder.rglob("incomplete.*"), *folder.glob("downloads/**/*.tmp.*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    builder = tfds.builder(SOURCES[name].builder, data_dir=folder)
+    builder = tfds.builder(DATASETS[name].builder, data_dir=folder)
     builder.download_and_prepare(
         file_format="array_record",
         download_config=tfds.download.DownloadConfig(manual_dir=manual_folder()),
@@ -99,16 +99,17 @@ def build(name: str, folder: Path) -> Any:
 
 
 def label_of(name: str, example: dict) -> int:
-    """CelebA: 1 for male + 2 for smiling; else its class, or 0 where there are none, as in CelebA-HQ."""
-    if name == "celeba":
-        return int(example["attributes"]["Male"]) + 2 * int(example["attributes"]["Smiling"])
+    """The example's class, or 0 where there are none; CelebA: 1 for male + 2 for smiling."""
+    attributes = DATASETS[name].binary_attributes
+    if attributes:
+        return sum(int(example["attributes"][attribute]) << bit for bit, attribute in enumerate(attributes))
     return int(example.get("label", 0))
 
 
 def classes_of(name: str, features: Any) -> list[str]:
-    """The name of each label; one class where there are none."""
-    if name == "celeba":
-        return CELEBA_CLASSES
+    """The names of the labels; one class where there are none."""
+    if DATASETS[name].classes:
+        return list(DATASETS[name].classes)
     return features["label"].names if "label" in features else ["."]
 
 
@@ -169,7 +170,7 @@ def run(name: str, transform: ImageTransform, folder: Path, tfds_folder: Path) -
         held_out[held_out_rows(count)] = True
     counts |= write_split(name, encoded_examples(builder, "train"), count, held_out, transform, folder)
     return {
-        "source": f"{SOURCES[name].title} of tensorflow-datasets",
+        "source": f"{DATASETS[name].title} of tensorflow-datasets",
         "version": str(builder.version),
         "splits": {part: {"count": n} for part, n in sorted(counts.items())},
         "classes": classes_of(name, builder.info.features),
@@ -187,7 +188,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         # Downloads, checksums and builders each have errors of their own.
-        reason, files = " ".join(str(error).split())[:300], SOURCES[name].files
+        reason, files = " ".join(str(error).split())[:300], DATASETS[name].manual_files
         description = {
             "error": f"{type(error).__name__}: {reason}; if the download is what fails, get {files} by hand, "
             f"put it into {manual_folder()} and run the same command again"

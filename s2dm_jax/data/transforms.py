@@ -10,13 +10,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
-_FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-}
-
 # Left, top, right, bottom: 128×128 around column 89, row 121 (DDIM's code, datasets/__init__.py).
 _DDIM_BOX = (25, 57, 153, 185)
 
@@ -30,7 +23,7 @@ class ImageTransform(NamedTuple):
       size: pixels of a side of the result.
       channels: 1 (grey) or 3 (RGB) of the result.
       crop: as for `crop_box`.
-      resize: Pillow's filter, antialiased: "bilinear" (the reference), "bicubic", "lanczos" or "box".
+      resize: Pillow's filter, antialiased: one of `config.datasets.RESIZE_FILTERS`.
     """
 
     size: int
@@ -43,8 +36,9 @@ def crop_box(crop: str, width: int, height: int) -> tuple[int, int, int, int]:
     """The part of an image that remains: left, top, right, bottom.
 
     Args:
-      crop: "none": all of it; "center": the largest square in the middle; "ddim": rows 57…185 and columns
-        25…153 of an aligned CelebA image (DDIM's code); "center_crop_140": 140×140 in the middle.
+      crop: one of `config.datasets.CROPS`. "none": all of it; "center": the largest square in the middle;
+        "ddim": rows 57…185 and columns 25…153 of an aligned CelebA image (DDIM's code);
+        "center_crop_140": 140×140 in the middle.
       width, height: of the image.
 
     Raises:
@@ -87,7 +81,7 @@ def to_array(image: Image.Image, transform: ImageTransform) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if transform.channels == 1 else "RGB")
     image = image.crop(crop_box(transform.crop, *image.size))
-    image = image.resize((transform.size, transform.size), _FILTERS[transform.resize])
+    image = image.resize((transform.size, transform.size), Image.Resampling[transform.resize.upper()])
     return np.asarray(image).reshape(transform.size, transform.size, transform.channels)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten
-from s2dm_jax.workdir.folder import MAY_CHANGE, OTHER_GROUPS
 from s2dm_jax.workdir.load import read_config
 from s2dm_jax.workdir.results import mean_and_spread
 
@@ -67,11 +67,7 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not readable as results ({error}); evaluate the run again") from error
-        trained = {
-            name: value
-            for name, value in fields.items()
-            if not name.startswith(OTHER_GROUPS) and name not in MAY_CHANGE
-        }
+        trained = {name: value for name, value in fields.items() if not FIELDS[name].resumable}
         runs.append(Evaluated(workdir, {**trained, "step": results["step"]}, results))
     for run in runs[1:]:
         for name in _COMPARABLE:

@@ -22,6 +22,7 @@ from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
+from s2dm_jax.config.defaults import SAMPLER_OPTIONS
 from s2dm_jax.config.evaluation_plan import METRICS, EvalPoint, Metric, parse_metrics, plan_evaluation
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
@@ -142,7 +143,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     trained = {
         "weights": weights,
         "schedule": model.config.diffusion.to_dict(),
-        "skip_scale": options.skip_scale,
+        **_skip_scale_options(options),
         "activations": model.network.dtype,
     }
 
@@ -163,7 +164,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
             point.sampler,
             nfe=point.nfe,
             timestep_spacing=point.timestep_spacing,
-            skip_scale=options.skip_scale,
+            **_skip_scale_options(options),
             **point.options,
         )
         return sample_batches(
@@ -187,7 +188,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
 
         return map_batches(compute, count, batch_size)
 
-    scaled = f", skip_scale {options.skip_scale}" if options.skip_scale else ""
+    scaled = _skip_scale_name(options)
     rows = [row("real (floor)", None, {"images": sha256_of_images(floor_images)}, real)]
     for point in points:
         steps = len(point.timesteps(schedule.T))
@@ -203,7 +204,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     for each in rows:
         each["normalized"] = (each["frechet_distance"] - floor) / (ceiling - floor)
     notes = skipped + sorted({note for each in rows for note in each.pop("notes")})
-    skip = options.skip_scale
+    skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
     return {
         "step": model.step,
         "eval": options.to_dict(),
@@ -216,7 +217,11 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
             "data": data.provenance,
             "weights": f"EMA at step {model.step}, sha256 {weights}",
             "sampler": "last step to the clean image, no clipping but what a sampler's name says"
-            + (f"; output scaled as training with skip {skip} would scale it" if skip else ""),
+            + (
+                f"; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
+                if skip
+                else ""
+            ),
             "activations": model.network.dtype,
             "notes": notes,
         },
@@ -261,6 +266,22 @@ def show_results(workdir: str | Path, results: dict) -> None:
     for note in results["provenance"]["notes"]:
         print(f"note: {note}")
     print(f"numbers: {path}")
+
+
+def _skip_scale_options(options: ConfigDict) -> dict:
+    """Skip, tau and preset of the scaling of the network's output; tau and preset act only with a skip."""
+    names = ("skip_scale", "skip_scale_tau", "skip_scale_preset")
+    return {name: options[name] for name in (names if options.skip_scale else names[:1])}
+
+
+def _skip_scale_name(options: ConfigDict) -> str:
+    """What of the scaling is not the default, as a row's name has it: ", skip_scale 10"."""
+    changed = {
+        name: value
+        for name, value in _skip_scale_options(options).items()
+        if value != SAMPLER_OPTIONS[name].default
+    }
+    return "".join(f", {name} {value}" for name, value in changed.items())
 
 
 def _inputs_of(model: Model, sampler: str) -> dict:

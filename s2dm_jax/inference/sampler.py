@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.progress import progress_bar
+from s2dm_jax.config.defaults import SAMPLER_OPTIONS
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch, to_host
 from s2dm_jax.diffusion import objectives
@@ -267,29 +268,9 @@ def configure_sampler(
     return make_sampler(network, schedule, sampler, scale=scale, ms_eps=ms_eps, head=head, **own), timesteps
 
 
-# The fields of the config's group `sample` that say how to sample; the others say what to make of it.
-SAMPLER_FIELDS = (
-    "sampler",
-    "steps",
-    "nfe",
-    "timestep_spacing",
-    "timesteps",
-    "eta",
-    "clip_x0",
-    "variance",
-    "pndm_convention",
-    "order",
-    "mean",
-    "clip_pixel",
-    "skip_scale",
-    "skip_scale_tau",
-    "skip_scale_preset",
-)
-
-
 def sampler_options(sample: ConfigDict) -> dict:
     """The keyword arguments of `configure_sampler` that a config's group `sample` stands for."""
-    return {name: sample[name] for name in SAMPLER_FIELDS}
+    return {name: sample[name] for name in ("sampler", "steps", "nfe", "timesteps", *SAMPLER_OPTIONS)}
 
 
 def resolve_sampler(

@@ -55,12 +55,12 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
     config = given or known or default_config()
     shape = (network.resolution, network.in_channels)
     if data or not (given or known):
-        name = data or next((name for name, images in DATASETS.items() if images == shape), UNKNOWN)
+        name = data or next((name for name, spec in DATASETS.items() if spec.shape == shape), UNKNOWN)
         if name in DATASETS:
             config.data.name, config.data.source = name, ""
         else:
             config.data.source = name
-    if DATASETS[config.data.name] != shape or config.data.source:
+    if DATASETS[config.data.name].shape != shape or config.data.source:
         config.data.resolution, config.data.channels = shape
     fields = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resamp_with_conv")
     for name in fields:

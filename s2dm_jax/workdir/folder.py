@@ -11,30 +11,8 @@ from typing import TextIO
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
-
-# A run may resume with other values of these fields, and of all fields in these groups.
-OTHER_GROUPS = ("sample.", "eval.", "export.")
-
-MAY_CHANGE = (
-    # The hash of the images identifies them.
-    "data.source",
-    # The hash of the base network's weights identifies it.
-    "variance_head.base_workdir",
-    "data.max_invalid_fraction",
-    "data.max_device_memory_fraction",
-    "train.steps",
-    "train.log_every",
-    "train.sample_every",
-    "train.checkpoint_every",
-    "train.max_to_keep",
-    "train.keep_period",
-    "train.keep_best",
-    "train.on_nonfinite",
-    "train.shard_state",
-    "train.profile_steps",
-    "model.remat",
-)
 
 _LOCK = ".lock"
 
@@ -118,8 +96,7 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
             f"{saved_path} is not a config of s2dm_jax ({error}); give another --workdir"
         ) from error
     for name, value in flatten(config).items():
-        fixed = not name.startswith((*OTHER_GROUPS, *MAY_CHANGE))
-        if fixed and saved[name] != value:
+        if not FIELDS[name].resumable and saved[name] != value:
             raise UserError(
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
                 "give another --workdir or the same config"

@@ -90,11 +90,6 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     return config
 
 
-def get_config(workdir: str) -> ConfigDict:
-    """`read_config` under the name that --config=FILE:WORKDIR looks for: this file as a config file."""
-    return read_config(workdir)
-
-
 def check_compared_runs(config: ConfigDict) -> list[str]:
     """The folders in `config.sample.compare`, once sure that each holds a run on the same images.
 

@@ -1,22 +1,30 @@
-"""A mistake in the command line is told in one sentence, with status 2, and writes nothing."""
+"""The config's fields and the command line: what they set, and errors in one sentence, before anything is
+written.
+"""
 
 import errno
+import math
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from s2dm_jax import main
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.config import defaults as c
-from s2dm_jax.config import validate
 from s2dm_jax.config.build import build_objective
-from s2dm_jax.config.defaults import default_config
-from s2dm_jax.config.io import from_json, to_json
+from s2dm_jax.config.datasets import CROPS, RESIZE_FILTERS
+from s2dm_jax.config.defaults import FIELDS, SAMPLER_OPTIONS, default_config
+from s2dm_jax.config.io import from_json, load_config, to_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.data import cache
+from s2dm_jax.data.transforms import ImageTransform, crop_box, to_array
+from s2dm_jax.diffusion.objectives import PRESETS
+from s2dm_jax.diffusion.schedule import SCHEDULES
+from s2dm_jax.models.layers import NORM_GROUPS
 from s2dm_jax.workdir.folder import prepare_workdir
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +62,8 @@ BAD_COMMANDS = [
     (["--config.loss.skip=1000"], "config.loss.skip=1000 must be at most 999"),
     (["--wat=1"], "Unknown command line flag 'wat'"),
     (["surplus"], "'surplus' is not a flag"),
+    (["--noconfig.model.remat=1"], "--noconfig.model.remat=1 does not take an argument"),
+    (["--wrkdir=runs"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
     (["--mode=fly"], "should be one of <train|sample|evaluate|export>"),
     (["--workdir="], "--workdir is missing"),
     (
@@ -87,9 +97,12 @@ def test_bad_command_lines(tmp_path, arguments, sentence):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("configs/digits.py:sq", "method 'sq' is not known; choose one of ddpm, s2, sa, s2sa"),
+        (
+            "configs/digits.py:sq",
+            "--config=configs/digits.py:sq: objective 'sq' is not known; choose one of ddpm",
+        ),
         ("configs/nothing.py", "--config=configs/nothing.py: there is no such file"),
-        ("README.md", "the config file failed with"),
+        ("README.md", "--config=README.md failed with SyntaxError"),
         ("", "--config is missing"),
     ],
 )
@@ -144,6 +157,57 @@ def test_bad_fields(field, value, sentence):
     assert field in str(error.value)
 
 
+def trained_config(argv, monkeypatch, tmp_path):
+    """The config that the command line would train, in this process."""
+    found = []
+    monkeypatch.setattr("s2dm_jax.training.loop.train", lambda config, workdir: found.append(config))
+    monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
+    main.run(["main", f"--workdir={tmp_path / 'run'}", *argv])
+    return found[0]
+
+
+def test_flags_are_read_in_any_order_and_spelling(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    argv = ["--config.sample.steps", "7", "--noconfig.model.resamp_with_conv", "--config.train.shard_state"]
+    argv += ["--config", "configs/digits.py:s2", "--config.eval.nfe=3", "--config.eval.nfe=4"]
+    config = trained_config(argv, monkeypatch, tmp_path)
+    expected = load_config("configs/digits.py:s2")
+    expected.update({"sample": {"steps": 7}, "eval": {"nfe": (3, 4)}})
+    expected.update({"model": {"resamp_with_conv": False}, "train": {"shard_state": True}})
+    assert config.to_dict() == expected.to_dict()
+    # Nothing of one command line is left for the next.
+    again = trained_config(["--config=configs/digits.py:s2"], monkeypatch, tmp_path / "again")
+    assert again.to_dict() == load_config("configs/digits.py:s2").to_dict()
+
+
+def test_one_way_to_set_the_sampling_steps_replaces_another(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from s2dm_jax.config import default_config\n\ndef get_config():\n    c = default_config()\n"
+        "    c.model.update(ch=32, ch_mult=(1,), attn_resolutions=())\n    c.sample.nfe = 20\n    return c\n"
+    )
+    argv = [f"--config={tmp_path / 'mine.py'}", "--config.sample.timesteps=0,5"]
+    sample = trained_config(argv, monkeypatch, tmp_path).sample
+    assert (sample.steps, sample.nfe, sample.timesteps) == (0, 0, (0, 5))
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("return None", ": get_config must return a ConfigDict, not NoneType"),
+        ("return {'train': 1}", ": get_config must return a ConfigDict, not dict"),
+        ("return 1 / 0", " failed with ZeroDivisionError: division by zero"),
+        ("from ml_collections import ConfigDict; return ConfigDict()", "config.data.channels is missing"),
+    ],
+)
+def test_config_files_that_return_no_config(tmp_path, body, sentence):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def get_config():\n    {body}\n")
+    with pytest.raises(UserError) as error:
+        main.run(["main", f"--workdir={tmp_path / 'run'}", f"--config={path}", "--config.train.steps=3"])
+    start = "" if sentence.startswith("config.") else f"--config={path}"
+    assert str(error.value).startswith(start + sentence)
+
+
 def test_images_that_cannot_be_had_are_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -186,8 +250,92 @@ def test_every_field_is_checked_for_presence():
         check_config(config)
 
 
-def test_ranges_and_choices_name_real_fields():
-    assert validate._RANGES.keys() | validate._CHOICES.keys() <= c.FIELDS.keys()
+def error_of(name, value):
+    """What `check_config` objects to in a config with that field, or ""."""
+    config, (group, key) = small_config(), name.split(".")
+    with config.ignore_type():
+        config[group][key] = value
+    try:
+        check_config(config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+# What does not change the trained weights, of the groups that otherwise do.
+RESUMABLE = {
+    "data.source",
+    "data.max_invalid_fraction",
+    "data.max_device_memory_fraction",
+    "model.remat",
+    "variance_head.base_workdir",
+    "train.steps",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.max_to_keep",
+    "train.keep_period",
+    "train.keep_best",
+    "train.on_nonfinite",
+    "train.shard_state",
+    "train.profile_steps",
+}
+
+# Names and paths of the user's own, and lists that are checked entry by entry.
+FREE_TEXT = {
+    "data.source",
+    "variance_head.base_workdir",
+    "train.keep_best",
+    "sample.compare",
+    "eval.samplers",
+    "eval.feature_extractor",
+    "eval.metrics",
+    "eval.reference",
+    "eval.inception_weights",
+    "eval.inception_sha256",
+    "export.path",
+    "export.license",
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_a_type_and_bounds_or_choices_that_are_checked(name):
+    field = FIELDS[name]
+    assert f"config.{name}={b'no'} has the wrong type: it must be" in error_of(name, b"no")
+    if field.choices:
+        outside = max(field.choices) + 1 if field.type is int else f"{field.choices[-1]}s"
+        assert f"config.{name}={outside!r} is not known; choose one of" in error_of(name, outside)
+        for choice in field.choices:
+            assert f"config.{name}={choice!r} is not known" not in error_of(name, choice)
+    elif field.type in (int, float):
+        assert field.low is not None
+        for bound, way in ((field.low, -1), (field.high, 1)):
+            if bound is not None:
+                outside = bound + way if field.type is int else math.nextafter(bound, math.inf * way)
+                assert f"config.{name}={outside} is out of range" in error_of(name, outside)
+                assert "out of range" not in error_of(name, bound)
+    else:
+        assert field.type in (bool, tuple) or name in FREE_TEXT
+
+
+def test_choices_are_those_of_the_code_that_needs_jax():
+    assert FIELDS["diffusion.schedule"].choices == tuple(SCHEDULES)
+    for preset in ("loss.preset", "sample.skip_scale_preset", "eval.skip_scale_preset"):
+        assert FIELDS[preset].choices == tuple(PRESETS)
+    allowed = [ch for ch in range(32, 129) if not error_of("model.ch", ch)]
+    assert allowed == [ch for ch in range(32, 129) if ch % NORM_GROUPS == 0]
+    # Every crop is another part of a CelebA image, every filter makes another image.
+    assert len({crop_box(crop, 178, 218) for crop in CROPS}) == len(CROPS)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8))
+    resized = {to_array(image, ImageTransform(6, 1, "none", name)).tobytes() for name in RESIZE_FILTERS}
+    assert len(resized) == len(RESIZE_FILTERS)
+
+
+@pytest.mark.parametrize("name", SAMPLER_OPTIONS)
+def test_sampler_options_are_the_same_in_sample_and_eval(name):
+    config = default_config()
+    assert config.sample.get_type(name) is config.eval.get_type(name)
+    assert config.sample[name] == config.eval[name]
 
 
 def test_json_round_trip():
@@ -216,6 +364,22 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"belongs to a run with config\.loss\.skip=0, not 10"):
         prepare_workdir(tmp_path, config)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_run_resumes_with_another_value_of_resumable_fields_alone(tmp_path, name):
+    """The sampler, the evaluation and the length of a run may change, the trained weights' fields not."""
+    saved = default_config()
+    (tmp_path / "config.json").write_text(to_json(saved))
+    field, changed, (group, key) = FIELDS[name], default_config(), name.split(".")
+    other = {int: 7, float: 0.123, bool: not field.default, str: "other", tuple: (7,)}[field.type]
+    assert other != field.default
+    changed[group][key] = other
+    if group in ("sample", "eval", "export") or name in RESUMABLE:
+        prepare_workdir(tmp_path, changed)
+    else:
+        with pytest.raises(UserError, match=rf"belongs to a run with config\.{name}="):
+            prepare_workdir(tmp_path, changed)
 
 
 def test_workdirs_that_cannot_be_used(tmp_path):

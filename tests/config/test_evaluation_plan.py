@@ -100,7 +100,7 @@ def test_metrics_come_in_one_order_and_fid_always():
         ({"nfe": (10, 1001)}, r"config\.eval\.nfe=1001 is not possible"),
         (
             {"samplers": "ddim,sn"},
-            r"config\.eval\.samplers='ddim,sn' needs a second head, which this run has not",
+            r"config\.eval\.samplers='ddim,sn' needs a variance head, which this run does not have",
         ),
     ],
 )

@@ -425,7 +425,7 @@ def test_celebahq_says_what_is_to_be_made_by_hand(cache, tmp_path, monkeypatch):
     config = default_config()
     config.data.name = "celebahq"
     place = tmp_path / "tfds" / "downloads" / "manual" / "data256x256.tar"
-    with pytest.raises(UserError, match=f"CelebA-HQ cannot be downloaded: .* put it at {place}, or give"):
+    with pytest.raises(UserError, match=f"CelebA-HQ 256 cannot be downloaded: .* put it at {place}, or give"):
         dataset_cache.check_preparable(config)
     place.parent.mkdir(parents=True)
     place.touch()

@@ -11,6 +11,7 @@ from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.evaluation_plan import METRICS, Column, Metric
 from s2dm_jax.config.validate import check_config, check_evaluation_files
 from s2dm_jax.data.datasets import Dataset
+from s2dm_jax.diffusion.objectives import skip_scale
 from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.evaluation import evaluate as evaluation
 from s2dm_jax.evaluation import features as feature_functions
@@ -19,6 +20,7 @@ from s2dm_jax.evaluation.features import FeaturesUnavailable, build_features, ch
 from s2dm_jax.evaluation.metrics import feature_statistics, frechet_distance
 from s2dm_jax.evaluation.reference import image_batches, load_reference
 from s2dm_jax.inference.model import Model
+from s2dm_jax.inference.sampler import resolve_sampler
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.workdir.results import results_cells
 
@@ -158,6 +160,45 @@ def test_other_weights_seeds_and_options_are_measured_anew(config, data, sampled
     sampled.clear()
     run(config, data, tmp_path, {"w": np.ones(1)})
     assert sampled
+
+
+def test_the_scaling_of_the_output_acts_and_makes_a_row_of_its_own(config, data, tmp_path, monkeypatch):
+    """The sampler gets skip, tau and preset; a row measured with others is measured anew, under its name."""
+    scales = []
+    configure = Model.sampler
+
+    def sampler(model, *arguments, **options):
+        scales.append(resolve_sampler(model.schedule, *arguments, **options)[1])
+        return configure(model, *arguments, **options)
+
+    monkeypatch.setattr(Model, "sampler", sampler)
+    config.eval.update({"num_images": 16, "nfe": (2,)})
+    params = NETWORK.init(0)
+    names = []
+    for change in (
+        {},
+        {"skip_scale_tau": 0.5},
+        {"skip_scale": 10, "skip_scale_tau": 0.99},
+        {"skip_scale_tau": 0.5},
+        {"skip_scale_preset": "released"},
+        {"skip_scale_tau": 0.99},
+    ):
+        config.eval.update(change)
+        names.append(run(config, data, tmp_path, params)["rows"][1]["name"])
+    assert names == [
+        "ddim",
+        "ddim",
+        "ddim, skip_scale 10",
+        "ddim, skip_scale 10, skip_scale_tau 0.5",
+        "ddim, skip_scale 10, skip_scale_tau 0.5, skip_scale_preset released",
+        "ddim, skip_scale 10, skip_scale_preset released",
+    ]
+    # Without a skip, tau changes nothing and nothing is measured again.
+    plain, *scaled = scales
+    assert plain is None
+    for scale, options in zip(scaled, ((), (0.5,), (0.5, "released"), (0.99, "released")), strict=True):
+        np.testing.assert_array_equal(scale, skip_scale(linear_schedule(20), 10, *options))
+    assert len(list((tmp_path / "evaluations" / "cells").glob("ddim*.json"))) == 5
 
 
 def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):

@@ -334,7 +334,7 @@ BAD = [
         "config.sample.nfe=19 is not possible: steps=19 repeats a timestep",
     ),
     ({"clip_x0": True, "sampler": "unipc"}, "config.sample.clip_x0=True is no option of unipc, only of ddim"),
-    ({"order": 4, "sampler": "deis"}, "config.sample.order=4 is not allowed: 1 or 2 or 3"),
+    ({"order": 4, "sampler": "deis"}, "config.sample.order=4 is not known; choose one of 1, 2, 3"),
     (
         {"pndm_convention": "published", "sampler": "s_pndm", "timestep_spacing": "linspace"},
         "config.sample.pndm_convention='published' reads alpha_bar one timestep later",
@@ -344,7 +344,7 @@ BAD = [
     ({"output": "npz", "trajectory": True}, "config.sample.output='npz' does not go with"),
     ({"interpolate": 5, "trajectory": True}, "interpolate and config.sample.trajectory do not go together"),
     ({"interpolate": 5, "num_images": 3}, "num_images=3: it must be at least 2, and num_images even"),
-    ({"interpolate": 5, "eta": 0.5}, "config.sample.interpolate=5 needs a method that draws no noise"),
+    ({"interpolate": 5, "eta": 0.5}, "config.sample.interpolate=5 needs a sampler that draws no noise"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from helpers import load_file, save_run
 
 from s2dm_jax.common.cli import run_command
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.defaults import FIELDS, default_config
 from s2dm_jax.config.io import config_path
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -72,13 +73,23 @@ def test_an_argument_without_help_is_found():
     assert list(undescribed(parser)) == ["silent", "command", "hidden"]
 
 
-def test_the_main_commands_help_is_no_mistake():
+@pytest.mark.parametrize("module", ["s2dm_jax.main", "s2dm_jax"])
+def test_help_of_the_main_command_lists_flags_and_fields(module):
     done = subprocess.run(
-        [sys.executable, "-m", "s2dm_jax.main", "--help"], capture_output=True, text=True, timeout=300
+        [sys.executable, "-X", "importtime", "-m", module, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert not re.search(r"\| +(jax|orbax|flax)\b", done.stderr)
     assert "python -m s2dm_jax.main --mode=sample --workdir=runs/digits --config.sample.nfe=20" in done.stdout
     assert "\n  --workdir: Folder of the run" in done.stdout
+    text = " ".join(done.stdout.split())
+    assert "--config.train.lr: learning rate of Adam (default: 0.0002; at least 1e-12)" in text
+    assert "(default: 'stop'; one of stop, skip) --config.train.grad_accum_steps" in text
+    for name, field in FIELDS.items():
+        assert f"--config.{name}: {field.doc} (default: " in text
 
 
 def test_every_command_is_among_these():
@@ -167,8 +178,8 @@ def test_the_output_of_a_command_goes_to_stderr(monkeypatch, capfd):
 
 def test_a_config_is_a_file_or_comes_with_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found, colon, method = config_path("./configs/digits.py:sa").partition(":")
-    assert (colon, method) == (":", "sa")
+    found, colon, objective = config_path("./configs/digits.py:sa").partition(":")
+    assert (colon, objective) == (":", "sa")
     assert load_file(Path(found)).get_config("sa").loss.K == 2
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "digits.py").touch()
@@ -186,5 +197,6 @@ def test_the_command_line_takes_a_packaged_config_in_both_spellings(
     for spelling in (["--config=configs/digits.py:sq"], ["--config", "configs/digits.py:sq"]):
         with pytest.raises(SystemExit):
             command_line(*spelling, "--workdir=run")
-        assert capsys.readouterr().err.startswith("error: method 'sq' is not known; choose one of ddpm, s2")
+        sentence = "error: --config=configs/digits.py:sq: objective 'sq' is not known; choose one of ddpm, s2"
+        assert capsys.readouterr().err.startswith(sentence)
     assert not list(tmp_path.iterdir())

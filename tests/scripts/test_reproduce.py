@@ -93,7 +93,7 @@ def test_every_command_on_the_digits_is_one_that_the_program_takes(tmp_path):
                 name = key.removeprefix("config.")
                 if name in FIELDS:
                     group, field = name.split(".")
-                    config[group][field] = PARSE[FIELDS[name]](value)
+                    config[group][field] = PARSE[FIELDS[name].type](value)
                 else:
                     assert key in ("config", "workdir")
             check_config(config)

@@ -1,0 +1,67 @@
+"""What a field of a config is: default, type, bounds or choices, and one sentence for `--help`."""
+
+import dataclasses
+import textwrap
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a config.
+
+    Attributes:
+      default: the value where a config file sets none; None where the loss preset or the sampler decides.
+      doc: one sentence that `--help` prints.
+      low, high: smallest and largest value, both allowed, or None for no bound; for a tuple, of each entry.
+      min_length: fewest entries of a tuple.
+      choices: the only values allowed, or None for any.
+      resumable: whether a run may resume with another value.
+      type: int, float, bool, str or tuple (of int); by default that of `default`.
+    """
+
+    default: Any
+    _: dataclasses.KW_ONLY
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    min_length: int = 0
+    choices: tuple | None = None
+    resumable: bool = False
+    type: Any = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "type", self.type or type(self.default))
+
+
+def allowed_type(field: Field) -> str:
+    """The type of a field's values in words, as in "an integer"."""
+    if field.type is tuple:
+        return f"a tuple of {'' if field.low is None else 'positive '}integers such as 1,2,2"
+    return {int: "an integer", float: "a finite number", bool: "True or False", str: "a name"}[field.type]
+
+
+def allowed_range(field: Field) -> str:
+    """The bounds of a number's field in words, as in "at least 1"."""
+    return f"at least {field.low}" if field.high is None else f"from {field.low} to {field.high}"
+
+
+def allowed_choices(field: Field) -> str:
+    """The choices of a field, as in "one of grid, npz, png"."""
+    return "one of " + ", ".join(str(choice) or "nothing" for choice in field.choices or ())
+
+
+def fields_help(fields: dict[str, Field]) -> str:
+    """Each field of {"group.name": field} as text: its flag and doc, then its default and allowed values."""
+    lines = []
+    for name, field in fields.items():
+        if field.choices:
+            allowed = allowed_choices(field)
+        elif field.type in (int, float) and field.low is not None:
+            allowed = allowed_range(field)
+        else:
+            allowed = "" if field.type is str else allowed_type(field)
+        text = f"--config.{name}: {field.doc}"
+        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
+        default = ",".join(map(str, field.default)) if field.type is tuple else field.default
+        lines.append(f"    (default: {default!r}{'; ' if allowed else ''}{allowed})")
+    return "\n".join(lines)
