@@ -248,7 +248,7 @@ def test_a_diff_that_does_not_fit_is_refused(tmp_path):
     assert (tmp_path / "a.py").read_text() == "x = 3\ny = 2\ny = 2\n"
     assert (tmp_path / "b.py").read_text() == "z = 4\n"
     for line, times in (("y = 2", 2), ("x = 1", 0)):
-        with pytest.raises(run_docs.PageError, match=f"a.py holds {times} times"):
+        with pytest.raises(run_docs.PageError, match=f"a.py has the old lines of the diff {times} times"):
             run_docs.apply_diff(tmp_path, f"+++ a.py\n@@\n {line}\n+w = 5\n")
 
 

@@ -28,8 +28,6 @@ from s2dm_jax.workdir.state import TrainState, make_optimizer
 # The source of images that nobody has named: sampling needs none.
 UNKNOWN = "unknown"
 
-FORMATS = ("workdir", "ddim", "sa_dpm", "pndm", "safetensors", "diffusers")
-
 
 def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str = "") -> ConfigDict:
     """The config of a run that goes on from weights.
@@ -96,11 +94,12 @@ def write_weights(
     source: dict,
     license: str = "",
 ) -> None:
-    """Writes weights in one of FORMATS, with a model card; nothing is overwritten or left half-written.
+    """Writes weights in one of `formats.FORMATS`, with a model card; nothing is overwritten or left
+    half-written.
 
     Args:
       out: file or folder.
-      kind: one of FORMATS.
+      kind: one of `formats.FORMATS`.
       weights, config: from `read.read_weights` and `infer_config`.
       source: where they come from (`model_card.make_card`), unless they have a card that tells it.
       license: for the card, in the place of what theirs has.

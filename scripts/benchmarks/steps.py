@@ -1,4 +1,4 @@
-"""`benchmark.py losses`, `heads`, `attention`: training steps of the CIFAR-10 UNet, side by side."""
+"""`benchmark.py losses`, `heads`, `attention`: variants of a train step of the CIFAR-10 UNet, interleaved."""
 
 import functools
 import statistics
@@ -7,9 +7,11 @@ from unittest import mock
 
 import numpy as np
 
+from s2dm_jax.common.errors import UserError
+
 
 def benchmark_losses(arguments):
-    """Times one training step of the CIFAR-10 UNet with each objective, relative to the plain one."""
+    """Times a train step of the CIFAR-10 UNet with each objective, relative to plain training."""
     import jax
 
     from s2dm_jax.diffusion import objectives
@@ -18,7 +20,7 @@ def benchmark_losses(arguments):
     one_call = functools.partial(unet.apply, cifar10_network())
 
     def K_calls(K):
-        # The merged batch holds the K levels of an image side by side.
+        # The merged batch has the K timesteps of an image side by side.
         def apply(params, x, t, dropout_key):
             keys = jax.random.split(dropout_key, K)
             eps = [one_call(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
@@ -34,17 +36,19 @@ def benchmark_losses(arguments):
         "K = 4": (objectives.paper(K=4, lam=1.0), one_call),
         "K = 4, 4 calls": (objectives.paper(K=4, lam=1.0), K_calls(4)),
     }
-    wanted = ("plain", *arguments.only.split(",")) if arguments.only else cases
+    selected = ("plain", *arguments.only.split(",")) if arguments.only else cases
+    if unknown := set(selected) - cases.keys():
+        raise UserError(f"--only has {unknown.pop()!r}, which is not one of {', '.join(cases)}")
     steps, memory = {}, {}
     for name, (objective, apply) in cases.items():
-        if name in wanted:
+        if name in selected:
             steps[name], memory[name] = _compile_step(objective, apply, arguments.batch)
             print(f"compiled {name}", flush=True)
     print_ratios(steps, arguments.rounds, "plain", memory)
 
 
 def benchmark_attention(arguments):
-    """Times a training step of the CIFAR-10 UNet with each form of attention, relative to JAX's own.
+    """Times a train step of the CIFAR-10 UNet with each form of attention, relative to JAX's own.
 
     "none" leaves out the products, the softmax, and the projections that only they need.
     """
@@ -70,15 +74,15 @@ def benchmark_attention(arguments):
             try:
                 steps[name], memory[name] = _compile_step(objectives.paper(), apply, arguments.batch)
             except (NotImplementedError, RuntimeError, ValueError) as error:
-                # cuDNN takes only some numbers of channels, and which depends on the GPU.
-                print(f"{name} does not do this: {error}", flush=True)
+                # cuDNN supports only some numbers of channels, which depend on the GPU.
+                print(f"{name} does not support this: {error}", flush=True)
             else:
                 print(f"compiled {name}", flush=True)
     print_ratios(steps, arguments.rounds, "dot_product_attention", memory)
 
 
 def benchmark_heads(arguments):
-    """Times a training step of a second head on the frozen CIFAR-10 UNet, relative to a plain full step."""
+    """Times a train step of a variance head on the frozen CIFAR-10 UNet, relative to a plain train step."""
     import jax
 
     from s2dm_jax.diffusion import objectives
@@ -107,7 +111,7 @@ def benchmark_heads(arguments):
 
 
 def _compile_step(objective, apply, batch):
-    """A function that does a training step of the CIFAR-10 UNet, and the memory of its temporaries."""
+    """A function that makes a train step of the CIFAR-10 UNet, and the memory of its temporaries."""
     import jax
 
     from s2dm_jax.diffusion.schedule import linear_schedule
@@ -142,17 +146,18 @@ def _draws(objective, schedule, state, x0, key):
 
 
 def _stepper(program, state, *inputs):
-    held = [state]
+    # The step donates its state, so each call takes that of the call before.
+    current = [state]
 
     def run():
-        held[0], metrics = program(held[0], *inputs)
+        current[0], metrics = program(current[0], *inputs)
         metrics["loss"].block_until_ready()
 
     return run
 
 
 def cifar10_network():
-    """The UNet that training on CIFAR-10 has, in the type that it has on this machine."""
+    """The UNet of configs/cifar10.py, with the activations' type of this machine."""
     from s2dm_jax.config.build import build_network
     from s2dm_jax.config.defaults import default_config
 
@@ -162,9 +167,9 @@ def cifar10_network():
 
 
 def print_ratios(runs, rounds, base, notes):
-    """Alternates the runs, so that a slow moment of the machine meets all of them, and compares medians.
+    """Interleaves the runs, so that a slow moment of the machine affects all of them, and compares medians.
 
-    Ratios are of wall times, and of the CPU seconds of this process, which other tenants disturb less.
+    Ratios are of wall time and of the CPU time of this process, which other processes disturb less.
     """
     for run in runs.values():
         run()

@@ -70,8 +70,8 @@ def test_a_flag_that_is_not_known_is_one_sentence(name, capsys):
     [
         (["--config=configs/nothing.py"], "--config=configs/nothing.py: there is no such file"),
         (["--batch=0"], "config.train.batch_size=0 is out of range"),
-        (["--batch=6", "--devices=4"], "--devices=4 cannot share a batch of 6 evenly"),
-        (["--config=configs/cifar10.py:sn"], "--config=configs/cifar10.py:sn trains a head"),
+        (["--batch=6", "--devices=4"], "--devices=4 does not divide the batch size 6; give --batch"),
+        (["--config=configs/cifar10.py:sn"], "--config=configs/cifar10.py:sn trains a variance head"),
     ],
 )
 def test_compiling_for_another_device_tells_mistakes_first(arguments, sentence, monkeypatch, capsys):
