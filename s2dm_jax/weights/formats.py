@@ -1,4 +1,4 @@
-"""The formats that weights are written in; no jax, so that command lines are checked before it is imported."""
+"""The formats that weights are written in; no jax, so that a command line is checked before its import."""
 
 from pathlib import Path
 

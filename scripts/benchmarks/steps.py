@@ -32,9 +32,9 @@ def benchmark_losses(arguments):
         "plain": (objectives.paper(), one_call),
         "skip 10": (objectives.paper(skip=10), one_call),
         "K = 2": (objectives.paper(K=2, lam=1.0), one_call),
-        "K = 2, 2 calls": (objectives.paper(K=2, lam=1.0), K_calls(2)),
+        "K = 2 in 2 calls": (objectives.paper(K=2, lam=1.0), K_calls(2)),
         "K = 4": (objectives.paper(K=4, lam=1.0), one_call),
-        "K = 4, 4 calls": (objectives.paper(K=4, lam=1.0), K_calls(4)),
+        "K = 4 in 4 calls": (objectives.paper(K=4, lam=1.0), K_calls(4)),
     }
     selected = ("plain", *arguments.only.split(",")) if arguments.only else cases
     if unknown := set(selected) - cases.keys():

@@ -83,6 +83,22 @@ def test_compiling_for_another_device_tells_mistakes_first(arguments, sentence, 
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["data", "--archive=none.tar"], "--archive=none.tar does not exist"),
+        (["losses", "--only=skip 10,K = 5"], "--only has 'K = 5', which is not one of plain, skip 10,"),
+    ],
+)
+def test_benchmarks_report_user_errors_first(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmarks/benchmark.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        load_file(SCRIPTS / "benchmarks" / "benchmark.py").main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
 @pytest.fixture
 def workdir(tmp_path):
     config = default_config()
