@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from papers.plan import (
@@ -27,6 +28,9 @@ from s2dm_jax.common.cli import Parser, check_matplotlib
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.config.io import from_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLES = {**S2_TABLES, **SA_TABLES}
 _DESCRIPTION = """\
@@ -174,7 +178,7 @@ def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace)
     return f"# {table.title}\n\n{text}\n\n{caption}{table.note}".rstrip() + "\n"
 
 
-def save_curves(path: Path, table: Table, results: dict[str, dict], args: argparse.Namespace) -> None:
+def plot_curves(table: Table, results: dict[str, dict], args: argparse.Namespace) -> "Figure":
     """Plots the measured values as solid lines and the paper's as dashed lines of the same colour."""
     from matplotlib.figure import Figure
 
@@ -189,7 +193,7 @@ def save_curves(path: Path, table: Table, results: dict[str, dict], args: argpar
     axes.set_xticks(table.columns, table.columns)
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(path)
+    return figure
 
 
 def print_plan(table: Table, args: argparse.Namespace) -> None:
@@ -223,7 +227,7 @@ def reproduce(args: argparse.Namespace) -> None:
     results = {row.label: run_row(table, row, args) for row in rows}
     if table.kind == "curves":
         path = Path(args.out) / f"{args.table}.png"
-        save_curves(path, table, results, args)
+        plot_curves(table, results, args).savefig(path)
         print(f"curves: {path}")
     if table.kind != "gap":
         text = table_text(table, results, args)

@@ -112,7 +112,7 @@ class Block(NamedTuple):
 def blocks(page: Path) -> Iterator[Block]:
     """The blocks of a page, in order."""
     above = ""
-    for token in MarkdownIt().parse(page.read_text()):
+    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
         if token.type in ("fence", "code_block"):
             fenced = token.type == "fence"
             not_run = re.search(r"<!-- not run: (.*?\S) -->", above, re.DOTALL)
@@ -215,10 +215,10 @@ def apply_diff(folder: Path, text: str) -> None:
             lines = hunk.splitlines(keepends=True)
             old = "".join(line[1:] for line in lines if line[0] in " -")
             new = "".join(line[1:] for line in lines if line[0] in " +")
-            content = path.read_text() if path.exists() else ""
+            content = path.read_text(encoding="utf-8") if path.exists() else ""
             if old and content.count(old) != 1:
                 raise PageError(f"{name} has the old lines of the diff {content.count(old)} times:\n{old}")
-            path.write_text(content.replace(old, new) if old else content + new)
+            path.write_text(content.replace(old, new) if old else content + new, encoding="utf-8")
 
 
 def make_pictures(folder: Path) -> None:

@@ -43,7 +43,7 @@ def get_config(_=""):
 def start(workdir: Path, flags: list[str]) -> subprocess.Popen:
     """Starts the training, or resumes it."""
     config = workdir.parent / "config.py"
-    config.write_text(CONFIG)
+    config.write_text(CONFIG, encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, "-m", "s2dm_jax.main", f"--config={config}", f"--workdir={workdir}", *flags],
         cwd=ROOT,
@@ -71,7 +71,7 @@ def checkpoints(workdir: Path) -> list[int]:
 def state_digests(workdir: Path) -> dict:
     """The digest of every leaf of the final state."""
     newest = workdir / "checkpoints" / str(STEPS)
-    return json.loads((newest / "about" / "metadata").read_text())["digests"]
+    return json.loads((newest / "about" / "metadata").read_text(encoding="utf-8"))["digests"]
 
 
 def main() -> None:
@@ -125,7 +125,8 @@ def check(reference: Path, killed: Path) -> None:
     """Compares a finished run with the uninterrupted one."""
     if state_digests(reference) != state_digests(killed):
         sys.exit("the final state differs from that of the uninterrupted run")
-    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    lines = (killed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     if steps != list(range(LOG_EVERY, STEPS + 1, LOG_EVERY)):
         sys.exit(f"metrics.jsonl does not have each logged step once: {steps}")
 

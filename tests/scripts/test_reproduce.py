@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import load_file
+from PIL import Image
 
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.validate import check_config
@@ -156,8 +158,23 @@ def test_a_head_costs_its_training(tmp_path, capsys):
 
 
 def test_curves_are_drawn_from_the_measured_distances(launched, tmp_path):
-    reproduce.main(["s2-figure3", "--scale=digits", f"--out={tmp_path}"])
-    assert (tmp_path / "s2-figure3.png").read_bytes().startswith(b"\x89PNG")
+    command = ["s2-figure3", "--scale=digits", f"--out={tmp_path}"]
+    reproduce.main(command)
+    args = reproduce.parse(command)
+    table = reproduce.scaled(reproduce.TABLES["s2-figure3"], args)
+    results = {row.label: reproduce.run_row(table, row, args) for row in table.rows}
+    figure = reproduce.plot_curves(table, results, args)
+    curves = {curve.get_label(): curve for curve in figure.axes[0].lines}
+    assert curves.keys() == results.keys()
+    for row in table.rows:
+        # The distances are NFE / 10, and each of these samplers has a known NFE for each number of steps.
+        expected = [nfe / 10 for nfe in reproduce.nfe_by_steps(table, row).values()]
+        curve = curves[row.label]
+        assert curve.get_xdata().tolist() == list(table.columns)
+        assert curve.get_ydata()[np.isfinite(curve.get_ydata())].tolist() == expected
+    figure.savefig(tmp_path / "expected.png")
+    drawn, again = (Image.open(tmp_path / name) for name in ("s2-figure3.png", "expected.png"))
+    np.testing.assert_array_equal(drawn, again)
 
 
 def test_a_figure_makes_its_pictures(launched, tmp_path):
