@@ -163,7 +163,7 @@ assert np.abs(rows[:, [0, -1]].astype(int).reshape(images[:8].shape) - images[:8
 # ## From here
 #
 # - [compare_objectives.ipynb](compare_objectives.ipynb): what the skip-step and the sequence-aware term do.
-# - [fast_sampling.ipynb](fast_sampling.ipynb): samplers at equal NFE, weights from PyTorch, a sampler exported
-#   to one file.
+# - [fast_sampling.ipynb](fast_sampling.ipynb): samplers at equal NFE, weights from PyTorch, a sampler as one
+#   file.
 # - The same command trains on CIFAR-10 (`configs/cifar10.py:s2_10`), CelebA, CelebA-HQ or your own folder of
 #   images ([docs/data.md](../docs/data.md)). Those need a GPU or TPU; nothing but the config changes.
