@@ -15,13 +15,14 @@
 # # What the two terms do
 #
 # Plain training (`ddpm`), the skip-step term of [S²-DMs](https://arxiv.org/abs/2401.01520) (`s2`), the
-# sequence-aware term of SA-DPM (Nguyen et al., AAAI 2024; `sa`), and a fourth way that needs no training:
-# rescaling what the plain network says. First three formulas, then three short trainings on digits that can
-# be held against them: about two minutes on two CPU cores, less where [quickstart.ipynb](quickstart.ipynb)
-# has trained `s2`.
+# sequence-aware term of SA-DPM (Nguyen et al., AAAI 2024; `sa`), and a fourth variant that needs no training:
+# rescaling the output of the plain network. First three formulas, then three short trainings on digits to
+# compare with them: about two minutes on two CPU cores, less if [quickstart.ipynb](quickstart.ipynb) has
+# trained `s2`.
 #
 # **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# digits are then trained as `configs/digits.py` says, 1,050 steps of 64 images instead of 1,000 of 16.
+# digits are then trained with the settings of `configs/digits.py`: 1,050 steps of 64 images instead of 1,000
+# of 16.
 
 # %%
 # @title Setup: Colab installs the package from its repository, elsewhere the installed one is used
@@ -62,8 +63,8 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %% [markdown]
 # ## The theory in three formulas
 #
-# `t` counts the noise levels 0 … T−1, $\varepsilon$ is the noise in $x_t$, $f$ the network's output. The
-# skip-step term asks that $c_t f$ be the noise, $c_t =
+# Timesteps `t` run from 0 to T−1, $\varepsilon$ is the noise in $x_t$, $f$ the network's output. The
+# skip-step term trains $c_t f$ to be the noise, $c_t =
 # \sqrt{1-\alpha_\mathrm{skip}}/\sqrt{\alpha_\mathrm{skip}}$. Its sum with the plain loss is a square that
 # can be completed:
 #
@@ -75,17 +76,17 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 #
 # $$s_t = \frac{\tau+(1-\tau)\,c_t}{w_t}, \qquad w_t = \tau+(1-\tau)\,c_t^2 \tag{2}$$
 #
-# The sequence-aware term squares the *sum* of the errors at K neighbouring levels. Their noises are
-# independent, so what the errors have in common comes from the image, and the network does well to say less
-# of it. Along a direction in which the images have variance $\sigma^2$, the best linear network is the
+# The sequence-aware term squares the *sum* of the errors at K neighbouring timesteps. Their noises are
+# independent, so what the errors have in common comes from the image, and shrinking the output lowers the
+# loss. Along a direction in which the images have variance $\sigma^2$, the optimal linear network is the
 # plain one times
 #
 # $$\frac{\bar\alpha_t\sigma^2+1-\bar\alpha_t}{(1+\rho)\,\bar\alpha_t\sigma^2+1-\bar\alpha_t},
 # \qquad \rho=\frac{\lambda(K-1)}{K+\lambda} \tag{3}$$
 #
 # [docs/objectives.md](../docs/objectives.md) derives all three and lists where the papers and their
-# authors' code differ. The preset `paper` takes one noise for both terms, as here; `released` draws a
-# second one for the skip-step term, which turns the factor below 1.
+# authors' code differ. The preset `paper` uses one noise for both terms, as here; `released` draws a second
+# one for the skip-step term, which makes the factor smaller than 1.
 
 # %%
 import json
@@ -93,16 +94,14 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 
-from s2dm_jax.common.images import image_grid
-from s2dm_jax.data.datasets import load_digits
 from s2dm_jax.diffusion import objectives
-from s2dm_jax.diffusion.schedule import add_noise, linear_schedule
+from s2dm_jax.diffusion.schedule import linear_schedule
 
 schedule = linear_schedule()
 
 
 def shrinkage(variance, K, lam):
-    """Formula (3) at every level."""
+    """Formula (3) at every timestep."""
     rho, signal, noise = lam * (K - 1) / (K + lam), schedule.alpha_bar * variance, 1 - schedule.alpha_bar
     return (signal + noise) / ((1 + rho) * signal + noise)
 
@@ -112,10 +111,10 @@ for colour, skip in enumerate((2, 10, 50)):
     for preset, style in (("paper", "-"), ("released", "--")):
         s = objectives.skip_scale(schedule, skip, preset=preset)
         axes[0].plot(s, style, color=f"C{colour}", label=f"skip {skip}, {preset}")
-axes[0].set(xlabel="noise level t", ylabel="$s_t$", title="Skip-step term, τ = 0.99: formula (2)")
+axes[0].set(xlabel="timestep t", ylabel="$s_t$", title="Skip-step term, τ = 0.99: formula (2)")
 for K, lam in ((2, 1.0), (3, 0.3), (4, 0.2)):
     axes[1].plot(shrinkage(0.25, K, lam), label=f"K = {K}, λ = {lam:g}")
-axes[1].set(xlabel="noise level t", ylabel="factor", title="Sequence-aware term, σ² = 0.25: formula (3)")
+axes[1].set(xlabel="timestep t", ylabel="factor", title="Sequence-aware term, σ² = 0.25: formula (3)")
 for axis in axes:
     axis.legend()
 plt.show()
@@ -123,17 +122,16 @@ plt.show()
 # %% [markdown]
 # ## Train
 #
-# At as many network evaluations: with K = 2 the sequence-aware term makes two for each image of a step, so
-# it gets half the steps. Runs of one seed begin with the same weights and see the same images in the same
-# order.
+# With an equal number of network evaluations: with K = 2 the sequence-aware term makes two for each image of
+# a step, so it gets half the steps. Runs of one seed start from the same weights and see the same images in
+# the same order.
 
 # %%
 STEPS = 1000 if QUICK else 1050
 LENGTH = "--config.train.batch_size=16" if QUICK else ""
-SHOWN = (
-    "--config.train.sample_every=200 --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
-)
-SHOWN += " --config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SAMPLING = "--config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
+EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:ddpm --workdir={RUNS}/ddpm \
 #     --config.train.steps={STEPS} {LENGTH} {SHOWN}
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUNS}/s2 \
@@ -144,13 +142,12 @@ SHOWN += " --config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quad
 # %% [markdown]
 # ## Rescale without training
 #
-# By (2) a plainly trained network whose output is multiplied by $s_t$ while sampling is what the skip-step
-# term leads to. Nothing is trained for it; `skip_scale=10` evaluates the plain run so.
+# By (2) the skip-step term leads to the plain network with its output multiplied by $s_t$. That factor can be
+# applied while sampling, without training: `skip_scale=10` evaluates the plain run with it.
 
 # %%
 results = {
-    method: json.loads(Path(RUNS, method, "results.json").read_text())["rows"]
-    for method in ("ddpm", "s2", "sa")
+    name: json.loads(Path(RUNS, name, "results.json").read_text())["rows"] for name in ("ddpm", "s2", "sa")
 }
 # !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUNS}/ddpm --config.eval.skip_scale=10 \
 #     --config.eval.samplers=ddim --config.eval.timestep_spacing=quadratic --config.eval.nfe=10
@@ -164,11 +161,12 @@ results["ddpm, rescaled"] = json.loads(Path(RUNS, "ddpm", "results.json").read_t
 
 # %%
 import s2dm_jax
+from s2dm_jax.common.images import image_grid
 
-models = {method: s2dm_jax.load(f"{RUNS}/{method}") for method in ("ddpm", "s2", "sa")}
-how = {"sampler": "ddim", "nfe": 10, "timestep_spacing": "quadratic"}
-samples = {method: model.sample(16, **how) for method, model in models.items()}
-samples["ddpm, rescaled"] = models["ddpm"].sample(16, skip_scale=10, **how)
+models = {name: s2dm_jax.load(f"{RUNS}/{name}") for name in ("ddpm", "s2", "sa")}
+options = {"sampler": "ddim", "nfe": 10, "timestep_spacing": "quadratic"}
+samples = {name: model.sample(16, **options) for name, model in models.items()}
+samples["ddpm, rescaled"] = models["ddpm"].sample(16, skip_scale=10, **options)
 
 order = ("ddpm", "ddpm, rescaled", "s2", "sa")
 figure, axes = plt.subplots(1, 2, figsize=(12, 3), width_ratios=(1.8, 1), layout="constrained")
@@ -184,19 +182,22 @@ axes[1].set(xlim=(0, 1.2 * max(distances)), title=f"Fréchet distance (real {rea
 plt.show()
 
 # %% [markdown]
-# One seed and so short a training are no evidence for or against a method. The comparison over five seeds
-# is in [docs/objectives.md](../docs/objectives.md#comparison-on-digits): rescaling does there what training
-# with the skip-step term does, and the sequence-aware term does not pay at as many evaluations.
+# One seed and such short training are no evidence for or against an objective. The comparison over five seeds
+# is in [docs/objectives.md](../docs/objectives.md#comparison-on-digits): there rescaling does what training
+# with the skip-step term does, and the sequence-aware term does not help at equal network evaluations.
 #
 # ## The formulas, measured
 #
-# What is no matter of luck are the networks' outputs. Left: the factor that brings the plain network's
-# output nearest to that of `s2`, level by level, against (2). Right: how much smaller the output of `sa`
-# is, root mean square, against (3) with the variances of the digits along their principal axes.
+# The outputs of the networks vary less than the distances. Left: the factor that brings the plain network's
+# output closest to that of `s2`, timestep by timestep, against (2). Right: how much smaller the output of
+# `sa` is, root mean square, against (3) with the variances of the digits along their principal axes.
 
 # %%
 import jax
 import jax.numpy as jnp
+
+from s2dm_jax.data.datasets import load_digits
+from s2dm_jax.diffusion.schedule import add_noise
 
 digits = load_digits()
 x0 = jnp.asarray(digits.held_out / 127.5 - 1, jnp.float32)
@@ -206,15 +207,15 @@ network = models["ddpm"].network
 
 @jax.jit
 def output(params, t):
-    """A network's output for the held-out digits at level t."""
-    levels = jnp.full(len(x0), t)
-    return network.apply(params, add_noise(schedule, x0, levels, epsilon), levels)
+    """A network's output for the held-out digits at timestep t."""
+    t = jnp.full(len(x0), t)
+    return network.apply(params, add_noise(schedule, x0, t, epsilon), t)
 
 
-levels = np.arange(1, 1000, 50)
+times = np.arange(1, 1000, 50)
 outputs = {
-    method: np.stack([output(model.ema_params, t) for t in levels], dtype=np.float64).reshape(len(levels), -1)
-    for method, model in models.items()
+    name: np.stack([output(model.ema_params, t) for t in times], dtype=np.float64).reshape(len(times), -1)
+    for name, model in models.items()
 }
 plain = np.square(outputs["ddpm"]).sum(1)
 factor = (outputs["s2"] * outputs["ddpm"]).sum(1) / plain
@@ -227,31 +228,31 @@ scale = objectives.skip_scale(schedule, 10)
 
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
 axes[0].plot(scale, label="formula (2)")
-axes[0].plot(levels, factor, "o", label="measured")
-axes[0].set(xlabel="noise level t", ylabel="factor", title="Output of s2 against that of ddpm")
+axes[0].plot(times, factor, "o", label="measured")
+axes[0].set(xlabel="timestep t", ylabel="factor", title="Output of s2 against that of ddpm")
 axes[1].plot(expected, label="formula (3)")
-axes[1].plot(levels, smaller, "o", label="measured")
-axes[1].set(xlabel="noise level t", ylabel="ratio", title="Size of the output of sa against that of ddpm")
+axes[1].plot(times, smaller, "o", label="measured")
+axes[1].set(xlabel="timestep t", ylabel="ratio", title="Size of the output of sa against that of ddpm")
 for axis in axes:
     axis.legend()
 plt.show()
 
-# %% [markdown]
-# The skip-step term moves the output by a quarter of a percent; at the noisier half of the levels, where
-# the networks are trained well enough to tell, that is about what (2) says. The sequence-aware term takes
-# away up to a fifth at the cleanest levels; (3) is for linear networks, and there these are not.
+# %% [markdown] The skip-step term changes the output by a quarter of a percent; in the noisier half of the
+# timesteps, where the networks are trained well enough to measure it, that agrees with (2). The
+# sequence-aware term shrinks the output by up to a fifth at the cleanest timesteps; (3) is for linear
+# networks, which these are not there.
 #
-# What holds of all this: (1), for any function in the place of the network, and the agreement seen above.
+# The last cell checks (1), for an arbitrary function as the network, and the agreement seen above.
 
 # %%
 objective = objectives.paper(skip=10)
-draws = objectives.sample_noise(objective, jax.random.key(2), schedule.T, x0.shape)
-total, _ = objectives.loss(lambda x, t: jnp.tanh(2 * x), schedule, objective, x0, draws)
-w, s, k = (table[draws.t, None, None, None] for table in objectives.skip_quadratic(schedule, objective))
-noise = np.asarray(draws.noise[:, 0], np.float64)
-f = np.tanh(2 * np.asarray(add_noise(schedule, x0, draws.t, draws.noise[:, 0]), np.float64))
+sample = objectives.sample_noise(objective, jax.random.key(2), schedule.T, x0.shape)
+total, _ = objectives.loss(lambda x, t: jnp.tanh(2 * x), schedule, objective, x0, sample)
+w, s, k = (table[sample.t, None, None, None] for table in objectives.skip_quadratic(schedule, objective))
+noise = np.asarray(sample.noise[:, 0], np.float64)
+f = np.tanh(2 * np.asarray(add_noise(schedule, x0, sample.t, sample.noise[:, 0]), np.float64))
 np.testing.assert_allclose(total, (w * (f - s * noise) ** 2 + k * noise**2).sum((1, 2, 3)), rtol=1e-4)
 
-noisy = levels > 500
-assert abs((factor - scale[levels])[noisy].mean()) < 1e-3 < (factor - 1)[noisy].mean()
-assert abs(smaller - expected[levels])[levels > 200].max() < 0.03 < 1 - smaller[0]
+noisy = times > 500
+assert abs((factor - scale[times])[noisy].mean()) < 1e-3 < (factor - 1)[noisy].mean()
+assert abs(smaller - expected[times])[times > 200].max() < 0.03 < 1 - smaller[0]

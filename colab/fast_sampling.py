@@ -14,13 +14,13 @@
 # %% [markdown]
 # # Fast sampling
 #
-# Samplers at equal network evaluations, weights from and to PyTorch, and a sampler as one file that needs
-# jax alone: about two minutes on two CPU cores, less where [quickstart.ipynb](quickstart.ipynb) has trained
-# the network.
+# Samplers at equal NFE (number of function evaluations of the network), weights from and to PyTorch, and a
+# sampler exported to one file that depends only on JAX: about two minutes on two CPU cores, less if
+# [quickstart.ipynb](quickstart.ipynb) has trained the network.
 #
 # **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# network is then trained as `configs/digits.py` says, 1,050 steps of 64 images instead of 1,000 of 16, and
-# more samplers are compared at more budgets. A TPU belongs to one process at a time: that is why all
+# network is then trained with the settings of `configs/digits.py`, 1,050 steps of 64 images instead of 1,000
+# of 16, and more samplers are compared at more NFE. A TPU belongs to one process at a time: that is why all
 # commands come before the first line that computes in this notebook.
 
 # %%
@@ -62,53 +62,52 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %% [markdown]
 # ## A trained network
 #
-# The run of [quickstart.ipynb](quickstart.ipynb): where that notebook has trained it, the same command only
-# measures it.
+# The run of [quickstart.ipynb](quickstart.ipynb): if that notebook has trained it, the same command only
+# evaluates it.
 
 # %%
 RUN = f"{RUNS}/s2"
 LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
-SHOWN = (
-    "--config.train.sample_every=200 --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
-)
-SHOWN += " --config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SAMPLING = "--config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
+EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
 # %% [markdown]
 # ## Samplers at equal network evaluations
 #
-# Nearly all time goes into the network, so samplers are compared at equal *evaluations*, not steps: F-PNDM
-# with S steps makes S + 9. `--mode=evaluate` takes several samplers and budgets; a budget that a sampler
-# cannot make leaves a gap. The grid `quadratic`, dense near the clean image, suits the multistep methods.
-# [docs/samplers.md](../docs/samplers.md) has their formulas.
+# Nearly all time is spent in the network, so samplers are compared at equal *NFE*, not at equal steps: F-PNDM
+# with S steps has an NFE of S + 9. `--mode=evaluate` takes several samplers and NFE; pairs that a sampler
+# cannot run are skipped. The timestep spacing `quadratic`, dense near the clean image, suits the multistep
+# samplers. [docs/samplers.md](../docs/samplers.md) has their formulas.
 #
 # `analytic` (Analytic-DPM) draws noise at every step, with the variance that is optimal for the network. It
-# follows from a statistic of the network that is estimated once, in the quick setting from 10 images at
-# each level, and kept with the run. [docs/covariance.md](../docs/covariance.md) has this, and the trained
-# second heads of SN- and NPR-DPM.
+# follows from a statistic of the network that is estimated once, in the quick setting from 10 images per
+# timestep, and stored with the run. [docs/covariance.md](../docs/covariance.md) describes it, and the trained
+# variance heads of SN- and NPR-DPM.
 
 # %%
-METHODS = "ddim,dpmpp_2m,unipc,analytic" if QUICK else "ddim,s_pndm,f_pndm,deis,dpmpp_2m,unipc,analytic"
-BUDGETS = "5,10" if QUICK else "5,10,20"
+SAMPLERS = "ddim,dpmpp_2m,unipc,analytic" if QUICK else "ddim,s_pndm,f_pndm,deis,dpmpp_2m,unipc,analytic"
+NFE = "5,10" if QUICK else "5,10,20"
 IMAGES = 10 if QUICK else 100
-# !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUN} --config.eval.timestep_spacing=quadratic
-# \
-#     --config.eval.samplers={METHODS} --config.eval.nfe={BUDGETS} --config.eval.noise_stat_images={IMAGES}
+# !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUN} \
+#     --config.eval.timestep_spacing=quadratic --config.eval.samplers={SAMPLERS} \
+#     --config.eval.nfe={NFE} --config.eval.noise_stat_images={IMAGES}
 
 # %% [markdown]
 # ## Import a PyTorch checkpoint
 #
-# `scripts/convert.py` reads the checkpoints of DDIM, SA-DPM, PNDM and diffusers without PyTorch, and runs
-# no code that a file may hold. A published one of DDIM becomes a run, to sample from, to evaluate, to go on
-# training with either term:
+# `scripts/convert.py` reads the checkpoints of DDIM, SA-DPM, PNDM and diffusers without PyTorch, and never
+# executes code in a file. A published DDIM checkpoint becomes a run, to sample from, to evaluate, or to
+# continue training with either term:
 #
 # ```
 # python scripts/convert.py ckpt.pth runs/celeba
 # ```
 #
-# Here nothing is downloaded: our own run is written as such a file, and read back. The published networks
-# are known by their shapes; of others `--resolution` says how large the images are.
-# [docs/weights.md](../docs/weights.md) has all formats, and what is checked.
+# Here nothing is downloaded: the run above is written as such a file and read back. The published networks
+# are recognised by their shapes; others need `--resolution`, the size of the images.
+# [docs/weights.md](../docs/weights.md) lists all formats and checks.
 
 # %%
 import shutil
@@ -123,7 +122,7 @@ Path(OUT).mkdir()
 # %% [markdown]
 # ## Export a sampler
 #
-# `--mode=export` makes one file of network, weights, levels and sampler, for any batch size on CPU, CUDA
+# `--mode=export` writes network, weights, timesteps and sampler to one file, for any batch size on CPU, CUDA
 # and TPU.
 
 # %%
@@ -131,8 +130,8 @@ Path(OUT).mkdir()
 #     --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic --config.sample.nfe=5
 
 # %% [markdown]
-# Whoever gets the file needs jax, NumPy and these lines. (`s2dm_jax.load` takes it, too, and gives its
-# weights to any sampler.)
+# To use the file takes JAX, NumPy and these lines. (`s2dm_jax.load` reads it too, and then its weights can be
+# sampled with any sampler.)
 
 # %%
 import jax
@@ -151,11 +150,11 @@ reloaded = load_sampler(f"{OUT}/sampler.npz")(np.int32(0), np.arange(16, dtype=n
 reloaded = np.floor((np.clip(reloaded, -1, 1) + 1) * 127.5 + 0.5).astype(np.uint8)
 
 # %% [markdown]
-# ## What came of it
+# ## Results
 #
-# The Fréchet distance of 500 samples to held-out digits in the features of a small classifier (not FID),
-# and what five evaluations of each sampler make of the same noise. The last rows are the imported weights
-# and the reloaded file.
+# The Fréchet distance of 500 samples to held-out digits in the features of a small classifier (not FID), and
+# samples of each sampler from the same noise at 5 NFE. The last rows are from the imported weights and the
+# reloaded file.
 
 # %%
 import json
@@ -166,10 +165,12 @@ import s2dm_jax
 from s2dm_jax.common.images import image_grid
 
 model, imported = s2dm_jax.load(RUN), s2dm_jax.load(f"{OUT}/imported")
-how = {"nfe": 5, "timestep_spacing": "quadratic"}
-pictures = {f"{name}, 5": model.sample(16, name, **how) for name in ("ddim", "analytic", "dpmpp_2m", "unipc")}
-pictures["unipc, imported"] = imported.sample(16, "unipc", **how)
-pictures["unipc, reloaded"] = reloaded
+options = {"nfe": 5, "timestep_spacing": "quadratic"}
+samples = {
+    f"{name}, 5": model.sample(16, name, **options) for name in ("ddim", "analytic", "dpmpp_2m", "unipc")
+}
+samples["unipc, imported"] = imported.sample(16, "unipc", **options)
+samples["unipc, reloaded"] = reloaded
 rows = json.loads(Path(RUN, "results.json").read_text())["rows"]
 
 figure, axes = plt.subplots(1, 2, figsize=(13, 3.6), width_ratios=(1, 2), layout="constrained")
@@ -179,24 +180,22 @@ for row in rows[1:-1]:
 for name, points in curves.items():
     axes[0].plot(*zip(*points, strict=True), "o-", label=name)
 axes[0].axhline(rows[0]["frechet_distance"], color="grey", linestyle=":", label="real digits")
-axes[0].set(xlabel="network evaluations", ylabel="Fréchet distance", ylim=0, title="500 samples")
+axes[0].set(xlabel="NFE", ylabel="Fréchet distance", ylim=0, title="500 samples")
 axes[0].set_xticks(sorted({row["nfe"] for row in rows[1:-1]}))
 axes[0].legend()
-grid = image_grid(np.concatenate(list(pictures.values())), columns=16)
+grid = image_grid(np.concatenate(list(samples.values())), columns=16)
 axes[1].imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255)
-axes[1].set_yticks((np.arange(len(pictures)) + 0.5) * len(grid) / len(pictures), pictures)
-axes[1].set(xticks=[], title="The same noise, five evaluations")
+axes[1].set_yticks((np.arange(len(samples)) + 0.5) * len(grid) / len(samples), samples)
+axes[1].set(xticks=[], title="The same noise, 5 NFE")
 plt.show()
 
-# %% [markdown]
-# Five evaluations of a multistep method do what DDIM needs many more for. So short a training says nothing
-# of how the samplers rank on photographs.
+# %% [markdown] A multistep sampler reaches at 5 NFE what DDIM needs many more for. Such short training does
+# not show how the samplers rank on photographs.
 #
-# What holds of all this: weights come back from PyTorch's format to the bit, the reloaded file draws what
-# the run draws (to a grey level, for its sums may be rounded otherwise), and UniPC is ahead of DDIM at five
-# evaluations.
+# The last cell checks that weights come back from PyTorch's format bit for bit, that the reloaded file gives
+# the samples of the run (up to one grey level, from rounding), and that UniPC is ahead of DDIM at 5 NFE.
 
 # %%
 jax.tree.map(np.testing.assert_array_equal, imported.ema_params, model.ema_params)
-assert np.abs(reloaded.astype(int) - pictures["unipc, 5"]).max() <= 1
+assert np.abs(reloaded.astype(int) - samples["unipc, 5"]).max() <= 1
 assert dict(curves["unipc"])[5] < dict(curves["ddim"])[5]

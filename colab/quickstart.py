@@ -15,12 +15,12 @@
 # # Quickstart
 #
 # Trains a diffusion model on 8×8 handwritten digits with the skip-step objective of
-# [S²-DMs](https://arxiv.org/abs/2401.01520), looks at what it draws in ten network evaluations, and walks
-# from one digit to another: about a minute on two CPU cores.
+# [S²-DMs](https://arxiv.org/abs/2401.01520), shows samples of ten network evaluations, and interpolates from
+# one digit to another: about a minute on two CPU cores.
 #
 # **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# digits are then trained as `configs/digits.py` says, 1,050 steps of 64 images instead of 1,000 of 16.
-# Activations become bfloat16, batches are split over all devices; nothing else changes.
+# digits are then trained with the settings of `configs/digits.py`: 1,050 steps of 64 images instead of 1,000
+# of 16. Activations become bfloat16 and batches are split over all devices; nothing else changes.
 
 # %%
 # @title Setup: Colab installs the package from its repository, elsewhere the installed one is used
@@ -61,26 +61,24 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %% [markdown]
 # ## Train
 #
-# One command trains, keeps checkpoints, and measures the result. `digits.py:s2` is the method after the
-# colon: `ddpm`, `s2`, `sa` or `s2sa`. Every field of `s2dm_jax/config/defaults.py` can be set on the command
-# line, as the quick setting does here. The same command after an interruption goes on where it was; after the
-# end it only shows the table.
+# One command trains, saves checkpoints, and evaluates the result. The objective is named after the colon of
+# `digits.py:s2`: `ddpm`, `s2`, `sa` or `s2sa`. Every field of `s2dm_jax/config/defaults.py` can be set on the
+# command line, as the quick setting does here. After an interruption the same command resumes; after the end
+# it only prints the table.
 
 # %%
 RUN = f"{RUNS}/s2"
 LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
-SHOWN = (
-    "--config.train.sample_every=200 --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
-)
-SHOWN += " --config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SAMPLING = "--config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
+EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
-# %% [markdown]
-# The table is the Fréchet distance between 500 images and 500 held-out digits, in the features of a small
-# classifier of digits. It is not FID: other real digits (the floor) and noise (the ceiling) say what is
-# near and far. [docs/evaluation.md](../docs/evaluation.md) has FID and the rest,
-# [docs/training.md](../docs/training.md) what the folder of a run holds. Two of those files, the metrics
-# and the pictures of the training as it went on:
+# %% [markdown] The table is the Fréchet distance between 500 images and 500 held-out digits, in the features
+# of a small classifier of digits. It is not FID: other real digits (the floor) and noise (the ceiling) give
+# the scale. [docs/evaluation.md](../docs/evaluation.md) describes FID and the other metrics,
+# [docs/training.md](../docs/training.md) the files in the folder of a run. Two of them, the logged metrics
+# and the samples saved during training:
 
 # %%
 import json
@@ -94,11 +92,11 @@ from s2dm_jax.data.datasets import load_digits
 from s2dm_jax.inference import visualize
 
 metrics = [json.loads(line) for line in Path(RUN, "metrics.jsonl").read_text().splitlines()]
-drawn = sorted(Path(RUN, "samples").glob("step_*.png"))
+grids = sorted(Path(RUN, "samples").glob("step_*.png"))
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), width_ratios=(1.3, 1, 1, 1), layout="constrained")
 axes[0].plot([m["step"] for m in metrics], [m["simple"] for m in metrics])
 axes[0].set(xlabel="training step", ylabel="L_simple, summed over 64 pixels", ylim=0, title="Loss")
-for axis, path in zip(axes[1:], (drawn[0], drawn[2], drawn[-1]), strict=True):
+for axis, path in zip(axes[1:], (grids[0], grids[2], grids[-1]), strict=True):
     axis.imshow(plt.imread(path), cmap="gray")
     axis.set_title(f"Samples after step {int(path.stem.split('_')[1]):,}")
     axis.set_axis_off()
@@ -107,8 +105,8 @@ plt.show()
 # %% [markdown]
 # ## Look at samples
 #
-# `load` reads the moving average of the weights at the newest checkpoint. The images come as uint8 `[N, H,
-# W, C]`; image i of a seed is the same picture in any batch. Here they stand beside real digits:
+# `load` reads the EMA weights of the newest checkpoint. The images are uint8 `[N, H, W, C]`; image i of a
+# seed is the same in any batch. Here they are beside real digits:
 
 # %%
 model = s2dm_jax.load(RUN)
@@ -124,7 +122,7 @@ for axis, shown, title in (
 plt.show()
 
 # %% [markdown]
-# What the network takes each image for on the way, from the noisiest of the ten levels to the image itself:
+# The network's prediction of each image, from the noisiest of the ten timesteps to the image itself:
 
 # %%
 strips = visualize.trajectory(model, range(4), sampler="unipc", nfe=10, timestep_spacing="quadratic")
@@ -138,23 +136,22 @@ plt.show()
 # %% [markdown]
 # ## Interpolate
 #
-# UniPC, like DDIM, draws no noise on its way, so an image is a function of the noise that it starts from.
-# Pictures on the great circle between two of those noises lead from one digit to another:
+# UniPC, like DDIM, is deterministic: an image is a function of the noise that sampling starts from. Points on
+# the great circle between two of those noise images give images between two digits:
 
 # %%
 starts, ends = (0, 2, 4, 6), (1, 3, 5, 7)
 rows = visualize.interpolate(model, starts, ends, 11, sampler="unipc", nfe=10, timestep_spacing="quadratic")
 figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
 axis.imshow(image_grid(rows.reshape(-1, *model.image_shape), columns=11).squeeze(), cmap="gray")
-axis.set(title="Between images 0 and 1, 2 and 3, 4 and 5, 6 and 7", xlabel="share of the way")
+axis.set(title="Between images 0 and 1, 2 and 3, 4 and 5, 6 and 7", xlabel="position on the great circle")
 axis.set_xticks((np.arange(11) + 0.5) * axis.get_images()[0].get_array().shape[1] / 11, np.arange(11) / 10)
 axis.set_yticks([])
 plt.show()
 
 # %% [markdown]
-# What holds of all this: the samples are far nearer to real digits than noise is, and a row of pictures
-# begins and ends with the plain samples of its pair (to a grey level, for sums are rounded otherwise in
-# another batch).
+# The last cell checks that the samples are much closer to real digits than noise is, and that a row of
+# interpolated images begins and ends with the samples of its pair (up to one grey level, from rounding).
 
 # %%
 results = json.loads(Path(RUN, "results.json").read_text())
@@ -166,7 +163,7 @@ assert np.abs(rows[:, [0, -1]].astype(int).reshape(images[:8].shape) - images[:8
 # ## From here
 #
 # - [compare_objectives.ipynb](compare_objectives.ipynb): what the skip-step and the sequence-aware term do.
-# - [fast_sampling.ipynb](fast_sampling.ipynb): samplers at equal cost, weights from PyTorch, a sampler as
-#   one file.
-# - The same command trains on CIFAR-10 (`configs/cifar10.py:s2_10`), CelebA, CelebA-HQ or your own folder
-#   of images ([docs/data.md](../docs/data.md)). Those want a GPU or TPU; nothing but the config changes.
+# - [fast_sampling.ipynb](fast_sampling.ipynb): samplers at equal NFE, weights from PyTorch, a sampler as one
+#   file.
+# - The same command trains on CIFAR-10 (`configs/cifar10.py:s2_10`), CelebA, CelebA-HQ or your own folder of
+#   images ([docs/data.md](../docs/data.md)). Those need a GPU or TPU; nothing but the config changes.

@@ -1,32 +1,35 @@
-"""Compares the reverse variances of SA-DPM's Table 2 on several seeds; docs/covariance.md has the table."""
+"""Compares the reverse variances of SA-DPM's Table 2 over several seeds; docs/covariance.md has the table."""
 
 import argparse
-import json
 import statistics
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from s2dm_jax.common.cli import Parser, run_command
+from run_once import main_command, run_once
+
+from s2dm_jax.common.cli import Parser
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.config.io import config_path
 
 _DESCRIPTION = """\
-Trains ddpm and sa from each seed, and on each a second head for SN-DPM and one for NPR-DPM, by the ordinary
-command; samples them by DDPM with the posterior variance (plain), Analytic-DPM (A), NPR and SN, all from the
-levels linspace 1 ... T; and prints mean and standard deviation over the seeds of the Frechet distance in the
-features of a classifier of the data set (not FID).
+Trains ddpm and sa with each seed, and on each of them one variance head for SN-DPM and one for NPR-DPM;
+samples them by DDPM with the posterior variance (plain), Analytic-DPM (A), NPR and SN at the timesteps
+linspace 1 ... T; and prints mean and standard deviation over the seeds of the Frechet distance in the
+features of a classifier of the dataset (not FID).
 
-Runs that scripts/compare_objectives.py has left in the same DIR are used. What was done is not done again:
-the same command goes on after an interruption."""
+Runs of scripts/compare_objectives.py in the same DIR are used. Rerun the same command to resume: finished
+runs
+are not repeated."""
 _EXAMPLE = """\
 example (digits, 3 seeds, about half an hour on 2 cores after compare_objectives.py):
   python scripts/compare_covariance.py runs/objectives"""
 
-# objective: training steps that make as many network evaluations, as multiples of --steps.
+# Train steps at an equal number of network evaluations, as multiples of --steps (sa evaluates K = 2
+# timesteps).
 _OBJECTIVES = {"ddpm": 2, "sa": 1}
+# The table's names of the samplers.
 _NAMES = {"ddpm": "plain", "analytic": "A", "npr": "NPR", "sn": "SN"}
 
 
@@ -37,75 +40,84 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a value out of range.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to go on with")
+    parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to resume")
     parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of training seeds, at least 2 (3)")
     parser.add_argument(
-        "--steps", type=int, default=500, help="optimizer steps of sa; ddpm makes twice (500)"
+        "--steps", type=int, default=500, help="train steps of sa; ddpm makes twice as many (500)"
     )
-    parser.add_argument("--head-steps", type=int, default=300, help="optimizer steps of each head (300)")
-    parser.add_argument("--images", type=int, default=50, help="images a level behind A's statistic (50)")
-    parser.add_argument("--nfe", default="5,10,20,50", help="network evaluations per image (5,10,20,50)")
+    parser.add_argument("--head-steps", type=int, default=300, help="train steps of each variance head (300)")
+    parser.add_argument("--images", type=int, default=50, help="images per timestep for A's statistic (50)")
+    parser.add_argument(
+        "--nfe", default="5,10,20,50", help="network evaluations per image, comma-separated (5,10,20,50)"
+    )
     args = parser.parse_args(argv)
-    for name, least in (("seeds", 2), ("steps", 1), ("head_steps", 1), ("images", 2)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}={getattr(args, name)} is out of range: it must be at least {least}")
+    for flag, low in (("seeds", 2), ("steps", 1), ("head-steps", 1), ("images", 2)):
+        value = getattr(args, flag.replace("-", "_"))
+        if value < low:
+            raise UserError(f"--{flag}={value} is out of range: it must be at least {low}")
     config_path(args.config)
     return args
 
 
-def distances_of(args: argparse.Namespace, kept: Path, workdir: Path, commands: list[list[str]]) -> dict:
-    """Distances {method: one for each number of evaluations} of a run, after these commands unless kept.
+class Job(NamedTuple):
+    """A run with its evaluations.
 
-    Raises:
-      UserError: where a command fails, or what is kept is of other numbers of evaluations.
+    Attributes:
+      objective: of the run, or of a variance head's base.
+      result_path: where its results are stored.
+      workdir: of the run.
+      commands: train and evaluate it.
     """
-    if not kept.exists():
-        for flags in commands:
-            command = [sys.executable, "-m", "s2dm_jax.main", f"--workdir={workdir}", *flags]
-            print(" ".join(command[1:]), flush=True)
-            if run_command(command):
-                raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, (workdir / "results.json").read_text(encoding="utf-8"))
+
+    objective: str
+    result_path: Path
+    workdir: Path
+    commands: list[list[str]]
+
+
+def distances_of(results: dict) -> dict[str, list[float]]:
+    """Frechet distance by sampler, one for each NFE."""
     distances = {}
-    for row in json.loads(kept.read_text(encoding="utf-8"))["rows"]:
+    for row in results["rows"]:
+        # The floor and the ceiling have no NFE.
         if row["nfe"]:
-            method = row["name"].split(",")[0]
-            distances.setdefault(method, {})[row["nfe"]] = row["frechet_distance"]
-    budgets = [int(nfe) for nfe in args.nfe.split(",")]
-    if any(list(found) != budgets for found in distances.values()):
-        raise UserError(f"{kept} was made with other --nfe; give another DIR, or the same --nfe")
-    return {method: list(found.values()) for method, found in distances.items()}
+            distances.setdefault(row["name"].split(",")[0], []).append(row["frechet_distance"])
+    return distances
 
 
-def jobs_of(args: argparse.Namespace) -> list[tuple[str, Path, Path, list[list[str]]]]:
-    """What is to be had: (objective, where the results are kept, workdir, flags of each command)."""
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """The runs in the order in which they are made: each base before its variance heads."""
     out, jobs, nfe = Path(args.out), [], f"--config.eval.nfe={args.nfe}"
     for seed in range(args.seeds):
         for objective, factor in _OBJECTIVES.items():
             steps, base = factor * args.steps, out / objective / f"seed{seed}"
-            train = [f"--config={args.config}:{objective}", f"--config.train.seed={seed}", nfe]
+            seed_flag = f"--config.train.seed={seed}"
+            train = [f"--config={args.config}:{objective}", seed_flag, nfe, f"--config.train.steps={steps}"]
             evaluate = ["--mode=evaluate", nfe, "--config.eval.samplers=ddpm,analytic"]
             evaluate += ["--config.eval.timestep_spacing=linspace", "--config.eval.variance=small"]
             evaluate += [f"--config.eval.noise_stat_images={args.images}"]
-            kept = out / "covariance" / f"{objective}_seed{seed}_step{steps}.json"
-            jobs.append((objective, kept, base, [[*train, f"--config.train.steps={steps}"], evaluate]))
+            commands = [main_command(f"--workdir={base}", *flags) for flags in (train, evaluate)]
+            path = out / "covariance" / f"{objective}_seed{seed}_step{steps}.json"
+            jobs.append(Job(objective, path, base, commands))
             for kind in ("npr", "sn"):
-                head = [f"--config={args.config}:{kind}", f"--config.variance_head.base_workdir={base}", nfe]
-                head += [f"--config.train.seed={seed}", f"--config.train.steps={args.head_steps}"]
-                name = f"{objective}_{kind}_seed{seed}_step{steps}_{args.head_steps}.json"
                 workdir = out / f"{objective}_{kind}" / f"seed{seed}"
-                jobs.append((objective, out / "covariance" / name, workdir, [head]))
+                flags = [f"--config={args.config}:{kind}", f"--config.variance_head.base_workdir={base}", nfe]
+                flags += [seed_flag, f"--config.train.steps={args.head_steps}"]
+                name = f"{objective}_{kind}_seed{seed}_step{steps}_{args.head_steps}.json"
+                command = main_command(f"--workdir={workdir}", *flags)
+                jobs.append(Job(objective, out / "covariance" / name, workdir, [command]))
     return jobs
 
 
 def compare(args: argparse.Namespace) -> str:
-    """Does what is not done, and makes the table."""
+    """Runs what is missing and returns the table."""
     jobs, found = jobs_of(args), {}
-    for objective, *job in iterate_with_eta(jobs, [not kept.exists() for _, kept, *_ in jobs]):
-        for method, values in distances_of(args, *job).items():
-            found.setdefault((objective, _NAMES[method]), []).append(values)
+    nfe = [int(each) for each in args.nfe.split(",")]
+    for job in iterate_with_eta(jobs, [not job.result_path.exists() for job in jobs]):
+        results = run_once(job.result_path, job.workdir, job.commands, nfe)
+        for sampler, distances in distances_of(results).items():
+            found.setdefault((job.objective, _NAMES[sampler]), []).append(distances)
     rows = []
     for (objective, name), per_seed in found.items():
         cells = (f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in zip(*per_seed, strict=True))
@@ -114,7 +126,7 @@ def compare(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a mistake becomes one sentence and exit status 2."""
+    """Entry point; user errors are one sentence on stderr and exit status 2."""
     with report_user_errors():
         args = parse(argv)
         table = compare(args)

@@ -1,36 +1,48 @@
 """Trains every objective over several seeds and compares their samples; docs/objectives.md has the table."""
 
 import argparse
-import json
 import statistics
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from s2dm_jax.common.cli import Parser, run_command
+from run_once import main_command, run_once
+
+from s2dm_jax.common.cli import Parser
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.config.io import config_path
 
 _DESCRIPTION = """\
-Trains ddpm, s2, sa and s2sa from each seed by the ordinary command, and evaluates each by DDIM. Plain
-training and the skip-step term make one network evaluation per image and step, the sequence-aware term
-K = 2: ddpm and s2 are evaluated after STEPS steps (as many as the others) and after 2*STEPS (as many
-evaluations). ddpm is also sampled with its output scaled as training with the skip term would scale it.
+Trains ddpm, s2, sa and s2sa with each seed and evaluates each by DDIM. Plain training and the skip-step term
+make one network evaluation per image and step, the sequence-aware term K = 2: ddpm and s2 are evaluated after
+STEPS steps (equal steps) and after 2*STEPS (equal network evaluations). ddpm is also sampled with its output
+scaled by the factor that training with the skip-step term leads to.
 
 The first table has mean and standard deviation over the seeds of the Frechet distance in the features of a
-classifier of the data set (not FID), the second those of the difference between two runs of one seed, which
-begin with the same weights and see the same batches. Every run is evaluated from the same noise.
+classifier of the dataset (not FID). The second has those of the difference between two runs of one seed,
+which start from the same weights and see the same batches. Every run is evaluated from the same noise.
 
-What was done is not done again: the same command goes on after an interruption."""
+Rerun the same command to resume: finished runs are not repeated."""
 _EXAMPLE = """\
 example (digits, 5 seeds of 500 steps, about an hour on 2 cores):
   python scripts/compare_objectives.py runs/objectives"""
 
 _SKIP = 10
-# method: (network evaluations per image and training step, evaluated with these eval.skip_scale)
-_METHODS = {"ddpm": (1, (0, _SKIP)), "s2": (1, (0,)), "sa": (2, (0,)), "s2sa": (2, (0,))}
+# Network evaluations per image and train step, and the values of eval.skip_scale to evaluate with.
+_OBJECTIVES = {"ddpm": (1, (0, _SKIP)), "s2": (1, (0,)), "sa": (2, (0,)), "s2sa": (2, (0,))}
+
+
+class Variant(NamedTuple):
+    """A row of the first table: objective, train steps and skip of the output's scale (0: unscaled)."""
+
+    objective: str
+    steps: int
+    skip_scale: int
+
+    @property
+    def name(self) -> str:
+        return self.objective + (f", ε scaled (skip {self.skip_scale})" if self.skip_scale else "")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -40,11 +52,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a value out of range.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to go on with")
+    parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to resume")
     parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="number of training seeds, at least 2 (5)")
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps at the same count (500)")
-    parser.add_argument("--nfe", default="5,10,20,50", help="network evaluations per image (5,10,20,50)")
+    parser.add_argument("--steps", type=int, default=500, help="train steps of sa and s2sa (500)")
+    parser.add_argument(
+        "--nfe", default="5,10,20,50", help="network evaluations per image, comma-separated (5,10,20,50)"
+    )
     args = parser.parse_args(argv)
     if args.seeds < 2:
         raise UserError(f"--seeds={args.seeds} is out of range: a standard deviation needs at least 2")
@@ -54,101 +68,88 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def runs_of(args: argparse.Namespace) -> list[tuple[int, str, int, int]]:
-    """What is trained and evaluated, (seed, method, steps, skip_scale), longer runs after shorter."""
+def variants(args: argparse.Namespace) -> list[Variant]:
+    """The variants that each seed is trained and evaluated in, longer trainings after shorter ones."""
     return [
-        (seed, method, steps, skip_scale)
-        for seed in range(args.seeds)
-        for method, (cost, scales) in _METHODS.items()
+        Variant(objective, steps, skip_scale)
+        for objective, (cost, scales) in _OBJECTIVES.items()
         for steps in sorted({args.steps, 2 * args.steps // cost})
         for skip_scale in scales
     ]
 
 
-def kept_at(args: argparse.Namespace, seed: int, method: str, steps: int, skip_scale: int) -> Path:
-    """Where a run's results at this step are kept."""
-    return Path(args.out) / "results" / f"{method}_seed{seed}_step{steps}_scale{skip_scale}.json"
+def result_path(args: argparse.Namespace, seed: int, variant: Variant) -> Path:
+    """Where the results of a variant are stored."""
+    objective, steps, skip_scale = variant
+    return Path(args.out) / "results" / f"{objective}_seed{seed}_step{steps}_scale{skip_scale}.json"
 
 
-def results_of(args: argparse.Namespace, seed: int, method: str, steps: int, skip_scale: int) -> dict:
-    """Trains up to `steps` and evaluates, unless that was done, and returns the run's results.
+def results_of(args: argparse.Namespace, seed: int, variant: Variant) -> dict:
+    """The results of a variant, after training and evaluating it unless they are stored.
 
     Raises:
-      UserError: where the run fails, or what is there is of another number of evaluations.
+      UserError: if the run fails, or the stored results have other NFE.
     """
-    kept = kept_at(args, seed, method, steps, skip_scale)
-    budgets = [int(nfe) for nfe in args.nfe.split(",")]
-    if not kept.exists():
-        workdir = Path(args.out) / method / f"seed{seed}"
-        command = [sys.executable, "-m", "s2dm_jax.main", f"--config={args.config}:{method}"]
-        command += [f"--workdir={workdir}", f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
-        command += [f"--config.eval.nfe={args.nfe}", f"--config.eval.skip_scale={skip_scale}"]
-        print(" ".join(command[1:]), flush=True)
-        if run_command(command):
-            raise UserError(f"{workdir} could not be trained or evaluated; the command above says why")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, (workdir / "results.json").read_text(encoding="utf-8"))
-    results = json.loads(kept.read_text(encoding="utf-8"))
-    if results["eval"]["nfe"] != budgets:
-        raise UserError(f"{kept} was made with other --nfe; give another DIR, or the same --nfe")
-    return results
+    objective, steps, skip_scale = variant
+    workdir = Path(args.out) / objective / f"seed{seed}"
+    flags = [f"--config={args.config}:{objective}", f"--workdir={workdir}"]
+    flags += [f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
+    flags += [f"--config.eval.nfe={args.nfe}", f"--config.eval.skip_scale={skip_scale}"]
+    nfe = [int(each) for each in args.nfe.split(",")]
+    return run_once(result_path(args, seed, variant), workdir, [main_command(*flags)], nfe)
 
 
 def distances_of(runs: list[dict]) -> list[list[float]]:
-    """Distances [run][number of evaluations]."""
+    """Frechet distances [run][NFE]; the floor and the ceiling have no NFE."""
     return [[row["frechet_distance"] for row in run["rows"] if row["nfe"]] for run in runs]
 
 
-def name_of(method: str, skip_scale: int) -> str:
-    """An objective, and what its output is scaled by, as a table has it."""
-    return method + (f", ε scaled (skip {skip_scale})" if skip_scale else "")
-
-
-def table(args: argparse.Namespace, results: dict) -> str:
-    """Mean ± standard deviation over seeds, a row for each objective, training length and scale."""
+def table(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> str:
+    """Mean ± standard deviation over the seeds, a row for each variant."""
     rows = []
-    for (method, steps, skip_scale), runs in results.items():
-        per_budget = zip(*distances_of(runs), strict=True)
-        cells = [f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in per_budget]
-        evaluations = steps * _METHODS[method][0]
-        rows.append([name_of(method, skip_scale), f"{steps:,}", f"{evaluations:,}", *cells])
+    for variant, runs in results.items():
+        per_nfe = zip(*distances_of(runs), strict=True)
+        cells = [f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in per_nfe]
+        evaluations = variant.steps * _OBJECTIVES[variant.objective][0]
+        rows.append([variant.name, f"{variant.steps:,}", f"{evaluations:,}", *cells])
     header = ["objective", "steps", "evaluations per image of a batch", *args.nfe.split(",")]
     return markdown_table(header, rows)
 
 
-def differences(args: argparse.Namespace, results: dict) -> str:
-    """The same of one row less another, seed by seed."""
+def differences(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> str:
+    """Mean ± standard deviation of the difference between two variants, seed by seed."""
     few, many = args.steps, 2 * args.steps
     pairs = [
-        (("s2", few, 0), ("ddpm", few, 0)),
-        (("s2", few, 0), ("ddpm", few, _SKIP)),
-        (("s2", many, 0), ("ddpm", many, 0)),
-        (("s2", many, 0), ("ddpm", many, _SKIP)),
-        (("sa", few, 0), ("ddpm", few, 0)),
-        (("sa", few, 0), ("ddpm", many, 0)),
-        (("s2sa", few, 0), ("sa", few, 0)),
+        (Variant("s2", few, 0), Variant("ddpm", few, 0)),
+        (Variant("s2", few, 0), Variant("ddpm", few, _SKIP)),
+        (Variant("s2", many, 0), Variant("ddpm", many, 0)),
+        (Variant("s2", many, 0), Variant("ddpm", many, _SKIP)),
+        (Variant("sa", few, 0), Variant("ddpm", few, 0)),
+        (Variant("sa", few, 0), Variant("ddpm", many, 0)),
+        (Variant("s2sa", few, 0), Variant("sa", few, 0)),
     ]
     rows = []
-    for one, other in pairs:
-        per_seed = zip(distances_of(results[one]), distances_of(results[other]), strict=True)
-        less = [[a - b for a, b in zip(*both, strict=True)] for both in per_seed]
-        cells = [f"{statistics.mean(d):+.2f} ± {statistics.stdev(d):.2f}" for d in zip(*less, strict=True)]
-        names = [f"{name_of(method, scale)}, {steps:,} steps" for method, steps, scale in (one, other)]
-        rows.append([" less ".join(names), *cells])
+    for pair in pairs:
+        per_seed = zip(*(distances_of(results[variant]) for variant in pair), strict=True)
+        difference = [[a - b for a, b in zip(*both, strict=True)] for both in per_seed]
+        per_nfe = zip(*difference, strict=True)
+        cells = [f"{statistics.mean(d):+.2f} ± {statistics.stdev(d):.2f}" for d in per_nfe]
+        rows.append([" less ".join(f"{v.name}, {v.steps:,} steps" for v in pair), *cells])
     return markdown_table(["difference", *args.nfe.split(",")], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a mistake becomes one sentence and exit status 2."""
+    """Entry point; user errors are one sentence on stderr and exit status 2."""
     with report_user_errors():
         args = parse(argv)
-        runs, results = runs_of(args), {}
-        costs = [not kept_at(args, *each).exists() for each in runs]
-        for seed, *kind in iterate_with_eta(runs, costs):
-            one = results_of(args, seed, *kind)
-            results.setdefault(tuple(kind), []).append(one)
+        runs = [(seed, variant) for seed in range(args.seeds) for variant in variants(args)]
+        results = {}
+        for seed, variant in iterate_with_eta(runs, [not result_path(args, *run).exists() for run in runs]):
+            last = results_of(args, seed, variant)
+            results.setdefault(variant, []).append(last)
         text = table(args, results)
-        floor, *_, ceiling = (row["frechet_distance"] for row in one["rows"])
+        # Floor and ceiling are the same for every run.
+        floor, *_, ceiling = (row["frechet_distance"] for row in last["rows"])
         text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n\n"
         text += differences(args, results) + "\n"
         (Path(args.out) / "table.md").write_text(text, encoding="utf-8")

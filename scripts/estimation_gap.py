@@ -1,4 +1,4 @@
-"""Plots SA-DPM's estimation gap (its Figure 4) of trained runs: docs/objectives.md says what is measured."""
+"""Plots the estimation gap of trained runs (SA-DPM, Figure 4); docs/objectives.md defines what it is."""
 
 import argparse
 import json
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, check_matplotlib
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import atomic_path, write_atomic
+from s2dm_jax.common.files import atomic_path
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.workdir.load import load_run, read_config
 
 _DESCRIPTION = """\
-Noises real images to a level, denoises them level by level with each run's moving average, and follows the
-total gap of SA-DPM's Theorem 1. Every run sees the same images and the same noise.
+Noises real images to timestep START, denoises them one timestep at a time with the EMA weights of each run,
+and plots the total gap of SA-DPM's Theorem 1. Every run sees the same images and the same noise.
 
-Writes a figure and, beside it, a .json with its numbers. The gap is in units of the pixels, which span
-[-1, 1]; a level is a number t of noising steps, counted from 0 to T-1."""
+Writes a figure and a .json with its numbers beside it. The gap is in units of the pixels, which span [-1, 1];
+timesteps t are counted from 0 to T-1."""
 _EXAMPLE = """\
 example:
   python scripts/estimation_gap.py runs/ddpm runs/sa2 runs/sa3 --out=runs/gap.png"""
@@ -33,26 +33,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "workdirs", nargs="+", metavar="WORKDIR", help="folder of a training run, one or more"
     )
     parser.add_argument(
-        "--out", default="estimation_gap.png", help="the figure, a .png (default: %(default)s)"
+        "--out", default="estimation_gap.png", help="the .png to write (default: %(default)s)"
     )
-    parser.add_argument("--start", type=int, default=300, help="level to noise to; at most T-1 is used (300)")
+    parser.add_argument("--start", type=int, default=300, help="timestep to noise to, at most T-1 (300)")
     parser.add_argument(
-        "--images", type=int, default=2000, help="number of images; at most all are used (2000)"
-    )
-    parser.add_argument(
-        "--split", choices=("held_out", "train"), default="held_out", help="which images (default: held_out)"
+        "--images", type=int, default=2000, help="number of images, at most all of the split (2000)"
     )
     parser.add_argument(
-        "--eta", type=float, default=1.0, help="1: DDPM, posterior variance (default); 0: DDIM"
+        "--split",
+        choices=("held_out", "train"),
+        default="held_out",
+        help="split to take the images from (held_out)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=100, help="images at a time; each takes START images' memory (100)"
+        "--eta", type=float, default=1.0, help="1: DDPM with the posterior variance; 0: DDIM (1)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=100,
+        help="images per batch; each needs the memory of START images (100)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
     args = parser.parse_args(argv)
-    for name in ("start", "images", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)} is out of range: it must be at least 1")
+    for flag in ("start", "images", "batch-size"):
+        value = getattr(args, flag.replace("-", "_"))
+        if value < 1:
+            raise UserError(f"--{flag}={value} is out of range: it must be at least 1")
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta={args.eta:g} is out of range: it must be from 0 (DDIM) to 1 (DDPM)")
     if not 0 <= args.seed < 2**31:
@@ -62,14 +69,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = {dataset_name(read_config(workdir)) for workdir in args.workdirs}
     if len(names) > 1:
         raise UserError(
-            f"the runs were trained on {' and '.join(sorted(names))}; compare runs on one data set"
+            f"the runs were trained on {' and '.join(sorted(names))}; compare runs on one dataset"
         )
     check_matplotlib("the figure")
     return args
 
 
 def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
-    """One run's curve, and what it was measured on; `schedules` keeps those of the runs before."""
+    """One run's curve and its provenance; `schedules` caches the schedules of earlier runs."""
     from s2dm_jax.config.build import build_schedule
     from s2dm_jax.data.datasets import load_dataset
     from s2dm_jax.evaluation.estimation_gap import gap_curve
@@ -111,7 +118,7 @@ def plot(curves: list[dict], path: Path) -> None:
     for panel, (name, title) in zip(panels, titles.items(), strict=True):
         for curve in curves:
             panel.plot(curve["t"], curve[name], label=curve["workdir"])
-        panel.set(xlabel="level t", ylabel="total gap, pixels in [−1, 1]", title=title, ylim=(0, None))
+        panel.set(xlabel="timestep t", ylabel="total gap, pixels in [−1, 1]", title=title, ylim=(0, None))
         panel.invert_xaxis()
         panel.grid(alpha=0.3)
     panels[0].legend()
@@ -121,7 +128,7 @@ def plot(curves: list[dict], path: Path) -> None:
 
 
 def summary(curves: list[dict]) -> str:
-    """The gap at a few levels and at the end, as a Markdown table."""
+    """The gap at a few timesteps and at the end, as a Markdown table."""
     from s2dm_jax.common.markdown import markdown_table
 
     shown = [t for t in (200, 100, 50, 20, 10, 1) if t <= min(curve["t"][0] for curve in curves)]
@@ -147,17 +154,18 @@ def run(argv: list[str] | None) -> None:
         raise UserError(f"--out={args.out}: its folder cannot be created ({error.strerror})") from error
     curves, schedules = [], {}
     for workdir in args.workdirs:
-        print(f"{workdir}: denoising from level {args.start} …", file=sys.stderr, flush=True)
+        print(f"{workdir}: denoising from t = {args.start} …", file=sys.stderr, flush=True)
         curves.append(measure(workdir, schedules, args))
     options = {name: getattr(args, name) for name in ("start", "images", "split", "eta", "seed")}
     numbers = out.with_suffix(".json")
-    write_atomic(numbers, json.dumps({"options": options, "curves": curves}, indent=1) + "\n")
+    text = json.dumps({"options": options, "curves": curves}, indent=1) + "\n"
+    numbers.write_text(text, encoding="utf-8")
     plot(curves, out)
     print(f"{summary(curves)}\n\nfigure: {out}, numbers: {numbers}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a mistake becomes one sentence and exit status 2."""
+    """Entry point; user errors are one sentence on stderr and exit status 2."""
     with report_user_errors():
         run(argv)
 

@@ -1,4 +1,4 @@
-"""Writes one self-contained HTML page about one evaluated run or several."""
+"""Writes a self-contained HTML page about one or more evaluated runs."""
 
 import argparse
 from pathlib import Path
@@ -8,9 +8,9 @@ from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.workdir.load import read_config
 
 _DESCRIPTION = """\
-Gathers what runs have left in their folders: results.json (tables and provenance), the newest grid of
-samples, the loss. Runs that differ in nothing but config.train.seed become one line with mean and standard
-deviation. The page needs no network and no other file."""
+Collects from the folders of runs: results.json (tables and provenance), the newest grid of samples, the loss
+curves. Runs that differ only in config.train.seed become one row with mean and standard deviation. The page
+needs no network connection and no other file."""
 _EXAMPLE = """\
 examples:
   python scripts/report.py runs/digits
@@ -27,8 +27,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "workdirs", nargs="+", metavar="WORKDIR", help="folder of an evaluated run, one or more"
     )
-    parser.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
-    parser.add_argument("--plot", help="also writes the plot of distances, a .png or .svg")
+    parser.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
+    parser.add_argument("--plot", help="also write the plot of distances to a .png or .svg")
     args = parser.parse_args(argv)
     if not args.out.endswith(".html"):
         raise UserError(f"--out={args.out} must end in .html")
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a mistake becomes one sentence and exit status 2."""
+    """Entry point; user errors are one sentence on stderr and exit status 2."""
     with report_user_errors():
         args = parse(argv)
         from s2dm_jax.common.files import atomic_path, write_atomic

@@ -1,22 +1,31 @@
-"""Trains and evaluates what a table or figure of the papers needs; prints their figures beside ours."""
+"""Reproduces a table or figure of the papers: trains, evaluates, prints the papers' values beside ours."""
 
 import argparse
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from papers.plan import budgets, gpu_hours, images_of, picture_commands, scaled, train_command, workdir_of
+from papers.plan import (
+    gpu_hours,
+    image_commands,
+    nfe_by_steps,
+    num_images,
+    scaled,
+    train_command,
+    workdir_of,
+)
 from papers.s2dm import TABLES as S2_TABLES
 from papers.sa_dpm import TABLES as SA_TABLES
 from papers.types import Model, Table, TableRow
+from run_once import print_command, run_once
 
-from s2dm_jax.common.cli import Parser, check_matplotlib, run_command
+from s2dm_jax.common.cli import Parser, check_matplotlib
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.config.io import from_json
 
@@ -25,16 +34,17 @@ if TYPE_CHECKING:
 
 TABLES = {**S2_TABLES, **SA_TABLES}
 _DESCRIPTION = """\
-Trains what is missing, evaluates it, and leaves OUT/TABLE.md: for each line the paper's figures and ours. The
-same command goes on after an interruption; tables share the runs in OUT/runs. --dry-run prints the commands
-and what they cost. --scale=digits does the same with the handwritten digits, short trainings and few images,
-in minutes: it tests the way, not the claims."""
+Trains the models of a table that are not trained yet, evaluates them, and writes OUT/TABLE.md: for each row
+the paper's values and ours. Rerun the same command to resume. Tables share the runs in OUT/runs. --dry-run
+prints the commands and their cost. --scale=digits does the same on the handwritten digits with short
+trainings and few
+images, in minutes: it tests the procedure, not the papers' claims."""
 _EXAMPLE = """\
 examples:
   python scripts/reproduce.py s2-table1 --dry-run
   python scripts/reproduce.py sa-table4 --scale=digits --out=runs/digits_papers"""
 
-_PICTURES = ("grid", "rows", "interpolation", "gap")
+_IMAGE_KINDS = ("grid", "compare", "interpolation", "gap")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -48,65 +58,68 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "table", metavar="TABLE", nargs="?", help=f"one of {', '.join(TABLES)}; none: list them"
     )
     parser.add_argument("--out", default="runs/papers", help="folder for runs and tables (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of training (0)")
-    parser.add_argument("--images", type=int, default=0, help="per cell (50,000; with --scale=digits 100)")
+    parser.add_argument("--seed", type=int, default=0, help="training seed (0)")
     parser.add_argument(
-        "--steps", type=int, default=0, help="of the longest training with --scale=digits (200)"
+        "--images", type=int, default=0, help="images behind each value (50,000; with --scale=digits 100)"
     )
-    parser.add_argument("--scale", choices=("full", "digits"), default="full", help="default: full")
-    parser.add_argument("--dry-run", action="store_true", help="print commands and cost, do nothing")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="train steps of the longest training with --scale=digits (200)"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("full", "digits"),
+        default="full",
+        help="the papers' datasets, or the digits (full)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print commands and cost, run nothing")
     args = parser.parse_args(argv)
     if args.table and args.table not in TABLES:
-        raise UserError(f"{args.table} is no table or figure; there are {', '.join(TABLES)}")
+        raise UserError(f"{args.table} is no table or figure; choose one of {', '.join(TABLES)}")
     if args.images < 0 or args.images == 1:
         raise UserError(f"--images={args.images} is out of range: it must be at least 2")
     if args.steps < 0 or (args.steps and args.scale == "full"):
-        raise UserError(f"--steps={args.steps} must be positive, and goes with --scale=digits only")
+        raise UserError(
+            f"--steps={args.steps} is not allowed: it must be positive, and works with --scale=digits only"
+        )
     return args
 
 
-def kept_at(table: Table, line: TableRow, args: argparse.Namespace) -> Path:
-    """Where a line's results are kept."""
-    name = "".join(c if c.isalnum() else "_" for c in line.label)
-    digest = _digest(train_command(table, line, args))
+def result_path(table: Table, row: TableRow, args: argparse.Namespace) -> Path:
+    """Where the results of a row are stored: the name has a hash of the command that makes them."""
+    name = "".join(c if c.isalnum() else "_" for c in row.label)
+    command = " ".join(train_command(table, row, args)[1:])
+    digest = hashlib.sha256(command.encode()).hexdigest()[:8]
     return Path(args.out) / "results" / args.table / f"{name}_{digest}.json"
 
 
-def run_line(table: Table, line: TableRow, args: argparse.Namespace) -> dict:
-    """Trains and evaluates, unless that was done, and returns the results.
+def run_row(table: Table, row: TableRow, args: argparse.Namespace) -> dict:
+    """The results of a row, after training and evaluating it unless they are stored.
 
     Raises:
-      UserError: where the command fails.
+      UserError: if the command fails.
     """
-    command, kept = train_command(table, line, args), kept_at(table, line, args)
-    if not kept.exists():
-        workdir = workdir_of(line.model, args, line.head)
-        if not line.head:
-            _continue_a_shorter_one(line.model, workdir, args)
-        print(" ".join(command[1:]), flush=True)
-        if run_command(command):
-            raise UserError(f"{line.label}: the command above failed and says why; the same command goes on")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, (workdir / "results.json").read_text(encoding="utf-8"))
-    return json.loads(kept.read_text(encoding="utf-8"))
+    path, workdir = result_path(table, row, args), workdir_of(row.model, args, row.variance_head)
+    if not path.exists() and not row.variance_head:
+        _start_from_shorter_run(row.model, workdir, args)
+    return run_once(path, workdir, [train_command(table, row, args)])
 
 
-def costs_of(table: Table, args: argparse.Namespace) -> list[float]:
-    """Hours of arithmetic that each line has left; what an earlier line trains is that line's."""
-    left = [line for line in table.lines if not kept_at(table, line, args).exists()]
-    costs = {}
-    for i, line in enumerate(left):
-        before, after = (sum(gpu_hours(table._replace(lines=tuple(left[:n])), args)) for n in (i, i + 1))
-        costs[line.label] = after - before
-    return [costs.get(line.label, 0.0) for line in table.lines]
+def remaining_hours(table: Table, args: argparse.Namespace) -> list[float]:
+    """Hours of arithmetic left for each row; a training that rows share counts for the first of them."""
+    rows = [row for row in table.rows if not result_path(table, row, args).exists()]
+    hours = {}
+    for i, row in enumerate(rows):
+        before, after = (sum(gpu_hours(table._replace(rows=tuple(rows[:n])), args)) for n in (i, i + 1))
+        hours[row.label] = after - before
+    return [hours.get(row.label, 0.0) for row in table.rows]
 
 
-def _continue_a_shorter_one(model: Model, workdir: Path, args: argparse.Namespace) -> None:
-    """Starts a run from a finished one that differs in nothing but having fewer steps."""
+def _start_from_shorter_run(model: Model, workdir: Path, args: argparse.Namespace) -> None:
+    """Copies a finished run of the same model with fewer train steps, for training to continue."""
     if workdir.exists():
         return
-    alike = {line.model for table in TABLES.values() for line in scaled(table, args).lines}
-    shorter = [m for m in alike if m._replace(steps=model.steps) == model and m.steps < model.steps]
+    models = {row.model for table in TABLES.values() for row in scaled(table, args).rows}
+    shorter = [m for m in models if m._replace(steps=model.steps) == model and m.steps < model.steps]
     for other in sorted(shorter, key=lambda m: -m.steps):
         source = workdir_of(other, args)
         if (source / "results.json").exists():
@@ -117,74 +130,65 @@ def _continue_a_shorter_one(model: Model, workdir: Path, args: argparse.Namespac
             return
 
 
-def _digest(command: list[str]) -> str:
-    return hashlib.sha256(" ".join(command[1:]).encode()).hexdigest()[:8]
-
-
-def seconds_of(table: Table, line: TableRow, args: argparse.Namespace) -> list[str]:
-    """What a table of times holds for a line: seconds per training step, or for sampling all images."""
-    workdir = workdir_of(line.model, args)
+def seconds_of(table: Table, row: TableRow, args: argparse.Namespace) -> list[str]:
+    """The row's entries in a table of times: seconds per train step, or seconds to sample all images."""
+    workdir = workdir_of(row.model, args)
     if table.kind == "training":
         last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         batch = from_json((workdir / "config.json").read_text(encoding="utf-8")).train.batch_size
         return [f"{batch / last['images_per_second']:.4f}"]
-    entries = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in (workdir / "evaluations" / "points").glob("*.json")
-    ]
+    paths = (workdir / "evaluations" / "points").glob("*.json")
+    entries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     seconds = {
         (entry["depends_on"]["point"]["nfe"], entry["depends_on"]["num_images"]): entry["seconds"]
         for entry in entries
         if "point" in entry["depends_on"]
     }
-    images = images_of(args)
-    return [f"{seconds[nfe, images]:.1f}" for nfe in budgets(table, line).values()]
+    return [f"{seconds[nfe, num_images(args)]:.1f}" for nfe in nfe_by_steps(table, row).values()]
 
 
-def measured(table: Table, line: TableRow, found: dict) -> list[float | None]:
-    """What a line's results have for each column; None where the method cannot make so few steps."""
-    unit, of = (
-        "inception_score" if table.kind == "inception_score" else "frechet_distance",
-        budgets(table, line),
-    )
-    by_nfe = {row["nfe"]: row[unit] for row in found["rows"] if row["nfe"]}
-    return [by_nfe.get(of.get(steps)) for steps in table.columns]
+def measured(table: Table, row: TableRow, results: dict) -> list[float | None]:
+    """The measured value of each column; None where the sampler needs more steps."""
+    metric = "inception_score" if table.kind == "inception_score" else "frechet_distance"
+    by_nfe = {result["nfe"]: result[metric] for result in results["rows"] if result["nfe"]}
+    nfe = nfe_by_steps(table, row)
+    return [by_nfe.get(nfe.get(steps)) for steps in table.columns]
 
 
 def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace) -> str:
-    """The papers' figures and ours, a pair of rows for each line."""
+    """Markdown with the paper's values and ours, up to two lines for each row."""
     from s2dm_jax.common.markdown import markdown_table
 
-    rows = []
-    for line in table.lines:
-        if line.paper and args.scale == "full":
-            rows.append([line.label, "paper", *line.paper])
+    lines = []
+    for row in table.rows:
+        if row.paper and args.scale == "full":
+            lines.append([row.label, "paper", *row.paper])
         if table.kind in ("training", "sampling"):
-            cells = seconds_of(table, line, args)
+            ours = seconds_of(table, row, args)
         else:
-            values = measured(table, line, results[line.label])
-            cells = ["–" if value is None else f"{value:.2f}" for value in values]
-        rows.append([line.label, "ours", *cells])
+            values = measured(table, row, results[row.label])
+            ours = ["–" if value is None else f"{value:.2f}" for value in values]
+        lines.append([row.label, "ours", *ours])
     header = [f"{steps} steps" for steps in table.columns] or ["seconds"]
-    text = markdown_table(["", "", *header], rows)
+    text = markdown_table(["", "", *header], lines)
     provenance = next(iter(results.values()))["provenance"]
-    below = f"{provenance['metric']}, {provenance['num_images']:,} images. "
+    caption = f"{provenance['metric']}, {provenance['num_images']:,} images. "
     if args.scale == "digits":
-        below += "Digits and short trainings: a test of the way, not of the claims. "
-    return f"# {table.title}\n\n{text}\n\n{below}{table.note}".rstrip() + "\n"
+        caption += "Digits and short trainings: a test of the procedure, not of the papers' claims. "
+    return f"# {table.title}\n\n{text}\n\n{caption}{table.note}".rstrip() + "\n"
 
 
 def plot_curves(table: Table, results: dict[str, dict], args: argparse.Namespace) -> "Figure":
-    """The table as a figure: ours as solid lines, the paper's numbers dashed."""
+    """Plots the measured values as solid lines and the paper's as dashed lines of the same colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for line in table.lines:
-        ours = np.array(measured(table, line, results[line.label]), float)
-        (drawn,) = axes.plot(table.columns, ours, marker="o", label=line.label)
-        if line.paper and args.scale == "full":
-            axes.plot(table.columns, line.paper, linestyle="--", color=drawn.get_color())
+    for row in table.rows:
+        ours = np.array(measured(table, row, results[row.label]), float)
+        (line,) = axes.plot(table.columns, ours, marker="o", label=row.label)
+        if row.paper and args.scale == "full":
+            axes.plot(table.columns, row.paper, linestyle="--", color=line.get_color())
     axes.set(title=table.title, xlabel="sampling steps", ylabel="distance", xscale="log", yscale="log")
     axes.set_xticks(table.columns, table.columns)
     axes.minorticks_off()
@@ -192,48 +196,52 @@ def plot_curves(table: Table, results: dict[str, dict], args: argparse.Namespace
     return figure
 
 
+def print_plan(table: Table, args: argparse.Namespace) -> None:
+    """Prints every command of a table, and the paper's values."""
+    for row in table.rows:
+        print(f"\n{row.label}:\n  {shlex.join(['python', *train_command(table, row, args)[1:]])}")
+        if row.paper:
+            print("  paper: " + ", ".join(map(str, row.paper)))
+    for command in image_commands(table, args) if table.kind in _IMAGE_KINDS else []:
+        print()
+        print_command(command)
+
+
 def reproduce(args: argparse.Namespace) -> None:
-    """Runs or prints the plan of one table.
+    """Runs one table, or prints its plan.
 
     Raises:
-      UserError: where a command fails, or for curves without matplotlib.
+      UserError: if a command fails, or for curves without matplotlib.
     """
     table = scaled(TABLES[args.table], args)
-    pictures = picture_commands(table, args) if table.kind in _PICTURES else []
     training, sampling = gpu_hours(table, args)
     print(
         f"{table.title}\nat least {training:.1f} hours of training and {sampling:.1f} of sampling on one H100"
     )
     if args.dry_run:
-        for line in table.lines:
-            print(f"\n{line.label}:\n  " + " ".join(train_command(table, line, args)[1:]))
-            if line.paper:
-                print("  paper: " + ", ".join(map(str, line.paper)))
-        for command in pictures:
-            print("\n" + " ".join(command[1:]))
+        print_plan(table, args)
         return
     if table.kind == "curves":
         check_matplotlib("the figure")
-    lines = iterate_with_eta(table.lines, costs_of(table, args))
-    results = {line.label: run_line(table, line, args) for line in lines}
+    rows = iterate_with_eta(table.rows, remaining_hours(table, args))
+    results = {row.label: run_row(table, row, args) for row in rows}
     if table.kind == "curves":
         path = Path(args.out) / f"{args.table}.png"
-        with atomic_path(path) as temporary:
-            plot_curves(table, results, args).savefig(temporary)
+        plot_curves(table, results, args).savefig(path)
         print(f"curves: {path}")
     if table.kind != "gap":
         text = table_text(table, results, args)
         path = Path(args.out) / f"{args.table}.md"
-        write_atomic(path, text)
+        path.write_text(text, encoding="utf-8")
         print(f"\n{text}\ntable: {path}")
-    for command in pictures:
-        print(" ".join(command[1:]), flush=True)
+    for command in image_commands(table, args) if table.kind in _IMAGE_KINDS else []:
+        print_command(command)
         if subprocess.run(command).returncode:
-            raise UserError("the command above failed and says why; the same command goes on")
+            raise UserError("the command above failed and reports why; fix that and rerun to resume")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a mistake becomes one sentence and exit status 2."""
+    """Entry point; user errors are one sentence on stderr and exit status 2."""
     with report_user_errors():
         args = parse(argv)
         if args.table:

@@ -1,4 +1,4 @@
-"""What the documents say is so: commands exist and parse, links resolve, examples of additions work.
+"""The documents are true: commands exist and parse, links resolve, examples of additions work.
 
 `scripts/dev/run_docs.py`, which `.ci/run` calls, runs the blocks; here is what takes no training.
 """
@@ -172,7 +172,7 @@ def test_every_command_parses(page, checked):
 def test_every_field_and_file_named_exists(page):
     text = page.read_text()
     fields = set(re.findall(r"\bconfig\.([a-z]+\.[a-zA-Z]\w*)\b(?!\()", text))
-    added = set(re.findall(r"^\+ +c\.([a-z]+\.\w+) =", text, re.M)) if page == ADDING else set()
+    added = set(re.findall(r"^\+ +\"([a-z]+\.\w+)\": Field", text, re.M)) if page == ADDING else set()
     groups = {field.split(".")[0] for field in FIELDS}
     assert {field for field in fields if field.split(".")[0] in groups} <= FIELDS.keys() | added
     files = set(re.findall(r"(?<![\w/.])(?:s2dm_jax|scripts|tests|configs|docs|colab)/[\w/]+\.\w+", text))
@@ -254,7 +254,7 @@ def test_each_addition_changes_fewer_than_20_lines():
     for section in sections:
         lines = "".join(re.findall(r"^```diff\n(.*?)^```", section, re.M | re.DOTALL)).splitlines()
         changed[section.split("\n")[0]] = sum(bool(re.match(r"[+-](?!\+\+ )", line)) for line in lines)
-    assert list(changed) == ["A sampler", "A loss", "A data set"]
+    assert list(changed) == ["A sampler", "A loss term", "A dataset"]
     assert all(0 < count < 20 for count in changed.values()), changed
 
 
@@ -264,7 +264,7 @@ def test_a_diff_that_does_not_fit_is_refused(tmp_path):
     assert (tmp_path / "a.py").read_text() == "x = 3\ny = 2\ny = 2\n"
     assert (tmp_path / "b.py").read_text() == "z = 4\n"
     for line, times in (("y = 2", 2), ("x = 1", 0)):
-        with pytest.raises(run_docs.PageError, match=f"a.py holds {times} times"):
+        with pytest.raises(run_docs.PageError, match=f"a.py has the old lines of the diff {times} times"):
             run_docs.apply_diff(tmp_path, f"+++ a.py\n@@\n {line}\n+w = 5\n")
 
 
@@ -307,14 +307,16 @@ x_0 = renoise(lambda x, t: 0 * x, x_T, schedule, timesteps, noise_fn=lambda step
 expected = x_T / np.sqrt(ab[300]) + np.sqrt(1 / ab[100] - 1) * noise
 np.testing.assert_allclose(x_0, expected, rtol=1e-4)
 
-# SNR is 5 near timestep 130, and later ones have weight 1.
+# The term is the sum over pixels of |noise − ε|, and the loss has it with its weight.
 t = np.array([0, 100, 300, 999])
-draws = objectives.NoiseSample(t, rng.standard_normal((4, 1, 8, 8, 1)).astype(np.float32), None)
-objective = objectives.paper(min_snr=5.0)
+noise = rng.standard_normal((4, 1, 8, 8, 1)).astype(np.float32)
+sample = objectives.NoiseSample(t, noise, None)
+objective = objectives.paper(l1=0.1)
 x0 = np.zeros((4, 8, 8, 1), np.float32)
-total, terms = objectives.loss(lambda x, t: 0 * x, schedule, objective, x0, draws)
-np.testing.assert_allclose(total / terms["simple"], np.minimum(5 * (1 / ab[t] - 1), 1), rtol=1e-4)
-assert (total / terms["simple"])[1] < 0.9
+total, terms = objectives.loss(lambda x, t: 0 * x, schedule, objective, x0, sample)
+np.testing.assert_allclose(terms["l1"], np.abs(noise).sum((1, 2, 3, 4)), rtol=1e-4)
+np.testing.assert_allclose(total, terms["simple"] + 0.1 * terms["l1"], rtol=1e-4)
+assert objective.formula == "L_simple + 0.1·L_1"
 
 data = load_dataset(read_config("runs/pictures"))
 assert data.train.shape == (36, 32, 32, 3) and data.held_out.shape == (4, 32, 32, 3)
@@ -345,7 +347,7 @@ assert np.load(folder / "held_out_labels.npy").tolist() == [1, 0]
 
 def test_what_was_added_works(added):
     assert list((added / "runs" / "digits" / "samples").glob("renoise_nfe*.png"))
-    for run in ("min_snr", "pictures"):
+    for run in ("l1", "pictures"):
         last = (added / "runs" / run / "metrics.jsonl").read_text().splitlines()[-1]
         assert json.loads(last)["step"] == 4
     environment = {**os.environ, "PYTHONPATH": str(added)}

@@ -41,6 +41,7 @@ NO_JAX = [
     "data.sources",
     "samplers.specs",
     "samplers.timesteps",
+    "weights.formats",
     "workdir.exported",
     "workdir.folder",
     "workdir.load",

@@ -72,7 +72,7 @@ def test_quickstart(run):
 
 
 def test_compare_objectives(run):
-    rows, measured, theory = run("compare_objectives", "results, smaller.tolist(), expected[levels].tolist()")
+    rows, measured, theory = run("compare_objectives", "results, smaller.tolist(), expected[times].tolist()")
     distance = {name: of_run[1]["frechet_distance"] for name, of_run in rows.items()}
     assert max(distance["ddpm, rescaled"], distance["s2"]) < distance["ddpm"] < distance["sa"] < 60
     # From level 401 on as in theory; at level 1 the output is a fifth smaller.

@@ -30,7 +30,6 @@ UNKNOWN = "unknown"
 
 # The published codes read every network's output as ε.
 _EPSILON_ONLY = ("ddim", "sa_dpm", "pndm")
-FORMATS = ("workdir", "ddim", "sa_dpm", "pndm", "safetensors", "diffusers")
 
 
 def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str = "") -> ConfigDict:
@@ -106,11 +105,12 @@ def write_weights(
     source: dict,
     license: str = "",
 ) -> None:
-    """Writes weights in one of FORMATS, with a model card; nothing is overwritten or left half-written.
+    """Writes weights in one of `formats.FORMATS`, with a model card; nothing is overwritten or left
+    half-written.
 
     Args:
       out: file or folder.
-      kind: one of FORMATS.
+      kind: one of `formats.FORMATS`.
       weights, config: from `read.read_weights` and `infer_config`.
       source: where they come from (`model_card.make_card`), unless they have a card that tells it.
       license: for the card, in the place of what theirs has.

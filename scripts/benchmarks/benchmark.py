@@ -1,25 +1,24 @@
-"""Speed measurements, each one a command; ratios are measured side by side in one run.
+"""Speed measurements, one sub-command each; the variants that a ratio compares are interleaved in one
+process.
 
-python scripts/benchmarks/benchmark.py digits    # seconds from launch to first step and to the last line,
-memory python scripts/benchmarks/benchmark.py losses    # a training step with each objective against the
-plain one python scripts/benchmarks/benchmark.py heads     # a training step of a second head against a full
-one python scripts/benchmarks/benchmark.py attention # a training step with each form of attention against
-JAX's own python scripts/benchmarks/benchmark.py data      # preparing 60,000 JPEGs; a training step fed in
-each way python scripts/benchmarks/benchmark.py train     # a training step against plain PyTorch's
-(--device=gpu on a GPU) python scripts/benchmarks/benchmark.py samplers  # a 10-evaluation DDIM scan against
-ten jitted forward calls python scripts/benchmarks/benchmark.py evaluate  # sampling with Inception's features
-against both alone; FID's time
-
-python scripts/benchmarks/benchmark.py compiled  # memory and kernels of a training compiled for a device not
-here
+  digits     time from launch to the first steps and to the last line of the digits' training; memory
+  losses     a train step with each objective, relative to plain training
+  heads      a train step of a variance head, relative to a plain train step
+  attention  a train step with each form of attention, relative to JAX's own
+  data       preparing an archive of images; a train step with each placement of the dataset
+  train      a train step, relative to plain PyTorch
+  samplers   a DDIM scan of 10 NFE, relative to ten jitted forward calls
+  evaluate   sampling with Inception features, relative to both alone; the time of FID
+  compiled   memory and kernels of a training compiled for a GPU or TPU that this machine does not have
 
 examples:
   python scripts/benchmarks/benchmark.py losses --only="K = 2" --rounds=3
   python scripts/benchmarks/benchmark.py train --device=gpu --network=celeba --K=2
+  python scripts/benchmarks/benchmark.py data --archive=images.tar
   python scripts/benchmarks/benchmark.py compiled --config=configs/celebahq256.py --target=v5e --remat
 
-Times are in seconds or milliseconds (s, ms), medians over the rounds; × is the ratio to the line that is
-compared with; memory is in GB (10⁹ bytes) or MiB (2²⁰). Each command has its own --help.
+Times are medians over the rounds, in s or ms; × is the ratio to the reference variant; memory is in GB (10⁹
+bytes) or MiB (2²⁰ bytes). Each sub-command has its own --help.
 """
 
 import argparse
@@ -45,20 +44,20 @@ from steps import (
     print_ratios,
 )
 
-from s2dm_jax.common.errors import report_user_errors
+from s2dm_jax.common.errors import UserError, report_user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def benchmark_digits(_):
-    """Runs the digits default from an empty compilation cache, then starts it again with the cache warm."""
+    """Times the digits' default training with an empty compilation cache, then its start with a warm one."""
     with tempfile.TemporaryDirectory() as folder:
         cold = _launch(Path(folder), "cold", [])
-        print(f"cold start: first line of progress after {cold['first_step']:.1f} s, ", end="")
-        print(f"last line after {cold['total']:.1f} s, {cold['memory_gb']:.2f} GB at most")
+        print(f"cold start: first progress line after {cold['first_step']:.1f} s, ", end="")
+        print(f"last line after {cold['total']:.1f} s, peak memory {cold['memory_gb']:.2f} GB")
         print(cold["table"], flush=True)
         warm = _launch(Path(folder), "warm", ["--config.train.steps=40"])
-        print(f"warm start: first line of progress after {warm['first_step']:.1f} s")
+        print(f"warm start: first progress line after {warm['first_step']:.1f} s")
 
 
 def _launch(folder: Path, name: str, flags: list[str]) -> dict:
@@ -93,12 +92,12 @@ def _launch(folder: Path, name: str, flags: list[str]) -> dict:
 
 
 def benchmark_data(arguments):
-    """Prepares an archive of images, then times training steps of the CIFAR-10 UNet fed in each way."""
+    """Times preparing an archive of images, and a CIFAR-10 train step with each placement of the dataset."""
+    if arguments.archive and not arguments.archive.exists():
+        raise UserError(f"--archive={arguments.archive} does not exist; give an archive of images")
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.archive.exists():
+        if arguments.archive:
             _prepare(arguments.archive, folder)
-        else:
-            print(f"{arguments.archive} is not here: nothing prepared")
         _time_feeds(arguments, Path(folder))
 
 
@@ -106,10 +105,10 @@ def _prepare(archive: Path, folder: str):
     program = (
         "import resource, sys\n"
         "from s2dm_jax.config.defaults import default_config\n"
-        "from s2dm_jax.data.cache import prepare\n"
+        "from s2dm_jax.data.cache import prepare_dataset\n"
         "config = default_config()\n"
         "config.data.update(name='cifar10', source=sys.argv[1])\n"
-        "prepare(config)\n"
+        "prepare_dataset(config)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n"
     )
     began = time.monotonic()
@@ -122,7 +121,8 @@ def _prepare(archive: Path, folder: str):
         text=True,
     )
     seconds = time.monotonic() - began
-    print(f"prepared {archive.name} in {seconds:.1f} s, {float(done.stdout.split()[-1]):.2f} GB at most")
+    memory = float(done.stdout.split()[-1])
+    print(f"prepared {archive.name} in {seconds:.1f} s, peak memory {memory:.2f} GB")
 
 
 def _time_feeds(arguments, folder: Path):
@@ -152,20 +152,20 @@ def _time_feeds(arguments, folder: Path):
     for name, feed in feeds.items():
         print(f"{name}: {feed.summary}")
     chunk = jit_step(make_train_chunk(config, network, optimizer), out_shardings=replicated())
-    held = [replicate(init_state(network, optimizer, 0))]
+    state = [replicate(init_state(network, optimizer, 0))]
     key, constant = replicate(jax.random.key(1)), feeds["memory-mapped"].batches(0, length)
     compiled = {}
 
     firsts = {name: itertools.count(0, length) for name in feeds}
 
     def run(name):
-        images, shown = None, constant
+        images, batches = None, constant
         if name in feeds:
-            images, shown = feeds[name].images, feeds[name].batches(next(firsts[name]), length)
+            images, batches = feeds[name].images, feeds[name].batches(next(firsts[name]), length)
         on_device = images is not None
         if on_device not in compiled:
-            compiled[on_device] = chunk.lower(held[0], images, shown, key).compile()
-        held[0], metrics = compiled[on_device](held[0], images, shown, key)
+            compiled[on_device] = chunk.lower(state[0], images, batches, key).compile()
+        state[0], metrics = compiled[on_device](state[0], images, batches, key)
         metrics["loss"].block_until_ready()
 
     runs = {name: functools.partial(run, name) for name in ("constant batch", *feeds)}
@@ -173,7 +173,7 @@ def _time_feeds(arguments, folder: Path):
 
 
 def benchmark_samplers(arguments):
-    """Times a 10-evaluation DDIM scan of the CIFAR-10 UNet against ten jitted forward calls."""
+    """Times a DDIM scan of 10 NFE with the CIFAR-10 UNet, relative to ten jitted forward calls."""
     import jax
     import numpy as np
 
@@ -184,13 +184,14 @@ def benchmark_samplers(arguments):
     network = cifar10_network()
     params = jax.device_put(network.init(0))
     x_T = np.random.default_rng(0).standard_normal((arguments.batch, 32, 32, 3), np.float32)
-    grid = uniform_timesteps(1000, 10)
+    timesteps = uniform_timesteps(1000, 10)
     forward = jax.jit(lambda params, x, t: network.apply(params, x, t))
-    scan = jax.jit(lambda params, x: ddim(network.eps_fn(params, schedule), x, linear_schedule(), grid))
-    levels = [np.full(arguments.batch, t, np.float32) for t in grid]
+    schedule = linear_schedule()
+    scan = jax.jit(lambda params, x: ddim(network.eps_fn(params, schedule), x, schedule, timesteps))
+    batches_of_t = [np.full(arguments.batch, t, np.float32) for t in timesteps]
 
     def ten_calls():
-        for t in levels:
+        for t in batches_of_t:
             eps = forward(params, x_T, t)
         eps.block_until_ready()
 
@@ -219,14 +220,14 @@ def main():
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(run=function)
         if name == "losses":
-            sub.add_argument("--only", default="", help='these beside plain, such as "K = 2,K = 4"; else all')
+            sub.add_argument("--only", default="", help='variants beside plain, such as "K = 2,K = 4" (all)')
         if name == "train":
             training.add_arguments(sub)
         if name == "compiled":
             compiled.add_arguments(sub)
         if name == "data":
-            archive = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.xz"
-            sub.add_argument("--archive", type=Path, default=archive, help=f"images to prepare ({archive})")
+            text = "archive of images to prepare, such as a tar of 60,000 JPEGs (default: none is prepared)"
+            sub.add_argument("--archive", type=Path, help=text)
         if name == "evaluate":
             sub.add_argument("--nfe", type=int, default=2, help="network evaluations per image (default: 2)")
         if name not in ("digits", "train", "compiled"):

@@ -1,6 +1,6 @@
-"""`benchmark.py compiled`: what XLA makes of a config's training for a GPU or TPU that is not here.
+"""`benchmark.py compiled`: the program that XLA compiles for a config's training on a GPU or TPU.
 
-It compiles as training does, on any machine, and runs nothing: what it tells are facts of the program.
+It compiles as training does, on any machine, and runs nothing: it reports properties of the program.
 """
 
 import re
@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from unittest import mock
 
-# What XLA needs to know of a GPU it cannot ask, from the maker's data sheet and CUDA's device properties.
+# XLA's description of the GPU, from the vendor's data sheet and CUDA's device properties.
 _H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -35,25 +35,33 @@ runtime_version { major: 12 minor: 8 }
 dnn_version_info { major: 9 minor: 7 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# JAX's name of the platform, the extra that brings its compiler, memory in GB, how to describe it.
+# JAX's name of the platform, the extra with its compiler, memory in GB, arguments of get_topology_desc.
 TARGETS = {
     "h100": ("gpu", "cuda", 80, {"platform": "cuda", "target_config": _H100}),
     "v5e": ("tpu", "tpu", 16, {"platform": "tpu"}),
 }
-_TOGETHER = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--target", choices=TARGETS, default="h100", help="(default: h100)")
-    parser.add_argument("--config", default="configs/cifar10.py", help="FILE[:METHOD] (default: %(default)s)")
-    parser.add_argument("--batch", type=int, help="images per step, default: the config's")
-    parser.add_argument("--accumulate", type=int, help="parts of a batch, default: the config's")
-    parser.add_argument("--remat", action="store_true", help="compute activations again in the backward pass")
-    parser.add_argument("--devices", type=int, choices=(1, 2, 4), default=1, help="(default: 1)")
+    parser.add_argument(
+        "--target", choices=TARGETS, default="h100", help="device to compile for (default: h100)"
+    )
+    parser.add_argument(
+        "--config", default="configs/cifar10.py", help="config FILE[:OBJECTIVE] (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, help="batch size (default: the config's)")
+    parser.add_argument("--grad-accum-steps", type=int, help="parts of a batch (default: the config's)")
+    parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument(
+        "--devices", type=int, choices=(1, 2, 4), default=1, help="number of devices (default: 1)"
+    )
 
 
 def benchmark_compiled(arguments) -> None:
-    """Compiles a config's training for a device that is not here: memory, kernels, what devices exchange."""
+    """Compiles a config's training for a device that this machine does not have: memory, kernels,
+    collectives.
+    """
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -71,24 +79,27 @@ def benchmark_compiled(arguments) -> None:
     config = load_config(arguments.config)
     if arguments.batch is not None:
         config.train.batch_size = arguments.batch
-    if arguments.accumulate is not None:
-        config.train.grad_accum_steps = arguments.accumulate
+    if arguments.grad_accum_steps is not None:
+        config.train.grad_accum_steps = arguments.grad_accum_steps
     config.model.remat = config.model.remat or arguments.remat
     check_config(config)
     if config.train.batch_size % arguments.devices:
         raise UserError(
-            f"--devices={arguments.devices} cannot share a batch of {config.train.batch_size} evenly"
+            f"--devices={arguments.devices} does not divide the batch size {config.train.batch_size}; give "
+            "--batch"
         )
     if config.variance_head.kind:
-        raise UserError(f"--config={arguments.config} trains a head: only a network's training is compiled")
+        raise UserError(
+            f"--config={arguments.config} trains a variance head; only the training of a network is compiled"
+        )
 
     platform, extra, memory, description = TARGETS[arguments.target]
-    where = {"topology": "1x1x4"} if platform == "gpu" else {"topology_name": "v5e:2x2"}
+    topology_name = {"topology": "1x1x4"} if platform == "gpu" else {"topology_name": "v5e:2x2"}
     try:
-        topology = topologies.get_topology_desc(**description, **where)
+        topology = topologies.get_topology_desc(**description, **topology_name)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"--target={arguments.target} needs a compiler, which pip install '.[{extra}]' brings: {error}"
+            f"--target={arguments.target} needs a compiler; install it with pip install '.[{extra}]': {error}"
         ) from error
     mesh = Mesh(np.array(topology.devices[: arguments.devices]), ("data",))
 
@@ -104,20 +115,23 @@ def benchmark_compiled(arguments) -> None:
         optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
         chunk = make_train_chunk(config, network, optimizer)
         state = init_state(network, optimizer, 0)
-        shardings, whole = sharding.state_shardings(state, config.train.shard_state), sharding.replicated()
+        shardings, replicated = (
+            sharding.state_shardings(state, config.train.shard_state),
+            sharding.replicated(),
+        )
         state = jax.tree.map(there, state, shardings)
         size, channels = image_shape(config)
         batch = config.train.log_every, config.train.batch_size, size, size, channels
         split = NamedSharding(mesh, PartitionSpec(None, "data"))
         images = jax.ShapeDtypeStruct(batch, np.uint8, sharding=split)
-        key = there(jax.random.key(0), whole)
+        key = there(jax.random.key(0), replicated)
         options = {"xla_gpu_autotune_level": "0"} if platform == "gpu" else {}
-        where_to = shardings, whole
-        step = jax.jit(chunk, donate_argnums=0, out_shardings=where_to, compiler_options=options)
+        out = shardings, replicated
+        step = jax.jit(chunk, donate_argnums=0, out_shardings=out, compiler_options=options)
         lowered = step.lower(state, None, images, key)
-    count, K = config.train.batch_size, build_objective(config).num_timesteps_per_image
+    batch_size, K = config.train.batch_size, build_objective(config).num_timesteps_per_image
     print(
-        f"{arguments.config}: batch {count}, K = {K}, {network.dtype}, {config.train.log_every} steps a "
+        f"{arguments.config}: batch {batch_size}, K = {K}, {network.dtype}, {config.train.log_every} steps a "
         f"chunk, for {arguments.devices} × {topology.devices[0].device_kind}",
         flush=True,
     )
@@ -125,12 +139,12 @@ def benchmark_compiled(arguments) -> None:
     program = lowered.compile()
     seconds = time.perf_counter() - began
     used = program.memory_analysis()
-    held, temporary = used.argument_size_in_bytes / 1e9, used.temp_size_in_bytes / 1e9
+    state_gb, temporary_gb = used.argument_size_in_bytes / 1e9, used.temp_size_in_bytes / 1e9
     print(f"compiled in {seconds:.0f} s")
-    print(f"{held + temporary:.1f} GB of a device's {memory}: {temporary:.1f} of temporaries")
+    print(f"{state_gb + temporary_gb:.1f} of {memory} GB per device, {temporary_gb:.1f} of them temporaries")
     text = program.as_text()
-    # Most of the program is one computation, a step.
+    # The largest computation is the body of the scan: one train step.
     kernels = max(len(re.findall(r" (?:fusion|custom-call)\(", part)) for part in text.split("\n\n"))
-    exchanged = Counter(re.findall(rf" ({'|'.join(_TOGETHER)})(?:-start)?\(", text))
-    between = ", ".join(f"{times} × {name}" for name, times in exchanged.items()) or "nothing"
-    print(f"a step: about {kernels:,} kernels; between devices {between}")
+    collectives = Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
+    exchanged = ", ".join(f"{count} × {name}" for name, count in collectives.items()) or "none"
+    print(f"a step: about {kernels:,} kernels; collectives between devices: {exchanged}")

@@ -1,4 +1,4 @@
-"""`benchmark.py evaluate`: sampling and Inception's features together against each alone, and FID's time."""
+"""`benchmark.py evaluate`: sampling with Inception features, relative to each alone, and the time of FID."""
 
 import statistics
 import time
@@ -7,9 +7,9 @@ from steps import cifar10_network
 
 
 def benchmark_evaluate(arguments) -> None:
-    """Times sampling with Inception's features against both alone, and FID of 2,048 features.
+    """Times sampling with Inception features, relative to the sum of both alone, and FID of 2,048 features.
 
-    CIFAR-10's UNet and Inception have made-up weights: the time does not depend on them.
+    CIFAR-10's UNet and Inception have random weights: the time does not depend on them.
     """
     import jax
     import numpy as np
@@ -33,9 +33,9 @@ def benchmark_evaluate(arguments) -> None:
     def features(images):
         return apply(weights, images)
 
-    def sampled(then):
-        how = {"seed": 0, "num_images": count, "batch_size": batch, "progress": False, "then": then}
-        return sample_batches(sampler, params, timesteps, **how)
+    def sampled(postprocess):
+        options = {"seed": 0, "num_images": count, "batch_size": batch, "progress": False}
+        return sample_batches(sampler, params, timesteps, postprocess=postprocess, **options)
 
     def summed(batches):
         sums = metrics.init_sums(inception.NUM_FEATURES)
@@ -49,7 +49,7 @@ def benchmark_evaluate(arguments) -> None:
         "both": lambda: summed(sampled(features)),
     }
     seconds = {name: [] for name in runs}
-    # The first round compiles; after it the runs take turns, so that a slow moment meets all of them.
+    # The first round compiles. Interleaving the runs makes a slow moment of the machine affect all of them.
     for lap in range(arguments.rounds + 1):
         for name, run in runs.items():
             began = time.perf_counter()
@@ -57,7 +57,7 @@ def benchmark_evaluate(arguments) -> None:
             if lap:
                 seconds[name].append(time.perf_counter() - began)
     for name, times in seconds.items():
-        print(f"{name:10s} {statistics.median(times) * 1e3 / count:9.1f} ms an image", flush=True)
+        print(f"{name:10s} {statistics.median(times) * 1e3 / count:9.1f} ms per image", flush=True)
     laps = zip(*(seconds[name] for name in ("sampling", "features", "both")), strict=True)
     ratio = statistics.median(both / (sampling + alone) for sampling, alone, both in laps)
     print(f"both / sum of both alone: {ratio:.3f}", flush=True)

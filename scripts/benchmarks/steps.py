@@ -1,4 +1,4 @@
-"""`benchmark.py losses`, `heads`, `attention`: training steps of the CIFAR-10 UNet, side by side."""
+"""`benchmark.py losses`, `heads`, `attention`: variants of a train step of the CIFAR-10 UNet, interleaved."""
 
 import functools
 import statistics
@@ -7,43 +7,47 @@ from unittest import mock
 
 import numpy as np
 
+from s2dm_jax.common.errors import UserError
+
 
 def benchmark_losses(arguments):
-    """Times one training step of the CIFAR-10 UNet with each objective, relative to the plain one."""
+    """Times a train step of the CIFAR-10 UNet with each objective, relative to plain training."""
     import jax
 
     from s2dm_jax.diffusion import objectives
 
-    one_call = cifar10_network().apply
+    network = cifar10_network()
 
-    def K_calls(K):
-        # The merged batch holds the K levels of an image side by side.
-        def apply(params, x, t, dropout_key):
+    class OneCallPerTimestep(type(network)):
+        def apply(self, params, x, t, dropout_key=None):
+            # The merged batch has the K timesteps of an image side by side.
+            K = len(x) // arguments.batch
             keys = jax.random.split(dropout_key, K)
-            eps = [one_call(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
+            eps = [network.apply(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
             return jax.numpy.stack(eps, axis=1).reshape(x.shape)
 
-        return apply
-
+    separate = OneCallPerTimestep(**vars(network))
     cases = {
-        "plain": (objectives.paper(), one_call),
-        "skip 10": (objectives.paper(skip=10), one_call),
-        "K = 2": (objectives.paper(K=2, lam=1.0), one_call),
-        "K = 2, 2 calls": (objectives.paper(K=2, lam=1.0), K_calls(2)),
-        "K = 4": (objectives.paper(K=4, lam=1.0), one_call),
-        "K = 4, 4 calls": (objectives.paper(K=4, lam=1.0), K_calls(4)),
+        "plain": (objectives.paper(), network),
+        "skip 10": (objectives.paper(skip=10), network),
+        "K = 2": (objectives.paper(K=2, lam=1.0), network),
+        "K = 2 in 2 calls": (objectives.paper(K=2, lam=1.0), separate),
+        "K = 4": (objectives.paper(K=4, lam=1.0), network),
+        "K = 4 in 4 calls": (objectives.paper(K=4, lam=1.0), separate),
     }
-    wanted = ("plain", *arguments.only.split(",")) if arguments.only else cases
+    selected = ("plain", *arguments.only.split(",")) if arguments.only else cases
+    if unknown := set(selected) - cases.keys():
+        raise UserError(f"--only has {unknown.pop()!r}, which is not one of {', '.join(cases)}")
     steps, memory = {}, {}
-    for name, (objective, apply) in cases.items():
-        if name in wanted:
-            steps[name], memory[name] = _compile_step(objective, apply, arguments.batch)
+    for name, (objective, network) in cases.items():
+        if name in selected:
+            steps[name], memory[name] = _compile_step(objective, network, arguments.batch)
             print(f"compiled {name}", flush=True)
     print_ratios(steps, arguments.rounds, "plain", memory)
 
 
 def benchmark_attention(arguments):
-    """Times a training step of the CIFAR-10 UNet with each form of attention, relative to JAX's own.
+    """Times a train step of the CIFAR-10 UNet with each form of attention, relative to JAX's own.
 
     "none" leaves out the products, the softmax, and the projections that only they need.
     """
@@ -61,42 +65,42 @@ def benchmark_attention(arguments):
     forms = {"dot_product_attention": own, "written out": written_out, "none": lambda q, k, v: v}
     if jax.default_backend() == "gpu":
         forms["cuDNN"] = functools.partial(own, implementation="cudnn")
-    apply = cifar10_network().apply
+    network = cifar10_network()
     steps, memory = {}, {}
     for name, form in forms.items():
         with mock.patch.object(jax.nn, "dot_product_attention", form):
             try:
-                steps[name], memory[name] = _compile_step(objectives.paper(), apply, arguments.batch)
+                steps[name], memory[name] = _compile_step(objectives.paper(), network, arguments.batch)
             except (NotImplementedError, RuntimeError, ValueError) as error:
-                # cuDNN takes only some numbers of channels, and which depends on the GPU.
-                print(f"{name} does not do this: {error}", flush=True)
+                # cuDNN supports only some numbers of channels, which depend on the GPU.
+                print(f"{name} does not support this: {error}", flush=True)
             else:
                 print(f"compiled {name}", flush=True)
     print_ratios(steps, arguments.rounds, "dot_product_attention", memory)
 
 
 def benchmark_heads(arguments):
-    """Times a training step of a second head on the frozen CIFAR-10 UNet, relative to a plain full step."""
+    """Times a train step of a variance head on the frozen CIFAR-10 UNet, relative to a plain train step."""
     import jax
 
     from s2dm_jax.diffusion import objectives
     from s2dm_jax.diffusion.schedule import linear_schedule
     from s2dm_jax.models import variance_head
-    from s2dm_jax.training.step import jit_step, update_variance_head
+    from s2dm_jax.training.step import StepConfig, jit_step, update_variance_head
     from s2dm_jax.workdir.state import make_optimizer, new_state
 
     network, schedule, objective = cifar10_network(), linear_schedule(), objectives.paper()
     optimizer = make_optimizer(1e-4, 1.0)
-    frozen = jax.device_put(network.init(0))
+    base_params = jax.device_put(network.init(0))
+    config = StepConfig(network, schedule, objective, optimizer, 0.9999, variance_head="sn")
 
-    def head(state, x0, key, frozen):
-        draws, _ = _draws(objective, schedule, state, x0, key)
-        how = schedule, optimizer, 0.9999, "initial"
-        return update_variance_head(network, "sn", *how, frozen, state, x0, draws, None)
+    def head(state, x0, key, base_params):
+        sample, _ = _sample_noise(objective, schedule, state, x0, key)
+        return update_variance_head(config, base_params, state, x0, sample, None)
 
     own = new_state(variance_head.init_params(network, 0), optimizer)
-    inputs = _images(arguments.batch), jax.random.key(0), frozen
-    full, _ = _compile_step(objective, network.apply, arguments.batch)
+    inputs = _images(arguments.batch), jax.random.key(0), base_params
+    full, _ = _compile_step(objective, network, arguments.batch)
     runs = {
         "full step": full,
         "head's step": _stepper(jit_step(head).lower(own, *inputs).compile(), own, *inputs),
@@ -104,22 +108,22 @@ def benchmark_heads(arguments):
     print_ratios(runs, arguments.rounds, "full step", {})
 
 
-def _compile_step(objective, apply, batch):
-    """A function that does a training step of the CIFAR-10 UNet, and the memory of its temporaries."""
+def _compile_step(objective, network, batch):
+    """A function that makes a train step of the CIFAR-10 UNet, and the memory of its temporaries."""
     import jax
 
     from s2dm_jax.diffusion.schedule import linear_schedule
-    from s2dm_jax.training.step import jit_step, update
+    from s2dm_jax.training.step import StepConfig, jit_step, update
     from s2dm_jax.workdir.state import init_state, make_optimizer
 
     schedule, optimizer = linear_schedule(), make_optimizer(2e-4, 1.0)
+    config = StepConfig(network, schedule, objective, optimizer, 0.9999)
 
     def step(state, x0, key):
-        draws, dropout_key = _draws(objective, schedule, state, x0, key)
-        how = schedule, objective, optimizer, 0.9999, "initial"
-        return update(apply, *how, state, x0, draws, dropout_key)
+        sample, dropout_key = _sample_noise(objective, schedule, state, x0, key)
+        return update(config, state, x0, sample, dropout_key)
 
-    state = init_state(cifar10_network(), optimizer, 0)
+    state = init_state(network, optimizer, 0)
     inputs = _images(batch), jax.random.key(0)
     program = jit_step(step).lower(state, *inputs).compile()
     memory = program.memory_analysis().temp_size_in_bytes
@@ -130,7 +134,7 @@ def _images(batch):
     return np.random.default_rng(0).uniform(-1, 1, (batch, 32, 32, 3)).astype(np.float32)
 
 
-def _draws(objective, schedule, state, x0, key):
+def _sample_noise(objective, schedule, state, x0, key):
     import jax
 
     from s2dm_jax.diffusion import objectives
@@ -140,17 +144,18 @@ def _draws(objective, schedule, state, x0, key):
 
 
 def _stepper(program, state, *inputs):
-    held = [state]
+    # The step donates its state, so each call takes that of the call before.
+    current = [state]
 
     def run():
-        held[0], metrics = program(held[0], *inputs)
+        current[0], metrics = program(current[0], *inputs)
         metrics["loss"].block_until_ready()
 
     return run
 
 
 def cifar10_network():
-    """The UNet that training on CIFAR-10 has, in the type that it has on this machine."""
+    """The UNet of configs/cifar10.py, with the activations' type of this machine."""
     from s2dm_jax.config.build import build_network
     from s2dm_jax.config.defaults import default_config
 
@@ -160,9 +165,9 @@ def cifar10_network():
 
 
 def print_ratios(runs, rounds, base, notes):
-    """Alternates the runs, so that a slow moment of the machine meets all of them, and compares medians.
+    """Interleaves the runs, so that a slow moment of the machine affects all of them, and compares medians.
 
-    Ratios are of wall times, and of the CPU seconds of this process, which other tenants disturb less.
+    Ratios are of wall time and of the CPU time of this process, which other processes disturb less.
     """
     for run in runs.values():
         run()

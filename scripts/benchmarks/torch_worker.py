@@ -1,6 +1,7 @@
-"""The other side of `benchmark.py train`: the same UNet and training loop in plain PyTorch, as a worker.
+"""The PyTorch worker of `benchmark.py train`: the same UNet and train step in plain PyTorch.
 
-It prints a JSON line when it is ready and one for each line that it reads: the seconds of so many steps.
+It prints a JSON line when it is ready. For each line that it reads, a number of steps, it prints their
+seconds.
 """
 
 import argparse
@@ -108,7 +109,7 @@ class UNet(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("settings", help="JSON: as train.py makes it")
+    parser.add_argument("settings", help="JSON, as written by train.py")
     s = json.loads(parser.parse_args().settings)
     on_gpu = s["device"] == "gpu"
     device = "cuda" if on_gpu else "cpu"

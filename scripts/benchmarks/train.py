@@ -1,6 +1,7 @@
-"""`benchmark.py train`: a training step of ours and one of plain PyTorch, side by side, each in its process.
+"""`benchmark.py train`: a train step of s2dm_jax and one of plain PyTorch, each in its own process.
 
-The sides take turns, so that a slow moment of the machine meets both; ratios are medians over the rounds.
+The two are interleaved, so that a slow moment of the machine affects both; ratios are medians over the
+rounds.
 """
 
 import argparse
@@ -24,22 +25,41 @@ _NAMES = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--network", choices=NETWORKS, default="cifar10", help="(default: cifar10)")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--batch", type=int, help="images per step; default: 8, on a GPU 128")
-    parser.add_argument("--K", type=int, default=1, help="levels per image, with L_sa above 1 (default: 1)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
-    parser.add_argument("--steps", type=int, help="steps of a round; default: 5, on a GPU 50")
     parser.add_argument(
-        "--devices", type=int, default=0, help="devices to make of the CPU; default: as training"
+        "--network", choices=NETWORKS, default="cifar10", help="network to train (default: cifar10)"
     )
-    parser.add_argument("--torch-python", default=sys.executable, help="the Python that has torch")
-    parser.add_argument("--torch", choices=("all", "one", "none"), default="all", help="variants of PyTorch")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="device of both workers (default: cpu)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="type of the activations (default: bfloat16 on a GPU, else float32)",
+    )
+    parser.add_argument("--batch", type=int, help="batch size (default: 8, on a GPU 128)")
+    parser.add_argument(
+        "--K", type=int, default=1, help="timesteps per image; above 1 with L_sa (default: 1)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
+    parser.add_argument("--steps", type=int, help="steps per round (default: 5, on a GPU 50)")
+    parser.add_argument(
+        "--devices", type=int, default=0, help="number of CPU devices (default: as in training)"
+    )
+    parser.add_argument(
+        "--torch-python",
+        default=sys.executable,
+        help="Python interpreter with torch installed (default: this one)",
+    )
+    parser.add_argument(
+        "--torch",
+        choices=("all", "one", "none"),
+        default="all",
+        help="number of PyTorch variants (default: all)",
+    )
 
 
 def benchmark_train(arguments) -> None:
-    """Times a training step (Adam, EMA, dropout) against PyTorch's, and its compilation, cold and warm."""
+    """Times a train step (Adam, EMA, dropout), relative to PyTorch's, and its compilation, cold and warm."""
     gpu = arguments.device == "gpu"
     s = dict(zip(_NAMES, NETWORKS[arguments.network], strict=True))
     s |= {"device": arguments.device, "K": arguments.K, "devices": arguments.devices}
@@ -59,7 +79,7 @@ def benchmark_train(arguments) -> None:
     try:
         with tempfile.TemporaryDirectory() as cache:
             workers["s2dm_jax"] = Worker(sys.executable, "train.py", s, cache)
-            # A second start, to see what the persistent cache of compiled programs saves.
+            # A second start measures compilation with a warm cache.
             warm = Worker(sys.executable, "train.py", s, cache)
             warm.stop()
         ours = workers["s2dm_jax"].ready
@@ -105,11 +125,11 @@ def _compare(workers, s, rounds, ours):
 
 
 class Worker:
-    """A process that says when it is ready, and then runs as many steps as it is told."""
+    """A process that reports when it is ready and then runs as many steps as requested."""
 
     def __init__(self, python, script, settings, cache):
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        # Each side imports its own packages and nothing of the other's.
+        # Neither worker imports the packages of the other.
         environment["PYTHONPATH"] = str(SCRIPTS.parents[1])
         if cache:
             environment["JAX_COMPILATION_CACHE_DIR"] = cache
@@ -135,7 +155,7 @@ class Worker:
         return json.loads(line)
 
     def run(self, steps: int) -> float:
-        """Seconds that so many steps took."""
+        """Runs steps and returns the seconds that they took."""
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         return self._answer()["seconds"]
@@ -146,14 +166,15 @@ class Worker:
 
 
 def work(s: dict) -> None:
-    """Our side: the very chunk that training compiles."""
+    """The worker of s2dm_jax: it runs the same compiled chunk of steps as training."""
     import jax
     import numpy as np
 
     from s2dm_jax.config.defaults import default_config
     from s2dm_jax.devices import sharding
     from s2dm_jax.models.flops import step_flops
-    from s2dm_jax.models.unet import UNet, num_params
+    from s2dm_jax.models.network import num_params
+    from s2dm_jax.models.unet import UNet
     from s2dm_jax.training.step import jit_step, make_train_chunk
     from s2dm_jax.workdir.state import init_state, make_optimizer
 
@@ -201,7 +222,7 @@ def work(s: dict) -> None:
 
 
 def _matmul_rate(size: int = 8192, repeats: int = 50) -> float:
-    """FLOP/s of a large bfloat16 matrix product, the best of five measurements."""
+    """FLOP/s of a large bfloat16 matrix product: the maximum of five measurements."""
     import jax
     import jax.numpy as jnp
 
@@ -224,5 +245,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nRun python scripts/benchmarks/benchmark.py train --help."
     )
-    parser.add_argument("settings", type=json.loads, help="JSON, as benchmark.py makes it for this worker")
+    parser.add_argument("settings", type=json.loads, help="JSON, as written by benchmark_train")
     work(parser.parse_args().settings)

@@ -1,4 +1,4 @@
-"""Runs the commands and Python blocks of README.md, CONTRIBUTING.md and docs/*.md, page by page, in order."""
+"""Executes the code blocks of README.md, CONTRIBUTING.md and docs/*.md, page by page, in order."""
 
 import contextlib
 import io
@@ -25,29 +25,31 @@ from s2dm_jax.common.errors import report_user_errors
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _DESCRIPTION = """\
-A block of code in a document is what its fence says: sh (commands), python, diff (a change to the package),
-or text, which is only shown. A block without a name is sh if every line of it is a command. Each is run here,
-or has the reason why not in a comment right above it; anything else is an error:
+The fence of a code block names its language: sh (commands), python, diff (a change to the package), or text,
+which is not executed. A block without a language is sh if every line is a command. Each block is executed
+here, or a comment right above it gives the reason why not; anything else is an error:
 
   <!-- not run: needs a GPU -->
 
-Each page has a folder of its own that looks like a clone and holds what pages take for granted: PATH, a
-folder of 40 pictures, pictures.zip, the same, and, but for the README, runs/digits as its first command
-leaves it. The diffs of a page are applied to a copy of the package first. Its Python blocks share one
-namespace; what one needs that is not shown stands above it in a comment:
+Each page runs in its own folder, which looks like a clone and has the files that pages rely on: PATH, a
+  folder of
+40 images; pictures.zip, an archive of them; and, except for the README, runs/digits from the README's first
+command. The diffs of a page are applied to its copy of the package first. Its Python blocks share one
+namespace; code that a block needs but does not show is in a comment above it:
 
   <!-- before:
   import jax
   -->
 
-Trainings and evaluations are cut short by the flags in _SHORT and _SMALL. Installing, pytest and ruff are
-left to .ci/run."""
+Training and evaluation are shortened by the flags in _SHORT and _SMALL. Installation, pytest and ruff are
+left to
+.ci/run."""
 _EXAMPLE = """\
 examples (all pages: about 5 minutes of CPU time, two pages at a time):
   python scripts/dev/run_docs.py
   python scripts/dev/run_docs.py README.md docs/data.md"""
 
-# Put behind the flags of `python -m s2dm_jax.main`, by mode, and of a script.
+# Flags appended to `python -m s2dm_jax.main`, by mode, and to a script.
 _SHORT = {
     "train": [
         "--config.train.steps=4",
@@ -60,7 +62,7 @@ _SHORT = {
     "export": [],
     "scripts/estimation_gap.py": ["--images=10"],
 }
-# Besides, where a config other than the digits' is trained; no weights of Inception are looked for.
+# More of them where another config than the digits' is trained; Inception's weights are not downloaded.
 _SMALL = [
     "--config.model.ch=32",
     "--config.model.ch_mult=1,1,1",
@@ -73,14 +75,14 @@ _ENVIRONMENT = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
-# A block that takes longer is to be marked.
-_MOST_SECONDS = 300
+# A command that takes longer must be marked as not run.
+_TIMEOUT_SECONDS = 300
 _PYTHON = re.compile(r"(\S*/)?python3?")
 _COMMAND = re.compile(r"(\S*/)?(python3?|pip|ruff|git|cd|export|srun|sbatch|mpirun|[A-Z_]+=\S*)")
 
 
 class PageError(Exception):
-    """What is wrong with a page, and where."""
+    """An error on a page, with its place."""
 
 
 class Block(NamedTuple):
@@ -88,11 +90,11 @@ class Block(NamedTuple):
 
     Attributes:
       page: its file.
-      line: of its first line, from 1.
-      kind: "sh", "python", "diff", "text", or "" where neither its fence nor its lines tell.
-      text: as written.
+      line: number of its first line, from 1.
+      kind: "sh", "python", "diff", "text", or "" where neither the fence nor the lines determine it.
+      text: the code.
       not_run: the reason in the comment above it, or "".
-      before: Python to run first, from the comment above it.
+      before: Python to execute first, from the comment above it.
     """
 
     page: Path
@@ -130,7 +132,7 @@ def _kind(name: str, text: str) -> str:
     name = {"bash": "sh", "shell": "sh"}.get(name, name)
     starts = [bool(_COMMAND.fullmatch(line.split()[0])) for line in _lines(text)]
     if name == "text":
-        # A command that calls itself text is none the less one.
+        # A command in a text block must be named sh.
         return "" if any(starts) else "text"
     if name == "" and starts and all(starts):
         return "sh"
@@ -138,7 +140,7 @@ def _kind(name: str, text: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines that are no comments, those that end in a backslash joined."""
+    """The lines without comments and empty lines, after joining those that end in a backslash."""
     joined = re.sub(r"\\\n\s*", "", text)
     return [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
@@ -147,7 +149,7 @@ def commands(text: str) -> list[list[str]]:
     """The words of each command in lines of shell; `a && b` are two.
 
     Raises:
-      PageError: for shell that is more than commands one after another.
+      PageError: for shell beyond a sequence of commands.
     """
     found = []
     for line in _lines(text):
@@ -162,30 +164,32 @@ def commands(text: str) -> list[list[str]]:
 
 
 def arguments(words: list[str]) -> list[str]:
-    """What follows the interpreter's name, whatever launches it; [] for a command that is not Python's."""
+    """The arguments of the Python interpreter, whatever launches it; [] for other commands."""
     python = next((i for i, word in enumerate(words) if _PYTHON.fullmatch(word)), None)
     return [] if python is None else words[python + 1 :]
 
 
 def done_by_ci(words: list[str]) -> bool:
-    """Whether a command is one of those that .ci/run is made of: installing, the suite, ruff, mypy."""
-    said = arguments(words)
-    if said[:2] == ["-m", "pytest"]:
-        return "slow" not in said
-    return said[:2] in (["-m", "venv"], ["-m", "pip"]) or Path(words[0]).name in ("pip", "ruff", "mypy")
+    """Whether .ci/run covers a command: installation, the test suite, ruff, mypy."""
+    args = arguments(words)
+    if args[:2] == ["-m", "pytest"]:
+        return "slow" not in args
+    return args[:2] in (["-m", "venv"], ["-m", "pip"]) or Path(words[0]).name in ("pip", "ruff", "mypy")
 
 
-def _shortened(said: list[str]) -> list[str]:
-    if said[:2] != ["-m", "s2dm_jax.main"]:
-        return [*said, *_SHORT.get(said[0], [])]
-    flags = dict(word.lstrip("-").partition("=")[::2] for word in said[2:])
+def _shortened(args: list[str]) -> list[str]:
+    if args[:2] != ["-m", "s2dm_jax.main"]:
+        return [*args, *_SHORT.get(args[0], [])]
+    flags = dict(word.lstrip("-").partition("=")[::2] for word in args[2:])
     mode, config = flags.get("mode", "train"), flags.get("config", "configs/digits.py")
     small = _SMALL if mode == "train" and not config.startswith("configs/digits.py") else []
-    return [*said, *_SHORT[mode], *small]
+    return [*args, *_SHORT[mode], *small]
 
 
 def make_clone(folder: Path, pages: list[Path]) -> None:
-    """Makes `folder` look like a clone: links to everything, copies of what the pages' diffs change."""
+    """Makes `folder` look like a clone: links to every file, copies of the folders that the pages' diffs
+    change.
+    """
     folder.mkdir(parents=True)
     diffs = [block.text for page in pages for block in blocks(page) if block.kind == "diff"]
     changed = {name.split("/")[0] for text in diffs for name in re.findall(r"^\+\+\+ (\S+)", text, re.M)}
@@ -199,10 +203,10 @@ def make_clone(folder: Path, pages: list[Path]) -> None:
 
 
 def apply_diff(folder: Path, text: str) -> None:
-    """Applies a diff whose hunks have no line numbers: the lines that they change are found by their text.
+    """Applies a diff without line numbers: a hunk's place is found by its text.
 
     Raises:
-      PageError: where those lines are not in the file, or more than once.
+      PageError: where the old lines of a hunk are not in the file exactly once.
     """
     for part in re.split(r"^\+\+\+ ", text, flags=re.M)[1:]:
         name, _, body = part.partition("\n")
@@ -211,14 +215,14 @@ def apply_diff(folder: Path, text: str) -> None:
             lines = hunk.splitlines(keepends=True)
             old = "".join(line[1:] for line in lines if line[0] in " -")
             new = "".join(line[1:] for line in lines if line[0] in " +")
-            whole = path.read_text(encoding="utf-8") if path.exists() else ""
-            if old and whole.count(old) != 1:
-                raise PageError(f"{name} holds {whole.count(old)} times what the diff changes:\n{old}")
-            path.write_text(whole.replace(old, new) if old else whole + new, encoding="utf-8")
+            content = path.read_text(encoding="utf-8") if path.exists() else ""
+            if old and content.count(old) != 1:
+                raise PageError(f"{name} has the old lines of the diff {content.count(old)} times:\n{old}")
+            path.write_text(content.replace(old, new) if old else content + new, encoding="utf-8")
 
 
 def make_pictures(folder: Path) -> None:
-    """What pages call PATH and pictures.zip."""
+    """Writes the images that pages call PATH and pictures.zip."""
     import numpy as np
     from PIL import Image
 
@@ -229,10 +233,10 @@ def make_pictures(folder: Path) -> None:
 
 
 def run_page(page: Path, folder: Path) -> None:
-    """Runs a page's blocks in `folder`, its clone.
+    """Executes a page's blocks in `folder`, its clone.
 
     Raises:
-      PageError: for a block that is neither run nor marked, or a command that fails.
+      PageError: for a block that is neither executable nor marked, or a command that fails.
     """
     namespace = {"__name__": "__main__"}
     for block in blocks(page):
@@ -245,7 +249,9 @@ def run_page(page: Path, folder: Path) -> None:
                 if not done_by_ci(words):
                     _run_command(block.place, words, folder)
         else:
-            raise PageError(f"{block.place}: name the block sh, python or text, or say why it is not run")
+            raise PageError(
+                f"{block.place}: name the block sh, python or text, or give the reason why it is not run"
+            )
 
 
 def _run_python(block: Block, namespace: dict, folder: Path) -> None:
@@ -265,7 +271,7 @@ def _run_python(block: Block, namespace: dict, folder: Path) -> None:
 
 def _run_command(place: str, words: list[str], folder: Path) -> None:
     if not _PYTHON.fullmatch(words[0]):
-        raise PageError(f"{place}: {words[0]} is not run here; say why in a comment above the block")
+        raise PageError(f"{place}: {words[0]} is not run here; give the reason in a comment above the block")
     began = time.monotonic()
     try:
         done = subprocess.run(
@@ -275,45 +281,45 @@ def _run_command(place: str, words: list[str], folder: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=_MOST_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
-        raise PageError(f"{place}: {shlex.join(words)} took longer than {_MOST_SECONDS} s") from error
+        raise PageError(f"{place}: {shlex.join(words)} took longer than {_TIMEOUT_SECONDS} s") from error
     print(f"{time.monotonic() - began:6.1f} s  {place}  {shlex.join(words)}", flush=True)
     if done.returncode:
         raise PageError(f"{place}: status {done.returncode} of\n  {shlex.join(words)}\n{done.stdout}")
 
 
 def run(pages: list[Path]) -> list[str]:
-    """Runs pages, two at a time, each in a process and a clone of its own; returns what went wrong.
+    """Executes pages, two at a time, each in its own process and clone; returns the errors.
 
     Raises:
-      PageError: if the training that all pages take for granted fails.
+      PageError: if the training that all pages rely on fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ.update(_ENVIRONMENT, JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"))
         os.environ.update({name: str(folder / name) for name in ("S2DM_JAX_DATA", "S2DM_JAX_CACHE")})
-        given = folder / "given"
-        make_clone(given, [])
-        make_pictures(given)
+        base = folder / "base"
+        make_clone(base, [])
+        make_pictures(base)
         first = ["python", "-m", "s2dm_jax.main", "--config=configs/digits.py", "--workdir=runs/digits"]
-        _run_command("first of all", first, given)
+        _run_command("first of all", first, base)
         # Fresh processes: each has its own working directory, and imports the package of its clone.
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-            return [wrong for wrong in pool.map(_run_apart, pages, repeat(given)) if wrong]
+            return [error for error in pool.map(_run_in_clone, pages, repeat(base)) if error]
 
 
-def _run_apart(page: Path, given: Path) -> str:
-    """Runs a page in a clone beside `given`, with what is there; returns what went wrong."""
-    clone = given.with_name(page.stem)
+def _run_in_clone(page: Path, base: Path) -> str:
+    """Executes a page in a clone beside `base`, with its files and runs; returns the error, or ""."""
+    clone = base.with_name(page.stem)
     try:
         make_clone(clone, [page])
         for name in ("PATH", "pictures.zip"):
-            (clone / name).symlink_to(given / name)
-        # The README's reader has nothing yet.
+            (clone / name).symlink_to(base / name)
+        # A reader of the README starts without runs.
         if page != PAGES[0]:
-            shutil.copytree(given / "runs", clone / "runs")
+            shutil.copytree(base / "runs", clone / "runs")
         sys.path.insert(0, str(clone))
         run_page(page, clone)
     except PageError as error:
@@ -322,18 +328,18 @@ def _run_apart(page: Path, given: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: status 1 if a block failed, which ends its page."""
+    """Entry point: exit status 1 if a block failed, which ends its page."""
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument("pages", nargs="*", metavar="PAGE", type=Path, help="Markdown files (all)")
+    parser.add_argument("pages", nargs="*", metavar="PAGE", type=Path, help="Markdown files (default: all)")
     with report_user_errors():
         pages = [page.resolve() for page in parser.parse_args(argv).pages] or PAGES
     try:
-        wrong = run(pages)
+        errors = run(pages)
     except PageError as error:
-        wrong = [str(error)]
-    for told in wrong:
-        print(f"error: {told}", file=sys.stderr)
-    sys.exit(bool(wrong))
+        errors = [str(error)]
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(bool(errors))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Kills a training run with SIGKILL at random moments, starts it again each time, and compares its end.
+"""Kills a training run with SIGKILL at random moments, resumes it each time, and compares its final state.
 
-    python scripts/dev/stress_resume.py                      # 20 kills of 400 steps of a small network on the
-    digits python scripts/dev/stress_resume.py --kills=3 --seed=1
+examples (20 kills take about ten minutes on 2 cores):
+  python scripts/dev/stress_resume.py
+  python scripts/dev/stress_resume.py --kills=3 --seed=1
+  python scripts/dev/stress_resume.py --flags --config.loss.K=2 --config.loss.lam=1
 
-Passes if the state at the end has, bit for bit, the digests of a run that nobody touched, no start came back
-to a step before the last checkpoint that was whole at the kill, and metrics.jsonl holds each step once.
+It trains a small network on the digits for 400 steps. It passes if the final state has the digests of an
+uninterrupted run, no resume starts before the newest checkpoint that was complete at the kill, and
+metrics.jsonl has each logged step once.
 """
 
 import argparse
@@ -38,6 +41,7 @@ def get_config(_=""):
 
 
 def start(workdir: Path, flags: list[str]) -> subprocess.Popen:
+    """Starts the training, or resumes it."""
     config = workdir.parent / "config.py"
     config.write_text(CONFIG, encoding="utf-8")
     return subprocess.Popen(
@@ -51,6 +55,7 @@ def start(workdir: Path, flags: list[str]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
+    """Waits for the end of a training that must succeed; returns its output."""
     output = process.communicate()[0]
     if process.returncode:
         sys.exit(f"the run failed with status {process.returncode}:\n{output}")
@@ -58,33 +63,36 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def checkpoints(workdir: Path) -> list[int]:
+    """The steps of the complete checkpoints."""
     folder = workdir / "checkpoints"
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def state_digests(workdir: Path) -> dict:
+    """The digest of every leaf of the final state."""
     newest = workdir / "checkpoints" / str(STEPS)
     return json.loads((newest / "about" / "metadata").read_text(encoding="utf-8"))["digests"]
 
 
 def main() -> None:
+    """Entry point: exit status 1 and the reason if anything was lost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=20, help="how many times (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
-    parser.add_argument("--flags", nargs="*", default=[], help="more flags of the runs, such as --config.…=…")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
+    parser.add_argument("--flags", nargs="*", default=[], help="more flags for the runs, given last")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        print("two runs without a break, to compare with …", flush=True)
-        finish(start(whole, arguments.flags))
-        # The second time compiled programs are at hand, as they are after a kill.
+        reference, killed = Path(folder) / "reference", Path(folder) / "killed"
+        print("two uninterrupted runs as the reference …", flush=True)
+        finish(start(reference, arguments.flags))
+        # The second one finds compiled programs in the cache, as a resumed run does.
         began = time.monotonic()
         finish(start(Path(folder) / "warm", arguments.flags))
         seconds = time.monotonic() - began
-        print(f"a run without a break takes {seconds:.1f} s", flush=True)
+        print(f"an uninterrupted run takes {seconds:.1f} s", flush=True)
 
         kills, ended = 0, 0
         while kills < arguments.kills:
@@ -98,34 +106,29 @@ def main() -> None:
                 kills += 1
             resumed = re.search(r"from step ([\d,]+) of", output)
             if before and resumed and int(resumed[1].replace(",", "")) < before[-1]:
-                sys.exit(
-                    f"checkpoint {before[-1]} was there, but the run went on from {resumed[1]}:\n{output}"
-                )
+                sys.exit(f"checkpoint {before[-1]} exists, but the run resumed from {resumed[1]}:\n{output}")
             if "damaged" in output or "Traceback" in output or "error:" in output:
-                sys.exit(f"a start after a kill did not go well:\n{output}")
+                sys.exit(f"resuming after a kill failed:\n{output}")
             if process.returncode == 0:
-                # It came to its end before the kill: the rest hits a new run.
-                check(whole, killed)
+                # It finished before the kill: the remaining kills hit a new run.
+                check(reference, killed)
                 ended += 1
                 killed = killed.with_name(f"killed_{ended}")
             else:
                 print(f"kill {kills} of {arguments.kills}: checkpoints {checkpoints(killed)}", flush=True)
         finish(start(killed, arguments.flags))
-        check(whole, killed)
-        print(
-            f"{kills} of {arguments.kills} kills: the same state to the bit, nothing lost beyond a checkpoint"
-        )
+        check(reference, killed)
+        print(f"{kills} kills: the final state is bit-identical, every resume was from the newest checkpoint")
 
 
-def check(whole: Path, killed: Path) -> None:
-    if state_digests(whole) != state_digests(killed):
-        sys.exit("the state differs from that of the run without a break")
-    steps = [
-        json.loads(line)["step"]
-        for line in (killed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+def check(reference: Path, killed: Path) -> None:
+    """Compares a finished run with the uninterrupted one."""
+    if state_digests(reference) != state_digests(killed):
+        sys.exit("the final state differs from that of the uninterrupted run")
+    lines = (killed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     if steps != list(range(LOG_EVERY, STEPS + 1, LOG_EVERY)):
-        sys.exit(f"metrics.jsonl does not hold each step once: {steps}")
+        sys.exit(f"metrics.jsonl does not have each logged step once: {steps}")
 
 
 if __name__ == "__main__":

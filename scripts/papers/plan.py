@@ -1,6 +1,6 @@
-"""What `scripts/reproduce.py` does for a table: its commands, where their runs lie, what they cost.
+"""How `scripts/reproduce.py` reproduces a table: its commands, the folders of its runs, its cost on one H100.
 
-`args` is its command line: out, seed, images, steps, scale.
+`args` are the parsed flags of that script: table, out, seed, images, steps, scale.
 """
 
 import argparse
@@ -8,102 +8,101 @@ import sys
 from pathlib import Path
 
 from papers.types import Model, Table, TableRow
+from run_once import main_command
 
 from s2dm_jax.samplers.specs import nfe_of
 
-# Multiply-adds of one forward pass in G (shared/spec/design.md; the digits' network in configs/digits.py) and
-# the batch of a training step.
+# Multiply-adds (G) of one forward pass, counted by `models.flops.forward_flops` for the networks of
+# configs/, and the batch size of a train step.
 _COST = {
     "cifar10": (6.222, 128),
     "celeba64": (24.05, 128),
     "celebahq256": (248.5, 24),
     "digits": (0.0131, 64),
 }
-
+# Multiply-adds (G) of the FID Inception for one image.
 _INCEPTION_COST = 5.5
-
-# An H100 in bfloat16, measured (shared/spec/design.md).
-_TFLOPS = 790e12
-
-# Of a second head: the released code's.
+# FLOP/s of large matrix products, measured on an H100 in bfloat16.
+_H100_FLOPS = 790e12
+# Train steps of a variance head, from the released code.
 _HEAD_STEPS = 500_000
 
+# --scale=digits: train steps of a model for which a paper uses _LONGEST_TRAINING, most sampling steps,
+# images.
 _DIGITS_STEPS = 200
-
-_DIGITS_LONGEST = 800_000
-
-_DIGITS_MOST = 20
-
+_LONGEST_TRAINING = 800_000
+_DIGITS_MAX_SAMPLING_STEPS = 20
 _DIGITS_IMAGES = 100
 
 
 def scaled(table: Table, args: argparse.Namespace) -> Table:
-    """The table as it is, or on the digits with short trainings, few steps and few images."""
+    """The table itself, or with --scale=digits a short version of it on the digits."""
     if args.scale == "full":
         return table
 
-    def model(of):
-        return of._replace(dataset="digits", steps=_on_digits(of.steps, args), flip=False)
+    def on_digits(row: TableRow) -> TableRow:
+        steps = _digits_steps(row.model.steps, args)
+        return row._replace(model=row.model._replace(dataset="digits", steps=steps, flip=False))
 
-    columns = [steps for steps in table.columns if steps <= _DIGITS_MOST] or [_DIGITS_MOST] * bool(
-        table.columns
-    )
-    lines = tuple(line._replace(model=model(line.model)) for line in table.lines)
-    return table._replace(columns=tuple(columns), lines=lines)
+    columns = tuple(steps for steps in table.columns if steps <= _DIGITS_MAX_SAMPLING_STEPS)
+    if table.columns and not columns:
+        columns = (_DIGITS_MAX_SAMPLING_STEPS,)
+    return table._replace(columns=columns, rows=tuple(map(on_digits, table.rows)))
 
 
-def images_of(args: argparse.Namespace) -> int:
-    """Images in a cell."""
+def num_images(args: argparse.Namespace) -> int:
+    """Number of images behind each value of a table."""
     return args.images or (_DIGITS_IMAGES if args.scale == "digits" else 50_000)
 
 
 def head_steps(args: argparse.Namespace) -> int:
-    """Training steps of a second head."""
-    return _HEAD_STEPS if args.scale == "full" else _on_digits(_HEAD_STEPS, args)
+    """Train steps of a variance head."""
+    return _HEAD_STEPS if args.scale == "full" else _digits_steps(_HEAD_STEPS, args)
 
 
-def _on_digits(steps: int, args: argparse.Namespace) -> int:
-    """Training steps on the digits for so many of a paper's."""
-    return max(1, round((args.steps or _DIGITS_STEPS) * min(1, steps / _DIGITS_LONGEST)))
+def _digits_steps(steps: int, args: argparse.Namespace) -> int:
+    """Train steps on the digits in place of a paper's number of steps."""
+    return max(1, round((args.steps or _DIGITS_STEPS) * min(1, steps / _LONGEST_TRAINING)))
 
 
-def workdir_of(model: Model, args: argparse.Namespace, head: str = "") -> Path:
-    """The folder of the run, or of a second head on it, named by all that it is."""
+def workdir_of(model: Model, args: argparse.Namespace, variance_head: str = "") -> Path:
+    """The workdir of a model, or of a variance head on it, named by everything that it depends on."""
     parts = [model.dataset, model.schedule, f"skip{model.skip}", f"K{model.K}", f"lam{model.lam:g}"]
     parts += [f"flip{int(model.flip)}", f"seed{args.seed}", f"steps{model.steps}"]
-    parts += [head, f"steps{head_steps(args)}"] if head else []
+    parts += [variance_head, f"steps{head_steps(args)}"] if variance_head else []
     return Path(args.out) / "runs" / "_".join(parts)
 
 
-def budgets(table: Table, line: TableRow) -> dict[int, int]:
-    """Network evaluations by sampling steps, of the steps that the method can make."""
+def nfe_by_steps(table: Table, row: TableRow) -> dict[int, int]:
+    """NFE for each number of sampling steps in the columns that the row's sampler supports."""
     found = {}
     for steps in table.columns:
         try:
-            found[steps] = nfe_of(line.method, steps)
+            found[steps] = nfe_of(row.sampler, steps)
         except ValueError:
+            # Fewer steps than the sampler needs.
             continue
     return found
 
 
-def train_command(table: Table, line: TableRow, args: argparse.Namespace) -> list[str]:
-    """The command that trains the line's model, if it is not there, and evaluates it."""
-    model, workdir = line.model, workdir_of(line.model, args, line.head)
-    steps = head_steps(args) if line.head else model.steps
+def train_command(table: Table, row: TableRow, args: argparse.Namespace) -> list[str]:
+    """The command that trains the row's model, unless it is trained, and evaluates it."""
+    model, workdir = row.model, workdir_of(row.model, args, row.variance_head)
+    steps = head_steps(args) if row.variance_head else model.steps
     train = {"seed": args.seed, "steps": steps}
+    evaluation = {
+        "samplers": row.sampler,
+        "nfe": ",".join(map(str, nfe_by_steps(table, row).values())) or 10,
+        "metrics": "fid,inception_score" if table.kind == "inception_score" else "fid",
+        "num_images": num_images(args),
+        **row.options,
+    }
     if args.scale == "digits":
         train |= {"log_every": 20, "sample_every": steps, "checkpoint_every": steps}
-    evaluation = {
-        "samplers": line.method,
-        "nfe": ",".join(map(str, budgets(table, line).values())) or 10,
-        "metrics": "fid,is" if table.kind == "inception_score" else "fid",
-        "num_images": images_of(args),
-        **line.options,
-    }
-    if args.scale == "digits" and line.method == "analytic":
-        evaluation["noise_stat_images"] = 10
+        if row.sampler == "analytic":
+            evaluation["noise_stat_images"] = 10
     groups = {"train": train, "eval": evaluation}
-    if line.head:
+    if row.variance_head:
         groups["variance_head"] = {"base_workdir": workdir_of(model, args)}
     else:
         groups["loss"] = {"skip": model.skip, "K": model.K, "lam": model.lam}
@@ -114,52 +113,52 @@ def train_command(table: Table, line: TableRow, args: argparse.Namespace) -> lis
         for group, fields in groups.items()
         for name, value in fields.items()
     ]
-    config = f"--config=configs/{model.dataset}.py:{line.head or 'ddpm'}"
-    return [sys.executable, "-m", "s2dm_jax.main", config, f"--workdir={workdir}", *flags]
+    config = f"--config=configs/{model.dataset}.py:{row.variance_head or 'ddpm'}"
+    return main_command(config, f"--workdir={workdir}", *flags)
 
 
 def gpu_hours(table: Table, args: argparse.Namespace) -> tuple[float, float]:
-    """Hours on one H100 for training and for evaluating, of the arithmetic alone: a floor."""
-    models = {line.model for line in table.lines}
+    """Hours of training and of evaluation on one H100, from arithmetic alone: a lower bound."""
+    models = {row.model for row in table.rows}
 
-    def done_before(model):
-        alike = (other.steps for other in models if other._replace(steps=model.steps) == model)
-        return max((steps for steps in alike if steps < model.steps), default=0)
+    def inherited_steps(model):
+        # A longer training continues the run of the same model with fewer steps.
+        same = (other.steps for other in models if other._replace(steps=model.steps) == model)
+        return max((steps for steps in same if steps < model.steps), default=0)
 
     training = 0.0
     for model in models:
         macs, batch = _COST[model.dataset]
-        training += 3 * 2e9 * macs * batch * model.K * (model.steps - done_before(model))
-    # A head learns on the frozen network's way forward.
-    for model, _ in {(line.model, line.head) for line in table.lines if line.head}:
+        # Forward and backward pass cost three forward passes.
+        training += 3 * 2e9 * macs * batch * model.K * (model.steps - inherited_steps(model))
+    for model, _ in {(row.model, row.variance_head) for row in table.rows if row.variance_head}:
+        # A variance head needs only the forward pass of the frozen network.
         macs, batch = _COST[model.dataset]
         training += 2e9 * macs * batch * head_steps(args)
-    images = images_of(args)
-    sampling = sum(
-        2e9 * images * (_COST[line.model.dataset][0] * nfe + _INCEPTION_COST)
-        for line in table.lines
-        for nfe in budgets(table, line).values()
+    evaluation = sum(
+        2e9 * num_images(args) * (_COST[row.model.dataset][0] * nfe + _INCEPTION_COST)
+        for row in table.rows
+        for nfe in nfe_by_steps(table, row).values()
     )
-    return training / _TFLOPS / 3600, sampling / _TFLOPS / 3600
+    return training / _H100_FLOPS / 3600, evaluation / _H100_FLOPS / 3600
 
 
-def picture_commands(table: Table, args: argparse.Namespace) -> list[list[str]]:
-    """The commands that make a figure's pictures from its runs, which print where they leave them."""
-    workdirs = [str(workdir_of(line.model, args)) for line in table.lines]
+def image_commands(table: Table, args: argparse.Namespace) -> list[list[str]]:
+    """The commands that make the images of a figure from its runs; they print where they write them."""
+    workdirs = [str(workdir_of(row.model, args)) for row in table.rows]
     if table.kind == "gap":
         out = Path(args.out) / f"{args.table}.png"
         return [[sys.executable, "scripts/estimation_gap.py", *dict.fromkeys(workdirs), f"--out={out}"]]
-    main, commands = [sys.executable, "-m", "s2dm_jax.main", "--mode=sample"], []
-    rows = table.kind == "rows"
-    for line, workdir in list(zip(table.lines, workdirs, strict=True))[: 1 if rows else None]:
-        said = {name: value for name, value in line.options.items() if name in ("eta", "grid")}
-        said |= {"sampler": line.method, "num_images": 8 if rows or table.kind == "interpolation" else 64}
-        if rows:
-            said["compare"] = ",".join(other for other in dict.fromkeys(workdirs) if other != workdir)
+    commands, compare = [], table.kind == "compare"
+    # To compare models is one command, which names the others.
+    for row, workdir in list(zip(table.rows, workdirs, strict=True))[: 1 if compare else None]:
+        fields = {name: row.options[name] for name in ("eta", "timestep_spacing") if name in row.options}
+        fields |= {"sampler": row.sampler, "num_images": 64 if table.kind == "grid" else 8}
+        if compare:
+            fields["compare"] = ",".join(other for other in dict.fromkeys(workdirs) if other != workdir)
         if table.kind == "interpolation":
-            said["interpolate"] = 11
-        for nfe in budgets(table, line).values():
-            fields = {**said, "nfe": nfe}
-            flags = [f"--config.sample.{name}={value}" for name, value in fields.items()]
-            commands.append([*main, f"--workdir={workdir}", *flags])
+            fields["interpolate"] = 11
+        for nfe in nfe_by_steps(table, row).values():
+            flags = [f"--config.sample.{name}={value}" for name, value in {**fields, "nfe": nfe}.items()]
+            commands.append(main_command("--mode=sample", f"--workdir={workdir}", *flags))
     return commands

@@ -1,4 +1,4 @@
-"""Tables and figures of S²-DMs (Wang & Li, arXiv 2401.01520v1). Columns count sampling steps, as there."""
+"""Tables and figures of S²-DMs (Wang & Li, arXiv 2401.01520v1); columns are sampling steps, as there."""
 
 from papers.types import DDIM, PNDM, Model, Table, TableRow
 
@@ -10,12 +10,13 @@ def _s2(dataset, skip=0, longer=False):
     return Model(dataset, steps, skip)
 
 
-def _s2_table(dataset, figures):
+def _s2_table(dataset, values):
     plain, longer, skip = _s2(dataset), _s2(dataset, longer=True), _s2(dataset, 10)
     rows = [("DDIMs¹", plain, DDIM), ("DDIMs²", longer, DDIM), ("S²-DMs(DDIMs)", skip, DDIM)]
     rows += [("PNDMs", plain, PNDM), ("S²-DMs(PNDMs)", skip, PNDM)]
     return tuple(
-        TableRow(name, model, *how, each) for (name, model, how), each in zip(rows, figures, strict=True)
+        TableRow(name, model, *sampler, reported)
+        for (name, model, sampler), reported in zip(rows, values, strict=True)
     )
 
 
@@ -32,30 +33,30 @@ _S2_ABLATION = {
     },
 }
 
-_S2_ABLATION_LINES = tuple(
-    TableRow(f"{dataset}, S²-DMs, skip {skip}", _s2(dataset, skip), *DDIM, figures)
+_S2_ABLATION_ROWS = tuple(
+    TableRow(f"{dataset}, S²-DMs, skip {skip}", _s2(dataset, skip), *DDIM, values)
     for dataset, rows in _S2_ABLATION.items()
-    for skip, figures in rows.items()
+    for skip, values in rows.items()
 )
 
 
-def _s2_pictures(*cases):
-    """Lines without figures: (data set, skip, sampler)."""
+def _s2_images(*cases):
+    """Rows without reported values, from (dataset, skip, sampler)."""
     return tuple(
-        TableRow(f"{dataset}, {'S²-DMs, skip ' + str(skip) if skip else 'DDIMs'}", _s2(dataset, skip), *how)
-        for dataset, skip, how in cases
+        TableRow(f"{dataset}, {f'S²-DMs, skip {skip}' if skip else 'DDIMs'}", _s2(dataset, skip), *sampler)
+        for dataset, skip, sampler in cases
     )
 
 
 _S2_SAMPLES = tuple(
-    (dataset, skip, how)
+    (dataset, skip, sampler)
     for dataset in ("cifar10", "celeba64")
-    for skip, how in ((2, DDIM), (10, DDIM), (50, DDIM), (10, PNDM))
+    for skip, sampler in ((2, DDIM), (10, DDIM), (50, DDIM), (10, PNDM))
 )
 
 _PNDM_NOTE = (
-    "The paper does not say which PNDM it means nor how it counts: F-PNDM here, S steps of which make S + 9 "
-    "network evaluations."
+    "The paper says neither which PNDM it uses nor how it counts steps. Here: F-PNDM, whose S steps cost "
+    "S + 9 NFE."
 )
 
 TABLES = {
@@ -104,8 +105,8 @@ TABLES = {
                 ("celeba64", "S²-DMs", 10, 0.0056),
             )
         ),
-        "The paper's seconds are three times beyond the peak of its two A100; its section 4 implies 0.144 s "
-        "(CIFAR-10) and 0.432 s (CelebA).",
+        "The paper's seconds would need three times the peak rate of its two A100; its section 4 implies "
+        "0.144 s (CIFAR-10) and 0.432 s (CelebA).",
     ),
     "s2-table4": Table(
         "S²-DMs, Table 4: seconds for 50,000 samples",
@@ -115,54 +116,54 @@ TABLES = {
             TableRow("cifar10, S²-DMs", _s2("cifar10", 10), *DDIM, (675, 1305)),
             TableRow("celeba64, S²-DMs", _s2("celeba64", 10), *DDIM, (1483, 2904)),
         ),
-        "Ours hold compilation and the features of the evaluation; the paper's two A100 are not our device.",
+        "Ours include compilation and feature extraction, on another device than the paper's two A100.",
     ),
     "s2-table5": Table(
         "S²-DMs, Table 5: FID with skips of 50, 10 and 2",
         "fid",
         (10, 20, 50, 100, 200, 400, 1000),
-        _S2_ABLATION_LINES,
-        "The column 400 was most likely sampled in 500 steps: the DDIM code does so when asked for 400.",
+        _S2_ABLATION_ROWS,
+        "The column 400 most likely has 500 steps: the DDIM code takes 500 when 400 are requested.",
     ),
     "s2-figure3": Table(
         "S²-DMs, Figure 3: Table 5 as curves",
         "curves",
         (10, 20, 50, 100, 200, 400, 1000),
-        _S2_ABLATION_LINES,
+        _S2_ABLATION_ROWS,
     ),
     "s2-figure4": Table(
         "S²-DMs, Figure 4: the same noise through several models, CIFAR-10",
-        "rows",
+        "compare",
         (10, 20, 50, 100),
-        _s2_pictures(*(("cifar10", skip, DDIM) for skip in (0, 2, 10, 50))),
+        _s2_images(*(("cifar10", skip, DDIM) for skip in (0, 2, 10, 50))),
     ),
     "s2-figure5": Table(
         "S²-DMs, Figure 5: the same noise through several models, CelebA 64",
-        "rows",
+        "compare",
         (10, 20, 50, 100),
-        _s2_pictures(*(("celeba64", skip, DDIM) for skip in (0, 2, 10, 50))),
+        _s2_images(*(("celeba64", skip, DDIM) for skip in (0, 2, 10, 50))),
     ),
     "s2-figure6": Table(
-        "S²-DMs, Figure 6: interpolation between two noises",
+        "S²-DMs, Figure 6: interpolation between two noise images",
         "interpolation",
         (10,),
-        _s2_pictures(*(("celeba64", skip, DDIM) for skip in (2, 10, 50))),
+        _s2_images(*(("celeba64", skip, DDIM) for skip in (2, 10, 50))),
     ),
     "s2-figure7": Table(
         "S²-DMs, Figure 7: 5 steps, CIFAR-10",
-        "rows",
+        "compare",
         (5,),
-        _s2_pictures(("cifar10", 0, DDIM), ("cifar10", 50, DDIM)),
+        _s2_images(("cifar10", 0, DDIM), ("cifar10", 50, DDIM)),
     ),
     "s2-figure8": Table(
         "S²-DMs, Figure 8: 5 steps, CelebA 64",
-        "rows",
+        "compare",
         (5,),
-        _s2_pictures(("celeba64", 0, DDIM), ("celeba64", 50, DDIM)),
+        _s2_images(("celeba64", 0, DDIM), ("celeba64", 50, DDIM)),
     ),
     **{
         f"s2-figure{number}": Table(
-            f"S²-DMs, Figure {number}: samples in 10 steps", "grid", (10,), _s2_pictures(case)
+            f"S²-DMs, Figure {number}: samples in 10 steps", "grid", (10,), _s2_images(case)
         )
         for number, case in enumerate(_S2_SAMPLES, 9)
     },

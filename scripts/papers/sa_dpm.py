@@ -1,4 +1,4 @@
-"""Tables and figures of SA-DPM (Nguyen et al., AAAI 2024). Columns count sampling steps, as there."""
+"""Tables and figures of SA-DPM (Nguyen et al., AAAI 2024); columns are sampling steps, as there."""
 
 from papers.types import DDIM, ETA_1, Model, Table, TableRow
 
@@ -13,26 +13,28 @@ def _sa(dataset, K=1, lam=0.0, schedule="linear"):
 _SA_COLUMNS = ("B", "SA", "B+A", "SA+A", "B+NPR", "SA+NPR", "B+SN", "SA+SN")
 
 
-def _sa_block(name, dataset, schedule, form, figures):
-    """A block of SA-DPM's Tables 2 and 3: eight methods at five numbers of steps, as the paper prints it."""
-    clip = 2.0 if form == "ddpm" and schedule == "linear" else 1.0
-    lines = []
+def _sa_block(name, dataset, schedule, mean, values):
+    """A block of SA-DPM's Tables 2 and 3: eight rows, from the paper's layout (a line for each number of
+    steps).
+    """
+    clip = 2.0 if mean == "ddpm" and schedule == "linear" else 1.0
+    spacing = {"timestep_spacing": "linspace"}
+    rows = []
     for column, label in enumerate(_SA_COLUMNS):
-        base, _, cov = label.partition("+")
-        K, lam = (2, 1.0) if base == "SA" else (1, 0.0)
-        model = _sa(dataset, K, lam, schedule)
-        grid = {"timestep_spacing": "linspace"}
-        if cov:
-            method = {"A": "analytic", "NPR": "npr", "SN": "sn"}[cov]
-            options = {**grid, "mean": form, "clip_pixel": clip}
-        elif form == "ddpm":
-            method, options = "ddpm", {**grid, "variance": "small", "clip_x0": True}
+        objective, _, covariance = label.partition("+")
+        K, lam = (2, 1.0) if objective == "SA" else (1, 0.0)
+        if covariance:
+            sampler = {"A": "analytic", "NPR": "npr", "SN": "sn"}[covariance]
+            options = {**spacing, "mean": mean, "clip_pixel": clip}
+        elif mean == "ddpm":
+            sampler, options = "ddpm", {**spacing, "variance": "small", "clip_x0": True}
         else:
-            method, options = "ddim", {**grid, "clip_x0": True}
-        paper = tuple(row[column] for row in figures)
-        head = method if method in ("npr", "sn") else ""
-        lines.append(TableRow(f"{name}, {label}", model, method, options, paper, head))
-    return tuple(lines)
+            sampler, options = "ddim", {**spacing, "clip_x0": True}
+        model = _sa(dataset, K, lam, schedule)
+        reported = tuple(line[column] for line in values)
+        variance_head = sampler if sampler in ("npr", "sn") else ""
+        rows.append(TableRow(f"{name}, {label}", model, sampler, options, reported, variance_head))
+    return tuple(rows)
 
 
 _SA_FID = {
@@ -103,8 +105,8 @@ _SA_HQ = (
 )
 
 _SA_NOTE = (
-    "The paper's CIFAR-10 baselines come most likely from another network (improved diffusion's); its CelebA "
-    "baselines are Analytic-DPM's published figures for the released DDIM checkpoint, not retrained."
+    "The paper's CIFAR-10 baselines most likely come from another network (improved diffusion's); its CelebA "
+    "baselines are Analytic-DPM's published values for the released DDIM checkpoint, not retrained."
 )
 
 TABLES = {
@@ -113,24 +115,25 @@ TABLES = {
         "fid",
         _SA_STEPS,
         tuple(
-            TableRow(name, _sa("celebahq256", K, 0.1 if K > 1 else 0.0), *how, figures)
-            for name, K, how, figures in _SA_HQ
+            TableRow(name, _sa("celebahq256", K, 0.1 if K > 1 else 0.0), *sampler, values)
+            for name, K, sampler, values in _SA_HQ
         ),
-        "λ = 0.1 as in the README of the released code, whose example draws 10,000 images; the paper says 1 "
-        "and 50,000.",
+        "λ = 0.1 as in the README of the released code, whose example draws 10,000 images; the paper says λ "
+        "= 1 "
+        "and 50,000 images.",
     ),
     "sa-table2": Table(
         "SA-DPM, Table 2: FID on CIFAR-10 (linear, cosine schedule) and CelebA 64 (DDPM, DDIM)",
         "fid",
         _SA_STEPS,
-        tuple(line for block, figures in _SA_FID.items() for line in _sa_block(*block, figures)),
+        tuple(row for block, values in _SA_FID.items() for row in _sa_block(*block, values)),
         _SA_NOTE,
     ),
     "sa-table3": Table(
         "SA-DPM, Table 3: Inception Score on CIFAR-10",
         "inception_score",
         _SA_STEPS,
-        tuple(line for block, figures in _SA_IS.items() for line in _sa_block(*block, figures)),
+        tuple(row for block, values in _SA_IS.items() for row in _sa_block(*block, values)),
         _SA_NOTE,
     ),
     "sa-table4": Table(
@@ -143,15 +146,15 @@ TABLES = {
                 _sa("cifar10", K, lam),
                 "ddpm",
                 {"timestep_spacing": "linspace", "variance": "small", "clip_x0": True},
-                figures,
+                values,
             )
-            for (K, lam), figures in _SA_LAMBDA.items()
+            for (K, lam), values in _SA_LAMBDA.items()
         ),
         _SA_NOTE,
     ),
     "sa-figure2": Table(
         "SA-DPM, Figure 2: CelebA-HQ 256",
-        "rows",
+        "compare",
         (50, 100),
         tuple(
             TableRow(name, _sa("celebahq256", K, 0.1 if K > 1 else 0.0), *DDIM)
@@ -168,7 +171,7 @@ TABLES = {
         ),
     ),
     "sa-figure4": Table(
-        "SA-DPM, Figure 4: total gap from level 300, CIFAR-10",
+        "SA-DPM, Figure 4: total gap from t = 300, CIFAR-10",
         "gap",
         (),
         tuple(

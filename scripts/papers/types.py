@@ -1,17 +1,19 @@
-"""What a table or figure of a paper is made of: what is trained, how it is sampled, what is reported."""
+"""The data that describe a table or figure of a paper: the trained models, their samplers, the reported
+values.
+"""
 
 from typing import NamedTuple
 
 
 class Model(NamedTuple):
-    """What is trained.
+    """A trained model.
 
     Attributes:
-      dataset: name of a file in configs/.
-      steps: of training.
-      skip, K, lam: of the loss; 0, 1 and 0 for plain training.
-      schedule: of the noise.
-      flip: whether images are mirrored at random.
+      dataset: name of a file in configs/, without its suffix.
+      steps: train steps.
+      skip, K, lam: parameters of the objective; 0, 1 and 0 for plain training.
+      schedule: noise schedule.
+      flip: whether training images are flipped horizontally at random.
     """
 
     dataset: str
@@ -24,23 +26,23 @@ class Model(NamedTuple):
 
 
 class TableRow(NamedTuple):
-    """One line of a table, or one picture of a figure.
+    """One row of a table, or one image of a figure.
 
     Attributes:
-      label: what the paper calls it.
-      model: what is sampled from.
-      method: one of `specs.SAMPLERS`.
-      options: the sampler's fields of the group `eval`.
-      paper: the reported figure for each column; None where there is none.
-      head: "sn" or "npr" where the sampler needs a second head on the model.
+      label: the paper's name for it, unique in its table.
+      model: the model that is sampled.
+      sampler: one of `specs.SAMPLERS`.
+      options: the sampler's fields of the config group `eval`.
+      paper: the reported value for each column; empty where the paper reports none.
+      variance_head: "sn" or "npr" where the sampler needs a variance head on the model.
     """
 
     label: str
     model: Model
-    method: str
+    sampler: str
     options: dict
     paper: tuple = ()
-    head: str = ""
+    variance_head: str = ""
 
 
 class Table(NamedTuple):
@@ -48,25 +50,23 @@ class Table(NamedTuple):
 
     Attributes:
       title: what it shows.
-      kind: "fid" or "inception_score" (a table of that metric), "curves" (of FID), "grid" (samples), "rows"
-        (the same noise through several models), "interpolation", "gap" (`scripts/estimation_gap.py`),
-        "training" or "sampling" (seconds).
-      columns: sampling steps.
-      lines: its lines.
+      kind: "fid" or "inception_score" (a table of that metric), "curves" (of FID), "grid" (samples),
+        "compare" (the same noise through several models), "interpolation", "gap"
+        (`scripts/estimation_gap.py`), "training" or "sampling" (seconds).
+      columns: numbers of sampling steps.
+      rows: one for each model and sampler.
       note: what the paper leaves open, or what is done differently here.
     """
 
     title: str
     kind: str
     columns: tuple[int, ...]
-    lines: tuple[TableRow, ...]
+    rows: tuple[TableRow, ...]
     note: str = ""
 
 
-# A method and its options.
+# Samplers with their options.
 DDIM: tuple[str, dict] = ("ddim", {})
-
 PNDM: tuple[str, dict] = ("f_pndm", {})
-
-# "One type of DDPM" of the DDIM code.
+# DDIM with the posterior variance of DDPM: "one type of DDPM" in the DDIM code.
 ETA_1: tuple[str, dict] = ("ddim", {"eta": 1.0})

@@ -115,13 +115,29 @@ def test_a_flag_that_is_not_known_is_one_sentence(name, capsys):
     [
         (["--config=configs/nothing.py"], "--config=configs/nothing.py: there is no such file"),
         (["--batch=0"], "config.train.batch_size=0 is out of range"),
-        (["--batch=6", "--devices=4"], "--devices=4 cannot share a batch of 6 evenly"),
-        (["--config=configs/cifar10.py:sn"], "--config=configs/cifar10.py:sn trains a head"),
+        (["--batch=6", "--devices=4"], "--devices=4 does not divide the batch size 6; give --batch"),
+        (["--config=configs/cifar10.py:sn"], "--config=configs/cifar10.py:sn trains a variance head"),
     ],
 )
 def test_compiling_for_another_device_tells_mistakes_first(arguments, sentence, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
     monkeypatch.setattr(sys, "argv", ["scripts/benchmarks/benchmark.py", "compiled", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        load_file(SCRIPTS / "benchmarks" / "benchmark.py").main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["data", "--archive=none.tar"], "--archive=none.tar does not exist"),
+        (["losses", "--only=skip 10,K = 5"], "--only has 'K = 5', which is not one of plain, skip 10,"),
+    ],
+)
+def test_benchmarks_report_user_errors_first(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmarks/benchmark.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         load_file(SCRIPTS / "benchmarks" / "benchmark.py").main()
     assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""The comparison of reverse variances: what is trained and evaluated, what is kept, and the table."""
+"""The comparison of reverse variances: what is trained and evaluated, which results are stored, the table."""
 
 import json
 import re
@@ -30,7 +30,8 @@ def launched(monkeypatch):
                 {"name": f"{method}, timestep_spacing linspace", "nfe": 5, "frechet_distance": distance}
             )
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "results.json").write_text(json.dumps({"rows": rows}))
+        nfe = [int(each) for each in flags["config.eval.nfe"].split(",")]
+        (workdir / "results.json").write_text(json.dumps({"eval": {"nfe": nfe}, "rows": rows}))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr("subprocess.run", run)
@@ -59,7 +60,17 @@ def test_every_variance_on_every_base(launched, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == table[table.index("\n|") :].strip()
 
 
-@pytest.mark.parametrize("flag", ["--seeds=1", "--steps=0", "--images=1", "--config=nowhere.py"])
+def test_results_of_another_nfe_are_refused(launched, tmp_path, capsys):
+    argv = [str(tmp_path), "--seeds=2", "--steps=100", "--head-steps=7"]
+    compare_covariance.main([*argv, "--nfe=5"])
+    with pytest.raises(SystemExit):
+        compare_covariance.main([*argv, "--nfe=5,10"])
+    assert "was made with --nfe=5; give the same --nfe, or another DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["--seeds=1", "--steps=0", "--head-steps=0", "--images=1", "--config=nowhere.py"]
+)
 def test_bad_input_is_one_sentence(launched, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         compare_covariance.main([str(tmp_path), flag])

@@ -1,4 +1,6 @@
-"""The comparison of objectives: what is trained how long, what is kept, and the table's statistics."""
+"""The comparison of objectives: what is trained for how long, which results are stored, the table's
+statistics.
+"""
 
 import json
 import re
@@ -78,8 +80,8 @@ def test_bad_input_is_one_sentence(launched, tmp_path, capsys, flag):
     assert not launched
 
 
-def test_results_of_another_budget_are_not_mixed_in(launched, tmp_path, capsys):
+def test_results_of_another_nfe_are_refused(launched, tmp_path, capsys):
     compare_objectives.main([str(tmp_path), "--seeds=2", "--steps=100", "--nfe=5"])
     with pytest.raises(SystemExit):
         compare_objectives.main([str(tmp_path), "--seeds=2", "--steps=100", "--nfe=5,10"])
-    assert "--nfe" in capsys.readouterr().err
+    assert "was made with --nfe=5; give the same --nfe, or another DIR" in capsys.readouterr().err

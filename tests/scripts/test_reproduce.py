@@ -1,4 +1,4 @@
-"""The papers' tables as plans: what is trained and evaluated, what it costs, what stands beside what."""
+"""The papers' tables as plans: what is trained and evaluated, what it costs, which values are printed."""
 
 import json
 from pathlib import Path
@@ -34,44 +34,45 @@ def fields(command):
 def test_every_table_and_figure_is_there_and_whole():
     assert reproduce.TABLES.keys() == EXPECTED
     for name, table in reproduce.TABLES.items():
-        labels = [line.label for line in table.lines]
+        labels = [row.label for row in table.rows]
         assert len(set(labels)) == len(labels), name
-        for line in table.lines:
-            assert len(line.paper) in (0, max(1, len(table.columns))), (name, line.label)
+        for row in table.rows:
+            assert len(row.paper) in (0, max(1, len(table.columns))), (name, row.label)
 
 
 def test_figures_are_the_papers():
     s2, sa, scores = (reproduce.TABLES[name] for name in ("s2-table1", "sa-table2", "sa-table3"))
     by_label = {
-        line.label: dict(zip(table.columns, line.paper, strict=True))
+        row.label: dict(zip(table.columns, row.paper, strict=True))
         for table in (s2, sa)
-        for line in table.lines
+        for row in table.rows
     }
     assert by_label["S²-DMs(DDIMs)"][10] == 15.63
     assert by_label["S²-DMs(PNDMs)"][1000] == 3.26
     assert by_label["CIFAR10 CS, SA+SN"][10] == 17.23
     assert by_label["CelebA DDIM, SA+SN"][1000] == 2.66
-    assert scores.lines[7].paper[0] == 8.42
+    assert scores.rows[7].paper[0] == 8.42
 
 
 def test_commands_train_and_sample_what_the_table_says(tmp_path):
     args = reproduce.parse(["sa-table2", f"--out={tmp_path}"])
-    lines = {line.label: line for line in reproduce.TABLES["sa-table2"].lines}
-    plain = fields(reproduce.train_command(reproduce.TABLES["sa-table2"], lines["CIFAR10 CS, SA"], args))
+    table = reproduce.TABLES["sa-table2"]
+    rows = {row.label: row for row in table.rows}
+    plain = fields(reproduce.train_command(table, rows["CIFAR10 CS, SA"], args))
     assert plain["config"] == "configs/cifar10.py:ddpm"
     assert (plain["config.loss.K"], plain["config.loss.lam"]) == ("2", "1.0")
     assert plain["config.diffusion.schedule"] == "cosine"
     assert (plain["config.eval.samplers"], plain["config.eval.variance"]) == ("ddpm", "small")
-    analytic = fields(reproduce.train_command(reproduce.TABLES["sa-table2"], lines["CIFAR10 LS, B+A"], args))
+    analytic = fields(reproduce.train_command(table, rows["CIFAR10 LS, B+A"], args))
     assert (analytic["config.eval.clip_pixel"], analytic["config.eval.timestep_spacing"]) == (
         "2.0",
         "linspace",
     )
-    npr = fields(reproduce.train_command(reproduce.TABLES["sa-table2"], lines["CIFAR10 LS, SA+NPR"], args))
+    npr = fields(reproduce.train_command(table, rows["CIFAR10 LS, SA+NPR"], args))
     assert (npr["config"], npr["config.train.steps"]) == ("configs/cifar10.py:npr", "500000")
-    base = fields(reproduce.train_command(reproduce.TABLES["sa-table2"], lines["CIFAR10 LS, SA"], args))
+    base = fields(reproduce.train_command(table, rows["CIFAR10 LS, SA"], args))
     assert npr["config.variance_head.base_workdir"] == base["workdir"] != npr["workdir"]
-    pndm = reproduce.TABLES["s2-table1"].lines[3]
+    pndm = reproduce.TABLES["s2-table1"].rows[3]
     assert fields(reproduce.train_command(reproduce.TABLES["s2-table1"], pndm, args))["config.eval.nfe"] == (
         "19,29,59,109,209,509,1009"
     )
@@ -83,13 +84,13 @@ def test_every_command_on_the_digits_is_one_that_the_program_takes(tmp_path):
         args = reproduce.parse([name, "--scale=digits", f"--out={tmp_path}"])
         table = reproduce.scaled(reproduce.TABLES[name], args)
         trained = set()
-        for line in table.lines:
-            given = fields(reproduce.train_command(table, line, args))
-            trained.add(given["workdir"])
-            # A head's base is trained by an earlier line.
-            assert not line.head or given["config.variance_head.base_workdir"] in trained
-            config = digits.get_config(line.head or "ddpm")
-            for key, value in given.items():
+        for row in table.rows:
+            flags = fields(reproduce.train_command(table, row, args))
+            trained.add(flags["workdir"])
+            # The base of a variance head is trained by an earlier row.
+            assert not row.variance_head or flags["config.variance_head.base_workdir"] in trained
+            config = digits.get_config(row.variance_head or "ddpm")
+            for key, value in flags.items():
                 name = key.removeprefix("config.")
                 if name in FIELDS:
                     group, field = name.split(".")
@@ -161,14 +162,14 @@ def test_curves_are_drawn_from_the_measured_distances(launched, tmp_path):
     reproduce.main(command)
     args = reproduce.parse(command)
     table = reproduce.scaled(reproduce.TABLES["s2-figure3"], args)
-    results = {line.label: reproduce.run_line(table, line, args) for line in table.lines}
+    results = {row.label: reproduce.run_row(table, row, args) for row in table.rows}
     figure = reproduce.plot_curves(table, results, args)
     curves = {curve.get_label(): curve for curve in figure.axes[0].lines}
     assert curves.keys() == results.keys()
-    for line in table.lines:
-        # The distances are NFE / 10, and each of these samplers makes a known NFE in so many steps.
-        expected = [nfe / 10 for nfe in reproduce.budgets(table, line).values()]
-        curve = curves[line.label]
+    for row in table.rows:
+        # The distances are NFE / 10, and each of these samplers has a known NFE for each number of steps.
+        expected = [nfe / 10 for nfe in reproduce.nfe_by_steps(table, row).values()]
+        curve = curves[row.label]
         assert curve.get_xdata().tolist() == list(table.columns)
         assert curve.get_ydata()[np.isfinite(curve.get_ydata())].tolist() == expected
     figure.savefig(tmp_path / "expected.png")
@@ -185,9 +186,9 @@ def test_a_figure_makes_its_pictures(launched, tmp_path):
 
 def test_mistakes_are_told(capsys):
     for argv, sentence in (
-        (["s2-table9"], "s2-table9 is no table or figure; there are s2-table1,"),
+        (["s2-table9"], "s2-table9 is no table or figure; choose one of s2-table1,"),
         (["s2-table1", "--images=1"], "--images=1 is out of range"),
-        (["s2-table1", "--steps=5"], "goes with --scale=digits only"),
+        (["s2-table1", "--steps=5"], "works with --scale=digits only"),
     ):
         with pytest.raises(SystemExit) as error:
             reproduce.main(argv)

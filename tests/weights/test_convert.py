@@ -259,7 +259,7 @@ def test_nothing_is_overwritten_or_half_written(command, files, tmp_path, monkey
     fails(tmp_path / "a.pth", "already exists and would be overwritten")
     (tmp_path / "b.pth.md").write_text("mine")
     fails(tmp_path / "b.pth", "b.pth.md already exists and would be overwritten")
-    fails(tmp_path / "a.npz", "a sampler's file is made by python -m s2dm_jax.main --mode=export")
+    fails(tmp_path / "a.npz", "an exported sampler is written by python -m s2dm_jax.main --mode=export")
     fails(tmp_path / "a.pth2", "--resolution=0 is out of range", "--resolution=0")
     fails(tmp_path / "c.safetensors", "must end in .pth", "--to=ddim")
 

@@ -1,0 +1,50 @@
+"""`run_once`: commands run until their results are stored, and not again."""
+
+import json
+import sys
+
+import pytest
+from run_once import run_once
+
+from s2dm_jax.common.errors import UserError
+
+RESULTS = {"eval": {"nfe": [5, 10]}, "rows": []}
+
+
+def writer(workdir, code=0):
+    """A command that leaves results, appends a line to a log, and exits with `code`."""
+    text = json.dumps(RESULTS)
+    program = (
+        f"import sys; from pathlib import Path; w = Path({str(workdir)!r}); w.mkdir(exist_ok=True);"
+        f"(w / 'log').open('a').write('ran\\n'); (w / 'results.json').write_text({text!r}); sys.exit({code})"
+    )
+    return [sys.executable, "-c", program]
+
+
+def test_commands_run_in_order_and_once(tmp_path):
+    path, workdir = tmp_path / "results" / "a.json", tmp_path / "run"
+    for _ in range(2):
+        assert run_once(path, workdir, [writer(workdir), writer(workdir)], [5, 10]) == RESULTS
+    assert (workdir / "log").read_text() == "ran\nran\n"
+    # The stored copy is the result, whatever the run is evaluated with later.
+    (workdir / "results.json").write_text("{}")
+    assert run_once(path, workdir, []) == RESULTS
+
+
+def test_a_failed_command_stores_nothing(tmp_path):
+    path, workdir = tmp_path / "a.json", tmp_path / "run"
+    with pytest.raises(
+        UserError, match="run could not be trained or evaluated; the command above reports why"
+    ):
+        run_once(path, workdir, [writer(workdir, code=3), writer(workdir)])
+    assert (workdir / "log").read_text() == "ran\n"
+    assert not path.exists()
+
+
+def test_results_of_another_nfe_are_refused(tmp_path):
+    path, workdir = tmp_path / "a.json", tmp_path / "run"
+    run_once(path, workdir, [writer(workdir)])
+    with pytest.raises(
+        UserError, match=r"a\.json was made with --nfe=5,10; give the same --nfe, or another DIR"
+    ):
+        run_once(path, workdir, [], [5])
