@@ -50,7 +50,9 @@ def test_it_holds_the_package_and_the_configs_and_nothing_else(wheel, tmp_path):
     modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "s2dm_jax").rglob("*.py")]
     configs = [f"s2dm_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")]
     about = f"s2dm_jax-{s2dm_jax.__version__}.dist-info"
-    told = [f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")]
+    told = [
+        f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    ]
     assert names_in(wheel) == sorted([*modules, *configs, *told, "s2dm_jax/py.typed"])
     assert names_in(build("wheel", tmp_path)) == names_in(wheel)
 
@@ -65,6 +67,9 @@ def test_its_metadata(wheel):
     assert told.get_all("Provides-Extra") == sorted(project["optional-dependencies"])
     needed = [one for one in told.get_all("Requires-Dist") if "extra ==" not in one]
     assert len(needed) == len(project["dependencies"])
+    with zipfile.ZipFile(wheel) as archive:
+        (scripts,) = (archive.read(name) for name in archive.namelist() if name.endswith("/entry_points.txt"))
+    assert scripts.decode().split() == ["[console_scripts]", "s2dm", "=", "s2dm_jax.main:main"]
     assert told["Description-Content-Type"] == "text/markdown"
     assert told.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
 
