@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # of a config has are set from there; the constructor raises ValueError for values that do not fit together.
 NETWORKS = {"unet": "unet:UNet"}
 
+# Groups of every group normalisation in this folder: channels must be a multiple.
+NORM_GROUPS = 32
+
 
 class Network(Protocol):
     """What predicts the noise in an image.

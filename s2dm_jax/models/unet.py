@@ -8,14 +8,13 @@ Parameter paths equal the published state_dict's names (`down.0.block.1.conv1`),
 import dataclasses
 from typing import TYPE_CHECKING
 
+from s2dm_jax.models.network import NORM_GROUPS
+
 if TYPE_CHECKING:
     import jax
 
     from s2dm_jax.diffusion.schedule import NoiseSchedule
     from s2dm_jax.diffusion.types import EpsFn
-
-# Groups of every group normalisation: `ch` must be a multiple.
-NORM_GROUPS = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@ used.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,13 @@ from s2dm_jax.models.layers import (
     split_module,
     timestep_embedding,
 )
-from s2dm_jax.models.unet import UNet
 
 
 class UNetModule(nnx.Module):
     """ε-prediction network of DDIM (Song et al. 2021), also that of S²-DM and SA-DPM."""
 
-    def __init__(self, config: UNet):
+    # `config` is a `unet.UNet`; that file imports this one.
+    def __init__(self, config: Any):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         ch, temb_dim = config.ch, 4 * config.ch
@@ -123,6 +124,6 @@ class UNetModule(nnx.Module):
 
 
 @functools.lru_cache
-def definition(config: UNet) -> tuple[nnx.GraphDef, dict]:
+def definition(config: Any) -> tuple[nnx.GraphDef, dict]:
     """The structure of the network, and the shapes of its parameters."""
     return split_module(lambda: UNetModule(config))
