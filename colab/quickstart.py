@@ -37,22 +37,16 @@ from pathlib import Path
 if "google.colab" in sys.modules and not Path("configs").is_dir():
     if not Path("s2dm_jax").is_dir():
         if not REPOSITORY:
-            raise SystemExit(
-                "REPOSITORY is empty: it must be the address of this project, as git clone takes it"
-            )
+            raise SystemExit("REPOSITORY is empty: it must be the address of this project, as git clone takes it")
         subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, "s2dm_jax"], check=True)
     install = [sys.executable, "-m", "pip", "install", "--quiet", f"./s2dm_jax[{EXTRAS}]"]
     subprocess.run(install, check=True)
     if "numpy" in sys.modules and sys.modules["numpy"].__version__ != importlib.metadata.version("numpy"):
-        raise SystemExit(
-            "NumPy was replaced while in use: choose Runtime > Restart session and run this again"
-        )
+        raise SystemExit("NumPy was replaced while in use: choose Runtime > Restart session and run this again")
     os.chdir("s2dm_jax")
 roots = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "configs/digits.py").is_file()]
 if not roots:
-    raise SystemExit(
-        "configs/digits.py is not here or above: open this notebook inside a copy of the repository"
-    )
+    raise SystemExit("configs/digits.py is not here or above: open this notebook inside a copy of the repository")
 os.chdir(roots[0])
 # Without this a kernel that holds a GPU leaves none of its memory to the commands below.
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

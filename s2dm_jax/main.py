@@ -47,9 +47,7 @@ def _define_flags() -> flags.FlagValues:
         "run in --workdir",
         flag_values=values,
     )
-    flags.DEFINE_string(
-        "workdir", "", "Folder of the run; a run that is already there is resumed", flag_values=values
-    )
+    flags.DEFINE_string("workdir", "", "Folder of the run; a run that is already there is resumed", flag_values=values)
     flags.DEFINE_enum(
         "mode",
         "train",
@@ -65,9 +63,7 @@ def _define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_integer("num_processes", None, "Several hosts: number of processes", 1, flag_values=values)
-    flags.DEFINE_integer(
-        "process_id", None, "Several hosts: index of this process, from 0", 0, flag_values=values
-    )
+    flags.DEFINE_integer("process_id", None, "Several hosts: index of this process, from 0", 0, flag_values=values)
     flags.DEFINE_boolean("help", False, "Show this text", short_name="h", flag_values=values)
     return values
 
@@ -142,18 +138,14 @@ def _check_processes(values: flags.FlagValues) -> None:
         )
     if not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(
-            f"--coordinator_address={coordinator} is not HOST:PORT; for example "
-            "--coordinator_address=node0:1234"
+            f"--coordinator_address={coordinator} is not HOST:PORT; for example --coordinator_address=node0:1234"
         )
     if number >= count:
         raise UserError(
-            f"--process_id={number} is out of range: with --num_processes={count} it must be from 0 to "
-            f"{count - 1}"
+            f"--process_id={number} is out of range: with --num_processes={count} it must be from 0 to {count - 1}"
         )
     if values.mode != "train":
-        raise UserError(
-            f"--coordinator_address does not go with --mode={values.mode}, which is for one process"
-        )
+        raise UserError(f"--coordinator_address does not go with --mode={values.mode}, which is for one process")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -43,9 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to resume")
     parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of training seeds, at least 2 (3)")
-    parser.add_argument(
-        "--steps", type=int, default=500, help="train steps of sa; ddpm makes twice as many (500)"
-    )
+    parser.add_argument("--steps", type=int, default=500, help="train steps of sa; ddpm makes twice as many (500)")
     parser.add_argument("--head-steps", type=int, default=300, help="train steps of each variance head (300)")
     parser.add_argument("--images", type=int, default=50, help="images per timestep for A's statistic (50)")
     parser.add_argument(

@@ -38,9 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="IN", help="file or folder to read")
     parser.add_argument("out", metavar="OUT", help="file or folder to write")
     parser.add_argument("--to", choices=FORMATS, default="", help="format of OUT (default: by its name)")
-    parser.add_argument(
-        "--resolution", type=int, help="height and width in pixels, where the shapes leave it open"
-    )
+    parser.add_argument("--resolution", type=int, help="height and width in pixels, where the shapes leave it open")
     parser.add_argument("--digest", default="", help="the SHA-256 or MD5 that the file IN must have")
     parser.add_argument(
         "--config", default="", help="config FILE[:OBJECTIVE] for the run's folder to continue training with"
@@ -60,9 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not Path(args.source).exists():
         raise UserError(f"{args.source} does not exist; give the file of a checkpoint, or a folder")
     if os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
-        raise UserError(
-            f"{args.out} is there already and would be overwritten; give another name, or remove it"
-        )
+        raise UserError(f"{args.out} is there already and would be overwritten; give another name, or remove it")
     args.to = args.to or format_of(args.source, args.out)
     return args
 

@@ -29,25 +29,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a value out of range, a run that cannot be read, or a missing matplotlib.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument(
-        "workdirs", nargs="+", metavar="WORKDIR", help="folder of a training run, one or more"
-    )
-    parser.add_argument(
-        "--out", default="estimation_gap.png", help="the .png to write (default: %(default)s)"
-    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a training run, one or more")
+    parser.add_argument("--out", default="estimation_gap.png", help="the .png to write (default: %(default)s)")
     parser.add_argument("--start", type=int, default=300, help="timestep to noise to, at most T-1 (300)")
-    parser.add_argument(
-        "--images", type=int, default=2000, help="number of images, at most all of the split (2000)"
-    )
+    parser.add_argument("--images", type=int, default=2000, help="number of images, at most all of the split (2000)")
     parser.add_argument(
         "--split",
         choices=("held_out", "train"),
         default="held_out",
         help="split to take the images from (held_out)",
     )
-    parser.add_argument(
-        "--eta", type=float, default=1.0, help="1: DDPM with the posterior variance; 0: DDIM (1)"
-    )
+    parser.add_argument("--eta", type=float, default=1.0, help="1: DDPM with the posterior variance; 0: DDIM (1)")
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -68,9 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--out={args.out} must end in .png")
     names = {dataset_name(read_config(workdir)) for workdir in args.workdirs}
     if len(names) > 1:
-        raise UserError(
-            f"the runs were trained on {' and '.join(sorted(names))}; compare runs on one dataset"
-        )
+        raise UserError(f"the runs were trained on {' and '.join(sorted(names))}; compare runs on one dataset")
     check_matplotlib("the figure")
     return args
 

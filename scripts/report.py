@@ -24,9 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a folder that holds no run, another suffix, or a missing matplotlib.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument(
-        "workdirs", nargs="+", metavar="WORKDIR", help="folder of an evaluated run, one or more"
-    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of an evaluated run, one or more")
     parser.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
     parser.add_argument("--plot", help="also write the plot of distances to a .png or .svg")
     args = parser.parse_args(argv)

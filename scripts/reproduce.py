@@ -54,9 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a table that does not exist, or a value out of range.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument(
-        "table", metavar="TABLE", nargs="?", help=f"one of {', '.join(TABLES)}; none: list them"
-    )
+    parser.add_argument("table", metavar="TABLE", nargs="?", help=f"one of {', '.join(TABLES)}; none: list them")
     parser.add_argument("--out", default="runs/papers", help="folder for runs and tables (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="training seed (0)")
     parser.add_argument(
@@ -78,9 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.images < 0 or args.images == 1:
         raise UserError(f"--images={args.images} is out of range: it must be at least 2")
     if args.steps < 0 or (args.steps and args.scale == "full"):
-        raise UserError(
-            f"--steps={args.steps} is not allowed: it must be positive, and works with --scale=digits only"
-        )
+        raise UserError(f"--steps={args.steps} is not allowed: it must be positive, and works with --scale=digits only")
     return args
 
 
@@ -215,9 +211,7 @@ def reproduce(args: argparse.Namespace) -> None:
     """
     table = scaled(TABLES[args.table], args)
     training, sampling = gpu_hours(table, args)
-    print(
-        f"{table.title}\nat least {training:.1f} hours of training and {sampling:.1f} of sampling on one H100"
-    )
+    print(f"{table.title}\nat least {training:.1f} hours of training and {sampling:.1f} of sampling on one H100")
     if args.dry_run:
         print_plan(table, args)
         return

@@ -21,9 +21,7 @@ def print_command(command: Sequence[str]) -> None:
     print(shlex.join(["python", *command[1:]]), flush=True)
 
 
-def run_once(
-    result_path: Path, workdir: Path, commands: Sequence[list[str]], nfe: Sequence[int] | None = None
-) -> dict:
+def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nfe: Sequence[int] | None = None) -> dict:
     """The results of a run, after the commands that train and evaluate it, which are skipped if they are
     stored.
 

@@ -46,9 +46,7 @@ SMALL = {
 }
 
 
-TINY = UNet(
-    resolution=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=()
-)
+TINY = UNet(resolution=8, in_channels=1, out_channels=1, ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
 
 
 @dataclasses.dataclass(frozen=True)

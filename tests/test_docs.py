@@ -134,9 +134,7 @@ def checked(monkeypatch, tmp_path, command_line):
         said = run_docs.arguments(words)
         if said[:2] == ["-m", "s2dm_jax.main"]:
             flags = dict(word.lstrip("-").partition("=")[::2] for word in said[2:])
-            given = [flags.get("config.variance_head.base_workdir")] + (
-                [] if "config" in flags else [flags["workdir"]]
-            )
+            given = [flags.get("config.variance_head.base_workdir")] + ([] if "config" in flags else [flags["workdir"]])
             for workdir in filter(None, given):
                 if not Path(workdir).exists():
                     leave(runpy.run_path("configs/digits.py")["get_config"](), workdir)
@@ -351,7 +349,5 @@ def test_what_was_added_works(added):
         last = (added / "runs" / run / "metrics.jsonl").read_text().splitlines()[-1]
         assert json.loads(last)["step"] == 4
     environment = {**os.environ, "PYTHONPATH": str(added)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROOF], cwd=added, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROOF], cwd=added, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -57,9 +57,7 @@ def imported(path, *, only_at_start=False):
     tree = ast.parse(path.read_text())
     nodes = ast.walk(tree)
     if only_at_start:
-        skipped = {
-            id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.If) for n in ast.walk(f)
-        }
+        skipped = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.If) for n in ast.walk(f)}
         nodes = (node for node in nodes if id(node) not in skipped)
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "s2dm_jax":
@@ -93,9 +91,9 @@ def test_no_chain_of_imports_is_circular_or_long():
         return 1 + max((length(other) for other in uses[path]), default=0)
 
     # A circle would end in a RecursionError. `__main__` is `main` under another name.
-    assert max(length(path) for path in FILES if path.stem != "__main__") <= LONGEST_CHAIN, sorted(
-        FILES, key=length
-    )[-3:]
+    assert max(length(path) for path in FILES if path.stem != "__main__") <= LONGEST_CHAIN, sorted(FILES, key=length)[
+        -3:
+    ]
 
 
 def test_files_are_short():

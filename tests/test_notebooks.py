@@ -22,9 +22,7 @@ def cells(notebook):
 
 def setup_of(name):
     """The code of a notebook's first cell that is code."""
-    return next(
-        source for kind, source in cells(jupytext.read(ROOT / "colab" / f"{name}.py")) if kind == "code"
-    )
+    return next(source for kind, source in cells(jupytext.read(ROOT / "colab" / f"{name}.py")) if kind == "code")
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +117,7 @@ def test_setup_in_colab_clones_and_installs(colab, tmp_path):
     shutil.copytree(ROOT / "configs", upstream / "configs")
     for command in ("init --quiet", "add .", "-c user.name=a -c user.email=a@b commit --quiet -m all"):
         subprocess.run(["git", *command.split()], cwd=upstream, check=True)
-    expected = (
-        f"pip install --quiet ./s2dm_jax[plot]\nin {tmp_path}/content/s2dm_jax runs runs/notebooks/quick\n"
-    )
+    expected = f"pip install --quiet ./s2dm_jax[plot]\nin {tmp_path}/content/s2dm_jax runs runs/notebooks/quick\n"
     assert colab(upstream).stdout == expected
     # After a restart of the session the clone is there.
     shutil.rmtree(upstream)

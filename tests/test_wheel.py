@@ -50,9 +50,7 @@ def test_it_holds_the_package_and_the_configs_and_nothing_else(wheel, tmp_path):
     modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "s2dm_jax").rglob("*.py")]
     configs = [f"s2dm_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")]
     about = f"s2dm_jax-{s2dm_jax.__version__}.dist-info"
-    told = [
-        f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
-    ]
+    told = [f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")]
     assert names_in(wheel) == sorted([*modules, *configs, *told, "s2dm_jax/py.typed"])
     assert names_in(build("wheel", tmp_path)) == names_in(wheel)
 

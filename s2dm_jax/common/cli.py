@@ -14,9 +14,7 @@ class Parser(argparse.ArgumentParser):
     """Prints description and examples as they are written; errors of argparse become a `UserError`."""
 
     def __init__(self, description: str, examples: str):
-        super().__init__(
-            description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        super().__init__(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

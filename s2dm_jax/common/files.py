@@ -98,9 +98,7 @@ def atomic_outputs(*paths: Path) -> Iterator[list[Path]]:
     """
     for path in paths:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(
-                f"{path} already exists and would be overwritten; give another name, or remove it"
-            )
+            raise UserError(f"{path} already exists and would be overwritten; give another name, or remove it")
     try:
         with contextlib.ExitStack() as stack:
             for path in paths:
@@ -108,6 +106,4 @@ def atomic_outputs(*paths: Path) -> Iterator[list[Path]]:
             # The last is renamed first: whoever finds the main output finds the files that describe it.
             yield [stack.enter_context(atomic_path(path)) for path in paths]
     except OSError as error:
-        raise UserError(
-            f"{paths[0]} cannot be written ({error.strerror or error}); give another path"
-        ) from error
+        raise UserError(f"{paths[0]} cannot be written ({error.strerror or error}); give another path") from error

@@ -68,9 +68,7 @@ def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
-        raise ValueError(
-            f"images must be uint8 [N,H,W,C], not empty, got {images.dtype} {list(images.shape)}"
-        )
+        raise ValueError(f"images must be uint8 [N,H,W,C], not empty, got {images.dtype} {list(images.shape)}")
     count, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     scale = math.ceil(_READABLE_TILE / min(height, width)) if scale is None else scale
@@ -103,9 +101,7 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
-        raise ValueError(
-            f"image must be uint8 [H,W,C] with 1 or 3 channels, got {image.dtype} {list(image.shape)}"
-        )
+        raise ValueError(f"image must be uint8 [H,W,C] with 1 or 3 channels, got {image.dtype} {list(image.shape)}")
     # Waiting for the disk takes ten times as long as writing: minutes for 50,000 samples.
     with atomic_path(path, fsync=False) as temporary:
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")

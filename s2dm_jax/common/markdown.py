@@ -26,6 +26,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     widths = [max(3, *(len(cell) for cell in column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in cells
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     )

@@ -20,9 +20,7 @@ class ProgressDisplay:
     The one place that decides between the two.
     """
 
-    def __init__(
-        self, stream: TextIO, total: int | None, done: int = 0, *, shown: bool = True, **bar_options: Any
-    ):
+    def __init__(self, stream: TextIO, total: int | None, done: int = 0, *, shown: bool = True, **bar_options: Any):
         """Starts the clock.
 
         Args:

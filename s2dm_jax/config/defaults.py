@@ -34,9 +34,7 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     "eta": Resumable(
         0.0, low=0.0, high=1.0, doc="noise of DDIM's steps, from deterministic to DDPM's posterior variance"
     ),
-    "clip_x0": Resumable(
-        None, type=bool, doc="clip each step's prediction of x_0; None: as the sampler does"
-    ),
+    "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0; None: as the sampler does"),
     "variance": Resumable(
         None, type=str, choices=OPTIONS["variance"], doc="variance of DDPM's steps; None: as the sampler does"
     ),
@@ -69,9 +67,7 @@ SAMPLER_OPTIONS: dict[str, Field] = {
         0, low=0, doc="scale the network's output as training with L_skip and this skip would; 0: no scaling"
     ),
     "skip_scale_tau": Resumable(0.99, low=0.0, high=1.0, doc="tau of that scaling"),
-    "skip_scale_preset": Resumable(
-        "paper", choices=_PRESETS, doc="loss preset of that scaling, as loss.preset"
-    ),
+    "skip_scale_preset": Resumable("paper", choices=_PRESETS, doc="loss preset of that scaling, as loss.preset"),
 }
 
 # In both groups too, but no argument of a sampler.
@@ -114,9 +110,7 @@ FIELDS: dict[str, Field] = {
         "epsilon", choices=_PREDICTIONS, doc="what the network's output is: the noise, v or the clean image"
     ),
     "model.ch": Field(128, low=32, doc="channels at the highest resolution"),
-    "model.ch_mult": Field(
-        (1, 2, 2, 2), low=1, min_length=1, doc="factor on the channels at each resolution level"
-    ),
+    "model.ch_mult": Field((1, 2, 2, 2), low=1, min_length=1, doc="factor on the channels at each resolution level"),
     "model.num_res_blocks": Field(2, low=1, doc="residual blocks per resolution level"),
     "model.attn_resolutions": Field((16,), low=1, doc="resolutions with self-attention, in pixels"),
     "model.dropout": Field(0.1, low=0.0, high=0.999, doc="dropout rate in the residual blocks"),
@@ -178,17 +172,13 @@ FIELDS: dict[str, Field] = {
     "train.lr": Field(2e-4, low=1e-12, doc="learning rate of Adam"),
     "train.grad_clip": Field(1.0, low=0.0, doc="largest global norm of the gradient; 0: no clipping"),
     "train.ema_decay": Field(0.9999, low=0.0, high=1.0, doc="decay of the EMA of the weights per step"),
-    "train.ema_start": Field(
-        "initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"
-    ),
+    "train.ema_start": Field("initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"),
     "train.seed": Field(0, low=0, high=_MAX_SEED, doc="seed of everything random in training"),
     "train.log_every": Resumable(100, low=1, doc="steps between logged metrics"),
     "train.sample_every": Resumable(5_000, low=1, doc="steps between saved sample grids"),
     "train.checkpoint_every": Resumable(5_000, low=1, doc="steps between checkpoints"),
     "train.max_to_keep": Resumable(3, low=1, doc="newest checkpoints to keep"),
-    "train.keep_period": Resumable(
-        0, low=0, doc="also keep one checkpoint in this many steps for good; 0: none"
-    ),
+    "train.keep_period": Resumable(0, low=0, doc="also keep one checkpoint in this many steps for good; 0: none"),
     "train.keep_best": Resumable(
         "",
         doc="also keep the checkpoint with the lowest mean of this metric since the one before; empty: none",
@@ -201,9 +191,7 @@ FIELDS: dict[str, Field] = {
     "train.grad_accum_steps": Field(
         1, low=1, doc="parts of a batch that are computed one after another; their gradients are averaged"
     ),
-    "train.shard_state": Resumable(
-        False, doc="shard weights, EMA and Adam's moments over the devices (ZeRO)"
-    ),
+    "train.shard_state": Resumable(False, doc="shard weights, EMA and Adam's moments over the devices (ZeRO)"),
     "train.profile_steps": Resumable(0, low=0, doc="steps to trace into workdir/profile; 0: none"),
     "sample.sampler": Resumable("ddim", choices=tuple(SAMPLERS), doc="sampler"),
     "sample.steps": Resumable(0, low=0, doc="sampling steps; 0: from nfe or timesteps"),
@@ -218,9 +206,7 @@ FIELDS: dict[str, Field] = {
     "sample.num_images": Resumable(64, low=1, doc="images to sample"),
     "sample.seed": Resumable(0, low=0, high=_MAX_SEED, doc="seed of the sampler's noise"),
     "sample.batch_size": Resumable(500, low=1, doc="images sampled at once"),
-    "sample.checkpoint_step": Resumable(
-        0, low=0, doc="training step of the checkpoint to sample from; 0: the newest"
-    ),
+    "sample.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to sample from; 0: the newest"),
     "sample.output": Resumable(
         "grid",
         choices=("grid", "npz", "png"),
@@ -230,9 +216,7 @@ FIELDS: dict[str, Field] = {
         0, low=0, doc="write rows of this many images between two noises instead; 0: do not"
     ),
     "sample.trajectory": Resumable(False, doc="write each step's prediction of x_0 instead"),
-    "sample.compare": Resumable(
-        "", doc="write the same noise through these workdirs (a,b,…) as well, row by row"
-    ),
+    "sample.compare": Resumable("", doc="write the same noise through these workdirs (a,b,…) as well, row by row"),
     "eval.samplers": Resumable("ddim", doc="samplers to evaluate (a,b,…)"),
     "eval.nfe": Resumable((10, 20, 50), low=1, min_length=1, doc="NFE to evaluate each sampler at"),
     **{f"eval.{name}": field for name, field in SAMPLER_OPTIONS.items()},
@@ -242,20 +226,14 @@ FIELDS: dict[str, Field] = {
         doc="features to compare in: inception, classifier (trained on the dataset's labels) or your own "
         "FILE.py:function of uint8 [B, H, W, C]; auto: inception if available, classifier for the digits",
     ),
-    "eval.metrics": Resumable(
-        "fid", doc="metrics (a,b,…): fid, kid, inception_score, precision_recall, fid_infinity"
-    ),
+    "eval.metrics": Resumable("fid", doc="metrics (a,b,…): fid, kid, inception_score, precision_recall, fid_infinity"),
     "eval.reference": Resumable(
         "auto",
         doc="images to compare with: train, held_out or FILE.npz with mu and sigma; auto: train for "
         "inception, as in the papers, else held_out",
     ),
-    "eval.inception_weights": Resumable(
-        "", doc="file or URL of Inception's weights; empty: the standard ones"
-    ),
-    "eval.inception_sha256": Resumable(
-        "", doc="SHA-256 of Inception's weights; empty: that of the standard ones"
-    ),
+    "eval.inception_weights": Resumable("", doc="file or URL of Inception's weights; empty: the standard ones"),
+    "eval.inception_sha256": Resumable("", doc="SHA-256 of Inception's weights; empty: that of the standard ones"),
     "eval.checkpoint_step": Resumable(
         0, low=0, doc="training step of the checkpoint for --mode=evaluate; 0: the newest"
     ),

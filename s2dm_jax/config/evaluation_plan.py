@@ -116,9 +116,7 @@ class EvalPoint(NamedTuple):
     def name(self) -> str:
         """The sampler with its options, as in the table: "ddim, eta 1"."""
         spacing = {} if self.timestep_spacing == "uniform" else {"timestep_spacing": self.timestep_spacing}
-        return ", ".join(
-            [self.sampler, *(f"{name} {value}" for name, value in (spacing | self.options).items())]
-        )
+        return ", ".join([self.sampler, *(f"{name} {value}" for name, value in (spacing | self.options).items())])
 
     def timesteps(self, T: int) -> np.ndarray:
         """The timesteps [S] that it visits, ascending; for the spacing "optimal" as many others."""
@@ -151,24 +149,15 @@ def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
     samplers = [_ALIASES.get(name, name) for name in split_names(fields["samplers"])]
     for name in samplers:
         if name not in SAMPLERS:
-            raise ValueError(
-                f"samplers={fields['samplers']!r} names {name!r}; there are {', '.join(SAMPLERS)}"
-            )
+            raise ValueError(f"samplers={fields['samplers']!r} names {name!r}; there are {', '.join(SAMPLERS)}")
     if not samplers or len(set(samplers)) < len(samplers):
-        raise ValueError(
-            f"samplers={fields['samplers']!r} must name at least one sampler, none of them twice"
-        )
+        raise ValueError(f"samplers={fields['samplers']!r} must name at least one sampler, none of them twice")
     if fields["timestep_spacing"] not in SPACINGS:
         raise ValueError(
-            f"timestep_spacing={fields['timestep_spacing']!r} is not known; choose one of "
-            f"{', '.join(SPACINGS)}"
+            f"timestep_spacing={fields['timestep_spacing']!r} is not known; choose one of {', '.join(SPACINGS)}"
         )
-    if fields["timestep_spacing"] == "optimal" and any(
-        SAMPLERS[name].requires != "ms_eps" for name in samplers
-    ):
-        raise ValueError(
-            f"timestep_spacing='optimal' is only for analytic, not for samplers={fields['samplers']!r}"
-        )
+    if fields["timestep_spacing"] == "optimal" and any(SAMPLERS[name].requires != "ms_eps" for name in samplers):
+        raise ValueError(f"timestep_spacing='optimal' is only for analytic, not for samplers={fields['samplers']!r}")
     requested = {name: fields[name] for name in OPTIONS if fields[name] is not None}
     if fields["eta"]:
         requested["eta"] = fields["eta"]

@@ -51,9 +51,7 @@ def check_names(config: ConfigDict) -> None:
     for name in sorted(names - FIELDS.keys()):
         raise UserError(f"config.{name} is not a field; the fields are those of s2dm_jax/config/defaults.py")
     for name in sorted(FIELDS.keys() - names):
-        raise UserError(
-            f"config.{name} is missing; start the config from s2dm_jax.config.defaults.default_config()"
-        )
+        raise UserError(f"config.{name} is missing; start the config from s2dm_jax.config.defaults.default_config()")
 
 
 def _check_field(name: str, field: Field, value: Any) -> None:
@@ -102,8 +100,7 @@ def _check_data(fields: dict) -> None:
     if spec.crop == "none" and crop not in ("auto", "none"):
         cropped = " and ".join(other for other, facts in DATASETS.items() if facts.crop != "none")
         raise UserError(
-            f"config.data.crop={crop!r} is for {cropped} and for config.data.source, not for {name}: it must "
-            "be auto"
+            f"config.data.crop={crop!r} is for {cropped} and for config.data.source, not for {name}: it must be auto"
         )
 
 
@@ -134,9 +131,7 @@ def _check_timesteps(fields: dict) -> None:
     skips = ("loss.skip", T - 1), ("sample.skip_scale", T - 1), ("eval.skip_scale", T - 1)
     for name, most in (*skips, ("loss.skip_factors", T), ("loss.K", T)):
         if fields[name] is not None and fields[name] > most:
-            raise UserError(
-                f"config.{name}={fields[name]} must be at most {most}, with config.diffusion.T={T}"
-            )
+            raise UserError(f"config.{name}={fields[name]} must be at most {most}, with config.diffusion.T={T}")
 
 
 def _check_sampling(fields: dict) -> None:
@@ -156,9 +151,7 @@ def _check_sampling(fields: dict) -> None:
         )
     special = [name for name in ("interpolate", "trajectory", "compare") if sample[name]]
     if len(special) > 1:
-        raise UserError(
-            f"config.sample.{special[0]} and config.sample.{special[1]} do not go together; give one"
-        )
+        raise UserError(f"config.sample.{special[0]} and config.sample.{special[1]} do not go together; give one")
     if special and sample["output"] != "grid":
         raise UserError(
             f"config.sample.output={sample['output']!r} does not go with config.sample.{special[0]}, "
@@ -209,8 +202,7 @@ def _check_evaluation(fields: dict) -> None:
             )
         if group["num_images"] < metric.min_images:
             raise UserError(
-                f"config.eval.num_images={group['num_images']} is too few for {name}, which needs "
-                f"{metric.min_images}"
+                f"config.eval.num_images={group['num_images']} is too few for {name}, which needs {metric.min_images}"
             )
         if reference not in REFERENCES and "reference_features" in metric.requires:
             raise UserError(
@@ -218,9 +210,7 @@ def _check_evaluation(fields: dict) -> None:
                 f"config.eval.reference={reference!r} must be train or held_out for that"
             )
     if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise UserError(
-            f"config.eval.inception_sha256={sha256!r} is no SHA-256: it must be 64 hexadecimal digits"
-        )
+        raise UserError(f"config.eval.inception_sha256={sha256!r} is no SHA-256: it must be 64 hexadecimal digits")
 
 
 def check_evaluation_files(config: ConfigDict) -> None:
@@ -232,10 +222,6 @@ def check_evaluation_files(config: ConfigDict) -> None:
     features, reference = config.eval.feature_extractor, config.eval.reference
     if features not in FEATURES and not os.path.isfile(features.rpartition(":")[0]):
         path = features.rpartition(":")[0]
-        raise UserError(
-            f"config.eval.feature_extractor={features!r} names the file {path}, which is not there"
-        )
+        raise UserError(f"config.eval.feature_extractor={features!r} names the file {path}, which is not there")
     if reference not in REFERENCES and not os.path.isfile(reference):
-        raise UserError(
-            f"config.eval.reference={reference!r} must be {', '.join(REFERENCES)}, or a file that is there"
-        )
+        raise UserError(f"config.eval.reference={reference!r} must be {', '.join(REFERENCES)}, or a file that is there")

@@ -19,9 +19,7 @@ def step_keys(step_key: jax.Array, step: int | jax.Array | np.ndarray) -> jax.Ar
     return jax.random.split(jax.random.fold_in(step_key, step), 3)
 
 
-def batch_at(
-    seed: int, step: int, images: np.ndarray, batch_size: int, random_flip: bool = False
-) -> jax.Array:
+def batch_at(seed: int, step: int, images: np.ndarray, batch_size: int, random_flip: bool = False) -> jax.Array:
     """The images that a step of a training run sees: a function of (seed, step) alone.
 
     Args:

@@ -137,9 +137,7 @@ def is_ready(folder: Path) -> bool:
     """Whether a cache entry holds all files that its provenance names, at their full size."""
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        return all(
-            (folder / name).stat().st_size == facts["bytes"] for name, facts in provenance["files"].items()
-        )
+        return all((folder / name).stat().st_size == facts["bytes"] for name, facts in provenance["files"].items())
     except (OSError, ValueError, KeyError):
         return False
 

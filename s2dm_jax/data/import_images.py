@@ -97,12 +97,9 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
         order = np.argsort(np.array(names, object), kind="stable")
     if len(names) < 2:
         raise UserError(
-            f"config.data.source={source} holds {len(names)} images; it must hold at least 2 PNG, JPEG or "
-            "WebP files"
+            f"config.data.source={source} holds {len(names)} images; it must hold at least 2 PNG, JPEG or WebP files"
         )
-    skipped = _write_splits(
-        source, names, jobs, order, held_out, labels, transform, max_invalid_fraction, folder
-    )
+    skipped = _write_splits(source, names, jobs, order, held_out, labels, transform, max_invalid_fraction, folder)
     splits = {
         name: {"count": int(np.load(folder / f"{name}_labels.npy", mmap_mode="r").size)}
         for name in ("train", "held_out")
@@ -150,9 +147,7 @@ def _write_splits(source, names, jobs, order, held_out, labels, transform, max_i
     for name, part in parts.items():
         written = files[name].close()
         if not written.any():
-            raise UserError(
-                f"config.data.source={source} leaves no image for the split {name}; give more images"
-            )
+            raise UserError(f"config.data.source={source} leaves no image for the split {name}; give more images")
         np.save(folder / f"{name}_labels.npy", labels[part][written])
     if len(skipped) > _MAX_REPORTED:
         print(f"… and {len(skipped) - _MAX_REPORTED} more, all listed in provenance.json", file=sys.stderr)

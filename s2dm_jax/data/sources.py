@@ -312,6 +312,4 @@ def _as_user_error(source):
         raise UserError(f"config.data.source={source} cannot be read: permission denied") from error
     except Exception as error:
         # Each kind of compression has its own error.
-        raise UserError(
-            f"config.data.source={source} is damaged or cut short ({error}); get it again"
-        ) from error
+        raise UserError(f"config.data.source={source} is damaged or cut short ({error}); get it again") from error

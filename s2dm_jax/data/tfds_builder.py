@@ -61,9 +61,7 @@ def run_tfds(name: str, transform: ImageTransform, temporary: Path) -> dict:
     try:
         description = json.loads((temporary / RESULT).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(
-            f"preparing {name} failed with status {status}; what went wrong is printed above"
-        ) from error
+        raise UserError(f"preparing {name} failed with status {status}; what went wrong is printed above") from error
     if "error" in description:
         raise UserError(f"preparing {name} failed: {description['error']}")
     return description
@@ -162,9 +160,7 @@ def run(name: str, transform: ImageTransform, folder: Path, tfds_folder: Path) -
     held_out = np.zeros(count, bool)
     if "test" in splits:
         tests = splits["test"].num_examples
-        counts = write_split(
-            name, encoded_examples(builder, "test"), tests, np.ones(tests, bool), transform, folder
-        )
+        counts = write_split(name, encoded_examples(builder, "test"), tests, np.ones(tests, bool), transform, folder)
     else:
         counts = {}
         held_out[held_out_rows(count)] = True

@@ -107,9 +107,7 @@ def make_stop_vote(received: list[int]) -> Callable[[], bool]:
         nonlocal vote
         agreed = bool(np.asarray(vote))
         mine = np.full(jax.local_device_count(), bool(received))
-        vote = count(
-            jax.make_array_from_process_local_data(NamedSharding(data_mesh(), PartitionSpec("data")), mine)
-        )
+        vote = count(jax.make_array_from_process_local_data(NamedSharding(data_mesh(), PartitionSpec("data")), mine))
         return agreed
 
     return stop

@@ -59,9 +59,7 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 def shard_batch(x: jax.Array | np.ndarray, axis: int = 0) -> jax.Array:
     """`x` with `axis` split evenly over the devices; whole on every one where that does not go evenly."""
-    spec = (
-        PartitionSpec(*[None] * axis, "data") if x.shape[axis] % jax.device_count() == 0 else PartitionSpec()
-    )
+    spec = PartitionSpec(*[None] * axis, "data") if x.shape[axis] % jax.device_count() == 0 else PartitionSpec()
     return jax.device_put(x, NamedSharding(data_mesh(), spec))
 
 

@@ -159,9 +159,7 @@ def simple_weight(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
     return np.where(below_edge & (objective.skip_boundary == "plain"), 1.0, objective.tau)
 
 
-def skip_quadratic(
-    schedule: NoiseSchedule, objective: Objective
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def skip_quadratic(schedule: NoiseSchedule, objective: Objective) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Completes the square of τ·L_simple + (1−τ)·L_skip: w_t·‖f − s_t·ε‖² + k_t·‖ε‖² (in neither paper).
 
     With independent noise the identity holds in expectation over the second noise. At the optimum the

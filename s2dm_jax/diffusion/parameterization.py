@@ -19,9 +19,7 @@ PREDICTIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def to_eps(
-    output: jax.Array, x: jax.Array, t: jax.Array, schedule: NoiseSchedule, prediction: str
-) -> jax.Array:
+def to_eps(output: jax.Array, x: jax.Array, t: jax.Array, schedule: NoiseSchedule, prediction: str) -> jax.Array:
     """ε in x_t from what the network predicts.
 
     Args:

@@ -79,9 +79,7 @@ def train_classifier(
         raise ValueError(f"steps must be at least 1, got {steps}")
     _check_labels(labels, len(images))
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"labels must be in [0, {num_classes}), got values from {labels.min()} to {labels.max()}"
-        )
+        raise ValueError(f"labels must be in [0, {num_classes}), got values from {labels.min()} to {labels.max()}")
 
     rng = np.random.default_rng(seed)
     limit = min(_MAX_IMAGES, _MAX_BYTES // math.prod(images.shape[1:]))

@@ -62,9 +62,7 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
             results = json.loads(path.read_text(encoding="utf-8"))
             results["rows"], results["provenance"]["metric"]
         except FileNotFoundError as error:
-            raise UserError(
-                f"{workdir} has no results.json; run --mode=evaluate --workdir={workdir} first"
-            ) from error
+            raise UserError(f"{workdir} has no results.json; run --mode=evaluate --workdir={workdir} first") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not readable as results ({error}); evaluate the run again") from error
         trained = {name: value for name, value in fields.items() if not FIELDS[name].resumable}
@@ -91,9 +89,7 @@ def series_of(runs: Sequence[Evaluated]) -> list[Series]:
     samplers = list(dict.fromkeys(row["name"] for run in runs for row in _sampled(run)))
     for name, members in zip(names, groups.values(), strict=True):
         if len({run.fields["train.seed"] for run in members}) < len(members):
-            raise UserError(
-                f"{' and '.join(run.workdir for run in members)} share one train.seed and config; give one"
-            )
+            raise UserError(f"{' and '.join(run.workdir for run in members)} share one train.seed and config; give one")
         for sampler in samplers:
             rows = [(run, row) for run in members for row in _sampled(run) if row["name"] == sampler]
             distances: dict[int, list[float]] = {}
@@ -130,9 +126,7 @@ def plot_distances(runs: Sequence[Evaluated]) -> "Figure":
     for each in series_of(runs):
         nfe, means, spreads = zip(*each.points, strict=True)
         seeds = f" ({len(each.workdirs)} seeds)" if len(each.workdirs) > 1 else ""
-        axes.errorbar(
-            nfe, means, yerr=[sd or 0 for sd in spreads], marker="o", capsize=3, label=each.name + seeds
-        )
+        axes.errorbar(nfe, means, yerr=[sd or 0 for sd in spreads], marker="o", capsize=3, label=each.name + seeds)
     budgets = sorted({nfe for each in series_of(runs) for nfe, *_ in each.points})
     floor = runs[0].results["rows"][0]["frechet_distance"]
     axes.axhline(floor, color="0.5", linestyle="--", linewidth=1, label="real images")

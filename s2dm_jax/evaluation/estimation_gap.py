@@ -157,6 +157,4 @@ def gap_curve(
 def _gap_of(network, schedule, start, eta, params, seed, x0, indices):
     noise = initial_noise(seed, indices, x0.shape[1:])
     noise_fn = per_image_noise(image_keys(seed, indices), x0.shape[1:])
-    return estimation_gap(
-        network.eps_fn(params, schedule), schedule, x0, noise, start, eta=eta, noise_fn=noise_fn
-    )
+    return estimation_gap(network.eps_fn(params, schedule), schedule, x0, noise, start, eta=eta, noise_fn=noise_fn)

@@ -50,9 +50,7 @@ def device_batch_size(batch_size: int) -> int:
     return -(-_CPU_BATCH // jax.device_count()) * jax.device_count()
 
 
-def compute_metrics(
-    batches: Iterable[np.ndarray], features: Features, reference: Reference, names: list[str]
-) -> dict:
+def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference: Reference, names: list[str]) -> dict:
     """The metrics of images whose features come in batches.
 
     Args:
@@ -277,9 +275,7 @@ def _skip_scale_options(options: ConfigDict) -> dict:
 def _skip_scale_name(options: ConfigDict) -> str:
     """What of the scaling is not the default, as a row's name has it: ", skip_scale 10"."""
     changed = {
-        name: value
-        for name, value in _skip_scale_options(options).items()
-        if value != SAMPLER_OPTIONS[name].default
+        name: value for name, value in _skip_scale_options(options).items() if value != SAMPLER_OPTIONS[name].default
     }
     return "".join(f", {name} {value}" for name, value in changed.items())
 

@@ -136,16 +136,12 @@ def _inception(options: ConfigDict) -> Features:
 
 
 def _classifier(data_name: str, data: Dataset) -> Features:
-    params = classifier.train_classifier(
-        data.train, data.train_labels, data.num_classes, seed=_CLASSIFIER_SEED
-    )
+    params = classifier.train_classifier(data.train, data.train_labels, data.num_classes, seed=_CLASSIFIER_SEED)
     accuracy = classifier.accuracy(params, data.held_out, data.held_out_labels)
     return Features(
         "classifier",
         "Fréchet distance",
-        f"Fréchet distance in the {classifier.NUM_FEATURES} features of a classifier trained on this "
-        "dataset; "
-        "not FID",
+        f"Fréchet distance in the {classifier.NUM_FEATURES} features of a classifier trained on this dataset; not FID",
         functools.partial(_joined, classifier.features_and_logits, replicate(params)),
         classifier.NUM_FEATURES,
         data.num_classes,

@@ -69,9 +69,7 @@ def _section(run: Evaluated) -> list[str]:
     grids = sorted(workdir.glob("samples/step_*.png"))
     if grids:
         image = base64.b64encode(grids[-1].read_bytes()).decode()
-        caption = (
-            f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the newest of the training."
-        )
+        caption = f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the newest of the training."
         parts.append(_figure(f"<img alt='samples' src='data:image/png;base64,{image}'>", caption))
     if (workdir / "metrics.jsonl").exists():
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -36,8 +36,7 @@ def fold_norms(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     params = {}
     for name in sorted({key.rpartition(".conv.")[0] for key in state_dict if ".conv." in key}):
         norm = {
-            part: _array(state_dict, f"{name}.bn.{part}")
-            for part in ("weight", "bias", "running_mean", "running_var")
+            part: _array(state_dict, f"{name}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")
         }
         scale = norm["weight"] / np.sqrt(norm["running_var"] + _NORM_EPS)
         kernel = _array(state_dict, f"{name}.conv.weight") * scale[:, None, None, None]
@@ -201,9 +200,7 @@ def _blocks(params, conv, x):
     outputs["768"] = x
     name = "Mixed_7a.branch"
     crossed = [("7x7x3_1", 1, 192), ("7x7x3_2", wide, 192), ("7x7x3_3", tall, 192), ("7x7x3_4", 3, 192, 2)]
-    x = join(
-        chain(name, x, ("3x3_1", 1, 192), ("3x3_2", 3, 320, 2)), chain(name, x, *crossed), _max_pool(x, 2)
-    )
+    x = join(chain(name, x, ("3x3_1", 1, 192), ("3x3_2", 3, 320, 2)), chain(name, x, *crossed), _max_pool(x, 2))
     for block in ("7b", "7c"):
         name = f"Mixed_{block}.branch"
         one = chain(name, x, ("3x3_1", 1, 384))
@@ -212,14 +209,8 @@ def _blocks(params, conv, x):
         pooled = _mean_pool(x) if block == "7b" else _max_pool(x, 1, "SAME")
         x = join(
             chain(name, x, ("1x1", 1, 320)),
-            *(
-                chain(name, one, (f"3x3_2{part}", shape, 384))
-                for part, shape in (("a", (1, 3)), ("b", (3, 1)))
-            ),
-            *(
-                chain(name, two, (f"3x3dbl_3{part}", shape, 384))
-                for part, shape in (("a", (1, 3)), ("b", (3, 1)))
-            ),
+            *(chain(name, one, (f"3x3_2{part}", shape, 384)) for part, shape in (("a", (1, 3)), ("b", (3, 1)))),
+            *(chain(name, two, (f"3x3dbl_3{part}", shape, 384)) for part, shape in (("a", (1, 3)), ("b", (3, 1)))),
             chain(name, pooled, ("_pool", 1, 192)),
         )
     outputs["2048"] = x

@@ -15,10 +15,7 @@ from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.evaluation.inception import fold_norms, parameter_shapes
 from s2dm_jax.weights.torch_pickle import Tensor, open_torch
 
-URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
+URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -74,9 +71,7 @@ def _write_converted(path, params):
         with atomic_path(path) as temporary:
             np.savez(temporary, **params)
     except OSError as error:
-        print(
-            f"the converted weights could not be cached in {path.parent} ({error.strerror})", file=sys.stderr
-        )
+        print(f"the converted weights could not be cached in {path.parent} ({error.strerror})", file=sys.stderr)
 
 
 def _fetch(url, folder, manual):

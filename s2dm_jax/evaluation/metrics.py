@@ -145,9 +145,7 @@ def _distance(mean1, cov1, factor1, mean2, cov2):
     return float(max(distance, 0.0))
 
 
-def fid_infinity(
-    features: np.ndarray, mean: np.ndarray, cov: np.ndarray, *, seed: int = 0
-) -> tuple[float, float]:
+def fid_infinity(features: np.ndarray, mean: np.ndarray, cov: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """The Fréchet distance that infinitely many vectors would have (FID∞; Chong & Forsyth 2020).
 
     The distance of N samples is too large by about c/N. It is taken of 15 random subsets, of a tenth of the
@@ -169,9 +167,7 @@ def fid_infinity(
     mean, cov = _checked_gaussian(mean, cov, " of the reference")
     count, dimensions = features.shape
     if count < 4 * dimensions:
-        raise ValueError(
-            f"features must hold at least 4·D = {4 * dimensions} vectors to extrapolate from, got {count}"
-        )
+        raise ValueError(f"features must hold at least 4·D = {4 * dimensions} vectors to extrapolate from, got {count}")
     sizes = np.linspace(max(count // 10, 2 * dimensions), count, _EXTRAPOLATION_POINTS).astype(int)
     factor, rng = _factor(cov), np.random.default_rng(seed)
     distances = []
@@ -282,9 +278,7 @@ def _share_covered(centres, vectors, k, advance):
     return float(np.mean(np.concatenate(covered)))
 
 
-def _squared_distances(
-    a: np.ndarray, b: np.ndarray, advance: Callable[[int], object]
-) -> Iterator[np.ndarray]:
+def _squared_distances(a: np.ndarray, b: np.ndarray, advance: Callable[[int], object]) -> Iterator[np.ndarray]:
     norms = np.sum(b**2, axis=1)
     for start in range(0, len(a), _ROWS):
         rows = a[start : start + _ROWS]
@@ -307,9 +301,7 @@ def _checked(features, name, min_count):
 def _checked_pair(features1, features2, min_count):
     first, second = (_checked(features, "features", min_count) for features in (features1, features2))
     if first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"both sets of features must have as many columns, got {first.shape[1]} and {second.shape[1]}"
-        )
+        raise ValueError(f"both sets of features must have as many columns, got {first.shape[1]} and {second.shape[1]}")
     return first, second
 
 
@@ -327,8 +319,7 @@ def _checked_gaussian(mean, cov, name):
     mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
     if mean.ndim != 1 or mean.size == 0 or cov.shape != (mean.size, mean.size):
         raise ValueError(
-            f"mean{name} and cov{name} must have shapes [D] and [D,D], "
-            f"got {list(mean.shape)} and {list(cov.shape)}"
+            f"mean{name} and cov{name} must have shapes [D] and [D,D], got {list(mean.shape)} and {list(cov.shape)}"
         )
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"mean{name} and cov{name} must be finite, got NaN or infinity")

@@ -81,14 +81,10 @@ class Model(NamedTuple):
           ValueError: for an unknown sampler, and for values that are not allowed or contradict one another.
         """
         sample_fn, timesteps = self.sampler(sampler, nfe=nfe, **options)
-        batches = sample_batches(
-            sample_fn, self.ema_params, timesteps, seed=seed, num_images=n, batch_size=batch_size
-        )
+        batches = sample_batches(sample_fn, self.ema_params, timesteps, seed=seed, num_images=n, batch_size=batch_size)
         return np.concatenate(list(batches))
 
-    def with_noise_statistics(
-        self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int
-    ) -> "Model":
+    def with_noise_statistics(self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int) -> "Model":
         """The model with Analytic-DPM's statistic where `sampler` requires it, estimated now if it is not
         cached.
 

@@ -45,9 +45,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     # The others' newest: their steps need not be those of this run.
     steps = [options.checkpoint_step or None, *[None] * (len(workdirs) - 1)]
     models = [
-        load(folder, step).with_noise_statistics(
-            folder, options.sampler, options.noise_stat_images, options.batch_size
-        )
+        load(folder, step).with_noise_statistics(folder, options.sampler, options.noise_stat_images, options.batch_size)
         for folder, step in zip(workdirs, steps, strict=True)
     ]
     settings = _settings(options, models)

@@ -69,9 +69,7 @@ def make_sampler(
 
     def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
         # Without noise nothing is drawn: eta 0 is a program of its own.
-        return _run_compiled(
-            program, trajectory, params, timesteps, seed, indices, eta or None, scale, known, x_T
-        )
+        return _run_compiled(program, trajectory, params, timesteps, seed, indices, eta or None, scale, known, x_T)
 
     return sample
 
@@ -106,9 +104,7 @@ def sampler_inputs(
             f":{needs} and give its workdir"
         )
     if scale is not None:
-        raise ValueError(
-            f"skip_scale does not go with sampler={sampler!r}: its head knows the unscaled network"
-        )
+        raise ValueError(f"skip_scale does not go with sampler={sampler!r}: its head knows the unscaled network")
     return head.params
 
 

@@ -57,18 +57,14 @@ def interpolate(
         for pair in zip(starts, ends, strict=True):
             x_T = _noise_between(model.image_shape, seeds, pair, weights)
             # Every picture starts from x_T, and nothing is drawn: the indices say nothing.
-            rows.append(
-                np.asarray(sample_fn(model.ema_params, timesteps, 0, np.arange(num_pictures), x_T=x_T))
-            )
+            rows.append(np.asarray(sample_fn(model.ema_params, timesteps, 0, np.arange(num_pictures), x_T=x_T)))
             advance(1)
     return np.stack(rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _noise_between(shape, seeds, pair, weights):
-    x_a, x_b = (
-        initial_noise(seed, jnp.array([index]), shape) for seed, index in zip(seeds, pair, strict=True)
-    )
+    x_a, x_b = (initial_noise(seed, jnp.array([index]), shape) for seed, index in zip(seeds, pair, strict=True))
     return slerp(x_a, x_b, weights)
 
 

@@ -63,9 +63,7 @@ class Network(Protocol):
           float32 [B, H, W, C].
         """
 
-    def eps_fn(
-        self, params: dict, schedule: "NoiseSchedule", dropout_key: "jax.Array | None" = None
-    ) -> "EpsFn":
+    def eps_fn(self, params: dict, schedule: "NoiseSchedule", dropout_key: "jax.Array | None" = None) -> "EpsFn":
         """The network as losses and samplers see it: (x_t [B, H, W, C], t [B]) → ε [B, H, W, C]."""
 
 

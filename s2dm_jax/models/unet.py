@@ -122,9 +122,7 @@ class UNet:
         key = dropout_key if self.dropout else None
         return nnx.merge(definition(self)[0], params)(x, t, key)
 
-    def eps_fn(
-        self, params: dict, schedule: "NoiseSchedule", dropout_key: "jax.Array | None" = None
-    ) -> "EpsFn":
+    def eps_fn(self, params: dict, schedule: "NoiseSchedule", dropout_key: "jax.Array | None" = None) -> "EpsFn":
         """The network as losses and samplers see it: (x_t [B, H, W, C], t [B]) → ε [B, H, W, C]."""
         from s2dm_jax.diffusion.parameterization import eps_fn
 

@@ -73,9 +73,7 @@ class UNetModule(nnx.Module):
         self.norm_out = GroupNorm(c)
         self.conv_out = Conv3x3(c, config.out_channels, jnp.float32)
 
-    def __call__(
-        self, x: jax.Array, t: jax.Array, dropout_key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, t: jax.Array, dropout_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """ε and the features that it is read from, [B, H, W, ch·ch_mult[0]]."""
         config = self.config
         levels = range(len(config.ch_mult))

@@ -84,9 +84,7 @@ def apply(
     return to_eps(output, x, t, schedule, network.prediction), variance
 
 
-def eps_variance_fn(
-    network: Network, params: dict, head_params: dict, schedule: NoiseSchedule
-) -> EpsVarianceFn:
+def eps_variance_fn(network: Network, params: dict, head_params: dict, schedule: NoiseSchedule) -> EpsVarianceFn:
     """The network and its head as `analytic.sn` and `analytic.npr` see them."""
     return functools.partial(apply, network, params, head_params, schedule)
 

@@ -102,9 +102,7 @@ def analytic(
     x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
     """
     if np.shape(cov_x0) != (schedule.T,):
-        raise ValueError(
-            f"cov_x0 must be {schedule.T} numbers, one for each timestep, got {np.shape(cov_x0)}"
-        )
+        raise ValueError(f"cov_x0 must be {schedule.T} numbers, one for each timestep, got {np.shape(cov_x0)}")
     table = jnp.asarray(cov_x0, x_T.dtype)
 
     def predict(x, t, odds):

@@ -28,9 +28,7 @@ def timestep_pairs(schedule: NoiseSchedule, timesteps: jax.Array | np.ndarray) -
     """
     if isinstance(timesteps, jax.core.Tracer):
         if timesteps.ndim != 1 or not 1 <= len(timesteps) <= schedule.T:
-            raise ValueError(
-                f"timesteps has shape {timesteps.shape}; it must be 1-D, of 1 to T={schedule.T} timesteps"
-            )
+            raise ValueError(f"timesteps has shape {timesteps.shape}; it must be 1-D, of 1 to T={schedule.T} timesteps")
     else:
         timesteps = check_timesteps(schedule.T, timesteps)
     t = jnp.asarray(timesteps, jnp.float32)[::-1]
@@ -94,9 +92,7 @@ def predict_x0(x: jax.Array, eps: jax.Array, signal: jax.Array, sigma: jax.Array
     return (x - sigma * eps) / signal
 
 
-def ddim_step(
-    x: jax.Array, eps: jax.Array, log_alpha_bar: jax.Array, log_alpha_bar_next: jax.Array
-) -> jax.Array:
+def ddim_step(x: jax.Array, eps: jax.Array, log_alpha_bar: jax.Array, log_alpha_bar_next: jax.Array) -> jax.Array:
     """x at another timestep if its noise is eps: the deterministic DDIM step (DDIM, eq. 13; PNDM, eq. 11)."""
     signal_next, sigma_next = alpha_sigma(log_alpha_bar_next)
     return signal_next * predict_x0(x, eps, *alpha_sigma(log_alpha_bar)) + sigma_next * eps
@@ -104,9 +100,7 @@ def ddim_step(
 
 def weighted_sum(weights: jax.Array, arrays: jax.Array) -> jax.Array:
     """Sum of weights[k]·arrays[k] in the arrays' dtype."""
-    return sum(
-        weight * array for weight, array in zip(jnp.asarray(weights, arrays.dtype), arrays, strict=True)
-    )
+    return sum(weight * array for weight, array in zip(jnp.asarray(weights, arrays.dtype), arrays, strict=True))
 
 
 def scale_eps(eps_fn: EpsFn, scale: np.ndarray | jax.Array) -> EpsFn:

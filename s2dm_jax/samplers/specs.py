@@ -126,9 +126,7 @@ def check_options(sampler: str, **options: Any) -> None:
 def _check_value(name: str, value: Any) -> None:
     if name == "eta":
         if not 0 <= value <= 1:
-            raise ValueError(
-                f"eta={value} is not allowed: 0 (deterministic) to 1 (DDPM's posterior variance)"
-            )
+            raise ValueError(f"eta={value} is not allowed: 0 (deterministic) to 1 (DDPM's posterior variance)")
     elif name not in OPTIONS:
         raise ValueError(f"{name}={value!r} is no option of a sampler; there are eta, {', '.join(OPTIONS)}")
     elif (choices := OPTIONS[name]) is None:

@@ -63,8 +63,7 @@ def quadratic_timesteps(T: int, steps: int) -> np.ndarray:
     timesteps = (np.linspace(0, np.sqrt(T * 0.8), steps) ** 2).astype(np.int32)
     if len(np.unique(timesteps)) < steps:
         raise ValueError(
-            f"steps={steps} repeats a timestep in quadratic spacing over T={T}; use fewer steps or uniform "
-            "spacing"
+            f"steps={steps} repeats a timestep in quadratic spacing over T={T}; use fewer steps or uniform spacing"
         )
     return timesteps
 

@@ -52,8 +52,7 @@ def check_finite(finite: np.ndarray, first: int, on_nan: str, saved: int | None,
     seen = f"seen in steps {first} to {first + len(finite) - 1}"
     if on_nan == "stop":
         again = (
-            "the same command with --config.train.on_nonfinite=skip goes on from there and leaves such "
-            "steps out"
+            "the same command with --config.train.on_nonfinite=skip goes on from there and leaves such steps out"
             if saved is not None
             else "the same command with --config.train.on_nonfinite=skip leaves such steps out"
         )

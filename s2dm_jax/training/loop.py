@@ -86,17 +86,14 @@ class TrainingLoop:
 
         # The state: new, or the newest checkpoint's.
         self.shardings = state_shardings(setup.init, train.shard_state)
-        self.manager = checkpoint.open_checkpoints(
-            workdir, train.max_to_keep, train.keep_period, train.keep_best
-        )
+        self.manager = checkpoint.open_checkpoints(workdir, train.max_to_keep, train.keep_period, train.keep_best)
         stack.callback(checkpoint.close, self.manager)
         restored = checkpoint.restore_latest(self.manager, setup.init, self.shardings, quarantine=True)
         self.state = jax.device_put(setup.init, self.shardings) if restored is None else restored
         self.step = int(self.state.step)
         if self.step > train.steps:
             raise UserError(
-                f"config.train.steps={train.steps} is less than the {self.step} steps that {workdir} has "
-                "trained"
+                f"config.train.steps={train.steps} is less than the {self.step} steps that {workdir} has trained"
             )
         params = unshard(self.state.params)
         if is_main_process():
@@ -147,9 +144,7 @@ class TrainingLoop:
                 rows, program = self._program(length)
             self.profile.before_chunk(self.step)
             with jax.transfer_guard("disallow"):
-                self.state, metrics = program(
-                    self.state, self.feed.images, rows, self.step_key, self.setup.base_params
-                )
+                self.state, metrics = program(self.state, self.feed.images, rows, self.step_key, self.setup.base_params)
             # The previous chunk's metrics are read while this one runs.
             self._log_pending()
             first, self.step = self.step, self.step + length
@@ -184,9 +179,7 @@ class TrainingLoop:
         try:
             results = evaluate(self._model(), self.setup.data, self.workdir)
         except FeaturesUnavailable as error:
-            _log(
-                f"trained {self.config.train.steps:,} steps; no distance to real images is measured: {error}"
-            )
+            _log(f"trained {self.config.train.steps:,} steps; no distance to real images is measured: {error}")
         else:
             show_results(self.workdir, results)
         _log(f"samples: {self.workdir / 'samples'}")
@@ -223,9 +216,7 @@ class TrainingLoop:
         if setup.base_params is None:
             return Model(self.config, setup.network, setup.schedule, ema_params, self.step)
         head = Head(self.config.variance_head.kind, ema_params)
-        return Model(
-            self.config, setup.network, setup.schedule, setup.base_params, self.step, variance_head=head
-        )
+        return Model(self.config, setup.network, setup.schedule, setup.base_params, self.step, variance_head=head)
 
     def _save_samples(self) -> None:
         """Leaves a grid of samples in samples/ and TensorBoard."""
@@ -249,8 +240,7 @@ class TrainingLoop:
         """Starts saving a checkpoint, with the mean of each metric since the one before."""
         names = {name for means in self.since_save for name in means if "/" not in name}
         metrics = {
-            name: float(np.mean([means[name] for means in self.since_save if name in means]))
-            for name in sorted(names)
+            name: float(np.mean([means[name] for means in self.since_save if name in means])) for name in sorted(names)
         }
         checkpoint.save(self.manager, self.step, self.state, self.metadata, metrics)
         self.saved = self.step

@@ -187,9 +187,7 @@ def update_variance_head(
     x_t = add_noise(schedule, x0, t, noise)
 
     def mean_loss(head_params):
-        eps_hat, variance = variance_head.apply(
-            config.network, base_params, head_params, schedule, x_t, t, dropout_key
-        )
+        eps_hat, variance = variance_head.apply(config.network, base_params, head_params, schedule, x_t, t, dropout_key)
         simple = jnp.square(noise - eps_hat).sum((1, 2, 3))  # [B]
         by_timestep = loss_by_timestep(simple, t, schedule.T)
         loss = variance_head.loss(config.variance_head, noise, eps_hat, variance).mean()

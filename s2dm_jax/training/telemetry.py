@@ -30,11 +30,9 @@ def run_summary(config: ConfigDict, network: Network, provenance: str, step: int
     start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
     return "\n".join(
         [
-            f"s2dm_jax {__version__}, jax {jax.__version__}, {len(devices)} × "
-            f"{devices[0].device_kind}{hosts}",
+            f"s2dm_jax {__version__}, jax {jax.__version__}, {len(devices)} × {devices[0].device_kind}{hosts}",
             f"data     {provenance}",
-            f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in "
-            f"{network.dtype}",
+            f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in {network.dtype}",
             f"loss     {o.formula}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
             f"T = {config.diffusion.T:,}",
             f"train    {start}, batch {train.batch_size} × {o.num_timesteps_per_image} noise level(s), Adam "
@@ -95,9 +93,7 @@ def _step_of(line: str) -> float:
 class Progress:
     """Step, loss, speed and time left: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(
-        self, start: int, total: int, images_per_step: int, flops_per_step: float, peak: float | None
-    ):
+    def __init__(self, start: int, total: int, images_per_step: int, flops_per_step: float, peak: float | None):
         """Begins to count time.
 
         Args:

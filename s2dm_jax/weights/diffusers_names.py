@@ -130,9 +130,7 @@ def read_unet_config(config: Mapping) -> UNet:
     if wrong:
         raise ValueError(f"its {wrong[0]} is {sizes[wrong[0]]!r}, where a number is needed")
     if not widths or len(widths) != len(down) or any(type(w) is not int or w % widths[0] for w in widths):
-        raise ValueError(
-            f"its block_out_channels are {widths}, where one multiple of the first a block is needed"
-        )
+        raise ValueError(f"its block_out_channels are {widths}, where one multiple of the first a block is needed")
     if sizes["sample_size"] % (1 << (len(down) - 1)):
         raise ValueError(f"its sample_size {sizes['sample_size']} cannot be halved {len(down) - 1} times")
     return UNet(
@@ -158,16 +156,12 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
     prediction_type = config.get("prediction_type", "epsilon")
     predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
     if prediction_type not in predictions:
-        raise ValueError(
-            f"its prediction_type is {prediction_type!r}, where one of {', '.join(predictions)} is needed"
-        )
+        raise ValueError(f"its prediction_type is {prediction_type!r}, where one of {', '.join(predictions)} is needed")
     T = config.get("num_train_timesteps", 1000)
     if type(T) is not int or T < 2:
         raise ValueError(f"its num_train_timesteps is {T!r}, where a number from 2 up is needed")
     betas = config.get("trained_betas")
-    named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(
-        config.get("beta_schedule", "linear")
-    )
+    named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(config.get("beta_schedule", "linear"))
     for name in SCHEDULES:
         beta = SCHEDULES[name](T).beta
         if betas is not None:
@@ -175,9 +169,7 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
         else:
             ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
             # The cosine's betas do not depend on the two ends that its config still states.
-            found = name == named and (
-                name == "cosine" or np.allclose(ends, beta[[0, -1]], rtol=1e-5, atol=0)
-            )
+            found = name == named and (name == "cosine" or np.allclose(ends, beta[[0, -1]], rtol=1e-5, atol=0))
         if found:
             return name, T, predictions[prediction_type]
     described = "trained_betas" if betas is not None else config.get("beta_schedule", "linear")

@@ -140,11 +140,7 @@ def export(config: ConfigDict, workdir: str, *, network: Network | None = None) 
         "sampler": options.sampler,
         "steps": len(levels),
         "evaluations": evaluations,
-        **{
-            name: value
-            for name, value in said.items()
-            if name not in ("sampler", "steps", "nfe", "timestep_spacing")
-        },
+        **{name: value for name, value in said.items() if name not in ("sampler", "steps", "nfe", "timestep_spacing")},
         "timesteps": levels.tolist(),
         "stochastic": bool(options.eta or SAMPLERS[options.sampler].stochastic),
     }

@@ -25,7 +25,5 @@ def format_of(source: str, out: str) -> str:
     if path.suffix in (".pth", ".pt", ".ckpt"):
         return "sa_dpm" if path.stem.endswith("_ema") else "ddim"
     if path.suffix == ".npz":
-        raise UserError(
-            f"{out}: an exported sampler is written by python -m s2dm_jax.main --mode=export --workdir=RUN"
-        )
+        raise UserError(f"{out}: an exported sampler is written by python -m s2dm_jax.main --mode=export --workdir=RUN")
     return "diffusers" if (Path(source) / "checkpoints").is_dir() else "workdir"

@@ -64,9 +64,7 @@ def parse_card(text: str) -> dict:
         raise ValueError(f"its model card is not one of ours ({error!r})") from error
 
 
-def make_card(
-    run: Run, *, license: str = "", source: dict | None = None, metrics: dict | None = None
-) -> dict:
+def make_card(run: Run, *, license: str = "", source: dict | None = None, metrics: dict | None = None) -> dict:
     """The card of a network as plain data.
 
     Args:
@@ -116,11 +114,7 @@ def card_to_markdown(card: dict, front_matter: dict[str, str] | None = None) -> 
       card: from `make_card`.
       front_matter: what model hubs read at the top of a card.
     """
-    lines = (
-        ["---", *(f"{name}: {value}" for name, value in front_matter.items()), "---", ""]
-        if front_matter
-        else []
-    )
+    lines = ["---", *(f"{name}: {value}" for name, value in front_matter.items()), "---", ""] if front_matter else []
     network, schedule = card["network"], card["schedule"]
     facts = {
         "Network": f"{network['name']}, {network['parameters']:,} parameters; {_sentence(network['fields'])}",

@@ -103,11 +103,7 @@ def _check_digest(path: Path, digest: str) -> str:
 def _checked(has_checksums: bool, digest: str) -> str:
     if has_checksums:
         return "its checksums agree"
-    return (
-        "it has the digest given"
-        if digest
-        else "it has no checksums: compare its SHA-256 with its publisher's"
-    )
+    return "it has the digest given" if digest else "it has no checksums: compare its SHA-256 with its publisher's"
 
 
 def _read_run(path: str, kind: str) -> Weights:
@@ -119,9 +115,7 @@ def _read_run(path: str, kind: str) -> Weights:
         )
     schedule = (run.config.diffusion.schedule, run.config.diffusion.T)
     card = model_card.card_of_run(run, path)
-    return Weights(
-        torch_names.as_unet(run.network), run.ema_params, run.params, card, schedule, run.step, kind, ""
-    )
+    return Weights(torch_names.as_unet(run.network), run.ema_params, run.params, card, schedule, run.step, kind, "")
 
 
 def _read_safetensors(path: Path, resolution: int | None, digest: str) -> Weights:
@@ -190,9 +184,7 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     network = _described(unet / "config.json", diffusers_names.read_unet_config)
     schedule = None
     if (scheduler / "scheduler_config.json").exists():
-        name, T, prediction = _described(
-            scheduler / "scheduler_config.json", diffusers_names.read_scheduler_config
-        )
+        name, T, prediction = _described(scheduler / "scheduler_config.json", diffusers_names.read_scheduler_config)
         schedule, network = (name, T), dataclasses.replace(network, prediction=prediction)
     sha256 = _check_digest(weights[0], digest)
     card = None
@@ -237,9 +229,7 @@ def _described(path: Path, read: Callable[[dict], Described]) -> Described:
 
 def _read_torch(path: Path, resolution: int | None, digest: str) -> Weights:
     ema, params, (kind, step), has_checksums = _load_torch(path)
-    return _fit(
-        ema, params, read_note(path), resolution, f"{kind}; {_checked(has_checksums, digest)}", step, path
-    )
+    return _fit(ema, params, read_note(path), resolution, f"{kind}; {_checked(has_checksums, digest)}", step, path)
 
 
 def _load_torch(path: Path) -> tuple[dict, dict | None, tuple[str, int], bool]:
@@ -271,9 +261,7 @@ def _identify(contents: object) -> tuple[dict, dict | None, str, int]:
     found = type(contents).__name__
     if isinstance(contents, dict):
         found = f"a dict of {', '.join(map(str, list(contents)[:5]))}"
-    raise ValueError(
-        f"it holds {found}, where a state_dict, DDIM's list or SA-DPM's dict with model_dict is needed"
-    )
+    raise ValueError(f"it holds {found}, where a state_dict, DDIM's list or SA-DPM's dict with model_dict is needed")
 
 
 def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
@@ -313,9 +301,7 @@ def _finite(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def to_state(params: dict) -> dict[str, np.ndarray]:
     """Nested parameters as a contiguous published state_dict, in the order of the published code."""
-    order = {
-        name: i for i, name in enumerate(("temb", "conv_in", "down", "mid", "up", "norm_out", "conv_out"))
-    }
+    order = {name: i for i, name in enumerate(("temb", "conv_in", "down", "mid", "up", "norm_out", "conv_out"))}
     state = torch_names.to_torch(params)
     names = sorted(state, key=lambda name: order[name.split(".")[0]])
     return {name: np.ascontiguousarray(state[name]) for name in names}

@@ -75,8 +75,7 @@ def from_torch(state: Mapping[str, np.ndarray], network: Network) -> dict:
     unknown = sorted(set(state) - known)
     if unknown:
         raise ValueError(
-            f"the network has no place for the checkpoint's tensor {unknown[0]} of shape "
-            f"{np.shape(state[unknown[0]])}"
+            f"the network has no place for the checkpoint's tensor {unknown[0]} of shape {np.shape(state[unknown[0]])}"
         )
     return traverse_util.unflatten_dict(flat, sep=".")
 
@@ -102,9 +101,7 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
     def channels(name, axis=0):
         if len(shapes.get(name, ())) != 4:
             found = f"is of shape {shapes[name]}" if name in shapes else "is missing"
-            raise ValueError(
-                f"these are no weights of DDIM's UNet: {name} {found}, where a kernel's 4 axes are needed"
-            )
+            raise ValueError(f"these are no weights of DDIM's UNet: {name} {found}, where a kernel's 4 axes are needed")
         return shapes[name][axis]
 
     def numbers(pattern):
@@ -128,9 +125,7 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
             )
         resolution = 16 << attention[0]
     if resolution % (1 << levels[-1]):
-        raise ValueError(
-            f"images of {resolution} pixels cannot be halved {levels[-1]} times, as this network does"
-        )
+        raise ValueError(f"images of {resolution} pixels cannot be halved {levels[-1]} times, as this network does")
     return UNet(
         resolution=resolution,
         in_channels=channels("conv_in.weight", 1),

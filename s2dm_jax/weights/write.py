@@ -157,9 +157,7 @@ def write_weights(
 
 def _write_workdir(folder: Path, run: Run, card: dict) -> None:
     optimizer = make_optimizer(run.config.train.lr, run.config.train.grad_clip)
-    opt_state = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, run.params)
-    )
+    opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, run.params))
     state = TrainState(np.asarray(run.step, np.int32), run.params, run.ema_params, opt_state)
     (folder / "config.json").write_text(to_json(run.config), encoding="utf-8")
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

@@ -43,9 +43,7 @@ def open_checkpoints(
         policies.append(_policies.EveryNSteps(keep_period, exact_interval=False))
     if best:
         policies.append(
-            _policies.BestN(
-                get_metric_fn=itemgetter(best), reverse=True, n=1, keep_checkpoints_without_metrics=False
-            )
+            _policies.BestN(get_metric_fn=itemgetter(best), reverse=True, n=1, keep_checkpoints_without_metrics=False)
         )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_policies.AnyPreservationPolicy(policies),
@@ -159,8 +157,7 @@ def restore_latest(
         for bad, reason in damaged.items():
             if is_main_process():
                 print(
-                    f"the checkpoint of step {bad:,} is damaged ({reason}); "
-                    f"step {candidate:,} is used instead",
+                    f"the checkpoint of step {bad:,} is damaged ({reason}); step {candidate:,} is used instead",
                     file=sys.stderr,
                     flush=True,
                 )

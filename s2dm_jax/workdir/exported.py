@@ -67,9 +67,7 @@ def read_weights(path: str | os.PathLike, network: "Network") -> tuple[dict, dic
             for name, leaf in shapes.items():
                 flat[name] = _member(archive, f"{WEIGHTS}{name}")
                 if flat[name].shape != leaf.shape or flat[name].dtype != leaf.dtype:
-                    raise ValueError(
-                        f"{name} has shape {flat[name].shape}, but the network needs {leaf.shape}"
-                    )
+                    raise ValueError(f"{name} has shape {flat[name].shape}, but the network needs {leaf.shape}")
     except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
         raise _damaged(path, error) from error
     if sha256_of_arrays((flat[name] for name in sorted(flat)), digits=64) != header["weights_sha256"]:

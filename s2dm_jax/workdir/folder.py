@@ -36,15 +36,11 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     if saved_path.exists():
         _check_same_run(saved_path, workdir, config)
     elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise UserError(
-            f"--workdir={workdir} holds files but no run of s2dm_jax; give a new or an empty folder"
-        )
+        raise UserError(f"--workdir={workdir} holds files but no run of s2dm_jax; give a new or an empty folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be created ({error.strerror}); give another path"
-        ) from error
+        raise UserError(f"--workdir={workdir} cannot be created ({error.strerror}); give another path") from error
     if (path / _LOCK).exists():
         # Shared: processes of one run may look at the same time.
         with (path / _LOCK).open(encoding="utf-8") as file:
@@ -66,9 +62,7 @@ def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
 
     with contextlib.ExitStack() as stack:
         if is_main_process():
-            lock = stack.enter_context(
-                (prepare_workdir(workdir, config) / _LOCK).open("a+", encoding="utf-8")
-            )
+            lock = stack.enter_context((prepare_workdir(workdir, config) / _LOCK).open("a+", encoding="utf-8"))
             _lock(lock, fcntl.LOCK_EX, workdir)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -92,9 +86,7 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     try:
         saved = flatten(from_json(saved_path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{saved_path} is not a config of s2dm_jax ({error}); give another --workdir"
-        ) from error
+        raise UserError(f"{saved_path} is not a config of s2dm_jax ({error}); give another --workdir") from error
     for name, value in flatten(config).items():
         if not FIELDS[name].resumable and saved[name] != value:
             raise UserError(

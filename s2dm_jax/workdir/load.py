@@ -80,9 +80,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
             f"{workdir} holds no config.json, so it is no training run; give the --workdir of one"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path / 'config.json'} is not a config of ours ({error}); give another run"
-        ) from error
+        raise UserError(f"{path / 'config.json'} is not a config of ours ({error}); give another run") from error
     config = checked_config(text, path / "config.json")
     checkpoints = path / "checkpoints"
     if not checkpoints.is_dir() or not any(entry.name.isdigit() for entry in checkpoints.iterdir()):
@@ -187,9 +185,7 @@ def inherit_base_config(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def load_base_params(
-    workdir: str | os.PathLike, config: ConfigDict, *, network: "Network | None" = None
-) -> dict:
+def load_base_params(workdir: str | os.PathLike, config: ConfigDict, *, network: "Network | None" = None) -> dict:
     """The EMA of the network that the head in `workdir` reads: the base's newest when it began, and ever
     since.
 

@@ -43,9 +43,7 @@ def init_state(network: Network, optimizer: optax.GradientTransformation, seed: 
 def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, from initial weights."""
     # Adam starts from zeros; made by numpy, because compiling the optimizer's own init takes a second.
-    opt_state = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params)
-    )
+    opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
     # Steps donate their buffers, so the average must not share them with the weights.
     ema = jax.tree.map(np.copy, params)
     return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state))

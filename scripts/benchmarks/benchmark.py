@@ -74,9 +74,7 @@ def _launch(folder: Path, name: str, flags: list[str]) -> dict:
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
     }
     began = time.monotonic()
-    process = subprocess.Popen(
-        [*command, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     first_step = None
     table = []
     for line in process.stdout:
@@ -200,9 +198,7 @@ def benchmark_samplers(arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     functions = (
         benchmark_digits,

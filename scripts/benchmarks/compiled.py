@@ -44,18 +44,12 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument(
-        "--target", choices=TARGETS, default="h100", help="device to compile for (default: h100)"
-    )
-    parser.add_argument(
-        "--config", default="configs/cifar10.py", help="config FILE[:OBJECTIVE] (default: %(default)s)"
-    )
+    parser.add_argument("--target", choices=TARGETS, default="h100", help="device to compile for (default: h100)")
+    parser.add_argument("--config", default="configs/cifar10.py", help="config FILE[:OBJECTIVE] (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="batch size (default: the config's)")
     parser.add_argument("--grad-accum-steps", type=int, help="parts of a batch (default: the config's)")
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument(
-        "--devices", type=int, choices=(1, 2, 4), default=1, help="number of devices (default: 1)"
-    )
+    parser.add_argument("--devices", type=int, choices=(1, 2, 4), default=1, help="number of devices (default: 1)")
 
 
 def benchmark_compiled(arguments) -> None:
@@ -85,8 +79,7 @@ def benchmark_compiled(arguments) -> None:
     check_config(config)
     if config.train.batch_size % arguments.devices:
         raise UserError(
-            f"--devices={arguments.devices} does not divide the batch size {config.train.batch_size}; give "
-            "--batch"
+            f"--devices={arguments.devices} does not divide the batch size {config.train.batch_size}; give --batch"
         )
     if config.variance_head.kind:
         raise UserError(

@@ -68,9 +68,7 @@ class UNet(nn.Module):
                 level["resample"] = nn.Conv2d(c, c, 3, stride=2)
                 skips.append(c)
             self.down.append(level)
-        self.mid = nn.ModuleList(
-            [ResnetBlock(c, c, temb, dropout), Attention(c), ResnetBlock(c, c, temb, dropout)]
-        )
+        self.mid = nn.ModuleList([ResnetBlock(c, c, temb, dropout), Attention(c), ResnetBlock(c, c, temb, dropout)])
         for i, m in reversed(list(enumerate(ch_mult))):
             attends = resolution >> i in attn_resolutions
             level = nn.ModuleDict({"blocks": nn.ModuleList(), "attn": nn.ModuleList()})

@@ -25,26 +25,18 @@ _NAMES = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument(
-        "--network", choices=NETWORKS, default="cifar10", help="network to train (default: cifar10)"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "gpu"), default="cpu", help="device of both workers (default: cpu)"
-    )
+    parser.add_argument("--network", choices=NETWORKS, default="cifar10", help="network to train (default: cifar10)")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="device of both workers (default: cpu)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="type of the activations (default: bfloat16 on a GPU, else float32)",
     )
     parser.add_argument("--batch", type=int, help="batch size (default: 8, on a GPU 128)")
-    parser.add_argument(
-        "--K", type=int, default=1, help="timesteps per image; above 1 with L_sa (default: 1)"
-    )
+    parser.add_argument("--K", type=int, default=1, help="timesteps per image; above 1 with L_sa (default: 1)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
     parser.add_argument("--steps", type=int, help="steps per round (default: 5, on a GPU 50)")
-    parser.add_argument(
-        "--devices", type=int, default=0, help="number of CPU devices (default: as in training)"
-    )
+    parser.add_argument("--devices", type=int, default=0, help="number of CPU devices (default: as in training)")
     parser.add_argument(
         "--torch-python",
         default=sys.executable,
@@ -70,9 +62,7 @@ def benchmark_train(arguments) -> None:
 
     variants = {"torch": {"channels_last": gpu, "compile": gpu}}
     if arguments.torch == "all":
-        variants |= {
-            "torch eager" if gpu else "torch channels_last": {"channels_last": True, "compile": False}
-        }
+        variants |= {"torch eager" if gpu else "torch channels_last": {"channels_last": True, "compile": False}}
     if arguments.torch == "none":
         variants = {}
     workers = {}
@@ -149,9 +139,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            sys.exit(
-                "a worker failed; the PyTorch side needs torch (pip install '.[torch]' or --torch-python)"
-            )
+            sys.exit("a worker failed; the PyTorch side needs torch (pip install '.[torch]' or --torch-python)")
         return json.loads(line)
 
     def run(self, steps: int) -> float:
@@ -242,8 +230,6 @@ def _matmul_rate(size: int = 8192, repeats: int = 50) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nRun python scripts/benchmarks/benchmark.py train --help."
-    )
+    parser = argparse.ArgumentParser(description=f"{__doc__}\nRun python scripts/benchmarks/benchmark.py train --help.")
     parser.add_argument("settings", type=json.loads, help="JSON, as written by benchmark_train")
     work(parser.parse_args().settings)

@@ -249,9 +249,7 @@ def run_page(page: Path, folder: Path) -> None:
                 if not done_by_ci(words):
                     _run_command(block.place, words, folder)
         else:
-            raise PageError(
-                f"{block.place}: name the block sh, python or text, or give the reason why it is not run"
-            )
+            raise PageError(f"{block.place}: name the block sh, python or text, or give the reason why it is not run")
 
 
 def _run_python(block: Block, namespace: dict, folder: Path) -> None:

@@ -76,9 +76,7 @@ def state_digests(workdir: Path) -> dict:
 
 def main() -> None:
     """Entry point: exit status 1 and the reason if anything was lost."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     parser.add_argument("--flags", nargs="*", default=[], help="more flags for the runs, given last")

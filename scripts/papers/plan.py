@@ -108,11 +108,7 @@ def train_command(table: Table, row: TableRow, args: argparse.Namespace) -> list
         groups["loss"] = {"skip": model.skip, "K": model.K, "lam": model.lam}
         groups["diffusion"] = {"schedule": model.schedule}
         groups["data"] = {"random_flip": model.flip}
-    flags = [
-        f"--config.{group}.{name}={value}"
-        for group, fields in groups.items()
-        for name, value in fields.items()
-    ]
+    flags = [f"--config.{group}.{name}={value}" for group, fields in groups.items() for name, value in fields.items()]
     config = f"--config=configs/{model.dataset}.py:{row.variance_head or 'ddpm'}"
     return main_command(config, f"--workdir={workdir}", *flags)
 

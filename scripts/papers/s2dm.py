@@ -15,8 +15,7 @@ def _s2_table(dataset, values):
     rows = [("DDIMs¹", plain, DDIM), ("DDIMs²", longer, DDIM), ("S²-DMs(DDIMs)", skip, DDIM)]
     rows += [("PNDMs", plain, PNDM), ("S²-DMs(PNDMs)", skip, PNDM)]
     return tuple(
-        TableRow(name, model, *sampler, reported)
-        for (name, model, sampler), reported in zip(rows, values, strict=True)
+        TableRow(name, model, *sampler, reported) for (name, model, sampler), reported in zip(rows, values, strict=True)
     )
 
 
@@ -55,8 +54,7 @@ _S2_SAMPLES = tuple(
 )
 
 _PNDM_NOTE = (
-    "The paper says neither which PNDM it uses nor how it counts steps. Here: F-PNDM, whose S steps cost "
-    "S + 9 NFE."
+    "The paper says neither which PNDM it uses nor how it counts steps. Here: F-PNDM, whose S steps cost S + 9 NFE."
 )
 
 TABLES = {
@@ -162,9 +160,7 @@ TABLES = {
         _s2_images(("celeba64", 0, DDIM), ("celeba64", 50, DDIM)),
     ),
     **{
-        f"s2-figure{number}": Table(
-            f"S²-DMs, Figure {number}: samples in 10 steps", "grid", (10,), _s2_images(case)
-        )
+        f"s2-figure{number}": Table(f"S²-DMs, Figure {number}: samples in 10 steps", "grid", (10,), _s2_images(case))
         for number, case in enumerate(_S2_SAMPLES, 9)
     },
 }

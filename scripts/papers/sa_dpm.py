@@ -165,10 +165,7 @@ TABLES = {
         "SA-DPM, Figure 3: CIFAR-10 and CelebA 64",
         "grid",
         (50,),
-        tuple(
-            TableRow(f"{dataset}, SA-2-DPM", _sa(dataset, 2, 1.0), *ETA_1)
-            for dataset in ("cifar10", "celeba64")
-        ),
+        tuple(TableRow(f"{dataset}, SA-2-DPM", _sa(dataset, 2, 1.0), *ETA_1) for dataset in ("cifar10", "celeba64")),
     ),
     "sa-figure4": Table(
         "SA-DPM, Figure 4: total gap from t = 300, CIFAR-10",

@@ -116,9 +116,7 @@ def test_png_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "image", [np.zeros((4, 4)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)]
-)
+@pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)])
 def test_bad_png(tmp_path, image):
     with pytest.raises(ValueError, match=r"image must be uint8 \[H,W,C\] with 1 or 3 channels, got "):
         save_png(tmp_path / "grid.png", image)

@@ -409,9 +409,7 @@ def test_a_full_disk_is_told_in_one_sentence_and_other_failures_are_not(monkeypa
         fails_with(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"))
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith(
-        "error: writing failed at runs/a/metrics.jsonl (No space left on device); the check"
-    )
+    assert said.startswith("error: writing failed at runs/a/metrics.jsonl (No space left on device); the check")
     assert said.count("\n") == 1
     with pytest.raises(PermissionError):
         fails_with(PermissionError(errno.EACCES, "Permission denied"))

@@ -72,9 +72,7 @@ def test_bad_plans(change, sentence):
 def test_metrics_come_in_one_order_and_fid_always():
     assert parse_metrics("precision_recall, kid") == ["fid", "kid", "precision_recall"]
     assert parse_metrics("") == ["fid"]
-    with pytest.raises(
-        ValueError, match="metrics='fid,cmmd' names 'cmmd'; there are fid, kid, inception_score"
-    ):
+    with pytest.raises(ValueError, match="metrics='fid,cmmd' names 'cmmd'; there are fid, kid, inception_score"):
         parse_metrics("fid,cmmd")
 
 

@@ -51,9 +51,7 @@ def test_order_past_32_bits_of_images_is_a_new_permutation_of_every_epoch():
     early = batch_indices(key, 0, 375, 8, size).reshape(3, size)
     assert all(not np.array_equal(permutation, other) for permutation in rows for other in early)
     for start in (1, 60, 124, 125):
-        np.testing.assert_array_equal(
-            batch_indices(key, 125 * epoch + start, 3, 8, size), steps[start : start + 3]
-        )
+        np.testing.assert_array_equal(batch_indices(key, 125 * epoch + start, 3, 8, size), steps[start : start + 3])
 
 
 def test_scaling_reaches_both_ends_and_flips_half_of_the_images():

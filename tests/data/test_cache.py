@@ -34,9 +34,7 @@ def png(seed, size=8):
     return buffer.getvalue()
 
 
-PICTURES = {
-    f"{kind}/{i:02d}.png": png(i + 10 * (kind == "dog")) for kind in ("cat", "dog") for i in range(10)
-}
+PICTURES = {f"{kind}/{i:02d}.png": png(i + 10 * (kind == "dog")) for kind in ("cat", "dog") for i in range(10)}
 
 
 def make_folder(path, files):
@@ -94,9 +92,7 @@ def test_folder_zip_and_tar_of_the_same_tree_give_the_same_arrays(cache, tmp_pat
             np.testing.assert_array_equal(getattr(data, field), getattr(loaded[0], field))
     images = np.concatenate([loaded[0].train, loaded[0].held_out])
     labels = np.concatenate([loaded[0].train_labels, loaded[0].held_out_labels])
-    expected = [
-        (np.asarray(Image.open(io.BytesIO(d))).tobytes(), int("dog" in n)) for n, d in PICTURES.items()
-    ]
+    expected = [(np.asarray(Image.open(io.BytesIO(d))).tobytes(), int("dog" in n)) for n, d in PICTURES.items()]
     assert sorted((i.tobytes(), label) for i, label in zip(images, labels, strict=True)) == sorted(expected)
 
 
@@ -119,9 +115,7 @@ def test_arrays_are_sources(cache, tmp_path):
     data = load_dataset(config_for(tmp_path / "images.npz", channels=1))
     assert (data.train.shape, data.num_classes) == ((18, 8, 8, 1), 3)
     for image, label in zip(data.train, data.train_labels, strict=True):
-        np.testing.assert_array_equal(
-            images[..., :1][images[..., 0].tolist().index(image[..., 0].tolist())], image
-        )
+        np.testing.assert_array_equal(images[..., :1][images[..., 0].tolist().index(image[..., 0].tolist())], image)
         assert images[..., 0].tolist().index(image[..., 0].tolist()) % 3 == label
 
 
@@ -149,9 +143,7 @@ def test_unfit_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_pa
     }
     others = {"readme.txt": b"hello", "__MACOSX/cat/._00.png": b"x", "cat/.thumb.png": b"x"}
     source = make_zip(tmp_path / "some.zip", {**PICTURES, **bad, **others})
-    with pytest.raises(
-        UserError, match=r"2 of 23 images are .*config\.data\.max_invalid_fraction=0\.01 allows 1"
-    ):
+    with pytest.raises(UserError, match=r"2 of 23 images are .*config\.data\.max_invalid_fraction=0\.01 allows 1"):
         load_dataset(config_for(source))
     assert left_in(cache) == []
     capsys.readouterr()
@@ -165,14 +157,10 @@ def test_unfit_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_pa
     provenance = json.loads((cache / left_in(cache)[0] / "provenance.json").read_text())
     assert sorted(name for name, _ in provenance["skipped"]) == sorted(bad)
     images = [i.tobytes() for i in (*data.train, *data.held_out)]
-    assert sorted(images) == sorted(
-        np.asarray(Image.open(io.BytesIO(d))).tobytes() for d in PICTURES.values()
-    )
+    assert sorted(images) == sorted(np.asarray(Image.open(io.BytesIO(d))).tobytes() for d in PICTURES.values())
     # No gap is left where an image was skipped: labels still belong to their images.
     cats = {np.asarray(Image.open(io.BytesIO(d))).tobytes() for n, d in PICTURES.items() if "cat" in n}
-    assert all(
-        (i.tobytes() in cats) == (label == 0) for i, label in zip(data.train, data.train_labels, strict=True)
-    )
+    assert all((i.tobytes() in cats) == (label == 0) for i, label in zip(data.train, data.train_labels, strict=True))
 
 
 def test_no_path_in_an_archive_leads_anywhere(cache, tmp_path):
@@ -293,8 +281,7 @@ def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(cache, tmp_p
 
     monkeypatch.setattr(dataset_cache, "_finish", slow)
     threads = [
-        threading.Thread(target=lambda: folders.append(dataset_cache.prepare_dataset(config_for(source))))
-        for _ in "ab"
+        threading.Thread(target=lambda: folders.append(dataset_cache.prepare_dataset(config_for(source)))) for _ in "ab"
     ]
     for thread in threads:
         thread.start()

@@ -74,9 +74,7 @@ def test_the_summary_names_the_field_that_decides():
 
 def test_chunks_too_large_for_a_device_are_refused():
     feed = make_feed(IMAGES, KEY, BATCH, STEPS, 0.0, 100 * IMAGES.nbytes)
-    with pytest.raises(
-        UserError, match=r"config\.train\.log_every=7 steps .* lower config\.train\.log_every"
-    ):
+    with pytest.raises(UserError, match=r"config\.train\.log_every=7 steps .* lower config\.train\.log_every"):
         feed.batches(0, STEPS)
 
 
@@ -137,18 +135,14 @@ def test_four_devices_each_hold_a_part():
 
 
 @pytest.mark.slow
-def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resumed(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "cache"))
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8))
     own = {"data.source": str(tmp_path / "images.npy")}
     train(small_config(**own), tmp_path / "device")
     said = capsys.readouterr().out
     assert "replicated on every device" in said
-    assert re.search(
-        "no distance to real images is measured: .*images.npy has no labels, and the weights", said
-    )
+    assert re.search("no distance to real images is measured: .*images.npy has no labels, and the weights", said)
     host = {**own, "data.max_device_memory_fraction": 0.0}
     train(small_config(**host, **{"train.steps": 3, "train.log_every": 1}), tmp_path / "host")
     train(small_config(**host), tmp_path / "host")

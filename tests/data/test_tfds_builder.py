@@ -156,9 +156,7 @@ def make_celeba(folder):
 
 
 @needs_tensorflow
-@pytest.mark.parametrize(
-    ("crop", "box"), [("auto", (25, 57, 153, 185)), ("center_crop_140", (19, 39, 159, 179))]
-)
+@pytest.mark.parametrize(("crop", "box"), [("auto", (25, 57, 153, 185)), ("center_crop_140", (19, 39, 159, 179))])
 def test_celeba_is_cropped_and_resized_as_pillow_does(places, crop, box):
     pictures, labels = make_celeba(places)
     config = default_config()
@@ -174,9 +172,7 @@ def test_celeba_is_cropped_and_resized_as_pillow_does(places, crop, box):
 def test_celebahq_comes_from_a_tar_got_by_hand(places):
     config = default_config()
     config.data.name = "celebahq"
-    with pytest.raises(
-        UserError, match=r"make data256x256\.tar by hand and put it at .*manual/data256x256\.tar"
-    ):
+    with pytest.raises(UserError, match=r"make data256x256\.tar by hand and put it at .*manual/data256x256\.tar"):
         load_dataset(config)
     pictures = [small_picture(i, 256, 256) for i in range(20)]
     with tarfile.open(places / "data256x256.tar", "w") as archive:
@@ -191,9 +187,7 @@ def test_celebahq_comes_from_a_tar_got_by_hand(places):
 
 @needs_tensorflow
 def test_a_download_that_fails_is_told_in_one_sentence(places, monkeypatch):
-    broken = CHILD.replace(
-        "tfds_builder.main()", "tfds_builder.build = lambda *_: 1 / 0\ntfds_builder.main()"
-    )
+    broken = CHILD.replace("tfds_builder.main()", "tfds_builder.build = lambda *_: 1 / 0\ntfds_builder.main()")
     monkeypatch.setattr(tfds_builder, "tfds_command", lambda request: [sys.executable, "-c", broken, request])
     config = default_config()
     config.data.name = "cifar10"

@@ -33,8 +33,7 @@ def png_of_16_bits(colour_type, samples):
         (b"IEND", b""),
     ]
     body = b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -119,9 +118,7 @@ def test_halving_is_the_antialiased_triangle_filter():
         b"",
         b"not an image",
         encoded(uniform("RGB", (1, 2, 3), (64, 64)))[:-40],
-        encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")[
-            :900
-        ],
+        encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")[:900],
         encoded(uniform("RGB", (1, 2, 3)), "BMP"),
         encoded(uniform("RGB", (1, 2, 3)), "GIF"),
     ],

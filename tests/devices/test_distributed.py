@@ -94,9 +94,7 @@ def test_two_processes_train_and_resume_like_one_and_one_takes_over(tmp_path):
     finish(launch(one, 1, "--config.train.steps=12"))
     (of_two, start), (of_one, _) = state_in(two), state_in(one)
     assert int(of_two.step) == 12
-    assert distance(of_two.ema_params, of_one.ema_params) < 0.01 * distance(
-        of_one.ema_params, start.ema_params
-    )
+    assert distance(of_two.ema_params, of_one.ema_params) < 0.01 * distance(of_one.ema_params, start.ema_params)
 
 
 @pytest.mark.slow
@@ -160,7 +158,5 @@ def test_processes_given_one_address_form_one_cluster():
     address = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen([sys.executable, "-c", program, address, "2", str(i)], **options) for i in range(2)
-    ]
+    started = [subprocess.Popen([sys.executable, "-c", program, address, "2", str(i)], **options) for i in range(2)]
     assert [output.splitlines()[-1] for output in finish(started)] == ["0 2 2", "1 2 2"]

@@ -69,9 +69,7 @@ def test_peak_is_that_of_all_devices_in_bfloat16(monkeypatch, kind, tflops):
 
 
 def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
-    devices = [
-        FakeDevice(memory={"peak_bytes_in_use": peak, "bytes_in_use": 9000}) for peak in (500, 700, 600)
-    ]
+    devices = [FakeDevice(memory={"peak_bytes_in_use": peak, "bytes_in_use": 9000}) for peak in (500, 700, 600)]
     monkeypatch.setattr(jax, "local_devices", lambda: [FakeDevice(), *devices])
     assert peak_memory() == 700
 
@@ -105,9 +103,7 @@ def residual_bytes(network, batch_size):
 
 def test_rematerialisation_holds_fewer_activations_for_the_backward_pass():
     # The difference of two batch sizes leaves out the weights.
-    plain, again = (
-        residual_bytes(network, 16) - residual_bytes(network, 8) for network in (TINY, remat(TINY))
-    )
+    plain, again = (residual_bytes(network, 16) - residual_bytes(network, 8) for network in (TINY, remat(TINY)))
     assert again < plain / 4
 
 

@@ -41,9 +41,7 @@ def run_on(devices, workdir):
     config = from_json((workdir / "config.json").read_text())
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     like = init_state(build_network(config), optimizer, 0)
-    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like), np.load(
-        workdir / "pictures.npy"
-    )
+    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like), np.load(workdir / "pictures.npy")
 
 
 def test_eight_devices_train_and_sample_like_one(tmp_path):

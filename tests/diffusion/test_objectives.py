@@ -255,9 +255,7 @@ def test_expected_target_has_the_same_mean_gradient_and_less_variance():
         x_key, key = jax.random.split(key)
         x0 = jax.random.uniform(x_key, shape, minval=-1, maxval=1)
         sample = objectives.sample_noise(objective, key, 1000, shape)._replace(t=jnp.array([t]))
-        return jax.grad(
-            lambda a: objectives.loss(lambda x, _: a * x, SCHEDULE, objective, x0, sample)[0].sum()
-        )(0.8)
+        return jax.grad(lambda a: objectives.loss(lambda x, _: a * x, SCHEDULE, objective, x0, sample)[0].sum())(0.8)
 
     keys = jax.random.split(jax.random.key(0), 20_000)
     g_independent = jax.vmap(lambda k: gradient(independent, k))(keys)
@@ -281,9 +279,7 @@ def test_samples_cover_all_timesteps_and_are_mirrored_when_antithetic():
 
 def test_second_noise_is_drawn_only_where_it_is_used():
     shape = (2, 4, 4, 1)
-    assert (
-        objectives.sample_noise(released(skip=10), jax.random.key(0), 1000, shape).skip_noise.shape == shape
-    )
+    assert objectives.sample_noise(released(skip=10), jax.random.key(0), 1000, shape).skip_noise.shape == shape
     for objective in (paper(skip=10), released(), released(skip=10, skip_noise="expected")):
         assert objectives.sample_noise(objective, jax.random.key(0), 1000, shape).skip_noise is None
 
@@ -323,15 +319,11 @@ def test_a_new_term_is_one_entry_of_the_table(monkeypatch):
 
     x0, sample = batch(paper())
     plain, _ = objectives.loss(linear_net(), SCHEDULE, paper(), x0, sample)
-    monkeypatch.setitem(
-        objectives.TERMS, "power", Term(lambda o: True, lambda o: "0.5·‖ε_θ‖²", squared_prediction)
-    )
+    monkeypatch.setitem(objectives.TERMS, "power", Term(lambda o: True, lambda o: "0.5·‖ε_θ‖²", squared_prediction))
     total, terms = objectives.loss(linear_net(), SCHEDULE, paper(), x0, sample)
     assert paper().formula == "L_simple + 0.5·‖ε_θ‖²"
     x_t = add_noise(SCHEDULE, x0, sample.t, sample.noise[:, 0])
-    np.testing.assert_allclose(
-        terms["power"], jnp.square(linear_net()(x_t, sample.t)).sum((1, 2, 3)), rtol=1e-5
-    )
+    np.testing.assert_allclose(terms["power"], jnp.square(linear_net()(x_t, sample.t)).sum((1, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(total, plain + 0.5 * terms["power"], rtol=1e-6)
 
 

@@ -105,9 +105,7 @@ def test_theorem_1_product_of_gammas(schedule):
 def test_theorem_2_bounds_on_random_networks(schedule, K, tau_s):
     objective = paper(K=K, lam=1.0, use_tau_s=tau_s)
     residuals = [
-        residuals_of(schedule, random_net(kind, seed), seed)[0]
-        for kind in ("linear", "tanh")
-        for seed in range(3)
+        residuals_of(schedule, random_net(kind, seed), seed)[0] for kind in ("linear", "tanh") for seed in range(3)
     ]
     simple, sa, total = three_losses(schedule, objective, np.concatenate(residuals))
     upper, lower = (T - 1) / (T + K) * simple, total / (T + K) ** 2
@@ -142,9 +140,7 @@ def test_theorem_2_lower_bound_is_reached_but_for_two_empty_windows(K):
     # T − 2 = 28 is a multiple of K: one error in each K timesteps gives every window that holds any of them
     # the same sum. The two lowest windows end below the paper's step 2 and are empty.
     objective = paper(K=K, lam=1.0)
-    spaced = (np.arange(T) % K == 1 % K).astype(np.float32).reshape(1, -1, 1, 1, 1) * np.ones(
-        SHAPE, np.float32
-    )
+    spaced = (np.arange(T) % K == 1 % K).astype(np.float32).reshape(1, -1, 1, 1, 1) * np.ones(SHAPE, np.float32)
     assert spaced[0, -1].all()
     _, sa, total = three_losses(SCHEDULES["linear"], objective, spaced)
     np.testing.assert_allclose(sa * (T + K) ** 2 / total, (T + K) / (T + K - 2), rtol=1e-5)
@@ -199,9 +195,7 @@ def test_gap_of_known_errors(eta):
     @jax.jit
     def gap_for(error):
         net = exact_noise(schedule, x0, error)
-        return estimation_gap(
-            net, schedule, x0, noise, start, eta=eta, noise_fn=lambda i: jnp.asarray(step_noise)[i]
-        )
+        return estimation_gap(net, schedule, x0, noise, start, eta=eta, noise_fn=lambda i: jnp.asarray(step_noise)[i])
 
     gap = gap_for(0.0)
     np.testing.assert_array_equal(gap.t, np.arange(start, 0, -1))
@@ -266,9 +260,7 @@ def test_gap_curve_does_not_depend_on_the_batches():
     net = random_net("linear", 2)
     network = FunctionNetwork(lambda params, x, t: net(x, t), SHAPE)
     images = np.random.default_rng(0).integers(0, 256, (6, *SHAPE), np.uint8)
-    whole, cut = (
-        gap_curve(network, {}, SCHEDULES["linear"], images, 12, seed=1, batch_size=size) for size in (100, 4)
-    )
+    whole, cut = (gap_curve(network, {}, SCHEDULES["linear"], images, 12, seed=1, batch_size=size) for size in (100, 4))
     np.testing.assert_array_equal(whole["t"], np.arange(12, 0, -1))
     for name in ("rms", "rms_of_mean"):
         np.testing.assert_allclose(cut[name], whole[name], rtol=1e-5)

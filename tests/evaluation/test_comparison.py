@@ -41,8 +41,7 @@ def make_run(folder, seed, distances, skip=0, **provenance):
         "step": 7,
         "eval": {},
         "rows": [
-            {"name": name, "nfe": nfe, "frechet_distance": d, "normalized": (d - 1) / 99}
-            for name, nfe, d in rows
+            {"name": name, "nfe": nfe, "frechet_distance": d, "normalized": (d - 1) / 99} for name, nfe, d in rows
         ],
         "provenance": {"metric": "distance <of> tests", "num_images": 50, "notes": [], **provenance},
     }

@@ -59,9 +59,7 @@ def config(function):
     config = default_config()
     config.diffusion.T = 20
     config.model.attn_resolutions = ()
-    config.eval.update(
-        {"feature_extractor": f"{function}:means", "num_images": 50, "nfe": (2, 4), "batch_size": 16}
-    )
+    config.eval.update({"feature_extractor": f"{function}:means", "num_images": 50, "nfe": (2, 4), "batch_size": 16})
     return config
 
 
@@ -116,9 +114,7 @@ def features_by_hand(images):
     return np.concatenate([x.mean((2, 3)), x.mean((1, 3))], axis=1)
 
 
-def test_an_interrupted_evaluation_resumes_at_the_missing_points(
-    config, data, sampled, tmp_path, monkeypatch
-):
+def test_an_interrupted_evaluation_resumes_at_the_missing_points(config, data, sampled, tmp_path, monkeypatch):
     config.eval.samplers = "ddim,dpmpp_2m"
     compute_metrics = evaluation.compute_metrics
     done = []

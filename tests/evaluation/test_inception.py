@@ -29,9 +29,7 @@ def made_up(name, shape):
 @pytest.fixture(scope="module")
 def state_dict(golden):
     keys = golden("inception_keys.json")
-    return {
-        name: made_up(name, shape) for name, shape in keys.items() if not name.endswith("num_batches_tracked")
-    }
+    return {name: made_up(name, shape) for name, shape in keys.items() if not name.endswith("num_batches_tracked")}
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +124,7 @@ def test_weights_are_fetched_checked_converted_once_and_kept(state_dict, params,
 def test_other_files_are_refused_in_one_sentence(tmp_path, cache):
     path = tmp_path / "weights.pth"
     write_torch(path, {"conv.weight": np.zeros((2, 2), np.float32)}, "")
-    with pytest.raises(
-        UserError, match=rf"has the SHA-256 {sha256(path)}, not 6726825d.*: it is cut short or"
-    ):
+    with pytest.raises(UserError, match=rf"has the SHA-256 {sha256(path)}, not 6726825d.*: it is cut short or"):
         inception_weights.inception_params(str(path))
     with pytest.raises(UserError, match=r"does not hold the FID Inception's weights: fc\.weight is missing"):
         inception_weights.inception_params(str(path), sha256(path))
@@ -151,9 +147,7 @@ def test_without_weights_and_network_one_sentence_says_what_to_do(cache, server,
     with pytest.raises(UserError) as caught:
         inception_weights.inception_params()
     place = re.escape(str(cache / "inception" / "pt_inception.pth"))
-    assert re.search(
-        rf"cannot be fetched \(.*not found.*\).* put it at {place} or give it as", str(caught.value)
-    )
+    assert re.search(rf"cannot be fetched \(.*not found.*\).* put it at {place} or give it as", str(caught.value))
     assert "\n" not in str(caught.value)
 
 

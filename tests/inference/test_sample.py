@@ -158,9 +158,7 @@ def test_every_method_makes_the_calls_it_says(model, quick_noise, monkeypatch, m
         linear_schedule(20),
         variance_head.Head(method, variance_head.init_params(network, 0)),
     )
-    sampler, timesteps = configure_sampler(
-        network, schedule, method, nfe=nfe, ms_eps=np.full(20, 0.5), head=head
-    )
+    sampler, timesteps = configure_sampler(network, schedule, method, nfe=nfe, ms_eps=np.full(20, 0.5), head=head)
     images = np.asarray(sampler(model.ema_params, timesteps, 0, np.arange(2)))
     jax.effects_barrier()
     assert len(calls) == nfe
@@ -256,9 +254,7 @@ def test_analytic_estimates_its_statistic_once(workdir, capsys):
     assert "ms_eps   3 images a level" in printed
 
     model = s2dm_jax.load(str(workdir))
-    even, best = (
-        model.sample(4, "analytic", nfe=3, timestep_spacing=grid) for grid in ("linspace", "optimal")
-    )
+    even, best = (model.sample(4, "analytic", nfe=3, timestep_spacing=grid) for grid in ("linspace", "optimal"))
     assert (even != best).any()
     np.testing.assert_array_equal(model.sampler("analytic", nfe=3, timestep_spacing="optimal")[1][-1], 19)
     assert sample(small_config(sampler="analytic", noise_stat_images=4), str(workdir)) != first
@@ -418,8 +414,6 @@ def test_damaged_checkpoints(workdir, tmp_path):
 
 
 def test_importing_the_package_imports_no_jax():
-    code = (
-        "import sys, s2dm_jax, s2dm_jax.config.defaults; print('jax' in sys.modules, callable(s2dm_jax.load))"
-    )
+    code = "import sys, s2dm_jax, s2dm_jax.config.defaults; print('jax' in sys.modules, callable(s2dm_jax.load))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == "False True\n", done.stderr

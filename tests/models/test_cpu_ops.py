@@ -178,9 +178,7 @@ def test_per_example_and_second_order_gradients_of_matmul():
         return jax.jit(jax.vmap(jax.grad(lambda w, x: jnp.sum(product(x, w) ** 3)), (None, 0)))(w, x)
 
     def of_gradient_norm(product):
-        return jax.jit(jax.grad(lambda w: jnp.sum(jax.grad(lambda w: jnp.sum(product(x, w) ** 3))(w) ** 2)))(
-            w
-        )
+        return jax.jit(jax.grad(lambda w: jnp.sum(jax.grad(lambda w: jnp.sum(product(x, w) ** 3))(w) ** 2)))(w)
 
     for derivative in (per_example, of_gradient_norm):
         np.testing.assert_allclose(derivative(matmul), derivative(jnp.matmul), rtol=1e-4, atol=1e-3)

@@ -47,9 +47,7 @@ def test_a_toy_network_trains_and_samples(run):
 
 def test_a_toy_network_is_evaluated(run, tmp_path):
     model = load(run, network=NETWORK)
-    model.config.eval.update(
-        {"nfe": (3,), "samplers": "ddim,analytic", "num_images": 80, "noise_stat_images": 4}
-    )
+    model.config.eval.update({"nfe": (3,), "samplers": "ddim,analytic", "num_images": 80, "noise_stat_images": 4})
     results = evaluate(model, load_dataset(model.config), tmp_path)
     assert [row["name"] for row in results["rows"]] == ["real (floor)", "ddim", "analytic", "noise (ceiling)"]
     assert all(np.isfinite(row["frechet_distance"]) for row in results["rows"])
@@ -75,9 +73,7 @@ def test_every_network_of_the_table_is_what_a_config_builds():
         assert (network.image_shape, network.prediction, network.dropout) == ((8, 8, 1), "v", 0.1)
 
 
-@pytest.mark.parametrize(
-    "schedule", [linear_schedule(50, 1e-3, 0.2), cosine_schedule(50)], ids=["linear", "cosine"]
-)
+@pytest.mark.parametrize("schedule", [linear_schedule(50, 1e-3, 0.2), cosine_schedule(50)], ids=["linear", "cosine"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_whatever_a_network_predicts_sampling_is_that_of_its_epsilon(prediction, schedule):
     def predicted(x, t):

@@ -98,9 +98,7 @@ def test_an_interrupted_estimate_goes_on_and_no_batch_matters(estimated, tmp_pat
     monkeypatch.setattr(noise_statistics, "_squares", interrupted)
     how = {"num_images": 8, "batch_size": 3}
     with pytest.raises(KeyboardInterrupt):
-        noise_statistics.estimate_noise_statistics(
-            TINY, SCHEDULE, PARAMS, IMAGES, tmp_path, num_images=8, batch_size=8
-        )
+        noise_statistics.estimate_noise_statistics(TINY, SCHEDULE, PARAMS, IMAGES, tmp_path, num_images=8, batch_size=8)
     assert noise_statistics.load_cached(SCHEDULE, PARAMS, tmp_path) is None
     monkeypatch.setattr(noise_statistics, "_squares", squares)
     resumed = noise_statistics.estimate_noise_statistics(TINY, SCHEDULE, PARAMS, IMAGES, tmp_path, **how)

@@ -108,10 +108,7 @@ def test_gaussian_data_keep_their_variance_at_any_number_of_steps(name, mean, et
     with jax.enable_x64(True):
         # Each row is one x_T or one step's noise of 1, everything else 0.
         impulses = np.eye(steps + 1)
-        gains = [
-            run(jnp.full((1, 1, 1, 1), row[0]), jnp.asarray(row[1:]).reshape(-1, 1, 1, 1, 1))
-            for row in impulses
-        ]
+        gains = [run(jnp.full((1, 1, 1, 1), row[0]), jnp.asarray(row[1:]).reshape(-1, 1, 1, 1, 1)) for row in impulses]
         variance = float(sum(jnp.square(gain) for gain in gains).squeeze())
     # The last step, from timestep 0 to the clean image, adds no noise: that much is missing. And x_T has
     # variance 1, where the data noised to the last timestep have 3e-5 less.
@@ -126,9 +123,7 @@ def test_ddpm_loses_variance_on_the_same_data():
         for row in np.eye(6):
             noise = jnp.asarray(row[1:]).reshape(-1, 1, 1, 1, 1)
             x_T, options = jnp.full((1, 1, 1, 1), row[0]), {"variance": "small", "clip_x0": False}
-            gains.append(
-                ddpm(eps, x_T, LINEAR, linspace_timesteps(1000, 5), noise_fn=noise.__getitem__, **options)
-            )
+            gains.append(ddpm(eps, x_T, LINEAR, linspace_timesteps(1000, 5), noise_fn=noise.__getitem__, **options))
         variance = float(sum(jnp.square(gain) for gain in gains).squeeze())
     assert variance == pytest.approx(0.044, abs=5e-4)
 

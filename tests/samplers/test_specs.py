@@ -21,9 +21,7 @@ def test_budgets_become_steps():
     for name in SAMPLERS:
         for nfe in range(13, 30):
             assert nfe_of(name, steps_for_nfe(name, nfe)) == nfe
-    with pytest.raises(
-        ValueError, match="nfe=12 is too few for f_pndm: its fewest steps make 13 evaluations"
-    ):
+    with pytest.raises(ValueError, match="nfe=12 is too few for f_pndm: its fewest steps make 13 evaluations"):
         steps_for_nfe("f_pndm", 12)
     with pytest.raises(ValueError, match="steps=3 is too few for f_pndm: it needs at least 4"):
         nfe_of("f_pndm", 3)

@@ -206,9 +206,7 @@ def test_a_config_is_a_file_or_comes_with_the_package(tmp_path, monkeypatch):
         config_path("other/digits.py")
 
 
-def test_the_command_line_takes_a_packaged_config_in_both_spellings(
-    tmp_path, monkeypatch, command_line, capsys
-):
+def test_the_command_line_takes_a_packaged_config_in_both_spellings(tmp_path, monkeypatch, command_line, capsys):
     monkeypatch.chdir(tmp_path)
     for spelling in (["--config=configs/digits.py:sq"], ["--config", "configs/digits.py:sq"]):
         with pytest.raises(SystemExit):

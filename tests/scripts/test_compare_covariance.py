@@ -26,9 +26,7 @@ def launched(monkeypatch):
         rows = [{"name": "real (floor)", "nfe": None, "frechet_distance": 3.0}]
         for method in methods.split(","):
             distance = 10 * seeds[workdir] + {"ddpm": 1, "analytic": 2, "npr": 3, "sn": 4}.get(method, 0)
-            rows.append(
-                {"name": f"{method}, timestep_spacing linspace", "nfe": 5, "frechet_distance": distance}
-            )
+            rows.append({"name": f"{method}, timestep_spacing linspace", "nfe": 5, "frechet_distance": distance})
         workdir.mkdir(parents=True, exist_ok=True)
         nfe = [int(each) for each in flags["config.eval.nfe"].split(",")]
         (workdir / "results.json").write_text(json.dumps({"eval": {"nfe": nfe}, "rows": rows}))
@@ -48,9 +46,7 @@ def test_every_variance_on_every_base(launched, tmp_path, capsys):
             assert re.search(rf"\| {objective} +\| {name} +\| {mean}\.00 ± 7\.07 \|", table)
     trained = {(f["config"].split(":")[1], int(f["config.train.steps"])) for f in launched if "config" in f}
     assert trained == {("ddpm", 200), ("sa", 100), ("npr", 7), ("sn", 7)}
-    bases = {
-        f["config.variance_head.base_workdir"] for f in launched if "config.variance_head.base_workdir" in f
-    }
+    bases = {f["config.variance_head.base_workdir"] for f in launched if "config.variance_head.base_workdir" in f}
     assert bases == {f"{tmp_path}/{name}/seed{seed}" for name in ("ddpm", "sa") for seed in (0, 1)}
 
     count = len(launched)
@@ -68,9 +64,7 @@ def test_results_of_another_nfe_are_refused(launched, tmp_path, capsys):
     assert "was made with --nfe=5; give the same --nfe, or another DIR" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flag", ["--seeds=1", "--steps=0", "--head-steps=0", "--images=1", "--config=nowhere.py"]
-)
+@pytest.mark.parametrize("flag", ["--seeds=1", "--steps=0", "--head-steps=0", "--images=1", "--config=nowhere.py"])
 def test_bad_input_is_one_sentence(launched, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         compare_covariance.main([str(tmp_path), flag])

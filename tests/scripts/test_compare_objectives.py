@@ -57,9 +57,7 @@ def test_every_objective_at_equal_steps_and_equal_evaluations(launched, tmp_path
     assert re.search(r"\| sa +\| 100 +\| 200 +\| 11\.00 ± 10\.00 \|", table)
     assert re.search(r"\| ddpm +\| 200 +\| 200 +\| 12\.00 ± 10\.00 \|", table)
     assert re.search(r"\| ddpm, ε scaled \(skip 10\) \| 100 +\| 100 +\| 21\.00 ± 10\.00 \|", table)
-    assert re.search(
-        r"\| s2, 100 steps less ddpm, ε scaled \(skip 10\), 100 steps +\| -10\.00 ± 0\.00 \|", table
-    )
+    assert re.search(r"\| s2, 100 steps less ddpm, ε scaled \(skip 10\), 100 steps +\| -10\.00 ± 0\.00 \|", table)
     assert re.search(r"\| sa, 100 steps less ddpm, 200 steps +\| -1\.00 ± 0\.00 +\|", table)
 
     compare_objectives.main(argv)

@@ -42,11 +42,7 @@ def test_every_table_and_figure_is_there_and_whole():
 
 def test_figures_are_the_papers():
     s2, sa, scores = (reproduce.TABLES[name] for name in ("s2-table1", "sa-table2", "sa-table3"))
-    by_label = {
-        row.label: dict(zip(table.columns, row.paper, strict=True))
-        for table in (s2, sa)
-        for row in table.rows
-    }
+    by_label = {row.label: dict(zip(table.columns, row.paper, strict=True)) for table in (s2, sa) for row in table.rows}
     assert by_label["S²-DMs(DDIMs)"][10] == 15.63
     assert by_label["S²-DMs(PNDMs)"][1000] == 3.26
     assert by_label["CIFAR10 CS, SA+SN"][10] == 17.23
@@ -122,10 +118,7 @@ def launched(monkeypatch, tmp_path):
         workdir = Path(given["workdir"])
         workdir.mkdir(parents=True, exist_ok=True)
         if "config.eval.nfe" in given:
-            rows = [
-                {"nfe": int(nfe), "frechet_distance": int(nfe) / 10}
-                for nfe in given["config.eval.nfe"].split(",")
-            ]
+            rows = [{"nfe": int(nfe), "frechet_distance": int(nfe) / 10} for nfe in given["config.eval.nfe"].split(",")]
             provenance = {"metric": "a distance", "num_images": 100}
             (workdir / "results.json").write_text(json.dumps({"rows": rows, "provenance": provenance}))
         return reproduce.subprocess.CompletedProcess(command, 0)

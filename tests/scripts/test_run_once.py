@@ -33,9 +33,7 @@ def test_commands_run_in_order_and_once(tmp_path):
 
 def test_a_failed_command_stores_nothing(tmp_path):
     path, workdir = tmp_path / "a.json", tmp_path / "run"
-    with pytest.raises(
-        UserError, match="run could not be trained or evaluated; the command above reports why"
-    ):
+    with pytest.raises(UserError, match="run could not be trained or evaluated; the command above reports why"):
         run_once(path, workdir, [writer(workdir, code=3), writer(workdir)])
     assert (workdir / "log").read_text() == "ran\n"
     assert not path.exists()
@@ -44,7 +42,5 @@ def test_a_failed_command_stores_nothing(tmp_path):
 def test_results_of_another_nfe_are_refused(tmp_path):
     path, workdir = tmp_path / "a.json", tmp_path / "run"
     run_once(path, workdir, [writer(workdir)])
-    with pytest.raises(
-        UserError, match=r"a\.json was made with --nfe=5,10; give the same --nfe, or another DIR"
-    ):
+    with pytest.raises(UserError, match=r"a\.json was made with --nfe=5,10; give the same --nfe, or another DIR"):
         run_once(path, workdir, [], [5])

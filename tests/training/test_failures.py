@@ -40,9 +40,7 @@ def test_a_second_process_is_refused_before_jax_is_imported(tmp_path):
 
 def test_a_killed_process_holds_nothing(tmp_path):
     workdir = str(tmp_path / "run")
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, workdir], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", HOLD, workdir], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with (
         pytest.raises(UserError, match=f"is in use by process {process.pid} "),
@@ -76,7 +74,5 @@ def test_skip_counts_and_gives_up_when_nothing_is_finite(capsys):
     assert "skipped 1 steps" in capsys.readouterr().out
     assert check_finite(finite(8, 9), 40, "skip", 20, 5) == 2
     assert check_finite(finite(*range(10)), 40, "skip", 20, 85) == 95
-    with pytest.raises(
-        UserError, match=r"in 105 steps in a row, up to step 49.*last good checkpoint is step 20"
-    ):
+    with pytest.raises(UserError, match=r"in 105 steps in a row, up to step 49.*last good checkpoint is step 20"):
         check_finite(finite(*range(10)), 40, "skip", 20, 95)

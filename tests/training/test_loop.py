@@ -125,17 +125,13 @@ def poison(monkeypatch, steps):
         return draws._replace(noise=jnp.where(is_bad, jnp.inf, draws.noise))
 
     step_key = jax.random.split(jax.random.key(0))[1]
-    keys = [
-        jax.random.key_data(jax.random.split(jax.random.fold_in(step_key, step), 3)[0])[0] for step in steps
-    ]
+    keys = [jax.random.key_data(jax.random.split(jax.random.fold_in(step_key, step), 3)[0])[0] for step in steps]
     monkeypatch.setattr(objectives, "sample_noise", bad_draw)
 
 
 def test_stop_keeps_the_last_good_checkpoint_and_skip_goes_on_from_it(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, [130, 170])
-    with pytest.raises(
-        UserError, match=r"not finite from step 130 on, seen in steps 100 to 149; the last good che"
-    ):
+    with pytest.raises(UserError, match=r"not finite from step 130 on, seen in steps 100 to 149; the last good che"):
         train(run_config(train__steps=200), tmp_path / "run")
     assert int(newest_state(tmp_path / "run", run_config()).step) == 100
     train(run_config(train__steps=200, train__on_nonfinite="skip"), tmp_path / "run")
@@ -226,8 +222,6 @@ def test_each_checkpoint_is_judged_by_the_steps_since_the_one_before(tmp_path):
 
 
 def test_only_metrics_of_the_run_can_choose_a_checkpoint(tmp_path):
-    sentence = (
-        "config.train.keep_best='loss_skip' is no metric of this run; choose one of nothing, loss, loss_s"
-    )
+    sentence = "config.train.keep_best='loss_skip' is no metric of this run; choose one of nothing, loss, loss_s"
     with pytest.raises(UserError, match=re.escape(sentence)):
         train(run_config(train__keep_best="loss_skip", loss__skip=0), tmp_path / "run")

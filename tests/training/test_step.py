@@ -99,9 +99,7 @@ def test_first_signal_saves_and_says_how_to_go_on(tmp_path):
         if line.startswith("step "):
             process.send_signal(signal.SIGTERM)
     process.wait(timeout=120)
-    last = re.match(
-        r"stopped at step ([\d,]+) of 100,000, saved in .*; run the same command to resume", output[-1]
-    )
+    last = re.match(r"stopped at step ([\d,]+) of 100,000, saved in .*; run the same command to resume", output[-1])
     assert last, output
     assert process.returncode == 128 + signal.SIGTERM
     saved = checkpoint.open_checkpoints(workdir).latest_step()

@@ -101,9 +101,7 @@ def test_there_and_back_to_the_bit(files, weights, name):
 
 def test_the_command_makes_a_run_of_a_checkpoint(command, files, workdir, tmp_path, capsys):
     command([str(files / "ckpt.pth"), str(tmp_path / "run")])
-    assert (
-        "a DDIM training checkpoint, with its moving average; its checksums agree" in capsys.readouterr().out
-    )
+    assert "a DDIM training checkpoint, with its moving average; its checksums agree" in capsys.readouterr().out
     before, after = load_run(str(workdir)), load_run(str(tmp_path / "run"))
     assert after.config == before.config
     assert (after.network, after.step) == (before.network, 7)
@@ -163,17 +161,13 @@ def test_published_checkpoints_are_taken_apart(tmp_path):
         read(raw, resolution=None)
     with pytest.raises(UserError, match="improved-diffusion UNet"):
         read({"time_embed.0.weight": raw["conv_in.bias"]})
-    with pytest.raises(
-        UserError, match=r"mid.block_1.conv1.weight has shape .*\(3, 3, 3, 3\).*\(32, 32, 3, 3\)"
-    ):
+    with pytest.raises(UserError, match=r"mid.block_1.conv1.weight has shape .*\(3, 3, 3, 3\).*\(32, 32, 3, 3\)"):
         read({**raw, "mid.block_1.conv1.weight": np.zeros((3, 3, 3, 3), np.float32)})
     with pytest.raises(UserError, match=r"no place for the checkpoint's tensor x of shape \(2,\)"):
         read({**raw, "x": np.zeros(2, np.float32)})
     with pytest.raises(UserError, match=r"lacks the tensor conv_out.bias of shape \(1,\)"):
         read({name: value for name, value in raw.items() if name != "conv_out.bias"})
-    with pytest.raises(
-        UserError, match=r"tensor conv_in.bias of shape \(32,\) holds values that are not finite"
-    ):
+    with pytest.raises(UserError, match=r"tensor conv_in.bias of shape \(32,\) holds values that are not finite"):
         read({**raw, "conv_in.bias": np.full(32, np.nan, np.float32)})
     sha256 = ddim.sha256
     with pytest.raises(UserError, match=r"its sha256 is .*, not 0000"):
@@ -342,8 +336,7 @@ def test_weights_from_elsewhere_go_on_training(command, tmp_path):
     after = load_run(str(run))
     assert after.step == 20
     changed = np.abs(
-        after.params["conv_in"]["kernel"]
-        - torch_names.from_torch(published(5, network), network)["conv_in"]["kernel"]
+        after.params["conv_in"]["kernel"] - torch_names.from_torch(published(5, network), network)["conv_in"]["kernel"]
     )
     assert 0 < changed.max() < 0.1
     command([str(run), str(tmp_path / "on.pth")])

@@ -136,7 +136,4 @@ def test_resampling_without_convolutions_comes_back_from_blocks_that_have_them()
     theirs["up_blocks.0.upsamplers.0.conv.bias"] = np.ones(32, np.float32)
     assert diffusers_names.from_diffusers(theirs, described)[1].resamp_with_conv
     # A network of one level resamples nothing.
-    assert (
-        diffusers_names.from_diffusers(diffusers_names.to_diffusers(published(), NETWORK), NETWORK)[1]
-        == NETWORK
-    )
+    assert diffusers_names.from_diffusers(diffusers_names.to_diffusers(published(), NETWORK), NETWORK)[1] == NETWORK

@@ -25,9 +25,7 @@ from s2dm_jax.weights import export
 from s2dm_jax.workdir.load import load_run
 
 ROOT = Path(__file__).parents[2]
-LOADER = re.search(r"<!-- loader -->\n```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text(), re.S)[
-    1
-]
+LOADER = re.search(r"<!-- loader -->\n```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text(), re.S)[1]
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +56,7 @@ def reference(run, seed, indices, x_T=None):
     eta = options.pop("eta", None) or None
     program = SamplerConfig(run.network, schedule, run.config.sample.sampler, tuple(sorted(options.items())))
     return np.asarray(
-        jax.jit(
-            lambda: run_sampler(program, run.ema_params, levels, seed, indices, eta=eta, scale=scale, x_T=x_T)
-        )()
+        jax.jit(lambda: run_sampler(program, run.ema_params, levels, seed, indices, eta=eta, scale=scale, x_T=x_T))()
     )
 
 
@@ -191,9 +187,7 @@ def test_mistakes_with_files_are_told(workdir, sampler_file, tmp_path, command_l
     run = f"--workdir={workdir}"
     fails("config.export.path='a.pth' must end in .npz", "--mode=export", run, "--config.export.path=a.pth")
     fails("already exists", "--mode=export", run, f"--config.export.path={sampler_file}")
-    fails(
-        "--config.train.lr cannot be changed with --mode=export", "--mode=export", run, "--config.train.lr=1"
-    )
+    fails("--config.train.lr cannot be changed with --mode=export", "--mode=export", run, "--config.train.lr=1")
     fails("--workdir is missing; for example --mode=export", "--mode=export")
     (tmp_path / "a.npz").write_text("no zip file")
     fails("a.npz is damaged or no exported sampler", "--mode=sample", f"--workdir={tmp_path / 'a.npz'}")

@@ -13,14 +13,10 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.weights.torch_pickle import open_torch, read_note, write_torch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-LEGACY_HEAD = b"".join(
-    pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
-)
+LEGACY_HEAD = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
 
 
-@pytest.mark.parametrize(
-    ("name", "has_checksums"), [("torch_zip.pth", True), ("torch_before_1_6.pth", False)]
-)
+@pytest.mark.parametrize(("name", "has_checksums"), [("torch_zip.pth", True), ("torch_before_1_6.pth", False)])
 def test_what_torch_wrote_is_read(name, has_checksums):
     # `write_golden` of test_with_torch.py wrote it: a transposed tensor, a part of a larger one, other types.
     w = np.arange(6, dtype=np.float32).reshape(2, 3) / 2

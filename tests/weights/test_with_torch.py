@@ -183,9 +183,7 @@ def test_diffusers_pipeline_draws_our_ddim(tmp_path, monkeypatch, name, steps):
     write(tmp_path / "folder", "diffusers", weights)
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "folder")
     x_T = (np.random.default_rng(0).standard_normal((4, 16, 16, 3)) * signal / 2).astype(np.float32)
-    monkeypatch.setattr(
-        pipeline_ddim, "randn_tensor", lambda *_, **__: torch.tensor(np.moveaxis(x_T, -1, 1).copy())
-    )
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: torch.tensor(np.moveaxis(x_T, -1, 1).copy()))
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(batch_size=4, num_inference_steps=steps, output_type="np").images
     theirs = np.round(np.asarray(pictures) * 255).astype(int)

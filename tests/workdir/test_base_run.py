@@ -45,9 +45,7 @@ def test_only_the_head_is_trained_and_saved(runs):
     assert run.config.diffusion.T == 50
     fresh = variance_head.init_params(run.network, 0)
     assert jax.tree.map(np.shape, run.variance_head.params) == jax.tree.map(np.shape, fresh)
-    assert all(
-        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (run.variance_head.params, fresh)), strict=True)
-    )
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (run.variance_head.params, fresh)), strict=True))
 
     def size(folder):
         return sum(p.stat().st_size for p in (runs / folder / "checkpoints").rglob("*") if p.is_file())
@@ -86,9 +84,7 @@ def test_a_head_is_not_used_with_another_network(runs, tmp_path):
     saved["variance_head"]["base_workdir"] = str(tmp_path / "base")
     (tmp_path / "head" / "config.json").write_text(json.dumps(saved))
     before = load_run(str(runs / "head"))
-    jax.tree.map(
-        np.testing.assert_array_equal, load_run(str(tmp_path / "head")).ema_params, before.ema_params
-    )
+    jax.tree.map(np.testing.assert_array_equal, load_run(str(tmp_path / "head")).ema_params, before.ema_params)
 
     told = json.loads((tmp_path / "head" / "base.json").read_text())
     (tmp_path / "head" / "base.json").write_text(json.dumps({**told, "step": 4}))
@@ -115,7 +111,5 @@ def test_what_the_base_decides_cannot_be_given(runs, tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        "error: --config.model.ch cannot be changed with config.variance_head.kind='npr'"
-    )
+    assert done.stderr.startswith("error: --config.model.ch cannot be changed with config.variance_head.kind='npr'")
     assert not (tmp_path / "new").exists()
