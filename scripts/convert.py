@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"{args.source} does not exist; give a checkpoint's file, or a folder")
     if os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
         raise UserError(
-            f"{args.out} is there already and would be overwritten; give another name, or remove it"
+            f"{args.out} already exists and would be overwritten; give another name, or remove it"
         )
     args.to = args.to or _format_of(args.source, args.out)
     return args
