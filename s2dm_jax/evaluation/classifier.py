@@ -108,7 +108,7 @@ def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
     """The fraction of images whose most likely class is their label.
 
     Args:
-      params: from `train_classifier`.
+      params: from `train_classifier`; of several processes, replicated (`sharding.replicate`).
       images: uint8 [N,H,W,C], N ≥ 1, in memory or mapped, of the size that the classifier was trained on.
       labels: integers [N].
 

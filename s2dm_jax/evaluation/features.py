@@ -137,17 +137,19 @@ def _inception(options: ConfigDict) -> Features:
 
 def _classifier(data_name: str, data: Dataset) -> Features:
     params = classifier.train_classifier(data.train, data.train_labels, data.num_classes, seed=_CLASSIFIER_SEED)
+    digest = sha256_of_arrays((params[name] for name in sorted(params)), digits=64)
+    params = replicate(params)
     accuracy = classifier.accuracy(params, data.held_out, data.held_out_labels)
     return Features(
         "classifier",
         "Fréchet distance",
         f"Fréchet distance in the {classifier.NUM_FEATURES} features of a classifier trained on this dataset; not FID",
-        functools.partial(_joined, classifier.features_and_logits, replicate(params)),
+        functools.partial(_joined, classifier.features_and_logits, params),
         classifier.NUM_FEATURES,
         data.num_classes,
         {
             "features": f"classifier of {data_name}",
-            "weights_sha256": sha256_of_arrays((params[name] for name in sorted(params)), digits=64),
+            "weights_sha256": digest,
             "seed": _CLASSIFIER_SEED,
             "held_out_accuracy": accuracy,
         },

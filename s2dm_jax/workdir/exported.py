@@ -83,6 +83,6 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def _damaged(path: str | os.PathLike, reason: str | Exception) -> UserError:
     message = str(reason).strip().partition("\n")[0][:120] or type(reason).__name__
     return UserError(
-        f"{path} is damaged or is not an exported sampler ({message}); export it again, or give the "
+        f"{path} is damaged or no exported sampler ({message}); export it again, or give the "
         "--workdir of a training run"
     )
