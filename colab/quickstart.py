@@ -88,7 +88,7 @@ from s2dm_jax.inference import visualize
 metrics = [json.loads(line) for line in Path(RUN, "metrics.jsonl").read_text().splitlines()]
 grids = sorted(Path(RUN, "samples").glob("step_*.png"))
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), width_ratios=(1.3, 1, 1, 1), layout="constrained")
-axes[0].plot([m["step"] for m in metrics], [m["simple"] for m in metrics])
+axes[0].plot([m["step"] for m in metrics], [m["loss_simple"] for m in metrics])
 axes[0].set(xlabel="training step", ylabel="L_simple, summed over 64 pixels", ylim=0, title="Loss")
 for axis, path in zip(axes[1:], (grids[0], grids[2], grids[-1]), strict=True):
     axis.imshow(plt.imread(path), cmap="gray")

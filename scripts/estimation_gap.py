@@ -7,7 +7,7 @@ from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, check_matplotlib
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import atomic_path
+from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.workdir.load import load_run, read_config
 
@@ -149,7 +149,7 @@ def run(argv: list[str] | None) -> None:
     options = {name: getattr(args, name) for name in ("start", "images", "split", "eta", "seed")}
     numbers = out.with_suffix(".json")
     text = json.dumps({"options": options, "curves": curves}, indent=1) + "\n"
-    numbers.write_text(text, encoding="utf-8")
+    write_atomic(numbers, text)
     plot(curves, out)
     print(f"{summary(curves)}\n\nfigure: {out}, numbers: {numbers}")
 

@@ -26,6 +26,7 @@ from run_once import print_command, run_once
 
 from s2dm_jax.common.cli import Parser, check_matplotlib
 from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.config.io import from_json
 
@@ -221,12 +222,13 @@ def reproduce(args: argparse.Namespace) -> None:
     results = {row.label: run_row(table, row, args) for row in rows}
     if table.kind == "curves":
         path = Path(args.out) / f"{args.table}.png"
-        plot_curves(table, results, args).savefig(path)
+        with atomic_path(path) as temporary:
+            plot_curves(table, results, args).savefig(temporary)
         print(f"curves: {path}")
     if table.kind != "gap":
         text = table_text(table, results, args)
         path = Path(args.out) / f"{args.table}.md"
-        path.write_text(text, encoding="utf-8")
+        write_atomic(path, text)
         print(f"\n{text}\ntable: {path}")
     for command in image_commands(table, args) if table.kind in _IMAGE_KINDS else []:
         print_command(command)

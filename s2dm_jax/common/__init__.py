@@ -1,1 +1,1 @@
-""""""
+"""Knows nothing of diffusion: errors, atomic files, hashing, progress, images, Markdown, command lines, the version."""
