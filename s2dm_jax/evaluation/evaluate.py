@@ -1,11 +1,10 @@
 """Samples from trained weights and measures how far the samples are from real images.
 
-Noise becomes images, bytes and features on the device, and no image is stored. The features (float32) come to
-the host batch by batch, where their mean and covariance are summed in float64; the features themselves are
-stored, in memory, only for metrics that require them.
+Noise becomes images, bytes and features on the device, and no image is stored. The features (float32) come to the host
+batch by batch, where their mean and covariance are summed in float64; the features themselves are stored, in memory,
+only for metrics that require them.
 """
 
-import functools
 import json
 import os
 import time
@@ -23,7 +22,7 @@ from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.defaults import SAMPLER_OPTIONS
-from s2dm_jax.config.evaluation_plan import METRICS, EvalPoint, Metric, parse_metrics, plan_evaluation
+from s2dm_jax.config.evaluation_plan import METRICS, EvalPoint, parse_metrics, plan_evaluation
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch
@@ -42,8 +41,8 @@ _CPU_BATCH = 16
 def device_batch_size(batch_size: int) -> int:
     """Images per batch on the devices: on CPU a number that does not depend on `batch_size`.
 
-    Rounding depends on the shapes of a computation, and the byte of one pixel in 30,000 on the rounding. On a
-    GPU that is the price of speed; on CPU larger batches are no faster.
+    Rounding depends on the shapes of a computation, and the byte of one pixel in 30,000 on the rounding. On a GPU that
+    is the price of speed; on CPU larger batches are no faster.
     """
     if jax.default_backend() != "cpu":
         return batch_size
@@ -51,13 +50,7 @@ def device_batch_size(batch_size: int) -> int:
 
 
 def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference: Reference, names: list[str]) -> dict:
-    """The metrics of images whose features come in batches.
-
-    Args:
-      batches: float32 [B, D + L] each, from `features.apply`.
-      features: the feature function.
-      reference: what the images are compared with.
-      names: of `evaluation_plan.METRICS`.
+    """The metrics `names` of images whose features come in batches, float32 [B, D + L] each, from `features.apply`.
 
     Returns:
       "num_images", counted; the `Metric.results` of each metric; "notes", a list of sentences.
@@ -72,8 +65,8 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         mean, cov = metrics.mean_and_cov(sums)
-    vectors = np.concatenate(stored or [np.zeros((0, features.dimensions), np.float32)])  # [N, D + L]
-    no_features = np.zeros((0, features.dimensions), np.float32)
+    empty = np.zeros((0, features.dimensions), np.float32)
+    vectors = np.concatenate(stored or [empty])  # [N, D + L]
     inputs = {
         "mean": mean,
         "cov": cov,
@@ -82,44 +75,41 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
         "reference_mean": reference.mean,
         "reference_cov": reference.cov,
         # Metrics that require them refuse an empty set.
-        "reference_features": no_features if reference.features is None else reference.features,
+        "reference_features": empty if reference.features is None else reference.features,
     }
     row: dict = {"num_images": sums.number, "notes": [str(warning.message) for warning in caught]}
     for metric in requested:
-        values = getattr(metrics, metric.function)(*_arguments(metric, inputs))
+        arguments = [
+            inputs[name][: metric.max_images] if name.endswith(("features", "logits")) else inputs[name]
+            for name in metric.requires
+        ]
+        values = getattr(metrics, metric.function)(*arguments)
         row |= zip(metric.results, values if isinstance(values, tuple) else (values,), strict=True)
     return row
-
-
-def _arguments(metric: Metric, inputs: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
-    """The inputs that a metric requires; of features and logits the first `max_images`."""
-    for name in metric.requires:
-        per_image = name.endswith(("features", "logits"))
-        yield inputs[name][: metric.max_images] if per_image else inputs[name]
 
 
 def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     """Samples `model.config.eval.num_images` images at every point of the plan and compares them.
 
-    Two anchors are measured in the same way: "real", as many real images outside the reference (the floor),
-    and "noise", the x_T that sampling starts from (the ceiling). `normalized` is 0 at the former and 1 at the
-    latter. Each point's numbers are cached in `workdir`/evaluations/points.
+    Two anchors are measured in the same way: as many real images outside the reference (the floor), and the noise x_T
+    that sampling starts from (the ceiling). `normalized` is 0 at the former and 1 at the latter. The numbers of each
+    point are cached in `workdir`/evaluations/points.
 
     Args:
       model: what to sample from; its config, checked, holds the options in the group `eval`.
-      data: the dataset.
+      data: images uint8 [N, H, W, C] of the reference and the floor, and the labels of a classifier.
       workdir: folder of the run.
 
     Returns:
       {"step", "eval": the config's group, "rows": one dict per line of the table, with "name", "nfe",
-      "frechet_distance", "normalized" and the results of the other metrics, "provenance": all that the
-      numbers depend on}; plain data, the same on every run with the same versions on the same device.
+      "frechet_distance", "normalized" and the results of the other metrics, "provenance": all that the numbers depend
+      on}; plain data, the same on every run with the same versions on the same device.
 
     Raises:
       UserError: for features or a reference that are unavailable.
     """
-    options, schedule = model.config.eval, model.schedule
-    points, skipped = plan_evaluation(schedule.T, options.to_dict())
+    options, shape = model.config.eval, data.train.shape[1:]
+    points, skipped = plan_evaluation(model.schedule.T, options.to_dict())
     names, count = parse_metrics(options.metrics), options.num_images
     batch_size = device_batch_size(options.batch_size)
     features = build_features(model.config, data)
@@ -138,96 +128,96 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    trained = {
-        "weights": weights,
-        "schedule": model.config.diffusion.to_dict(),
-        **_skip_scale_options(options),
-        "activations": model.network.dtype,
-    }
 
-    def row(name, nfe, depends_on, batches):
+    def row(name, batches, depends_on, nfe=None):
         values = _cached(
             Path(workdir) / "evaluations" / "points",
             name if nfe is None else f"{name}_nfe{nfe}",
             {**common, **depends_on},
-            lambda: compute_metrics(batches(), features, reference, names),
+            lambda: compute_metrics(batches, features, reference, names),
         )
-        label = name if nfe is None else f"{name}, NFE {nfe}"
         if is_main_process():
+            label = name if nfe is None else f"{name}, NFE {nfe}"
             print(f"{label}: {features.distance} {values['frechet_distance']:.2f}", flush=True)
         return {"name": name, "nfe": nfe, **values}
 
-    def sampled(point: EvalPoint) -> Iterator[np.ndarray]:
-        sample_fn, timesteps = model.sampler(
-            point.sampler,
-            nfe=point.nfe,
-            timestep_spacing=point.timestep_spacing,
-            **_skip_scale_options(options),
-            **point.options,
-        )
-        return sample_batches(
-            sample_fn,
-            model.ema_params,
-            timesteps,
-            seed=options.seed,
-            num_images=count,
-            batch_size=batch_size,
-            postprocess=features.apply,
-        )
-
-    def real():
-        order = np.random.default_rng(options.seed).permutation(len(floor_images))
-        return image_batches(floor_images, features, batch_size, order[:count])
-
-    def noise():
-        def compute(indices):
-            shape = data.train.shape[1:]
-            return features.apply(to_uint8(initial_noise(options.seed, shard_batch(indices), shape)))
-
-        return map_batches(compute, count, batch_size)
-
-    scaled = _skip_scale_name(options)
-    rows = [row("real (floor)", None, {"images": sha256_of_images(floor_images)}, real)]
+    order = np.random.default_rng(options.seed).permutation(len(floor_images))[:count]
+    real = image_batches(floor_images, features, batch_size, order)
+    rows = [row("real (floor)", real, {"images": sha256_of_images(floor_images)})]
     for point in points:
-        steps = len(point.timesteps(schedule.T))
-        depends_on = {
-            **trained,
-            "point": {**point._asdict(), "steps": steps},
-            **_inputs_of(model, point.sampler),
-        }
-        values = row(point.name + scaled, point.nfe, depends_on, functools.partial(sampled, point))
-        rows.append({**values, "steps": steps})
-    rows.append(row("noise (ceiling)", None, {"images": "noise"}, noise))
+        steps = len(point.timesteps(model.schedule.T))
+        depends_on = _depends_on(model, point, steps, weights)
+        batches = _sampled_batches(model, point, features, batch_size)
+        rows.append({**row(point.name + _skip_scale_name(options), batches, depends_on, point.nfe), "steps": steps})
+    noise = _noise_batches(options.seed, shape, count, features, batch_size)
+    rows.append(row("noise (ceiling)", noise, {"images": "noise"}))
     floor, ceiling = rows[0]["frechet_distance"], rows[-1]["frechet_distance"]
-    for each in rows:
-        each["normalized"] = (each["frechet_distance"] - floor) / (ceiling - floor)
-    notes = skipped + sorted({note for each in rows for note in each.pop("notes")})
-    skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
-    return {
-        "step": model.step,
-        "eval": options.to_dict(),
-        "rows": rows,
-        "provenance": {
-            "metric": features.metric,
-            "distance": features.distance,
-            "score": "Inception Score" if features.name == "inception" else "score of the classifier",
-            **common,
-            "data": data.provenance,
-            "weights": f"EMA at step {model.step}, sha256 {weights}",
-            "sampler": "last step to the clean image, no clipping but what a sampler's name says"
-            + (
-                f"; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
-                if skip
-                else ""
-            ),
-            "activations": model.network.dtype,
-            "notes": notes,
-        },
+    for values in rows:
+        values["normalized"] = (values["frechet_distance"] - floor) / (ceiling - floor)
+    notes = skipped + sorted({note for values in rows for note in values.pop("notes")})
+    provenance = {
+        "metric": features.metric,
+        "distance": features.distance,
+        "score": "Inception Score" if features.name == "inception" else "score of the classifier",
+        **common,
+        "data": data.provenance,
+        "weights": f"EMA at step {model.step}, sha256 {weights}",
+        "sampler": _sampler_note(options),
+        "activations": model.network.dtype,
+        "notes": notes,
     }
+    return {"step": model.step, "eval": options.to_dict(), "rows": rows, "provenance": provenance}
+
+
+def _sampled_batches(model: Model, point: EvalPoint, features: Features, batch_size: int) -> Iterator[np.ndarray]:
+    """Features and logits [B, D + L] of a point's images; a generator, so that cached points configure no sampler."""
+    options = model.config.eval
+    sample_fn, timesteps = model.sampler(
+        point.sampler,
+        nfe=point.nfe,
+        timestep_spacing=point.timestep_spacing,
+        **_skip_scale_options(options),
+        **point.options,
+    )
+    yield from sample_batches(
+        sample_fn,
+        model.ema_params,
+        timesteps,
+        seed=options.seed,
+        num_images=options.num_images,
+        batch_size=batch_size,
+        postprocess=features.apply,
+    )
+
+
+def _noise_batches(seed: int, shape: tuple, count: int, features: Features, batch_size: int) -> Iterator[np.ndarray]:
+    """Features and logits [B, D + L] of x_T."""
+
+    def compute(indices):
+        return features.apply(to_uint8(initial_noise(seed, shard_batch(indices), shape)))
+
+    return map_batches(compute, count, batch_size)
+
+
+def _depends_on(model: Model, point: EvalPoint, steps: int, weights: str) -> dict:
+    """What a point's images depend on besides seed and versions."""
+    depends_on = {
+        "weights": weights,
+        "schedule": model.config.diffusion.to_dict(),
+        **_skip_scale_options(model.config.eval),
+        "activations": model.network.dtype,
+        "point": {**point._asdict(), "steps": steps},
+    }
+    requires = SAMPLERS[point.sampler].requires
+    if requires:
+        # Of SN- and NPR-DPM the variance head, of Analytic-DPM the noise statistics.
+        inputs = model.variance_head.params if model.variance_head and requires != "ms_eps" else model.ms_eps
+        depends_on[requires] = sha256_of_arrays(jax.tree.leaves(inputs))
+    return depends_on
 
 
 def _check_num_images(names: list[str], num_images: int, features: Features) -> None:
-    """Metrics whose smallest number of images depends on that of the features (`validate` has the others)."""
+    """Checks the minimum that depends on the number of features; `config.validate` has the others."""
     for name in names:
         needed = METRICS[name].min_images_per_feature * features.dimensions
         if num_images < needed:
@@ -238,11 +228,7 @@ def _check_num_images(names: list[str], num_images: int, features: Features) -> 
 
 
 def evaluate_run(config: ConfigDict, workdir: str) -> dict:
-    """`--mode=evaluate`: evaluates a run by its config's group `eval`, writes and prints the table.
-
-    Args:
-      config: the run's config, checked, with the group `eval` to use.
-      workdir: folder of the run.
+    """`--mode=evaluate`: evaluates a run by the group `eval` of `config`, its checked config; writes, prints the table.
 
     Raises:
       UserError: as `evaluate`, and if the run cannot be read.
@@ -273,18 +259,17 @@ def _skip_scale_options(options: ConfigDict) -> dict:
 
 
 def _skip_scale_name(options: ConfigDict) -> str:
-    """What of the scaling is not the default, as a row's name has it: ", skip_scale 10"."""
-    changed = {
-        name: value for name, value in _skip_scale_options(options).items() if value != SAMPLER_OPTIONS[name].default
-    }
-    return "".join(f", {name} {value}" for name, value in changed.items())
+    """The scaling options that are not the defaults, as in a row's name: ", skip_scale 10"."""
+    values = _skip_scale_options(options).items()
+    return "".join(f", {name} {value}" for name, value in values if value != SAMPLER_OPTIONS[name].default)
 
 
-def _inputs_of(model: Model, sampler: str) -> dict:
-    """What a sampler's images depend on besides the network's weights: variance head or noise statistics."""
-    requires = SAMPLERS[sampler].requires
-    inputs = model.variance_head.params if model.variance_head and requires != "ms_eps" else model.ms_eps
-    return {requires: sha256_of_arrays(jax.tree.leaves(inputs))} if requires else {}
+def _sampler_note(options: ConfigDict) -> str:
+    note = "last step to the clean image, no clipping but what a sampler's name says"
+    skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
+    if not skip:
+        return note
+    return f"{note}; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
 
 
 def _cached(folder: Path, name: str, depends_on: dict, compute: Callable[[], dict]) -> dict:

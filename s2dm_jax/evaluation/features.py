@@ -50,35 +50,31 @@ class Features(NamedTuple):
 def resolve_features(config: ConfigDict, labelled: bool) -> str:
     """What `config.eval.feature_extractor` stands for: "inception", "classifier" or FILE.py:function.
 
-    "auto" is the classifier for the digits, whose 8×8 pixels are too few for Inception, and for other images
-    Inception or, if its weights are unavailable and there are labels, the classifier.
-
-    Args:
-      config: a checked config.
-      labelled: whether the images have labels of two classes or more.
+    "auto" is the classifier for the digits, whose 8×8 pixels are too few for Inception, and for other images Inception
+    or, if its weights are unavailable and the images are `labelled` (in two classes or more), the classifier.
 
     Raises:
       FeaturesUnavailable: where neither is available.
       UserError: for a classifier without labels.
     """
-    chosen = config.eval.feature_extractor
-    if chosen == "auto" and dataset_name(config) == "digits":
-        return "classifier"
-    if chosen == "auto":
-        try:
-            inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
-        except UserError as error:
-            if not labelled:
-                raise FeaturesUnavailable(f"{dataset_name(config)} has no labels, and {error}") from error
-            print(f"the distance is measured in a classifier's features, and is no FID: {error}", flush=True)
-            return "classifier"
-        return "inception"
+    chosen, dataset = config.eval.feature_extractor, dataset_name(config)
     if chosen == "classifier" and not labelled:
         raise UserError(
-            f"config.eval.feature_extractor='classifier' needs labels, which {dataset_name(config)} does not "
-            "have: it must be inception or FILE.py:function"
+            f"config.eval.feature_extractor='classifier' needs labels, which {dataset} does not have: it must be "
+            "inception or FILE.py:function"
         )
-    return chosen
+    if chosen != "auto":
+        return chosen
+    if dataset == "digits":
+        return "classifier"
+    try:
+        _inception_params(config.eval)
+    except UserError as error:
+        if not labelled:
+            raise FeaturesUnavailable(f"{dataset} has no labels, and {error}") from error
+        print(f"the distance is measured in a classifier's features, and is no FID: {error}", flush=True)
+        return "classifier"
+    return "inception"
 
 
 def check_features(config: ConfigDict, data: Dataset) -> None:
@@ -91,17 +87,13 @@ def check_features(config: ConfigDict, data: Dataset) -> None:
         return
     name = resolve_features(config, data.num_classes > 1)
     if name == "inception":
-        inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
+        _inception_params(config.eval)
     elif name != "classifier":
         _user_function(name, data.train.shape[1:])
 
 
 def build_features(config: ConfigDict, data: Dataset) -> Features:
-    """The feature function that `config.eval.feature_extractor` names, its weights read, fetched or trained.
-
-    Args:
-      config: a checked config.
-      data: the dataset that a classifier is trained on.
+    """The feature function that `config.eval.feature_extractor` names, its weights read, fetched or trained on `data`.
 
     Raises:
       UserError: for unavailable weights, missing labels, or a user's function that fails.
@@ -114,8 +106,11 @@ def build_features(config: ConfigDict, data: Dataset) -> Features:
     return _user_function(name, data.train.shape[1:])
 
 
+def _inception_params(options: ConfigDict) -> dict[str, np.ndarray]:
+    return inception_weights.inception_params(options.inception_weights, options.inception_sha256)
+
+
 def _inception(options: ConfigDict) -> Features:
-    params = inception_weights.inception_params(options.inception_weights, options.inception_sha256)
     sha256 = (options.inception_sha256 or inception_weights.SHA256).lower()
     standard = sha256 == inception_weights.SHA256
     distance = "FID" if standard else "Fréchet distance (own Inception)"
@@ -124,7 +119,7 @@ def _inception(options: ConfigDict) -> Features:
         "inception",
         distance,
         f"{distance} in the 2,048 features of Inception, {weights}",
-        functools.partial(_joined, inception.features_and_logits, replicate(params)),
+        functools.partial(_joined, inception.features_and_logits, replicate(_inception_params(options))),
         inception.NUM_FEATURES,
         inception.NUM_LOGITS,
         {
