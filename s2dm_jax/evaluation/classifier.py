@@ -1,9 +1,6 @@
 """A small image classifier whose features replace Inception's where those do not fit or are unavailable.
 
-A Fréchet distance in these features is no FID: it compares only runs that share the classifier. Images below 16 pixels
-get a two-layer perceptron: on 8×8 digits it is as accurate as a convolutional network with pooled channels, and
-separates noise from real digits three times as well, in units of the distance between real digits and real digits.
-Larger images get convolutions of stride 2 down to 4 pixels, and a dense layer that sees positions.
+A Fréchet distance in these features is no FID: it compares only runs that share the classifier.
 """
 
 import functools
@@ -26,8 +23,11 @@ _full_precision = jax.default_matmul_precision("highest")
 
 NUM_FEATURES = 64
 
-_WIDTHS = (128, NUM_FEATURES)
+# Smaller images get a two-layer perceptron: on 8×8 digits it is as accurate as convolutions with pooled channels, and
+# separates noise from real digits three times as well, in units of the distance between real digits and real digits.
+# Others get convolutions of stride 2 down to 4 pixels, and a dense layer that sees positions.
 _MIN_CONVOLVED_SIDE, _MAX_CONVOLVED_SIDE = 16, 64
+_WIDTHS: tuple[int, ...] = (128, NUM_FEATURES)
 _CHANNELS = (32, 64, 128)
 _MAX_IMAGES, _MAX_BYTES = 50_000, 2**30
 _TRAIN_BATCH, _ACCURACY_BATCH = 64, 256
@@ -49,9 +49,6 @@ def train_classifier(
       labels: integers [N] in [0, num_classes), with num_classes ≥ 2.
       seed: of the initial weights and the order of the batches.
       steps: at least 1, each on a batch of 64 (or N, if less); by default 600, with convolutions 2,000.
-
-    Raises:
-      ValueError: for an argument that is not as above.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or min(images.shape[1:3]) < 8:
@@ -93,11 +90,7 @@ def train_classifier(
 
 
 def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
-    """The fraction of images uint8 [N,H,W,C], N ≥ 1, whose most likely class is their label, integers [N].
-
-    Raises:
-      ValueError: for images that are not of the size in training, or labels that are not as above.
-    """
+    """The fraction of images uint8 [N,H,W,C], N ≥ 1, whose most likely class is their label, integers [N]."""
     labels = np.asarray(labels)
     _check_labels(labels, len(images))
 
@@ -113,12 +106,7 @@ def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
 @jax.jit
 @_full_precision
 def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The last hidden layer after its ReLU, float32 [B,64], and the logits, float32 [B, classes].
-
-    Args:
-      params: from `train_classifier`.
-      images: uint8 [B,H,W,C], of the size that the classifier was trained on.
-    """
+    """The last hidden layer after its ReLU [B,64] and the logits [B, classes], float32, of images uint8 [B,H,W,C]."""
     x = to_unit(images)
     if "conv0_w" in params:
         x = jax.image.resize(x, (len(x), *_convolved_size(*x.shape[1:3]), x.shape[3]), "linear")

@@ -48,7 +48,7 @@ class Series(NamedTuple):
 
 
 def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
-    """The runs in `workdirs` with their newest results.
+    """The runs with their newest results.
 
     Raises:
       UserError: for a folder without a run or results, one named twice, or results that cannot be compared.

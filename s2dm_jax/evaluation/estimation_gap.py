@@ -79,10 +79,9 @@ def estimation_gap(
     Raises:
       ValueError: for `start` outside its range, eta outside [0, 1], or eta without `noise_fn`.
     """
-    if not 1 <= start < schedule.T:
-        raise ValueError(
-            f"start={start} is not a timestep to denoise from: T={schedule.T} allows 1 to {schedule.T - 1}"
-        )
+    T = schedule.T
+    if not 1 <= start < T:
+        raise ValueError(f"start={start} is not a timestep to denoise from: T={T} allows 1 to {T - 1}")
     timesteps = np.arange(1, start + 1)
     x_start = add_noise(schedule, x0, jnp.full(len(x0), start), noise)
     # The sampler continues from timestep 1 to the clean image, but every prediction is made before that step.
@@ -107,15 +106,12 @@ def gap_curve(
 ) -> dict[str, np.ndarray]:
     """The total gap of a trained network on real images, uint8 [N, H, W, C], as one number for each timestep.
 
-    The noise of image i depends on (seed, i) alone, so that two networks are compared on the same noise.
-    Networks of one shape share a compiled program where they share the `schedule` object.
+    The noise of image i depends on (seed, i) alone, so that two networks are compared on the same noise. Equal networks
+    share a compiled program where they share the `schedule` object.
 
     Returns:
       "t" int32 [S]; "rms" [S], root mean square of the gap over pixels and images; "rms_of_mean" [S], root mean square
       over pixels of its mean over images: the part that all images share.
-
-    Raises:
-      ValueError: as `estimation_gap`.
     """
     square, mean = 0.0, 0.0
     with progress_bar(len(images), "images") as advance:

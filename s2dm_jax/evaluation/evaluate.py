@@ -5,11 +5,12 @@ batch by batch, where their mean and covariance are summed in float64; the featu
 only for metrics that require them.
 """
 
+import functools
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.defaults import SAMPLER_OPTIONS
-from s2dm_jax.config.evaluation_plan import METRICS, EvalPoint, parse_metrics, plan_evaluation
+from s2dm_jax.config.evaluation_plan import METRICS, parse_metrics, plan_evaluation
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch
@@ -52,8 +53,7 @@ def device_batch_size(batch_size: int) -> int:
 def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference: Reference, names: list[str]) -> dict:
     """The metrics `names` of images whose features come in batches, float32 [B, D + L] each, from `features.apply`.
 
-    Returns:
-      "num_images", counted; the `Metric.results` of each metric; "notes", a list of sentences.
+    The keys are "num_images", the `Metric.results` of each metric, and "notes", a list of sentences.
     """
     requested = [METRICS[name] for name in names]
     store = any({"features", "logits"} & set(metric.requires) for metric in requested)
@@ -93,27 +93,21 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
 
     Two anchors are measured in the same way: as many real images outside the reference (the floor), and the noise x_T
     that sampling starts from (the ceiling). `normalized` is 0 at the former and 1 at the latter. The numbers of each
-    point are cached in `workdir`/evaluations/points.
-
-    Args:
-      model: what to sample from; its config, checked, holds the options in the group `eval`.
-      data: images uint8 [N, H, W, C] of the reference and the floor, and the labels of a classifier.
-      workdir: folder of the run.
+    row are cached in `workdir`/evaluations/points. The model's config must be checked.
 
     Returns:
-      {"step", "eval": the config's group, "rows": one dict per line of the table, with "name", "nfe",
+      {"step", "eval": the config's group, "rows": a dict per row of the table, with "name", "nfe",
       "frechet_distance", "normalized" and the results of the other metrics, "provenance": all that the numbers depend
       on}; plain data, the same on every run with the same versions on the same device.
 
     Raises:
       UserError: for features or a reference that are unavailable.
     """
-    options, shape = model.config.eval, data.train.shape[1:]
+    options = model.config.eval
     points, skipped = plan_evaluation(model.schedule.T, options.to_dict())
-    names, count = parse_metrics(options.metrics), options.num_images
-    batch_size = device_batch_size(options.batch_size)
+    names, batch_size = parse_metrics(options.metrics), device_batch_size(options.batch_size)
     features = build_features(model.config, data)
-    _check_num_images(names, count, features)
+    _check_num_images(names, options.num_images, features)
     reference, floor_images = load_reference(model.config, data, features, names, batch_size)
     weights = sha256_of_arrays(jax.tree.leaves(model.ema_params))
     for sampler in dict.fromkeys(point.sampler for point in points):
@@ -123,34 +117,27 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         "reference": reference.provenance,
         "metrics": names,
         "seed": options.seed,
-        "num_images": count,
+        "num_images": options.num_images,
         "s2dm_jax": __version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
 
-    def row(name, batches, depends_on, nfe=None):
-        values = _cached(
-            Path(workdir) / "evaluations" / "points",
-            name if nfe is None else f"{name}_nfe{nfe}",
-            {**common, **depends_on},
-            lambda: compute_metrics(batches, features, reference, names),
-        )
+    def row(name, nfe, depends_on, batches):
+        stem = name if nfe is None else f"{name}_nfe{nfe}"
+        compute = functools.partial(compute_metrics, batches, features, reference, names)
+        values = _cached(Path(workdir) / "evaluations" / "points", stem, {**common, **depends_on}, compute)
         if is_main_process():
             label = name if nfe is None else f"{name}, NFE {nfe}"
             print(f"{label}: {features.distance} {values['frechet_distance']:.2f}", flush=True)
         return {"name": name, "nfe": nfe, **values}
 
-    order = np.random.default_rng(options.seed).permutation(len(floor_images))[:count]
-    real = image_batches(floor_images, features, batch_size, order)
-    rows = [row("real (floor)", real, {"images": sha256_of_images(floor_images)})]
+    rows = [row("real (floor)", None, *_real(options, floor_images, features, batch_size))]
     for point in points:
-        steps = len(point.timesteps(model.schedule.T))
-        depends_on = _depends_on(model, point, steps, weights)
-        batches = _sampled_batches(model, point, features, batch_size)
-        rows.append({**row(point.name + _skip_scale_name(options), batches, depends_on, point.nfe), "steps": steps})
-    noise = _noise_batches(options.seed, shape, count, features, batch_size)
-    rows.append(row("noise (ceiling)", noise, {"images": "noise"}))
+        depends_on, batches = _sampled(model, weights, point, features, batch_size)
+        values = row(point.name + _skip_scale_name(options), point.nfe, depends_on, batches)
+        rows.append({**values, "steps": depends_on["point"]["steps"]})
+    rows.append(row("noise (ceiling)", None, *_noise(options, floor_images.shape[1:], features, batch_size)))
     floor, ceiling = rows[0]["frechet_distance"], rows[-1]["frechet_distance"]
     for values in rows:
         values["normalized"] = (values["frechet_distance"] - floor) / (ceiling - floor)
@@ -169,16 +156,36 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     return {"step": model.step, "eval": options.to_dict(), "rows": rows, "provenance": provenance}
 
 
-def _sampled_batches(model: Model, point: EvalPoint, features: Features, batch_size: int) -> Iterator[np.ndarray]:
-    """Features and logits [B, D + L] of a point's images; a generator, so that cached points configure no sampler."""
+# The rows of the table: what the images depend on besides `common`, and their features [B, D + L] in batches, which are
+# computed as they are requested.
+
+
+def _real(options, images, features, batch_size):
+    order = np.random.default_rng(options.seed).permutation(len(images))
+    batches = image_batches(images, features, batch_size, order[: options.num_images])
+    return {"images": sha256_of_images(images)}, batches
+
+
+def _sampled(model, weights, point, features, batch_size):
+    depends_on = {
+        "weights": weights,
+        "schedule": model.config.diffusion.to_dict(),
+        **_skip_scale_options(model.config.eval),
+        "activations": model.network.dtype,
+        "point": {**point._asdict(), "steps": len(point.timesteps(model.schedule.T))},
+    }
+    requires = SAMPLERS[point.sampler].requires
+    if requires:
+        # SN- and NPR-DPM require a variance head, Analytic-DPM the noise statistics.
+        inputs = model.variance_head.params if model.variance_head and requires != "ms_eps" else model.ms_eps
+        depends_on[requires] = sha256_of_arrays(jax.tree.leaves(inputs))
+    return depends_on, _sampled_batches(model, point, features, batch_size)
+
+
+def _sampled_batches(model, point, features, batch_size):
     options = model.config.eval
-    sample_fn, timesteps = model.sampler(
-        point.sampler,
-        nfe=point.nfe,
-        timestep_spacing=point.timestep_spacing,
-        **_skip_scale_options(options),
-        **point.options,
-    )
+    sampling = {"timestep_spacing": point.timestep_spacing, **_skip_scale_options(options), **point.options}
+    sample_fn, timesteps = model.sampler(point.sampler, nfe=point.nfe, **sampling)
     yield from sample_batches(
         sample_fn,
         model.ema_params,
@@ -190,30 +197,11 @@ def _sampled_batches(model: Model, point: EvalPoint, features: Features, batch_s
     )
 
 
-def _noise_batches(seed: int, shape: tuple, count: int, features: Features, batch_size: int) -> Iterator[np.ndarray]:
-    """Features and logits [B, D + L] of x_T."""
-
+def _noise(options, shape, features, batch_size):
     def compute(indices):
-        return features.apply(to_uint8(initial_noise(seed, shard_batch(indices), shape)))
+        return features.apply(to_uint8(initial_noise(options.seed, shard_batch(indices), shape)))
 
-    return map_batches(compute, count, batch_size)
-
-
-def _depends_on(model: Model, point: EvalPoint, steps: int, weights: str) -> dict:
-    """What a point's images depend on besides seed and versions."""
-    depends_on = {
-        "weights": weights,
-        "schedule": model.config.diffusion.to_dict(),
-        **_skip_scale_options(model.config.eval),
-        "activations": model.network.dtype,
-        "point": {**point._asdict(), "steps": steps},
-    }
-    requires = SAMPLERS[point.sampler].requires
-    if requires:
-        # Of SN- and NPR-DPM the variance head, of Analytic-DPM the noise statistics.
-        inputs = model.variance_head.params if model.variance_head and requires != "ms_eps" else model.ms_eps
-        depends_on[requires] = sha256_of_arrays(jax.tree.leaves(inputs))
-    return depends_on
+    return {"images": "noise"}, map_batches(compute, options.num_images, batch_size)
 
 
 def _check_num_images(names: list[str], num_images: int, features: Features) -> None:
@@ -228,11 +216,7 @@ def _check_num_images(names: list[str], num_images: int, features: Features) -> 
 
 
 def evaluate_run(config: ConfigDict, workdir: str) -> dict:
-    """`--mode=evaluate`: evaluates a run by the group `eval` of `config`, its checked config; writes, prints the table.
-
-    Raises:
-      UserError: as `evaluate`, and if the run cannot be read.
-    """
+    """`--mode=evaluate`: evaluates a run by the group `eval` of its checked config, writes and prints the table."""
     model = load(workdir, config.eval.checkpoint_step or None)._replace(config=config)
     print(f"run      {workdir}, EMA at step {model.step:,}", flush=True)
     results = evaluate(model, load_dataset(config), workdir)
@@ -265,11 +249,9 @@ def _skip_scale_name(options: ConfigDict) -> str:
 
 
 def _sampler_note(options: ConfigDict) -> str:
-    note = "last step to the clean image, no clipping but what a sampler's name says"
     skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
-    if not skip:
-        return note
-    return f"{note}; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
+    scaled = f"; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
+    return "last step to the clean image, no clipping but what a sampler's name says" + (scaled if skip else "")
 
 
 def _cached(folder: Path, name: str, depends_on: dict, compute: Callable[[], dict]) -> dict:

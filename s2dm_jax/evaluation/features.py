@@ -68,7 +68,7 @@ def resolve_features(config: ConfigDict, labelled: bool) -> str:
     if dataset == "digits":
         return "classifier"
     try:
-        _inception_params(config.eval)
+        inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
     except UserError as error:
         if not labelled:
             raise FeaturesUnavailable(f"{dataset} has no labels, and {error}") from error
@@ -78,18 +78,10 @@ def resolve_features(config: ConfigDict, labelled: bool) -> str:
 
 
 def check_features(config: ConfigDict, data: Dataset) -> None:
-    """Checks before a long training that the features requested by name are available for its evaluation.
-
-    Raises:
-      UserError: as `build_features`.
-    """
-    if config.eval.feature_extractor == "auto":
-        return
-    name = resolve_features(config, data.num_classes > 1)
-    if name == "inception":
-        _inception_params(config.eval)
-    elif name != "classifier":
-        _user_function(name, data.train.shape[1:])
+    """Raises as `build_features`, before a long training, where features that its config names are unavailable."""
+    # What "auto" stands for is decided when it is used: it does not stop a training.
+    if config.eval.feature_extractor != "auto" and resolve_features(config, data.num_classes > 1) != "classifier":
+        build_features(config, data)
 
 
 def build_features(config: ConfigDict, data: Dataset) -> Features:
@@ -106,11 +98,8 @@ def build_features(config: ConfigDict, data: Dataset) -> Features:
     return _user_function(name, data.train.shape[1:])
 
 
-def _inception_params(options: ConfigDict) -> dict[str, np.ndarray]:
-    return inception_weights.inception_params(options.inception_weights, options.inception_sha256)
-
-
 def _inception(options: ConfigDict) -> Features:
+    params = inception_weights.inception_params(options.inception_weights, options.inception_sha256)
     sha256 = (options.inception_sha256 or inception_weights.SHA256).lower()
     standard = sha256 == inception_weights.SHA256
     distance = "FID" if standard else "Fréchet distance (own Inception)"
@@ -119,7 +108,7 @@ def _inception(options: ConfigDict) -> Features:
         "inception",
         distance,
         f"{distance} in the 2,048 features of Inception, {weights}",
-        functools.partial(_joined, inception.features_and_logits, replicate(_inception_params(options))),
+        functools.partial(_joined, inception.features_and_logits, replicate(params)),
         inception.NUM_FEATURES,
         inception.NUM_LOGITS,
         {

@@ -29,11 +29,7 @@ figcaption, .small { color: #555; font-size: .9rem; } summary { cursor: pointer;
 
 
 def report_page(workdirs: Sequence[str]) -> str:
-    """The HTML page: distances by NFE, and for each run its results, samples, loss curves and provenance.
-
-    Raises:
-      UserError: as `comparison.read_evaluated`.
-    """
+    """The HTML page: distances by NFE, and for each run its results, samples, loss curves and provenance."""
     runs = read_evaluated(workdirs)
     title = workdirs[0] if len(runs) == 1 else f"{len(runs)} runs compared"
     parts = [f"<h1>{html.escape(title)}</h1>"]
@@ -76,16 +72,13 @@ def _section(run: Evaluated) -> list[str]:
 
 
 def plot_losses(lines: Sequence[dict]) -> "Figure":
-    """A matplotlib figure of the loss and each of its terms against the step, logarithmic.
-
-    It shows every metric in `lines` of metrics.jsonl whose name starts with "loss", but those of a group of timesteps,
-    which have a "/" in their name.
-    """
+    """A matplotlib figure of the loss and its terms against the step, logarithmic, from the lines of metrics.jsonl."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(name for line in lines for name in line):
+        # A "/" marks the loss of a group of timesteps.
         if name.startswith("loss") and "/" not in name:
             curve = [(line["step"], line[name]) for line in lines if name in line]
             axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.2)

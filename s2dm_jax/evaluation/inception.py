@@ -23,16 +23,10 @@ Params = dict[str, jax.Array]
 
 
 def fold_norms(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The network's parameters from those of its PyTorch port, with the batch norms folded into the convolutions.
+    """The network's float32 parameters from the state dict of its PyTorch port, with the batch norms folded.
 
-    Args:
-      state_dict: float arrays under the port's names, convolutions [O,I,H,W].
-
-    Returns:
-      float32: "NAME.kernel" [H,W,I,O] and "NAME.bias" [O] for each convolution, "fc.kernel" [2048,1008].
-
-    Raises:
-      ValueError: for arrays that are missing, of other shapes or not finite.
+    They are "NAME.kernel" [H,W,I,O] and "NAME.bias" [O] for each convolution, and "fc.kernel" [2048,1008]. `ValueError`
+    for arrays that are missing, of other shapes or not finite.
     """
     params = {}
     for name in sorted({key.rpartition(".conv.")[0] for key in state_dict if ".conv." in key}):
@@ -70,14 +64,8 @@ def parameter_shapes() -> dict[str, tuple[int, ...]]:
 def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The last mean pool, float32 [B,2048], and the logits without their bias, float32 [B,1008].
 
-    FID, KID, precision and recall are measured in the former, Inception Score in the latter.
-
-    Args:
-      params: from `fold_norms`.
-      images: uint8 [B,H,W,C], C = 1 (repeated) or 3.
-
-    Raises:
-      ValueError: for images of another type or shape.
+    FID, KID, precision and recall are measured in the former, Inception Score in the latter. The images are uint8
+    [B,H,W,C] with C = 1 (repeated) or 3.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
@@ -90,10 +78,7 @@ def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, j
 
 
 def stages(params: Params, x: jax.Array) -> dict[str, jax.Array]:
-    """The mean over pixels at the four depths that are in use as features.
-
-    Of x, float32 [B,299,299,3] in [0, 255], "64", "192", "768" and "2048" are float32 [B, that number].
-    """
+    """The mean over pixels at four depths, "64" to "2048", float32 [B, that number], of x [B,299,299,3] in [0, 255]."""
     outputs = _blocks(functools.partial(_conv, params), (x - 128.0) / 128.0)
     return {name: value.mean(axis=(1, 2)) for name, value in outputs.items()}
 

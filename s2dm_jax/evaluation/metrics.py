@@ -17,13 +17,7 @@ _ROWS = 1000
 
 
 class FeatureSums(NamedTuple):
-    """Count, mean and centred sums of products of feature vectors that come in batches.
-
-    Attributes:
-      number: of vectors so far.
-      mean: float64 [D].
-      products: float64 [D,D], the sum of (x−mean)(x−mean)ᵀ.
-    """
+    """Number and mean [D] of feature vectors that come in batches, and the sum of (x−mean)(x−mean)ᵀ [D,D], float64."""
 
     number: int
     mean: np.ndarray
@@ -36,11 +30,7 @@ def init_sums(dimensions: int) -> FeatureSums:
 
 
 def update_sums(sums: FeatureSums, features: np.ndarray) -> FeatureSums:
-    """The sums with one more batch, real [N,D], N ≥ 1 (Chan, Golub & LeVeque 1979: no cancellation for any batches).
-
-    Raises:
-      ValueError: for another shape or a value that is not finite.
-    """
+    """The sums with one more batch, real [N,D], N ≥ 1 (Chan, Golub & LeVeque 1979: no cancellation for any batches)."""
     features = _checked(features, "features", 1)
     if features.shape[1] != len(sums.mean):
         raise ValueError(f"features must have {len(sums.mean)} columns, got {features.shape[1]}")
@@ -57,11 +47,7 @@ def update_sums(sums: FeatureSums, features: np.ndarray) -> FeatureSums:
 
 
 def mean_and_cov(sums: FeatureSums) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and unbiased covariance [D,D] of the vectors, with the warning of `feature_statistics`.
-
-    Raises:
-      ValueError: for fewer than two vectors.
-    """
+    """Mean [D] and unbiased covariance [D,D] of the vectors, at least 2; warns as `feature_statistics`."""
     if sums.number < 2:
         raise ValueError(f"features must hold at least 2 vectors for a covariance, got {sums.number}")
     if sums.number <= len(sums.mean):
@@ -75,12 +61,9 @@ def mean_and_cov(sums: FeatureSums) -> tuple[np.ndarray, np.ndarray]:
 
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean float64 [D] and unbiased covariance float64 [D,D] of real [N,D] (as pytorch-fid's np.mean and np.cov).
+    """Mean float64 [D] and unbiased covariance float64 [D,D] of real [N,D], N ≥ 2 (as pytorch-fid's).
 
     A `RuntimeWarning` reports a singular covariance, N ≤ D.
-
-    Raises:
-      ValueError: for another shape, fewer than two vectors, or a value that is not finite.
     """
     features = _checked(features, "features", 2)
     return mean_and_cov(update_sums(init_sums(features.shape[1]), features))
@@ -169,8 +152,8 @@ def fid_infinity(features: np.ndarray, mean: np.ndarray, cov: np.ndarray, *, see
 def kid(features1: np.ndarray, features2: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """KID: squared maximum mean discrepancy with the kernel (x·y/D + 1)³ (Bińkowski et al. 2018, eq. 3-4).
 
-    Both sets are split at random into disjoint blocks of 1,000 (or a tenth of the smaller set). The blocks' estimates are
-    independent and unbiased, so their standard deviation over the root of their number is their mean's standard error.
+    Both sets are split at random into disjoint blocks of 1,000 (or a tenth of the smaller set). The estimates of blocks
+    are independent and unbiased: their standard deviation over the root of their number is their mean's standard error.
 
     Args:
       features1, features2: real [N,D] and [M,D], finite, N and M ≥ 20.

@@ -73,16 +73,17 @@ def load_reference(
     chosen = config.eval.reference
     if chosen == "auto":
         chosen = "train" if features.name == "inception" else "held_out"
-    if chosen not in ("train", "held_out"):
+    if chosen == "train":
+        images, split, floor_images = data.train, "training", data.held_out
+    elif chosen == "held_out":
+        images, split, floor_images = data.held_out, "held-out", data.train
+    else:
         return _reference_file(chosen, features), data.train
-    images, floor_images = (data.train, data.held_out) if chosen == "train" else (data.held_out, data.train)
-    split = "training" if chosen == "train" else "held-out"
     provenance = {"images": f"{len(images)} {split} images", "sha256": sha256_of_images(images)}
     batches = image_batches(images, features, batch_size)
     if any("reference_features" in METRICS[name].requires for name in names):
         vectors = np.concatenate([batch[:, : features.dimensions] for batch in batches])
         return Reference(*metrics.feature_statistics(vectors), vectors, provenance), floor_images
-
     # Inception's statistics of a dataset take minutes.
     cached = features.name == "inception"
     path = cache_dir() / "statistics" / f"{sha256_of_json({**features.provenance, **provenance})}.npz"
