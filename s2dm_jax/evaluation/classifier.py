@@ -1,10 +1,6 @@
 """A small image classifier whose features replace Inception's where those do not fit or are unavailable.
 
-A Fréchet distance in these features is no FID: it compares only runs that share the classifier. Images below
-16 pixels get a two-layer perceptron: on 8×8 digits it is as accurate as a convolutional network with pooled
-channels, and separates noise from real digits three times as well, in units of the distance between real
-digits and real digits. Larger images get convolutions of stride 2 down to 4 pixels, and a dense layer that
-sees positions.
+A Fréchet distance in these features is no FID: it compares only runs that share the classifier.
 """
 
 import functools
@@ -27,25 +23,17 @@ _full_precision = jax.default_matmul_precision("highest")
 
 NUM_FEATURES = 64
 
+# Smaller images get a two-layer perceptron: on 8×8 digits it is as accurate as convolutions with pooled channels, and
+# separates noise from real digits three times as well, in units of the distance between real digits and real digits.
+# Others get convolutions of stride 2 down to 4 pixels, and a dense layer that sees positions.
+_MIN_CONVOLVED_SIDE, _MAX_CONVOLVED_SIDE = 16, 64
 _WIDTHS: tuple[int, ...] = (128, NUM_FEATURES)
-
-_CONVOLVED_FROM = 16
-
 _CHANNELS = (32, 64, 128)
-
-_LARGEST_SIDE = 64
-
-_STEPS = {"perceptron": 600, "convolutional": 2000}
-
 _MAX_IMAGES, _MAX_BYTES = 50_000, 2**30
-
-_TRAIN_BATCH = 64
-
+_TRAIN_BATCH, _ACCURACY_BATCH = 64, 256
+_STEPS, _STEPS_WITH_CONVOLUTIONS = 600, 2000
 # Steps in one compiled program, between two updates of the progress bar.
 _STEPS_PER_CHUNK = 50
-
-_ACCURACY_BATCH = 256
-
 _LEARNING_RATE = 3e-3
 
 Params = dict[str, jax.Array]
@@ -54,27 +42,24 @@ Params = dict[str, jax.Array]
 def train_classifier(
     images: np.ndarray, labels: np.ndarray, num_classes: int, seed: int = 0, steps: int | None = None
 ) -> Params:
-    """Trains the classifier with Adam; the same arguments give the same parameters.
-
-    A random subset is used of more than 50,000 images or 1 GB.
+    """Trains the classifier with Adam; the same arguments give the same parameters, float32 arrays by name.
 
     Args:
-      images: uint8 [N,H,W,C], N ≥ 1, H and W ≥ 8.
-      labels: integers [N] in [0, num_classes).
-      num_classes: at least 2.
+      images: uint8 [N,H,W,C], N ≥ 1, H and W ≥ 8; of more than 50,000 or 1 GB a random subset is used.
+      labels: integers [N] in [0, num_classes), with num_classes ≥ 2.
       seed: of the initial weights and the order of the batches.
       steps: at least 1, each on a batch of 64 (or N, if less); by default 600, with convolutions 2,000.
-
-    Returns:
-      float32 arrays by name.
-
-    Raises:
-      ValueError: where an argument is not as above.
     """
-    images, labels = _checked_images(images), np.asarray(labels)
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or min(images.shape[1:3]) < 8:
+        raise ValueError(
+            "images must be uint8 [N,H,W,C], not empty, with H and W at least 8, "
+            f"got {images.dtype} {list(images.shape)}"
+        )
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    steps = _STEPS[_kind(images.shape)] if steps is None else steps
+    if steps is None:
+        steps = _STEPS_WITH_CONVOLUTIONS if _has_convolutions(images.shape[1:]) else _STEPS
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     _check_labels(labels, len(images))
@@ -124,79 +109,59 @@ def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
     def predict(rows):
         # Beyond the last image it is repeated; `map_batches` drops the repetitions.
         batch = images[np.minimum(rows, len(images) - 1)]
-        return _predicted_classes(params, shard_batch(batch))
+        return features_and_logits(params, shard_batch(batch))[1].argmax(axis=1)
 
     predictions = np.concatenate(list(map_batches(predict, len(images), _ACCURACY_BATCH, progress=False)))
     return float(np.mean(predictions == labels))
 
 
 @jax.jit
-def _predicted_classes(params, images):
-    return features_and_logits(params, images)[1].argmax(axis=1)
-
-
 @_full_precision
 def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The last hidden layer after its ReLU, and the logits of the classes; to be compiled into a program.
-
-    Args:
-      params: from `train_classifier`.
-      images: uint8 [B,H,W,C], of the size that the classifier was trained on.
-
-    Returns:
-      float32 [B,64] and float32 [B, classes].
-    """
-    x = _features(params, images)
-    return x, x @ params["head_w"] + params["head_b"]
-
-
-def _kind(shape):
-    return "convolutional" if min(shape[1:3]) >= _CONVOLVED_FROM else "perceptron"
-
-
-def _initial_params(rng, shape, num_classes):
-    params, widths, inputs = {}, _WIDTHS, math.prod(shape)
-    if _kind((1, *shape)) == "convolutional":
-        height, width = _convolved_size(*shape[:2])
-        inputs, index = shape[2], 0
-        while min(height, width) > 4:
-            channels = _CHANNELS[min(index, len(_CHANNELS) - 1)]
-            kernel = rng.standard_normal((3, 3, inputs, channels)) * math.sqrt(2 / (9 * inputs))
-            params[f"conv{index}_w"], params[f"conv{index}_b"] = kernel, np.zeros(channels)
-            height, width, inputs, index = -(-height // 2), -(-width // 2), channels, index + 1
-        widths, inputs = (NUM_FEATURES,), height * width * inputs
-    for index, width in enumerate(widths):
-        params[f"hidden{index}_w"] = rng.standard_normal((inputs, width)) * math.sqrt(2 / inputs)
-        params[f"hidden{index}_b"] = np.zeros(width)
-        inputs = width
-    params["head_w"] = rng.standard_normal((inputs, num_classes)) * math.sqrt(1 / inputs)
-    params["head_b"] = np.zeros(num_classes)
-    return {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
-
-
-def _convolved_size(height, width):
-    shrink = max(1.0, max(height, width) / _LARGEST_SIDE)
-    return round(height / shrink), round(width / shrink)
-
-
-@jax.jit
-@_full_precision
-def _features(params, images):
-    if "conv0_w" not in params:
-        x = to_unit(images.reshape(len(images), -1))
-    else:
-        x = to_unit(images)
+    """The last hidden layer after its ReLU [B,64] and the logits [B, classes], float32, of images uint8 [B,H,W,C]."""
+    x = to_unit(images)
+    if "conv0_w" in params:
         x = jax.image.resize(x, (len(x), *_convolved_size(*x.shape[1:3]), x.shape[3]), "linear")
         for index in range(sum(name.startswith("conv") for name in params) // 2):
             x = conv2d(x, params[f"conv{index}_w"], 2, ((1, 1), (1, 1))) + params[f"conv{index}_b"]
             x = jax.nn.relu(x)
-        x = x.reshape(len(x), -1)
+    x = x.reshape(len(x), -1)  # [B, values]
     values = params["hidden0_w"].shape[0]
     if x.shape[1] != values:
         raise ValueError(f"images must have the classifier's {values} values each, got {images.shape[1:]}")
     for index in range(sum(name.startswith("hidden") for name in params) // 2):
         x = jax.nn.relu(x @ params[f"hidden{index}_w"] + params[f"hidden{index}_b"])
-    return x
+    return x, x @ params["head_w"] + params["head_b"]
+
+
+def _has_convolutions(shape):
+    return min(shape[:2]) >= _MIN_CONVOLVED_SIDE
+
+
+def _initial_params(rng, shape, num_classes):
+    params, widths, inputs = {}, _WIDTHS, math.prod(shape)
+
+    def add_layer(name, shape, gain=2):
+        params[f"{name}_w"] = rng.standard_normal(shape) * math.sqrt(gain / math.prod(shape[:-1]))
+        params[f"{name}_b"] = np.zeros(shape[-1])
+
+    if _has_convolutions(shape):
+        (height, width), inputs, index = _convolved_size(*shape[:2]), shape[2], 0
+        while min(height, width) > 4:
+            channels = _CHANNELS[min(index, len(_CHANNELS) - 1)]
+            add_layer(f"conv{index}", (3, 3, inputs, channels))
+            height, width, inputs, index = -(-height // 2), -(-width // 2), channels, index + 1
+        widths, inputs = (NUM_FEATURES,), height * width * inputs
+    for index, width in enumerate(widths):
+        add_layer(f"hidden{index}", (inputs, width))
+        inputs = width
+    add_layer("head", (inputs, num_classes), gain=1)
+    return {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+
+
+def _convolved_size(height, width):
+    shrink = max(1.0, max(height, width) / _MAX_CONVOLVED_SIDE)
+    return round(height / shrink), round(width / shrink)
 
 
 def _optimizer(steps):
@@ -205,11 +170,10 @@ def _optimizer(steps):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _train(steps, state, images, labels, batches):
-    """Weights and moments after a step on each of the batches, of `steps` in all."""
+    """Weights and moments after a step on each of the batches [steps, B]; `steps` in the whole training."""
 
-    @_full_precision
     def loss(params, batch):
-        logits = _features(params, images[batch]) @ params["head_w"] + params["head_b"]
+        logits = features_and_logits(params, images[batch])[1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
 
     def step(state, batch):
@@ -218,16 +182,6 @@ def _train(steps, state, images, labels, batches):
         return (optax.apply_updates(params, updates), moments), None
 
     return jax.lax.scan(step, state, batches)[0]
-
-
-def _checked_images(images):
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or min(images.shape[1:3]) < 8:
-        raise ValueError(
-            "images must be uint8 [N,H,W,C], not empty, with H and W at least 8, "
-            f"got {images.dtype} {list(images.shape)}"
-        )
-    return images
 
 
 def _check_labels(labels, count):

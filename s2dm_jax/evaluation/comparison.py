@@ -1,6 +1,7 @@
 """Results of several runs side by side: runs grouped over seeds, distances by NFE."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,8 +23,8 @@ class Evaluated(NamedTuple):
     """A run with its newest results.
 
     Attributes:
-      workdir: its folder, as the user named it.
-      fields: its config as {"group.name": value}, the fields that change the trained network, and its step.
+      workdir: its folder, as in the user's command.
+      fields: {"group.name": value} of the config's fields that change the trained network, and "step".
       results: of results.json.
     """
 
@@ -36,7 +37,7 @@ class Series(NamedTuple):
     """One curve of a plot: a sampler on the runs that differ only in their training seed.
 
     Attributes:
-      name: what distinguishes it from the other curves.
+      name: the config fields that distinguish it from the other curves, and the sampler.
       workdirs: the runs, one for each seed.
       points: (NFE, mean, standard deviation or None), by NFE.
     """
@@ -47,7 +48,7 @@ class Series(NamedTuple):
 
 
 def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
-    """The runs in `workdirs` with their newest results.
+    """The runs with their newest results.
 
     Raises:
       UserError: for a folder without a run or results, one named twice, or results that cannot be compared.
@@ -69,7 +70,7 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
         runs.append(Evaluated(workdir, {**trained, "step": results["step"]}, results))
     for run in runs[1:]:
         for name in _COMPARABLE:
-            one, other = (each.results["provenance"].get(name) for each in (runs[0], run))
+            one, other = (evaluated.results["provenance"].get(name) for evaluated in (runs[0], run))
             if one != other:
                 raise UserError(
                     f"{runs[0].workdir} and {run.workdir} were evaluated with different {name}: {one} and "
@@ -80,25 +81,25 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
 
 def series_of(runs: Sequence[Evaluated]) -> list[Series]:
     """Distances of every sampler on every group of runs, mean and standard deviation over training seeds."""
-    groups: dict[str, list[Evaluated]] = {}
+    groups = defaultdict(list)
     for run in runs:
         settings = json.dumps({name: value for name, value in run.fields.items() if name != "train.seed"})
-        groups.setdefault(settings, []).append(run)
-    names = _names([json.loads(settings) for settings in groups])
+        groups[settings].append(run)
+    labels = _differences([json.loads(settings) for settings in groups])
+    samplers = dict.fromkeys(row["name"] for run in runs for row in run.results["rows"] if row["nfe"])
     series = []
-    samplers = list(dict.fromkeys(row["name"] for run in runs for row in _sampled(run)))
-    for name, members in zip(names, groups.values(), strict=True):
+    for label, members in zip(labels, groups.values(), strict=True):
         if len({run.fields["train.seed"] for run in members}) < len(members):
             raise UserError(f"{' and '.join(run.workdir for run in members)} share one train.seed and config; give one")
         for sampler in samplers:
-            rows = [(run, row) for run in members for row in _sampled(run) if row["name"] == sampler]
-            distances: dict[int, list[float]] = {}
+            rows = [(run.workdir, row) for run in members for row in run.results["rows"] if row["name"] == sampler]
+            distances = defaultdict(list)  # by NFE
             for _, row in rows:
-                distances.setdefault(row["nfe"], []).append(row["frechet_distance"])
-            if distances:
+                distances[row["nfe"]].append(row["frechet_distance"])
+            if rows:
                 points = [(nfe, *mean_and_spread(values)) for nfe, values in sorted(distances.items())]
-                label = ", ".join(part for part in (name, sampler) if part)
-                series.append(Series(label, list(dict.fromkeys(run.workdir for run, _ in rows)), points))
+                workdirs = list(dict.fromkeys(workdir for workdir, _ in rows))
+                series.append(Series(", ".join(filter(None, (label, sampler))), workdirs, points))
     return series
 
 
@@ -123,11 +124,12 @@ def plot_distances(runs: Sequence[Evaluated]) -> "Figure":
 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    for each in series_of(runs):
+    series = series_of(runs)
+    for each in series:
         nfe, means, spreads = zip(*each.points, strict=True)
         seeds = f" ({len(each.workdirs)} seeds)" if len(each.workdirs) > 1 else ""
         axes.errorbar(nfe, means, yerr=[sd or 0 for sd in spreads], marker="o", capsize=3, label=each.name + seeds)
-    budgets = sorted({nfe for each in series_of(runs) for nfe, *_ in each.points})
+    budgets = sorted({nfe for each in series for nfe, *_ in each.points})
     floor = runs[0].results["rows"][0]["frechet_distance"]
     axes.axhline(floor, color="0.5", linestyle="--", linewidth=1, label="real images")
     axes.set_xscale("log")
@@ -136,21 +138,15 @@ def plot_distances(runs: Sequence[Evaluated]) -> "Figure":
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.set(
-        xlabel="NFE, network evaluations per image",
-        ylabel=runs[0].results["provenance"].get("distance", "Fréchet distance"),
-    )
+    distance = runs[0].results["provenance"].get("distance", "Fréchet distance")
+    axes.set(xlabel="NFE, network evaluations per image", ylabel=distance)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
-def _sampled(run: Evaluated) -> list[dict]:
-    return [row for row in run.results["rows"] if row["nfe"]]
-
-
-def _names(configs: list[dict]) -> list[str]:
-    """For each config the fields in which the configs differ: "loss.skip=10, loss.K=1"."""
+def _differences(configs: list[dict]) -> list[str]:
+    """For each config its values of the fields in which the configs differ: "loss.skip=10, loss.K=1"."""
     fields = dict.fromkeys(name for config in configs for name in config)
     differing = [name for name in fields if len({json.dumps(config.get(name)) for config in configs}) > 1]
     return [", ".join(f"{name}={config.get(name)}" for name in differing) for config in configs]

@@ -1,8 +1,8 @@
 """Samples from trained weights and measures how far the samples are from real images.
 
-Noise becomes images, bytes and features on the device, and no image is stored. The features (float32) come to
-the host batch by batch, where their mean and covariance are summed in float64; the features themselves are
-stored, in memory, only for metrics that require them.
+Noise becomes images, bytes and features on the device, and no image is stored. The features (float32) come to the host
+batch by batch, where their mean and covariance are summed in float64; the features themselves are stored, in memory,
+only for metrics that require them.
 """
 
 import functools
@@ -10,7 +10,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.defaults import SAMPLER_OPTIONS
-from s2dm_jax.config.evaluation_plan import METRICS, EvalPoint, Metric, parse_metrics, plan_evaluation
+from s2dm_jax.config.evaluation_plan import METRICS, parse_metrics, plan_evaluation
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch
@@ -42,8 +42,8 @@ _CPU_BATCH = 16
 def device_batch_size(batch_size: int) -> int:
     """Images per batch on the devices: on CPU a number that does not depend on `batch_size`.
 
-    Rounding depends on the shapes of a computation, and the byte of one pixel in 30,000 on the rounding. On a
-    GPU that is the price of speed; on CPU larger batches are no faster.
+    Rounding depends on the shapes of a computation, and the byte of one pixel in 30,000 on the rounding. On a GPU that
+    is the price of speed; on CPU larger batches are no faster.
     """
     if jax.default_backend() != "cpu":
         return batch_size
@@ -51,16 +51,9 @@ def device_batch_size(batch_size: int) -> int:
 
 
 def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference: Reference, names: list[str]) -> dict:
-    """The metrics of images whose features come in batches.
+    """The metrics `names` of images whose features come in batches, float32 [B, D + L] each, from `features.apply`.
 
-    Args:
-      batches: float32 [B, D + L] each, from `features.apply`.
-      features: the feature function.
-      reference: what the images are compared with.
-      names: of `evaluation_plan.METRICS`.
-
-    Returns:
-      "num_images", counted; the `Metric.results` of each metric; "notes", a list of sentences.
+    The keys are "num_images", the `Metric.results` of each metric, and "notes", a list of sentences.
     """
     requested = [METRICS[name] for name in names]
     store = any({"features", "logits"} & set(metric.requires) for metric in requested)
@@ -72,8 +65,8 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         mean, cov = metrics.mean_and_cov(sums)
-    vectors = np.concatenate(stored or [np.zeros((0, features.dimensions), np.float32)])  # [N, D + L]
-    no_features = np.zeros((0, features.dimensions), np.float32)
+    empty = np.zeros((0, features.dimensions), np.float32)
+    vectors = np.concatenate(stored or [empty])  # [N, D + L]
     inputs = {
         "mean": mean,
         "cov": cov,
@@ -82,48 +75,39 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
         "reference_mean": reference.mean,
         "reference_cov": reference.cov,
         # Metrics that require them refuse an empty set.
-        "reference_features": no_features if reference.features is None else reference.features,
+        "reference_features": empty if reference.features is None else reference.features,
     }
     row: dict = {"num_images": sums.number, "notes": [str(warning.message) for warning in caught]}
     for metric in requested:
-        values = getattr(metrics, metric.function)(*_arguments(metric, inputs))
+        arguments = [
+            inputs[name][: metric.max_images] if name.endswith(("features", "logits")) else inputs[name]
+            for name in metric.requires
+        ]
+        values = getattr(metrics, metric.function)(*arguments)
         row |= zip(metric.results, values if isinstance(values, tuple) else (values,), strict=True)
     return row
-
-
-def _arguments(metric: Metric, inputs: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
-    """The inputs that a metric requires; of features and logits the first `max_images`."""
-    for name in metric.requires:
-        per_image = name.endswith(("features", "logits"))
-        yield inputs[name][: metric.max_images] if per_image else inputs[name]
 
 
 def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     """Samples `model.config.eval.num_images` images at every point of the plan and compares them.
 
-    Two anchors are measured in the same way: "real", as many real images outside the reference (the floor),
-    and "noise", the x_T that sampling starts from (the ceiling). `normalized` is 0 at the former and 1 at the
-    latter. Each point's numbers are cached in `workdir`/evaluations/points.
-
-    Args:
-      model: what to sample from; its config, checked, holds the options in the group `eval`.
-      data: the dataset.
-      workdir: folder of the run.
+    Two anchors are measured in the same way: as many real images outside the reference (the floor), and the noise x_T
+    that sampling starts from (the ceiling). `normalized` is 0 at the former and 1 at the latter. The numbers of each
+    row are cached in `workdir`/evaluations/points. The model's config must be checked.
 
     Returns:
-      {"step", "eval": the config's group, "rows": one dict per line of the table, with "name", "nfe",
-      "frechet_distance", "normalized" and the results of the other metrics, "provenance": all that the
-      numbers depend on}; plain data, the same on every run with the same versions on the same device.
+      {"step", "eval": the config's group, "rows": a dict per row of the table, with "name", "nfe",
+      "frechet_distance", "normalized" and the results of the other metrics, "provenance": all that the numbers depend
+      on}; plain data, the same on every run with the same versions on the same device.
 
     Raises:
       UserError: for features or a reference that are unavailable.
     """
-    options, schedule = model.config.eval, model.schedule
-    points, skipped = plan_evaluation(schedule.T, options.to_dict())
-    names, count = parse_metrics(options.metrics), options.num_images
-    batch_size = device_batch_size(options.batch_size)
+    options = model.config.eval
+    points, skipped = plan_evaluation(model.schedule.T, options.to_dict())
+    names, batch_size = parse_metrics(options.metrics), device_batch_size(options.batch_size)
     features = build_features(model.config, data)
-    _check_num_images(names, count, features)
+    _check_num_images(names, options.num_images, features)
     reference, floor_images = load_reference(model.config, data, features, names, batch_size)
     weights = sha256_of_arrays(jax.tree.leaves(model.ema_params))
     for sampler in dict.fromkeys(point.sampler for point in points):
@@ -133,101 +117,95 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         "reference": reference.provenance,
         "metrics": names,
         "seed": options.seed,
-        "num_images": count,
+        "num_images": options.num_images,
         "s2dm_jax": __version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    trained = {
-        "weights": weights,
-        "schedule": model.config.diffusion.to_dict(),
-        **_skip_scale_options(options),
-        "activations": model.network.dtype,
-    }
 
     def row(name, nfe, depends_on, batches):
-        values = _cached(
-            Path(workdir) / "evaluations" / "points",
-            name if nfe is None else f"{name}_nfe{nfe}",
-            {**common, **depends_on},
-            lambda: compute_metrics(batches(), features, reference, names),
-        )
-        label = name if nfe is None else f"{name}, NFE {nfe}"
+        stem = name if nfe is None else f"{name}_nfe{nfe}"
+        compute = functools.partial(compute_metrics, batches, features, reference, names)
+        values = _cached(Path(workdir) / "evaluations" / "points", stem, {**common, **depends_on}, compute)
         if is_main_process():
+            label = name if nfe is None else f"{name}, NFE {nfe}"
             print(f"{label}: {features.distance} {values['frechet_distance']:.2f}", flush=True)
         return {"name": name, "nfe": nfe, **values}
 
-    def sampled(point: EvalPoint) -> Iterator[np.ndarray]:
-        sample_fn, timesteps = model.sampler(
-            point.sampler,
-            nfe=point.nfe,
-            timestep_spacing=point.timestep_spacing,
-            **_skip_scale_options(options),
-            **point.options,
-        )
-        return sample_batches(
-            sample_fn,
-            model.ema_params,
-            timesteps,
-            seed=options.seed,
-            num_images=count,
-            batch_size=batch_size,
-            postprocess=features.apply,
-        )
-
-    def real():
-        order = np.random.default_rng(options.seed).permutation(len(floor_images))
-        return image_batches(floor_images, features, batch_size, order[:count])
-
-    def noise():
-        def compute(indices):
-            shape = data.train.shape[1:]
-            return features.apply(to_uint8(initial_noise(options.seed, shard_batch(indices), shape)))
-
-        return map_batches(compute, count, batch_size)
-
-    scaled = _skip_scale_name(options)
-    rows = [row("real (floor)", None, {"images": sha256_of_images(floor_images)}, real)]
+    rows = [row("real (floor)", None, *_real(options, floor_images, features, batch_size))]
     for point in points:
-        steps = len(point.timesteps(schedule.T))
-        depends_on = {
-            **trained,
-            "point": {**point._asdict(), "steps": steps},
-            **_inputs_of(model, point.sampler),
-        }
-        values = row(point.name + scaled, point.nfe, depends_on, functools.partial(sampled, point))
-        rows.append({**values, "steps": steps})
-    rows.append(row("noise (ceiling)", None, {"images": "noise"}, noise))
+        depends_on, batches = _sampled(model, weights, point, features, batch_size)
+        values = row(point.name + _skip_scale_name(options), point.nfe, depends_on, batches)
+        rows.append({**values, "steps": depends_on["point"]["steps"]})
+    rows.append(row("noise (ceiling)", None, *_noise(options, floor_images.shape[1:], features, batch_size)))
     floor, ceiling = rows[0]["frechet_distance"], rows[-1]["frechet_distance"]
-    for each in rows:
-        each["normalized"] = (each["frechet_distance"] - floor) / (ceiling - floor)
-    notes = skipped + sorted({note for each in rows for note in each.pop("notes")})
-    skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
-    return {
-        "step": model.step,
-        "eval": options.to_dict(),
-        "rows": rows,
-        "provenance": {
-            "metric": features.metric,
-            "distance": features.distance,
-            "score": "Inception Score" if features.name == "inception" else "score of the classifier",
-            **common,
-            "data": data.provenance,
-            "weights": f"EMA at step {model.step}, sha256 {weights}",
-            "sampler": "last step to the clean image, no clipping but what a sampler's name says"
-            + (
-                f"; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
-                if skip
-                else ""
-            ),
-            "activations": model.network.dtype,
-            "notes": notes,
-        },
+    for values in rows:
+        values["normalized"] = (values["frechet_distance"] - floor) / (ceiling - floor)
+    notes = skipped + sorted({note for values in rows for note in values.pop("notes")})
+    provenance = {
+        "metric": features.metric,
+        "distance": features.distance,
+        "score": "Inception Score" if features.name == "inception" else "score of the classifier",
+        **common,
+        "data": data.provenance,
+        "weights": f"EMA at step {model.step}, sha256 {weights}",
+        "sampler": _sampler_note(options),
+        "activations": model.network.dtype,
+        "notes": notes,
     }
+    return {"step": model.step, "eval": options.to_dict(), "rows": rows, "provenance": provenance}
+
+
+# The rows of the table: what the images depend on besides `common`, and their features [B, D + L] in batches, which are
+# computed as they are requested.
+
+
+def _real(options, images, features, batch_size):
+    order = np.random.default_rng(options.seed).permutation(len(images))
+    batches = image_batches(images, features, batch_size, order[: options.num_images])
+    return {"images": sha256_of_images(images)}, batches
+
+
+def _sampled(model, weights, point, features, batch_size):
+    depends_on = {
+        "weights": weights,
+        "schedule": model.config.diffusion.to_dict(),
+        **_skip_scale_options(model.config.eval),
+        "activations": model.network.dtype,
+        "point": {**point._asdict(), "steps": len(point.timesteps(model.schedule.T))},
+    }
+    requires = SAMPLERS[point.sampler].requires
+    if requires:
+        # SN- and NPR-DPM require a variance head, Analytic-DPM the noise statistics.
+        inputs = model.variance_head.params if model.variance_head and requires != "ms_eps" else model.ms_eps
+        depends_on[requires] = sha256_of_arrays(jax.tree.leaves(inputs))
+    return depends_on, _sampled_batches(model, point, features, batch_size)
+
+
+def _sampled_batches(model, point, features, batch_size):
+    options = model.config.eval
+    sampling = {"timestep_spacing": point.timestep_spacing, **_skip_scale_options(options), **point.options}
+    sample_fn, timesteps = model.sampler(point.sampler, nfe=point.nfe, **sampling)
+    yield from sample_batches(
+        sample_fn,
+        model.ema_params,
+        timesteps,
+        seed=options.seed,
+        num_images=options.num_images,
+        batch_size=batch_size,
+        postprocess=features.apply,
+    )
+
+
+def _noise(options, shape, features, batch_size):
+    def compute(indices):
+        return features.apply(to_uint8(initial_noise(options.seed, shard_batch(indices), shape)))
+
+    return {"images": "noise"}, map_batches(compute, options.num_images, batch_size)
 
 
 def _check_num_images(names: list[str], num_images: int, features: Features) -> None:
-    """Metrics whose smallest number of images depends on that of the features (`validate` has the others)."""
+    """Checks the minimum that depends on the number of features; `config.validate` has the others."""
     for name in names:
         needed = METRICS[name].min_images_per_feature * features.dimensions
         if num_images < needed:
@@ -238,15 +216,7 @@ def _check_num_images(names: list[str], num_images: int, features: Features) -> 
 
 
 def evaluate_run(config: ConfigDict, workdir: str) -> dict:
-    """`--mode=evaluate`: evaluates a run by its config's group `eval`, writes and prints the table.
-
-    Args:
-      config: the run's config, checked, with the group `eval` to use.
-      workdir: folder of the run.
-
-    Raises:
-      UserError: as `evaluate`, and if the run cannot be read.
-    """
+    """`--mode=evaluate`: evaluates a run by the group `eval` of its checked config, writes and prints the table."""
     model = load(workdir, config.eval.checkpoint_step or None)._replace(config=config)
     print(f"run      {workdir}, EMA at step {model.step:,}", flush=True)
     results = evaluate(model, load_dataset(config), workdir)
@@ -273,18 +243,15 @@ def _skip_scale_options(options: ConfigDict) -> dict:
 
 
 def _skip_scale_name(options: ConfigDict) -> str:
-    """What of the scaling is not the default, as a row's name has it: ", skip_scale 10"."""
-    changed = {
-        name: value for name, value in _skip_scale_options(options).items() if value != SAMPLER_OPTIONS[name].default
-    }
-    return "".join(f", {name} {value}" for name, value in changed.items())
+    """The scaling options that are not the defaults, as in a row's name: ", skip_scale 10"."""
+    values = _skip_scale_options(options).items()
+    return "".join(f", {name} {value}" for name, value in values if value != SAMPLER_OPTIONS[name].default)
 
 
-def _inputs_of(model: Model, sampler: str) -> dict:
-    """What a sampler's images depend on besides the network's weights: variance head or noise statistics."""
-    requires = SAMPLERS[sampler].requires
-    inputs = model.variance_head.params if model.variance_head and requires != "ms_eps" else model.ms_eps
-    return {requires: sha256_of_arrays(jax.tree.leaves(inputs))} if requires else {}
+def _sampler_note(options: ConfigDict) -> str:
+    skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
+    scaled = f"; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
+    return "last step to the clean image, no clipping but what a sampler's name says" + (scaled if skip else "")
 
 
 def _cached(folder: Path, name: str, depends_on: dict, compute: Callable[[], dict]) -> dict:

@@ -50,58 +50,42 @@ class Features(NamedTuple):
 def resolve_features(config: ConfigDict, labelled: bool) -> str:
     """What `config.eval.feature_extractor` stands for: "inception", "classifier" or FILE.py:function.
 
-    "auto" is the classifier for the digits, whose 8×8 pixels are too few for Inception, and for other images
-    Inception or, if its weights are unavailable and there are labels, the classifier.
-
-    Args:
-      config: a checked config.
-      labelled: whether the images have labels of two classes or more.
+    "auto" is the classifier for the digits, whose 8×8 pixels are too few for Inception, and for other images Inception
+    or, if its weights are unavailable and the images are `labelled` (in two classes or more), the classifier.
 
     Raises:
       FeaturesUnavailable: where neither is available.
       UserError: for a classifier without labels.
     """
-    chosen = config.eval.feature_extractor
-    if chosen == "auto" and dataset_name(config) == "digits":
-        return "classifier"
-    if chosen == "auto":
-        try:
-            inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
-        except UserError as error:
-            if not labelled:
-                raise FeaturesUnavailable(f"{dataset_name(config)} has no labels, and {error}") from error
-            print(f"the distance is measured in a classifier's features, and is no FID: {error}", flush=True)
-            return "classifier"
-        return "inception"
+    chosen, dataset = config.eval.feature_extractor, dataset_name(config)
     if chosen == "classifier" and not labelled:
         raise UserError(
-            f"config.eval.feature_extractor='classifier' needs labels, which {dataset_name(config)} does not "
-            "have: it must be inception or FILE.py:function"
+            f"config.eval.feature_extractor='classifier' needs labels, which {dataset} does not have: it must be "
+            "inception or FILE.py:function"
         )
-    return chosen
+    if chosen != "auto":
+        return chosen
+    if dataset == "digits":
+        return "classifier"
+    try:
+        inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
+    except UserError as error:
+        if not labelled:
+            raise FeaturesUnavailable(f"{dataset} has no labels, and {error}") from error
+        print(f"the distance is measured in a classifier's features, and is no FID: {error}", flush=True)
+        return "classifier"
+    return "inception"
 
 
 def check_features(config: ConfigDict, data: Dataset) -> None:
-    """Checks before a long training that the features requested by name are available for its evaluation.
-
-    Raises:
-      UserError: as `build_features`.
-    """
-    if config.eval.feature_extractor == "auto":
-        return
-    name = resolve_features(config, data.num_classes > 1)
-    if name == "inception":
-        inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
-    elif name != "classifier":
-        _user_function(name, data.train.shape[1:])
+    """Raises as `build_features`, before a long training, where features that its config names are unavailable."""
+    # What "auto" stands for is decided when it is used: it does not stop a training.
+    if config.eval.feature_extractor != "auto" and resolve_features(config, data.num_classes > 1) != "classifier":
+        build_features(config, data)
 
 
 def build_features(config: ConfigDict, data: Dataset) -> Features:
-    """The feature function that `config.eval.feature_extractor` names, its weights read, fetched or trained.
-
-    Args:
-      config: a checked config.
-      data: the dataset that a classifier is trained on.
+    """The feature function that `config.eval.feature_extractor` names, its weights read, fetched or trained on `data`.
 
     Raises:
       UserError: for unavailable weights, missing labels, or a user's function that fails.

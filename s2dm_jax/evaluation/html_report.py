@@ -29,14 +29,7 @@ figcaption, .small { color: #555; font-size: .9rem; } summary { cursor: pointer;
 
 
 def report_page(workdirs: Sequence[str]) -> str:
-    """The HTML page: distances by NFE, and for each run its results, samples, loss curves and provenance.
-
-    Args:
-      workdirs: folders of evaluated runs, at least one.
-
-    Raises:
-      UserError: as `comparison.read_evaluated`.
-    """
+    """The HTML page: distances by NFE, and for each run its results, samples, loss curves and provenance."""
     runs = read_evaluated(workdirs)
     title = workdirs[0] if len(runs) == 1 else f"{len(runs)} runs compared"
     parts = [f"<h1>{html.escape(title)}</h1>"]
@@ -47,22 +40,15 @@ def report_page(workdirs: Sequence[str]) -> str:
     for run in runs:
         parts += _section(run)
     parts.append(f"<p class=small>s2dm_jax {__version__}</p>")
-    return (
-        f"<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>"
-        f"<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+    head = "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
+    head += f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    return f"<!DOCTYPE html>\n<html lang=en><head>{head}</head>\n<body>{''.join(parts)}</body></html>\n"
 
 
 def _section(run: Evaluated) -> list[str]:
-    """The part of the page about one run."""
     workdir, provenance = Path(run.workdir), run.results["provenance"]
-    loss = ", ".join(
-        f"{name.removeprefix('loss.')} {value}"
-        for name, value in run.fields.items()
-        if name.startswith("loss.") and value is not None
-    )
+    fields = {name: value for name, value in run.fields.items() if name.startswith("loss.") and value is not None}
+    loss = ", ".join(f"{name.removeprefix('loss.')} {value}" for name, value in fields.items())
     summary = f"{run.results['step']:,} steps, training seed {run.fields['train.seed']}; loss: {loss}."
     parts = [f"<h2>{html.escape(run.workdir)}</h2>", f"<p>{html.escape(summary)}</p>"]
     parts.append(_table(*results_cells(run.results), f"{provenance['metric']}."))
@@ -71,33 +57,28 @@ def _section(run: Evaluated) -> list[str]:
         image = base64.b64encode(grids[-1].read_bytes()).decode()
         caption = f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the newest of the training."
         parts.append(_figure(f"<img alt='samples' src='data:image/png;base64,{image}'>", caption))
-    if (workdir / "metrics.jsonl").exists():
-        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        curves = plot_losses([json.loads(line) for line in lines])
+    log = workdir / "metrics.jsonl"
+    if log.exists():
+        curves = plot_losses([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()])
         parts.append(_figure(_svg(curves), "Loss and its terms during training, logarithmic."))
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in flat_provenance(provenance).items()
     )
     parts.append(f"<h3>Provenance</h3><div class=wide><table class=provenance>{rows}</table></div>")
-    fields = html.escape(json.dumps(run.fields, indent=1))
-    parts.append(f"<details><summary>Config</summary><pre>{fields}</pre></details>")
+    config = html.escape(json.dumps(run.fields, indent=1))
+    parts.append(f"<details><summary>Config</summary><pre>{config}</pre></details>")
     return parts
 
 
 def plot_losses(lines: Sequence[dict]) -> "Figure":
-    """A matplotlib figure of the loss and each of its terms against the step, logarithmic.
-
-    Args:
-      lines: of metrics.jsonl; every metric called "loss…" is drawn, but those of a group of timesteps, which
-        have a "/" in their name.
-    """
+    """A matplotlib figure of the loss and its terms against the step, logarithmic, from the lines of metrics.jsonl."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.subplots()
-    names = dict.fromkeys(name for line in lines for name in line)
-    for name in names:
+    for name in dict.fromkeys(name for line in lines for name in line):
+        # A "/" marks the loss of a group of timesteps.
         if name.startswith("loss") and "/" not in name:
             curve = [(line["step"], line[name]) for line in lines if name in line]
             axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.2)

@@ -1,9 +1,11 @@
 """The Inception network that FID is defined by: the TensorFlow graph of 2015-12-05, as ported to PyTorch.
 
-It differs from torchvision's Inception v3 in three ways: average pools leave the padding out of the mean, the
-last block takes a maximum instead of a mean, and there are 1,008 classes. Batch norms are folded into the
-convolutions before them. Everything is float32 at full precision: TF32 would move FID.
+It differs from torchvision's Inception v3 in three ways: average pools leave the padding out of the mean, the last
+block takes a maximum instead of a mean, and there are 1,008 classes. Batch norms are folded into the convolutions.
+Everything is float32 at full precision: TF32 would move FID.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,43 +13,36 @@ import numpy as np
 from jax import lax
 
 NUM_FEATURES = 2048
-
 NUM_LOGITS = 1008
-
 SIZE = 299
 
 _NORM_EPS = 1e-3
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 Params = dict[str, jax.Array]
 
 
 def fold_norms(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The network's parameters from those of its PyTorch port.
+    """The network's float32 parameters from the state dict of its PyTorch port, with the batch norms folded.
 
-    Args:
-      state_dict: float arrays under the port's names, convolutions [O,I,H,W].
-
-    Returns:
-      float32: "NAME.kernel" [H,W,I,O] and "NAME.bias" [O] for each convolution, "fc.kernel" [2048,1008].
-
-    Raises:
-      ValueError: for arrays that are missing, of other shapes or not finite.
+    They are "NAME.kernel" [H,W,I,O] and "NAME.bias" [O] for each convolution, and "fc.kernel" [2048,1008]. `ValueError`
+    for arrays that are missing, of other shapes or not finite.
     """
     params = {}
     for name in sorted({key.rpartition(".conv.")[0] for key in state_dict if ".conv." in key}):
-        norm = {
-            part: _array(state_dict, f"{name}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")
-        }
-        scale = norm["weight"] / np.sqrt(norm["running_var"] + _NORM_EPS)
+        weight, bias, mean, variance = (
+            _array(state_dict, f"{name}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / np.sqrt(variance + _NORM_EPS)
         kernel = _array(state_dict, f"{name}.conv.weight") * scale[:, None, None, None]
         params[f"{name}.kernel"] = kernel.transpose(2, 3, 1, 0)
-        params[f"{name}.bias"] = norm["bias"] - norm["running_mean"] * scale
+        params[f"{name}.bias"] = bias - mean * scale
     params["fc.kernel"] = _array(state_dict, "fc.weight").T
     params = {name: value.astype(np.float32) for name, value in params.items()}
-    shapes = {name: value.shape for name, value in params.items()}
     for name, shape in parameter_shapes().items():
-        if shapes.get(name) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {shapes.get(name)}")
+        found = params[name].shape if name in params else None
+        if found != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {found}")
     return params
 
 
@@ -55,29 +50,22 @@ def parameter_shapes() -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter."""
     shapes = {}
 
-    def conv(_, name, x, kernel, features, stride=1, padding="VALID"):
-        shapes[f"{name}.kernel"] = (*_pair(kernel), x.shape[-1], features)
-        shapes[f"{name}.bias"] = (features,)
-        return lax.conv_general_dilated(
-            x, jnp.zeros(shapes[f"{name}.kernel"]), _pair(stride), padding, dimension_numbers=_LAYOUT
-        )
+    def conv(name, x, kernel, features, stride=1, padding="VALID"):
+        sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        own = {f"{name}.kernel": (*sides, x.shape[-1], features), f"{name}.bias": (features,)}
+        shapes.update(own)
+        params = {name: jnp.zeros(shape) for name, shape in own.items()}
+        return _conv(params, name, x, kernel, features, stride, padding)
 
-    jax.eval_shape(lambda x: _blocks(None, conv, x), jnp.zeros((1, SIZE, SIZE, 3)))
+    jax.eval_shape(lambda x: _blocks(conv, x), jnp.zeros((1, SIZE, SIZE, 3)))
     return {**shapes, "fc.kernel": (NUM_FEATURES, NUM_LOGITS)}
 
 
 def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What FID, KID, precision and recall are measured in, and what Inception Score is.
+    """The last mean pool, float32 [B,2048], and the logits without their bias, float32 [B,1008].
 
-    Args:
-      params: from `fold_norms`.
-      images: uint8 [B,H,W,C], C = 1 (repeated) or 3.
-
-    Returns:
-      float32 [B,2048], the last mean pool, and float32 [B,1008], the logits without their bias.
-
-    Raises:
-      ValueError: for another type or shape.
+    FID, KID, precision and recall are measured in the former, Inception Score in the latter. The images are uint8
+    [B,H,W,C] with C = 1 (repeated) or 3.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
@@ -90,28 +78,15 @@ def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, j
 
 
 def stages(params: Params, x: jax.Array) -> dict[str, jax.Array]:
-    """The mean over pixels at the four depths that are in use as features.
-
-    Args:
-      params: from `fold_norms`.
-      x: float32 [B,299,299,3] in [0, 255].
-
-    Returns:
-      "64", "192", "768" and "2048": float32 [B, as the name says].
-    """
-    outputs = _blocks(params, _conv, (x - 128.0) / 128.0)
+    """The mean over pixels at four depths, "64" to "2048", float32 [B, that number], of x [B,299,299,3] in [0, 255]."""
+    outputs = _blocks(functools.partial(_conv, params), (x - 128.0) / 128.0)
     return {name: value.mean(axis=(1, 2)) for name, value in outputs.items()}
 
 
 def resize(x: jax.Array, size: int = SIZE) -> jax.Array:
-    """Bilinear resize as TensorFlow 1 does it: pixel i is read at i·(old/new), corners are not aligned.
+    """Bilinear resize of float [B,H,W,C] to [B,size,size,C] as in TensorFlow 1.
 
-    Args:
-      x: float [B,H,W,C].
-      size: of the result's sides.
-
-    Returns:
-      Of x's type, [B,size,size,C].
+    Pixel i is read at i·(old/new); corners are not aligned.
     """
     for axis in (1, 2):
         length = x.shape[axis]
@@ -124,18 +99,9 @@ def resize(x: jax.Array, size: int = SIZE) -> jax.Array:
     return x
 
 
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
-
-
-def _conv(params, name, x, kernel, features, stride=1, padding="VALID"):
-    x = lax.conv_general_dilated(
-        x,
-        params[f"{name}.kernel"],
-        _pair(stride),
-        padding,
-        dimension_numbers=_LAYOUT,
-        precision=lax.Precision.HIGHEST,
-    )
+def _conv(params, name, x, _kernel, _features, stride=1, padding="VALID"):
+    kernel, precision = params[f"{name}.kernel"], lax.Precision.HIGHEST
+    x = lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT, precision=precision)
     return jax.nn.relu(x + params[f"{name}.bias"])
 
 
@@ -152,25 +118,24 @@ def _mean_pool(x):
     return sums(x) / sums(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
-def _blocks(params, conv, x):
-    """Runs the network; `conv` is `_conv` or what takes its place. Gives the outputs at four depths."""
+def _blocks(conv, x):
+    """The outputs [B, H, W, C] at four depths; `conv` takes name, x, kernel, features, stride and padding."""
 
     def chain(name, x, *layers):
         for suffix, kernel, features, *stride in layers:
-            padding = "VALID" if stride else "SAME"
-            x = conv(params, f"{name}{suffix}", x, kernel, features, *stride, padding=padding)
+            x = conv(f"{name}{suffix}", x, kernel, features, *stride, padding="VALID" if stride else "SAME")
         return x
 
     def join(*branches):
         return jnp.concatenate(branches, axis=-1)
 
     outputs = {}
-    x = conv(params, "Conv2d_1a_3x3", x, 3, 32, 2)
-    x = conv(params, "Conv2d_2a_3x3", x, 3, 32)
-    x = conv(params, "Conv2d_2b_3x3", x, 3, 64, padding="SAME")
+    x = conv("Conv2d_1a_3x3", x, 3, 32, 2)
+    x = conv("Conv2d_2a_3x3", x, 3, 32)
+    x = conv("Conv2d_2b_3x3", x, 3, 64, padding="SAME")
     x = outputs["64"] = _max_pool(x, 2)
-    x = conv(params, "Conv2d_3b_1x1", x, 1, 80)
-    x = conv(params, "Conv2d_4a_3x3", x, 3, 192)
+    x = conv("Conv2d_3b_1x1", x, 1, 80)
+    x = conv("Conv2d_4a_3x3", x, 3, 192)
     x = outputs["192"] = _max_pool(x, 2)
 
     for block, pooled in (("5b", 32), ("5c", 64), ("5d", 64)):
@@ -215,10 +180,6 @@ def _blocks(params, conv, x):
         )
     outputs["2048"] = x
     return outputs
-
-
-def _pair(value):
-    return value if isinstance(value, tuple) else (value, value)
 
 
 def _array(state_dict, name):

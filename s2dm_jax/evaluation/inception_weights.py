@@ -16,11 +16,9 @@ from s2dm_jax.evaluation.inception import fold_norms, parameter_shapes
 from s2dm_jax.weights.torch_pickle import Tensor, open_torch
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 _SECONDS_TO_CONNECT = 20
-
 _CHUNK = 1 << 20
 
 
@@ -36,21 +34,23 @@ def inception_params(source: str = "", sha256: str = "") -> dict[str, np.ndarray
     """
     sha256 = (sha256 or SHA256).lower()
     folder = cache_dir() / "inception"
-    converted = folder / f"{sha256}.npz"
+    converted, manual = folder / f"{sha256}.npz", folder / Path(URL).name
     params = _read_converted(converted)
     if params is not None:
         return params
-    manual = folder / Path(URL).name
-    if "://" in source or not (source or manual.exists()):
-        path, temporary = _fetch(source or URL, folder, manual), True
-    else:
-        path, temporary = Path(source or manual), False
+    remote = "://" in source or not (source or manual.exists())
+    path = _fetch(source or URL, folder, manual) if remote else Path(source or manual)
     try:
         params = _convert(path, source or str(path), sha256)
     finally:
-        if temporary:
+        if remote:
             path.unlink(missing_ok=True)
-    _write_converted(converted, params)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(converted) as temporary:
+            np.savez(temporary, **params)
+    except OSError as error:
+        print(f"the converted weights could not be cached in {folder} ({error.strerror})", file=sys.stderr)
     return params
 
 
@@ -58,30 +58,18 @@ def _read_converted(path):
     try:
         with np.load(path) as arrays:
             params = dict(arrays)
-    # A missing or damaged file is made anew; zip files carry checksums.
+    # A missing or damaged file is converted again; zip files carry checksums.
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     shapes = {name: value.shape for name, value in params.items()}
     return params if shapes == parameter_shapes() else None
 
 
-def _write_converted(path, params):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            np.savez(temporary, **params)
-    except OSError as error:
-        print(f"the converted weights could not be cached in {path.parent} ({error.strerror})", file=sys.stderr)
-
-
 def _fetch(url, folder, manual):
     temporary = folder / f".{manual.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(url, timeout=_SECONDS_TO_CONNECT) as response,
-            temporary.open("wb") as file,
-        ):
+        with urllib.request.urlopen(url, timeout=_SECONDS_TO_CONNECT) as response, temporary.open("wb") as file:
             length = int(response.headers.get("Content-Length") or 0)
             print(f"fetching the weights of Inception from {url} …", file=sys.stderr, flush=True)
             with progress_bar(-(-length // _CHUNK) or None, "MiB") as advance:
@@ -103,9 +91,8 @@ def _convert(path, source, sha256):
     try:
         digest = digest_of_file(path)
     except OSError as error:
-        raise UserError(
-            f"config.eval.inception_weights={source} cannot be read ({error.strerror}); get it from {URL}"
-        ) from error
+        message = f"config.eval.inception_weights={source} cannot be read ({error.strerror}); get it from {URL}"
+        raise UserError(message) from error
     if digest != sha256:
         raise UserError(
             f"{source} has the SHA-256 {digest}, not {sha256}: it is cut short or another file; get {URL} "

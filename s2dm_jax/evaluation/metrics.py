@@ -10,23 +10,14 @@ import numpy as np
 from s2dm_jax.common.progress import progress_bar
 
 _KID_BLOCK = 1000
-
 _EXTRAPOLATION_POINTS = 15
-
 _SMALLEST_PIVOT = 1e-9
-
 # Distances to this many vectors at a time: 80 MB for 10,000 others.
 _ROWS = 1000
 
 
 class FeatureSums(NamedTuple):
-    """Count, mean and centred sums of products of feature vectors that come in batches.
-
-    Attributes:
-      number: of vectors so far.
-      mean: float64 [D].
-      products: float64 [D,D], the sum of (x−mean)(x−mean)ᵀ.
-    """
+    """Number and mean [D] of feature vectors that come in batches, and the sum of (x−mean)(x−mean)ᵀ [D,D], float64."""
 
     number: int
     mean: np.ndarray
@@ -34,20 +25,12 @@ class FeatureSums(NamedTuple):
 
 
 def init_sums(dimensions: int) -> FeatureSums:
-    """The sums over zero vectors of D = `dimensions` numbers."""
+    """The sums over no vectors."""
     return FeatureSums(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
 
 
 def update_sums(sums: FeatureSums, features: np.ndarray) -> FeatureSums:
-    """The sums with one more batch (Chan, Golub & LeVeque 1979: no cancellation for any batch sizes).
-
-    Args:
-      sums: of the vectors before.
-      features: real [N,D], N ≥ 1, finite.
-
-    Raises:
-      ValueError: for another shape or a value that is not finite.
-    """
+    """The sums with one more batch, real [N,D], N ≥ 1 (Chan, Golub & LeVeque 1979: no cancellation for any batches)."""
     features = _checked(features, "features", 1)
     if features.shape[1] != len(sums.mean):
         raise ValueError(f"features must have {len(sums.mean)} columns, got {features.shape[1]}")
@@ -64,51 +47,38 @@ def update_sums(sums: FeatureSums, features: np.ndarray) -> FeatureSums:
 
 
 def mean_and_cov(sums: FeatureSums) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased covariance, as `feature_statistics` gives for all vectors at once.
-
-    Raises:
-      ValueError: for fewer than two vectors.
-    """
+    """Mean [D] and unbiased covariance [D,D] of the vectors, at least 2; warns as `feature_statistics`."""
     if sums.number < 2:
         raise ValueError(f"features must hold at least 2 vectors for a covariance, got {sums.number}")
-    _warn_if_singular(sums.number, len(sums.mean))
+    if sums.number <= len(sums.mean):
+        warnings.warn(
+            f"{sums.number} images are too few for a covariance of {len(sums.mean)} features, which is singular: a "
+            "distance from it is finite but much too large; use more images",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return sums.mean, sums.products / (sums.number - 1)
 
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased covariance of feature vectors (as pytorch-fid's np.mean and np.cov).
+    """Mean float64 [D] and unbiased covariance float64 [D,D] of real [N,D], N ≥ 2 (as pytorch-fid's).
 
-    Where N ≤ D the covariance is singular: a `RuntimeWarning` says so.
-
-    Args:
-      features: real [N,D], N ≥ 2, finite.
-
-    Returns:
-      Mean float64 [D] and covariance float64 [D,D], divided by N − 1.
-
-    Raises:
-      ValueError: for another shape, fewer than two vectors, or a value that is not finite.
+    A `RuntimeWarning` reports a singular covariance, N ≤ D.
     """
     features = _checked(features, "features", 2)
-    _warn_if_singular(*features.shape)
-    mean = features.mean(axis=0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    return mean_and_cov(update_sums(init_sums(features.shape[1]), features))
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """‖μ₁−μ₂‖² + tr(C₁ + C₂ − 2(C₁C₂)^½) between two Gaussians (Heusel et al. 2017, eq. 6).
 
-    The trace of the root is the sum of the square roots of the eigenvalues of RᵀC₂R, with C₁ = RRᵀ, which is
-    symmetric: no matrix square root of an unsymmetric product, whose value changed with SciPy's version.
-    Singular covariances are allowed.
+    The squared distance, ≥ 0, is FID where the features are Inception's. The trace of the root is the sum of the square
+    roots of the eigenvalues of the symmetric RᵀC₂R, with C₁ = RRᵀ: no matrix square root of an unsymmetric product,
+    whose value changed with SciPy's version.
 
     Args:
       mean1, mean2: real [D], finite.
-      cov1, cov2: real [D,D], finite, symmetric, positive semidefinite up to round-off.
-
-    Returns:
-      The squared distance, ≥ 0; FID where the features are Inception's.
+      cov1, cov2: real [D,D], finite, symmetric, positive semidefinite up to round-off; they may be singular.
 
     Raises:
       ValueError: for shapes that do not match, a value that is not finite, or an unsymmetric covariance.
@@ -117,7 +87,6 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     mean2, cov2 = _checked_gaussian(mean2, cov2, "2")
     if mean1.shape != mean2.shape:
         raise ValueError(f"mean1 and mean2 must have the same length, got {len(mean1)} and {len(mean2)}")
-
     return _distance(mean1, cov1, _factor(cov1), mean2, cov2)
 
 
@@ -132,8 +101,8 @@ def _factor(cov):
     except np.linalg.LinAlgError:
         pass
     values, vectors = np.linalg.eigh(cov)
-    # In the null space round-off of 1e-16 would come back as 1e-8 per dimension from the square root, so the
-    # product is formed on the range only: its nonzero eigenvalues are those of the full product.
+    # In the null space round-off of 1e-16 would come back as 1e-8 per dimension from the square root, so the product is
+    # formed on the range only: its nonzero eigenvalues are those of the full product.
     positive = values > values[-1] * len(values) * np.finfo(np.float64).eps
     return vectors[:, positive] * np.sqrt(values[positive])
 
@@ -148,13 +117,13 @@ def _distance(mean1, cov1, factor1, mean2, cov2):
 def fid_infinity(features: np.ndarray, mean: np.ndarray, cov: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """The Fréchet distance that infinitely many vectors would have (FID∞; Chong & Forsyth 2020).
 
-    The distance of N samples is too large by about c/N. It is taken of 15 random subsets, of a tenth of the
-    vectors (or 2·D, if more) up to all of them; a line through it against 1/N is read off at 0. What is left
-    is the bias of the reference's own number of images.
+    The distance of N samples is too large by about c/N. It is computed for 15 random subsets, of a tenth of the vectors
+    (or 2·D, if more) up to all of them, and a line through it against 1/N is read off at 0. What is left is the bias of
+    the reference's own number of images.
 
     Args:
       features: real [N,D], N ≥ 4·D, finite.
-      mean, cov: of the reference, as for `frechet_distance`.
+      mean, cov: of the reference, [D] and [D,D] as for `frechet_distance`.
       seed: of the subsets.
 
     Returns:
@@ -183,13 +152,12 @@ def fid_infinity(features: np.ndarray, mean: np.ndarray, cov: np.ndarray, *, see
 def kid(features1: np.ndarray, features2: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """KID: squared maximum mean discrepancy with the kernel (x·y/D + 1)³ (Bińkowski et al. 2018, eq. 3-4).
 
-    Both sets are cut at random into disjoint blocks of 1,000 (or a tenth of the smaller set). Blocks are
-    independent and each one's estimate is unbiased, so their standard deviation divided by the root of their
-    number is the standard error of their mean.
+    Both sets are split at random into disjoint blocks of 1,000 (or a tenth of the smaller set). The estimates of blocks
+    are independent and unbiased: their standard deviation over the root of their number is their mean's standard error.
 
     Args:
       features1, features2: real [N,D] and [M,D], finite, N and M ≥ 20.
-      seed: of the cut.
+      seed: of the blocks.
 
     Returns:
       The estimate, which may be below 0 by chance, and its standard error.
@@ -199,10 +167,10 @@ def kid(features1: np.ndarray, features2: np.ndarray, *, seed: int = 0) -> tuple
     """
     x, y = _checked_pair(features1, features2, 20)
     smaller = min(len(x), len(y))
-    block = min(_KID_BLOCK, smaller // 10)
-    blocks = smaller // block
+    size = min(_KID_BLOCK, smaller // 10)
+    blocks = smaller // size
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(each))[: blocks * block].reshape(blocks, block) for each in (x, y)]
+    orders = [rng.permutation(len(vectors))[: blocks * size].reshape(blocks, size) for vectors in (x, y)]
     estimates = [_unbiased_mmd(x[i], y[j]) for i, j in zip(*orders, strict=True)]
     return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / np.sqrt(blocks))
 
@@ -219,14 +187,11 @@ def _unbiased_mmd(x, y):
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """exp of the mean KL(p(y|x) ‖ p(y)), over `splits` consecutive parts (Salimans et al. 2016, section 4).
+    """exp of the mean KL(p(y|x) ‖ p(y)), mean and deviation over `splits` parts (Salimans et al. 2016, section 4).
 
     Args:
-      logits: real [N,L], finite, of Inception for the score that goes by its name.
-      splits: from 1 to N.
-
-    Returns:
-      Mean and standard deviation over the parts, from 1 to L.
+      logits: real [N,L], finite; of Inception, for the score of that name. The mean is in [1, L].
+      splits: number of consecutive parts, from 1 to N.
 
     Raises:
       ValueError: for another shape or number of parts.
@@ -239,7 +204,7 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
     scores = []
     for part in np.array_split(log_p, splits):
         p = np.exp(part)
-        # Of a class that no image has, p and log of the mean both vanish: 0 · log 0 counts as 0.
+        # A class that no image has counts as 0: 0 · log 0.
         marginal = np.log(np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny))
         scores.append(np.exp(np.mean(np.sum(p * (part - marginal), axis=1))))
     return float(np.mean(scores)), float(np.std(scores))
@@ -248,15 +213,12 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-2).
 
-    Precision is the share of generated vectors that lie in a ball around some real vector which reaches to
-    its k-th nearest real neighbour; recall the same with the sets exchanged.
+    Precision, in [0, 1], is the fraction of generated vectors that lie in a ball around some real vector which reaches
+    to its k-th nearest real neighbour; recall the same with the sets exchanged.
 
     Args:
       real, generated: real [N,D] and [M,D], finite, N and M > k.
       k: at least 1.
-
-    Returns:
-      Precision and recall, each in [0, 1].
 
     Raises:
       ValueError: for other shapes, too few vectors, or k below 1.
@@ -266,19 +228,19 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tup
     real, generated = _checked_pair(real, generated, k + 1)
     blocks = 2 * sum(math.ceil(len(each) / _ROWS) for each in (real, generated))
     with progress_bar(blocks, "blocks of distances for precision and recall", delay=2) as advance:
-        return _share_covered(real, generated, k, advance), _share_covered(generated, real, k, advance)
+        return _fraction_covered(real, generated, k, advance), _fraction_covered(generated, real, k, advance)
 
 
-def _share_covered(centres, vectors, k, advance):
+def _fraction_covered(centres, vectors, k, advance):
     # Each vector is its own nearest: the k-th of the others is number k, counted from 0.
-    radii = np.concatenate(
-        [np.partition(block, k, axis=1)[:, k] for block in _squared_distances(centres, centres, advance)]
-    )
+    distances = _squared_distances(centres, centres, advance)
+    radii = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in distances])
     covered = [(block <= radii).any(axis=1) for block in _squared_distances(vectors, centres, advance)]
     return float(np.mean(np.concatenate(covered)))
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray, advance: Callable[[int], object]) -> Iterator[np.ndarray]:
+    """Blocks of rows, together [len(a), len(b)]."""
     norms = np.sum(b**2, axis=1)
     for start in range(0, len(a), _ROWS):
         rows = a[start : start + _ROWS]
@@ -305,22 +267,11 @@ def _checked_pair(features1, features2, min_count):
     return first, second
 
 
-def _warn_if_singular(count, dimensions):
-    if count <= dimensions:
-        warnings.warn(
-            f"{count} images are too few for a covariance of {dimensions} features, which is singular: a "
-            "distance from it is finite but much too large; use more images",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
 def _checked_gaussian(mean, cov, name):
     mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
     if mean.ndim != 1 or mean.size == 0 or cov.shape != (mean.size, mean.size):
-        raise ValueError(
-            f"mean{name} and cov{name} must have shapes [D] and [D,D], got {list(mean.shape)} and {list(cov.shape)}"
-        )
+        got = f"{list(mean.shape)} and {list(cov.shape)}"
+        raise ValueError(f"mean{name} and cov{name} must have shapes [D] and [D,D], got {got}")
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"mean{name} and cov{name} must be finite, got NaN or infinity")
     difference = np.abs(cov - cov.T).max()

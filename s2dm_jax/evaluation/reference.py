@@ -1,6 +1,6 @@
 """What samples are compared with: real images in the chosen features, or a file of statistics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +22,11 @@ from s2dm_jax.inference.sampler import map_batches
 
 
 class Reference(NamedTuple):
-    """Statistics, and perhaps features, of the images that samples are compared with.
+    """Statistics of the images that samples are compared with, and their features where a metric requires them.
 
     Attributes:
       mean, cov: float64 [D] and [D,D].
-      features: float32 [N,D], or None where no metric requires them.
+      features: float32 [N,D], or None.
       provenance: plain data.
     """
 
@@ -39,17 +39,7 @@ class Reference(NamedTuple):
 def image_batches(
     images: np.ndarray, features: Features, batch_size: int, rows: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """Features and logits of images, batch by batch.
-
-    Args:
-      images: uint8 [N,H,W,C], in memory or mapped from a file.
-      features: the feature function.
-      batch_size: images per batch.
-      rows: indices of the images, in order; by default all.
-
-    Yields:
-      float32 [B, D + L].
-    """
+    """Features and logits, float32 [B, D + L], of the images uint8 [N,H,W,C] at `rows`, by default all."""
     rows = np.arange(len(images)) if rows is None else rows
 
     def compute(indices):
@@ -61,30 +51,21 @@ def image_batches(
 
 def sha256_of_images(images: np.ndarray) -> str:
     """`hashing.sha256_of_arrays` of images that need not fit into memory."""
+
+    def chunks():
+        for start in range(0, len(images), 1000):
+            chunk = images[start : start + 1000]
+            yield chunk
+            advance(len(chunk))
+
     with progress_bar(len(images), "images hashed", shown=is_main_process(), delay=2) as advance:
-
-        def chunks():
-            for start in range(0, len(images), 1000):
-                yield images[start : start + 1000]
-                advance(len(images[start : start + 1000]))
-
         return sha256_of_arrays(chunks())
 
 
 def load_reference(
     config: ConfigDict, data: Dataset, features: Features, names: list[str], batch_size: int
 ) -> tuple[Reference, np.ndarray]:
-    """The reference of `config.eval.reference`, and real images outside it for the floor.
-
-    Args:
-      config: a checked config.
-      data: the dataset.
-      features: the feature function.
-      names: the metrics, of `evaluation_plan.METRICS`.
-      batch_size: images per batch.
-
-    Returns:
-      The reference, and the images uint8 [N,H,W,C].
+    """The reference of `config.eval.reference` for the metrics `names`, and other real images, uint8 [N,H,W,C].
 
     Raises:
       UserError: for a file that does not hold statistics of these features.
@@ -92,41 +73,32 @@ def load_reference(
     chosen = config.eval.reference
     if chosen == "auto":
         chosen = "train" if features.name == "inception" else "held_out"
-    if chosen not in ("train", "held_out"):
+    if chosen == "train":
+        images, split, floor_images = data.train, "training", data.held_out
+    elif chosen == "held_out":
+        images, split, floor_images = data.held_out, "held-out", data.train
+    else:
         return _reference_file(chosen, features), data.train
-    images, floor_images = (data.train, data.held_out) if chosen == "train" else (data.held_out, data.train)
-    split = "training" if chosen == "train" else "held-out"
     provenance = {"images": f"{len(images)} {split} images", "sha256": sha256_of_images(images)}
     batches = image_batches(images, features, batch_size)
     if any("reference_features" in METRICS[name].requires for name in names):
         vectors = np.concatenate([batch[:, : features.dimensions] for batch in batches])
         return Reference(*metrics.feature_statistics(vectors), vectors, provenance), floor_images
-
-    def statistics():
-        sums = metrics.init_sums(features.dimensions)
-        for batch in batches:
-            sums = metrics.update_sums(sums, batch[:, : features.dimensions])
-        return metrics.mean_and_cov(sums)
-
-    if features.name == "inception":
-        mean, cov = _cached(statistics, {**features.provenance, **provenance})
-    else:
-        mean, cov = statistics()
-    return Reference(mean, cov, None, provenance), floor_images
-
-
-def _cached(statistics: Callable, depends_on: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Inception's statistics of a dataset, which take minutes, through the cache."""
-    path = cache_dir() / "statistics" / f"{sha256_of_json(depends_on)}.npz"
-    if jax.process_count() == 1 and path.exists():
+    # Inception's statistics of a dataset take minutes.
+    cached = features.name == "inception"
+    path = cache_dir() / "statistics" / f"{sha256_of_json({**features.provenance, **provenance})}.npz"
+    if cached and jax.process_count() == 1 and path.exists():
         with np.load(path) as arrays:
-            return arrays["mu"], arrays["sigma"]
-    mean, cov = statistics()
-    if is_main_process():
+            return Reference(arrays["mu"], arrays["sigma"], None, provenance), floor_images
+    sums = metrics.init_sums(features.dimensions)
+    for batch in batches:
+        sums = metrics.update_sums(sums, batch[:, : features.dimensions])
+    mean, cov = metrics.mean_and_cov(sums)
+    if cached and is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             np.savez(temporary, mu=mean, sigma=cov)
-    return mean, cov
+    return Reference(mean, cov, None, provenance), floor_images
 
 
 def _reference_file(path: str, features: Features) -> Reference:

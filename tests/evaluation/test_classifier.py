@@ -39,10 +39,10 @@ def test_recognises_held_out_digits(params, digits):
 
 def test_training_in_chunks_changes_nothing(digits, monkeypatch):
     (images, labels), _ = digits
-    whole = train_classifier(images, labels, num_classes=10, steps=12)
+    in_one = train_classifier(images, labels, num_classes=10, steps=12)
     monkeypatch.setattr(classifier, "_STEPS_PER_CHUNK", 5)
     for name, value in train_classifier(images, labels, num_classes=10, steps=12).items():
-        np.testing.assert_array_equal(value, whole[name])
+        np.testing.assert_array_equal(value, in_one[name])
 
 
 def test_same_seed_same_parameters_and_another_seed_others(params, digits):

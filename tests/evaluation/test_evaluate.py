@@ -22,6 +22,7 @@ from s2dm_jax.evaluation.reference import image_batches, load_reference
 from s2dm_jax.inference.model import Model
 from s2dm_jax.inference.sampler import resolve_sampler
 from s2dm_jax.models.unet import UNet
+from s2dm_jax.samplers.timesteps import split_timestep_spec
 from s2dm_jax.workdir.results import results_cells
 
 NETWORK = UNet(8, 1, 1, 32, (1,), 1, ())
@@ -65,7 +66,7 @@ def config(function):
 
 @pytest.fixture
 def sampled(monkeypatch, data):
-    """Replaces the samplers by real images, those held out, and lists the calls and the images asked for."""
+    """Replaces the samplers by real images, those held out, and lists the calls with their numbers of images."""
     calls = []
 
     def configure(_, sampler, *, nfe, **options):
@@ -98,11 +99,11 @@ def test_a_set_is_at_zero_from_itself_through_the_whole_pipeline(config, data, s
 
 
 @pytest.mark.parametrize("count", [37, 48, 50])
-def test_exactly_the_images_asked_for_are_counted(config, data, sampled, tmp_path, count):
+def test_exactly_the_requested_images_are_counted(config, data, sampled, tmp_path, count):
     config.eval.update({"num_images": count, "nfe": (2,)})
     results = run(config, data, tmp_path)
     assert [row["num_images"] for row in results["rows"]] == [count] * 3
-    # Batches are filled up, and what is too much is dropped.
+    # Batches are filled up, and the surplus is dropped.
     assert sampled == [("ddim", 2, 16)] * -(-count // 16)
     expected = features_by_hand(data.held_out[:count]), features_by_hand(data.held_out)
     distance = frechet_distance(*feature_statistics(expected[0]), *feature_statistics(expected[1]))
@@ -159,13 +160,14 @@ def test_other_weights_seeds_and_options_are_measured_anew(config, data, sampled
 
 
 def test_the_scaling_of_the_output_acts_and_makes_a_row_of_its_own(config, data, tmp_path, monkeypatch):
-    """The sampler gets skip, tau and preset; a row measured with others is measured anew, under its name."""
+    """The sampler gets skip, tau and preset; a row measured with floor_images is measured anew, under its name."""
     scales = []
     configure = Model.sampler
 
-    def sampler(model, *arguments, **options):
-        scales.append(resolve_sampler(model.schedule, *arguments, **options)[1])
-        return configure(model, *arguments, **options)
+    def sampler(model, name, **options):
+        spec, own = split_timestep_spec(options)
+        scales.append(resolve_sampler(model.schedule, name, spec, **own)[1])
+        return configure(model, name, **options)
 
     monkeypatch.setattr(Model, "sampler", sampler)
     config.eval.update({"num_images": 16, "nfe": (2,)})
@@ -194,7 +196,7 @@ def test_the_scaling_of_the_output_acts_and_makes_a_row_of_its_own(config, data,
     assert plain is None
     for scale, options in zip(scaled, ((), (0.5,), (0.5, "released"), (0.99, "released")), strict=True):
         np.testing.assert_array_equal(scale, skip_scale(linear_schedule(20), 10, *options))
-    assert len(list((tmp_path / "evaluations" / "cells").glob("ddim*.json"))) == 5
+    assert len(list((tmp_path / "evaluations" / "points").glob("ddim*.json"))) == 5
 
 
 def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):
@@ -212,8 +214,8 @@ def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_pa
     rows = [json.loads(text)["rows"] for text in texts]
     for one, other in zip(rows[0], rows[2], strict=True):
         assert one["frechet_distance"] == pytest.approx(other["frechet_distance"], rel=1e-6)
-    kept = sorted(path.name for path in (tmp_path / "a" / "evaluations").glob("*.*"))
-    assert [name.split(".")[1] for name in kept] == ["json", "md"]
+    files = sorted(path.name for path in (tmp_path / "a" / "evaluations").glob("*.*"))
+    assert [name.split(".")[1] for name in files] == ["json", "md"]
     page = (tmp_path / "a" / "results.md").read_text()
     assert "| ddim" in page
     assert "- weights: EMA at step 7, sha256 " in page
@@ -273,7 +275,7 @@ def test_too_few_images_and_skipped_points_are_noted(config, data, sampled, tmp_
     assert all(np.isfinite(row["frechet_distance"]) for row in results["rows"])
 
 
-def test_reference_is_what_is_asked_for(config, data, tmp_path):
+def test_reference_is_the_configured_one(config, data, tmp_path):
     features = build_features(config, data)
     path = tmp_path / "statistics.npz"
     mean, cov = feature_statistics(features_by_hand(data.train))
@@ -282,8 +284,8 @@ def test_reference_is_what_is_asked_for(config, data, tmp_path):
     for name in ("auto", "held_out", "train", str(path)):
         config.eval.reference = name
         check_evaluation_files(config)
-        found[name], others = load_reference(config, data, features, ["fid"], 16)
-        assert len(others) == (100 if name == "train" else 200)
+        found[name], floor_images = load_reference(config, data, features, ["fid"], 16)
+        assert len(floor_images) == (100 if name == "train" else 200)
     assert found["auto"].provenance == found["held_out"].provenance
     np.testing.assert_allclose(found["train"].cov, cov, rtol=1e-4, atol=1e-8)
     np.testing.assert_array_equal(found[str(path)].cov, cov)
@@ -300,10 +302,10 @@ def test_reference_is_what_is_asked_for(config, data, tmp_path):
 
 def test_features_do_not_depend_on_the_batches(config, data):
     features = build_features(config, data)
-    whole = np.concatenate(list(image_batches(data.train, features, 200)))
+    together = np.concatenate(list(image_batches(data.train, features, 200)))
     parts = np.concatenate(list(image_batches(data.train, features, 7)))
-    np.testing.assert_allclose(whole, features_by_hand(data.train), rtol=1e-5)
-    np.testing.assert_allclose(whole, parts, rtol=1e-6)
+    np.testing.assert_allclose(together, features_by_hand(data.train), rtol=1e-5)
+    np.testing.assert_allclose(together, parts, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -376,9 +378,9 @@ def test_unavailable_features_are_reported_before_a_training(config, data, monke
 def test_inceptions_statistics_of_a_dataset_are_computed_once(config, data, tmp_path, monkeypatch):
     monkeypatch.setenv("S2DM_JAX_CACHE", str(tmp_path / "cache"))
     features = build_features(config, data)._replace(name="inception")
-    first, others = load_reference(config, data, features, ["fid"], 16)
+    first, floor_images = load_reference(config, data, features, ["fid"], 16)
     # With Inception the papers compare with the training images.
-    assert len(others) == len(data.held_out)
+    assert len(floor_images) == len(data.held_out)
     mean, cov = feature_statistics(features_by_hand(data.train))
     np.testing.assert_allclose(first.mean, mean, rtol=1e-5)
     np.testing.assert_allclose(first.cov, cov, rtol=1e-4, atol=1e-8)

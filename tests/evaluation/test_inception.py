@@ -46,8 +46,8 @@ def test_every_depth_equals_the_published_code(golden, params):
     outputs = {name: np.asarray(value) for name, value in jax.jit(inception.stages)(params, x).items()}
     outputs["logits_unbiased"] = outputs["2048"] @ params["fc.kernel"]
     for name, actual in outputs.items():
-        wanted = np.concatenate([expected[f"{case}/{name}"] for case in "abc"])
-        np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max(), err_msg=name)
+        published = np.concatenate([expected[f"{case}/{name}"] for case in "abc"])
+        np.testing.assert_allclose(actual, published, rtol=1e-3, atol=1e-3 * np.abs(published).max(), err_msg=name)
 
 
 def test_resize_reads_pixel_i_at_i_times_the_ratio():
@@ -109,14 +109,14 @@ def test_weights_are_fetched_checked_converted_once_and_kept(state_dict, params,
     assert fetched.keys() == params.keys()
     for name, value in params.items():
         np.testing.assert_array_equal(fetched[name], value, err_msg=name)
-    kept = list((cache / "inception").iterdir())
-    assert [file.name for file in kept] == [f"{digest}.npz"]
+    files = list((cache / "inception").iterdir())
+    assert [file.name for file in files] == [f"{digest}.npz"]
     # Neither the file nor the server is needed any more.
     path.unlink()
     again = inception_weights.inception_params("", digest)
     np.testing.assert_array_equal(again["fc.kernel"], params["fc.kernel"])
     # A damaged cache is not used.
-    kept[0].write_bytes(kept[0].read_bytes()[:-1000])
+    files[0].write_bytes(files[0].read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"cannot be fetched \(.*No such file"):
         inception_weights.inception_params(path.as_uri(), digest)
 
