@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not Path(args.source).exists():
         raise UserError(f"{args.source} does not exist; give the file of a checkpoint, or a folder")
     if os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
-        raise UserError(f"{args.out} is there already and would be overwritten; give another name, or remove it")
+        raise UserError(f"{args.out} already exists and would be overwritten; give another name, or remove it")
     args.to = args.to or format_of(args.source, args.out)
     return args
 

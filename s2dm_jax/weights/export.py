@@ -148,6 +148,7 @@ def _write(file: Path, programs: dict[str, jax_export.Exported], run: Run, confi
     if run.variance_head is not None:
         for group in ("variance_head", "sample", "eval"):
             config[group] = default_config()[group]
+        config.eval.nfe = tuple(nfe for nfe in config.eval.nfe if nfe <= config.diffusion.T) or (1,)
     weights = {name: np.asarray(value) for name, value in traverse_util.flatten_dict(run.ema_params, sep=".").items()}
     about = {
         "format": FORMAT,
