@@ -60,8 +60,8 @@ def export_programs(
     """
     spec, options = split_timestep_spec(options)
     timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
-    known = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
-    baked_in: dict[str, Any] = {"eta": own.pop("eta", None) or None, "scale": scale, "known": known}
+    inputs = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
+    baked_in: dict[str, Any] = {"eta": own.pop("eta", None) or None, "scale": scale, "known": inputs}
     program = SamplerConfig(network, schedule, sampler, tuple(sorted(own.items())))
 
     def nested(weights):
@@ -87,8 +87,8 @@ def export_programs(
         "network": (eps, images, jax.ShapeDtypeStruct((batch,), np.float32)),
     }
     return {
-        name: jax_export.export(jax.jit(function), platforms=platforms)(weights, *inputs)
-        for name, (function, *inputs) in programs.items()
+        name: jax_export.export(jax.jit(function), platforms=platforms)(weights, *arguments)
+        for name, (function, *arguments) in programs.items()
     }
 
 

@@ -24,7 +24,7 @@ _PREDICTS = {
 
 
 def card_of_run(run: Run, path: str) -> dict:
-    """The card of a run's folder or of an exported sampler, with its results; ValueError if a file is not ours."""
+    """The card of a run's folder or of an exported sampler, with its results; ValueError for a foreign one."""
     folder = Path(path)
     if folder.is_file():
         return parse_card(json.dumps(exported.read_header(path).get("card")))
@@ -49,7 +49,7 @@ def parse_card(text: str) -> dict:
             raise ValueError("its step or config is missing")
         return card
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its model card is not one of ours ({error!r})") from error
+        raise ValueError(f"its model card was not written by s2dm_jax ({error!r})") from error
 
 
 def make_card(run: Run, *, license: str = "", source: dict | None = None, metrics: dict | None = None) -> dict:

@@ -145,8 +145,8 @@ def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
     except (safetensors.SafetensorError, OSError, TypeError) as error:
         raise ValueError(f"it is damaged or no safetensors file ({error}); fetch it again") from error
     digest = metadata.pop(f"{METADATA_PREFIX}sha256", None)
-    ours = digest is not None or any(name.startswith(METADATA_PREFIX) for name in metadata)
-    if ours and digest != sha256_of_tensors(state, metadata):
+    written_here = digest is not None or any(name.startswith(METADATA_PREFIX) for name in metadata)
+    if written_here and digest != sha256_of_tensors(state, metadata):
         raise ValueError("its tensors or metadata are not those that it was written with; fetch it again")
     return state, metadata.get(f"{METADATA_PREFIX}card")
 
@@ -202,7 +202,7 @@ def _described(path: Path, read: Callable[[dict], Any]) -> Any:
     try:
         return read(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name} does not describe a network or schedule of ours: {error}") from error
+        raise ValueError(f"{path.name} does not describe a network or schedule of s2dm_jax: {error}") from error
 
 
 def _load_torch(path: Path) -> tuple[dict, dict | None, int, str, bool]:
