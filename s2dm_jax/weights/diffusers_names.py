@@ -1,7 +1,7 @@
 """The names and configs of diffusers' `UNet2DModel` and `DDIMScheduler`, to and from the DDIM code's.
 
-The same network goes by both: only names differ, and attention's 1×1 convolutions are matrices there. Written
-against diffusers 0.42; the names of its versions before 0.14, which Google's checkpoints have, are read too.
+Only names differ, and attention's 1×1 convolutions are matrices there. Written against diffusers 0.42; the names
+before 0.14, which Google's checkpoints have, are read too.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from s2dm_jax.diffusion.schedule import SCHEDULES
 from s2dm_jax.models.layers import NORM_EPS
 from s2dm_jax.models.network import NORM_GROUPS
 from s2dm_jax.models.unet import UNet
@@ -17,7 +18,8 @@ from s2dm_jax.weights import torch_names
 
 VERSION = "0.42.0"
 
-# What our network is, field by field, and what diffusers takes where a config does not say.
+_SIZES = ("sample_size", "in_channels", "out_channels", "layers_per_block")
+# Field by field: DDIM's network, and diffusers' default.
 _NEEDED = {
     "act_fn": ("silu", "silu"),
     "add_attention": (True, True),
@@ -39,11 +41,10 @@ _NEEDED = {
     "upsample_type": ("conv", "conv"),
 }
 
-_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
-
 _IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-
 _IN_BLOCK = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"}
+# Before diffusers 0.14.
+_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 # The schedules that both sides compute alike; others go as a list of betas.
@@ -69,17 +70,7 @@ def unet_config(network: UNet) -> dict:
 
 
 def scheduler_config(schedule: str, T: int, prediction: str = "epsilon") -> dict:
-    """The scheduler_config.json of the `DDIMScheduler` that takes our DDIM's steps.
-
-    Its levels are our uniform grid wherever the number of steps divides T.
-
-    Args:
-      schedule: one of `schedule.SCHEDULES`.
-      T: number of noise levels.
-      prediction: what the network predicts, one of `parameterization.PREDICTIONS`.
-    """
-    from s2dm_jax.diffusion.schedule import SCHEDULES
-
+    """The scheduler_config.json of the `DDIMScheduler` that takes our DDIM's steps, where their number divides T."""
     beta = SCHEDULES[schedule](T).beta
     return {
         "_class_name": "DDIMScheduler",
@@ -100,59 +91,46 @@ def scheduler_config(schedule: str, T: int, prediction: str = "epsilon") -> dict
 
 
 def read_unet_config(config: Mapping) -> UNet:
-    """The network that a `UNet2DModel`'s config.json describes.
-
-    Raises:
-      ValueError: naming the first field that makes it another network than DDIM's.
-    """
+    """The network of a `UNet2DModel`'s config.json; ValueError naming the first field that DDIM's network has not."""
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"it is a {config.get('_class_name')}, where a UNet2DModel is needed")
+    widths, down = config.get("block_out_channels", ()), config.get("down_block_types") or ()
     for name, (needed, default) in _NEEDED.items():
         value = config.get(name, default)
         # One head as wide as its input also goes by its width.
-        widths = config.get("block_out_channels", ())
-        if name == "attention_head_dim" and all(value == width for width in widths):
-            continue
-        if value != needed:
+        one_head = name == "attention_head_dim" and all(value == width for width in widths)
+        if value != needed and not one_head:
             raise ValueError(f"its {name} is {value!r}, where DDIM's network has {needed!r}")
-    widths, down = config.get("block_out_channels"), config.get("down_block_types")
     attention = {"DownBlock2D": False, "AttnDownBlock2D": True}
-    mirrored = [name.replace("Down", "Up") for name in reversed(down or ())]
+    mirrored = [name.replace("Down", "Up") for name in reversed(down)]
     if not down or not set(down) <= set(attention) or list(config.get("up_block_types", ())) != mirrored:
         raise ValueError(
             f"its blocks are {down} and {config.get('up_block_types')}, where DDIM's network has DownBlock2D "
             "and AttnDownBlock2D, and the same backwards on the way up"
         )
-    sizes: dict[str, Any] = {
-        name: config.get(name) for name in ("sample_size", "in_channels", "out_channels", "layers_per_block")
-    }
-    wrong = [name for name, value in sizes.items() if type(value) is not int or value < 1]
-    if wrong:
-        raise ValueError(f"its {wrong[0]} is {sizes[wrong[0]]!r}, where a number is needed")
+    sizes: dict[str, Any] = {name: config.get(name) for name in _SIZES}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"its {name} is {value!r}, where a number is needed")
+    resolution, in_channels, out_channels, num_res_blocks = sizes.values()
     if not widths or len(widths) != len(down) or any(type(w) is not int or w % widths[0] for w in widths):
         raise ValueError(f"its block_out_channels are {widths}, where one multiple of the first a block is needed")
-    if sizes["sample_size"] % (1 << (len(down) - 1)):
-        raise ValueError(f"its sample_size {sizes['sample_size']} cannot be halved {len(down) - 1} times")
+    if resolution % (1 << (len(down) - 1)):
+        raise ValueError(f"its sample_size {resolution} cannot be halved {len(down) - 1} times")
     return UNet(
-        resolution=sizes["sample_size"],
-        in_channels=sizes["in_channels"],
-        out_channels=sizes["out_channels"],
+        resolution=resolution,
+        in_channels=in_channels,
+        out_channels=out_channels,
         ch=widths[0],
         ch_mult=tuple(width // widths[0] for width in widths),
-        num_res_blocks=sizes["layers_per_block"],
-        attn_resolutions=tuple(sizes["sample_size"] >> i for i, name in enumerate(down) if attention[name]),
+        num_res_blocks=num_res_blocks,
+        attn_resolutions=tuple(resolution >> i for i, name in enumerate(down) if attention[name]),
         dropout=float(config.get("dropout", 0.0)),
     )
 
 
 def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
-    """Our schedule's name, T and what the network predicts, from a scheduler_config.json of diffusers.
-
-    Raises:
-      ValueError: for an unknown prediction_type, or betas that are none of our schedules.
-    """
-    from s2dm_jax.diffusion.schedule import SCHEDULES
-
+    """Schedule, T and prediction type, in our names, from a scheduler_config.json; ValueError where we have none."""
     prediction_type = config.get("prediction_type", "epsilon")
     predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
     if prediction_type not in predictions:
@@ -160,29 +138,24 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
     T = config.get("num_train_timesteps", 1000)
     if type(T) is not int or T < 2:
         raise ValueError(f"its num_train_timesteps is {T!r}, where a number from 2 up is needed")
-    betas = config.get("trained_betas")
-    named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(config.get("beta_schedule", "linear"))
-    for name in SCHEDULES:
-        beta = SCHEDULES[name](T).beta
+    betas, beta_schedule = config.get("trained_betas"), config.get("beta_schedule", "linear")
+    named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(beta_schedule)
+    ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+    for name, make_schedule in SCHEDULES.items():
+        beta = make_schedule(T).beta
         if betas is not None:
             found = np.shape(betas) == beta.shape and np.allclose(betas, beta, rtol=1e-5, atol=0)
         else:
-            ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
             # The cosine's betas do not depend on the two ends that its config still states.
             found = name == named and (name == "cosine" or np.allclose(ends, beta[[0, -1]], rtol=1e-5, atol=0))
         if found:
             return name, T, predictions[prediction_type]
-    described = "trained_betas" if betas is not None else config.get("beta_schedule", "linear")
+    described = beta_schedule if betas is None else "trained_betas"
     raise ValueError(f"its betas ({described}) are none of our schedules {', '.join(SCHEDULES)}")
 
 
 def to_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> dict[str, np.ndarray]:
-    """A published state_dict under the names and in the layouts of `UNet2DModel`.
-
-    Args:
-      state: torch name → array, as from `torch_names.to_torch`.
-      network: what it belongs to.
-    """
+    """A published state_dict of the network under the names and in the layouts of `UNet2DModel`."""
     if not network.resamp_with_conv:
         state = {**state, **_stand_ins(network)}
     return {
@@ -192,17 +165,10 @@ def to_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> dict[str, np
 
 
 def from_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> tuple[dict[str, np.ndarray], UNet]:
-    """The published names and layouts of a `UNet2DModel`'s tensors, the inverse of `to_diffusers`.
+    """The published state_dict of a `UNet2DModel`'s tensors, and its network: the inverse of `to_diffusers`.
 
-    Args:
-      state: name → array, of any version of diffusers.
-      network: from `read_unet_config`.
-
-    Returns:
-      The state_dict, and the network: without convolutions in its resampling, where `to_diffusers` put them.
-
-    Raises:
-      ValueError: naming the first tensor that is missing, not known, or of another shape.
+    The network, from `read_unet_config`, loses the convolutions in its resampling where `to_diffusers` put them. A
+    ValueError names the first tensor that is missing, unknown, or of another shape.
     """
     state, published = dict(state), {}
     for name, shape in torch_names.torch_shapes(network).items():
@@ -210,8 +176,7 @@ def from_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> tuple[dict
         for new_part, old_part in _OLD_NAMES.items():
             old = old.replace(new_part, old_part)
         expected = shape[:2] if _is_attention_matrix(name) else shape
-        value = state.pop(theirs, None)
-        value = state.pop(old, None) if value is None else value
+        value = state.pop(theirs if theirs in state else old, None)
         if value is None:
             raise ValueError(f"it lacks the tensor {theirs} of shape {expected}")
         if value.shape not in (expected, shape):
@@ -238,7 +203,7 @@ def _their_name(name: str, network: UNet) -> str:
         case ["mid", block, part, leaf]:
             return f"mid_block.resnets.{int(block[-1]) - 1}.{_IN_BLOCK.get(part, part)}.{leaf}"
         case ["down" | "up" as way, level, kind, *rest]:
-            # diffusers counts the levels on the way up from the lowest resolution.
+            # On the way up diffusers counts from the lowest resolution.
             index = int(level) if way == "down" else len(network.ch_mult) - 1 - int(level)
             path = f"{way}_blocks.{index}"
             if kind.endswith("sample"):
@@ -255,22 +220,18 @@ def _is_attention_matrix(name: str) -> bool:
 
 
 def _stand_ins(network: UNet) -> dict[str, np.ndarray]:
-    """Convolutions that change nothing, for diffusers' blocks, which always have them: up the identity, down
-    the mean of 2×2 pixels.
-    """
+    """Convolutions for diffusers' blocks, which need them, that resample like none: up the identity, down the mean."""
     convolutions: dict[str, np.ndarray] = {}
-    last = len(network.ch_mult) - 1
-    for level, mult in enumerate(network.ch_mult):
-        width = network.ch * mult
+
+    def add(path, width, taps, value):
         channel = np.arange(width)
-        paths = []
-        if level != last:
-            paths.append((f"down.{level}.downsample.conv", slice(0, 2), 0.25))
-        if level != 0:
-            paths.append((f"up.{level}.upsample.conv", slice(1, 2), 1.0))
-        for path, taps, value in paths:
-            weight = np.zeros((width, width, 3, 3), np.float32)
-            weight[channel, channel, taps, taps] = value
-            convolutions[f"{path}.weight"] = weight
-            convolutions[f"{path}.bias"] = np.zeros(width, np.float32)
+        weight = np.zeros((width, width, 3, 3), np.float32)  # OIHW
+        weight[channel, channel, taps, taps] = value
+        convolutions.update({f"{path}.weight": weight, f"{path}.bias": np.zeros(width, np.float32)})
+
+    for level, mult in enumerate(network.ch_mult):
+        if level < len(network.ch_mult) - 1:
+            add(f"down.{level}.downsample.conv", network.ch * mult, slice(0, 2), 0.25)
+        if level > 0:
+            add(f"up.{level}.upsample.conv", network.ch * mult, slice(1, 2), 1.0)
     return convolutions

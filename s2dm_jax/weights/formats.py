@@ -9,16 +9,7 @@ FORMATS = ("workdir", "ddim", "sa_dpm", "pndm", "safetensors", "diffusers")
 
 
 def format_of(source: str, out: str) -> str:
-    """The entry of FORMATS that the name of the output file or folder `out` stands for.
-
-    Args:
-      source: what is converted; a run goes to diffusers by default, everything else to a run.
-      out: a file's suffix decides: .safetensors; .pth, .pt and .ckpt, with a stem that ends in _ema for
-        SA-DPM.
-
-    Raises:
-      UserError: for an .npz, which only --mode=export writes.
-    """
+    """The entry of FORMATS that the name of the output `out` stands for; a folder's depends on what `source` is."""
     path = Path(out)
     if path.suffix == ".safetensors":
         return "safetensors"

@@ -14,8 +14,8 @@ from s2dm_jax.workdir.load import Run
 from s2dm_jax.workdir.results import results_table
 
 CARD = "model_card.json"
+NOT_STATED = "not stated"
 
-_UNKNOWN = "not stated"
 _PREDICTS = {
     "epsilon": "the noise ε in x_t",
     "v": "v = √alpha_bar·ε − √(1−alpha_bar)·x_0",
@@ -24,36 +24,24 @@ _PREDICTS = {
 
 
 def card_of_run(run: Run, path: str) -> dict:
-    """The card of a run's folder or of an exported sampler, with its results and where it comes from.
-
-    Raises:
-      ValueError: for a card or results that are not ours.
-    """
+    """The card of a run's folder or of an exported sampler, with its results; ValueError for a foreign one."""
     folder = Path(path)
     if folder.is_file():
         return parse_card(json.dumps(exported.read_header(path).get("card")))
     card = parse_card((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
-    results = None
-    if (folder / "results.json").is_file():
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    made = make_card(
-        run,
-        license=card.get("license", ""),
-        source=card.get("source"),
-        # Results of another step than that of the weights are none of theirs.
-        metrics=results if results and results["step"] == run.step else None,
-    )
-    if card and not made["metrics"] and card["weights"]["sha256"] == made["weights"]["sha256"]:
+    results = folder / "results.json"
+    metrics = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    if metrics and metrics["step"] != run.step:
+        # They are of other weights.
+        metrics = None
+    made = make_card(run, license=card.get("license", ""), source=card.get("source"), metrics=metrics)
+    if card and not metrics and card["weights"]["sha256"] == made["weights"]["sha256"]:
         made["metrics"] = card["metrics"]
     return parse_card(json.dumps(made))
 
 
 def parse_card(text: str) -> dict:
-    """A card from its JSON text, once sure that it can be shown.
-
-    Raises:
-      ValueError: if it is no card of ours.
-    """
+    """A card from its JSON text; ValueError for one that `make_card` did not make."""
     try:
         card = json.loads(text)
         card_to_markdown(card)
@@ -61,22 +49,16 @@ def parse_card(text: str) -> dict:
             raise ValueError("its step or config is missing")
         return card
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its model card is not one of ours ({error!r})") from error
+        raise ValueError(f"its model card was not written by s2dm_jax ({error!r})") from error
 
 
 def make_card(run: Run, *, license: str = "", source: dict | None = None, metrics: dict | None = None) -> dict:
-    """The card of a network as plain data.
+    """The card of a network as plain data for JSON; data and training are stated only of weights trained here.
 
     Args:
-      run: the network, its weights and config.
-      license: under which the weights are given away.
-      source: where weights come from that were not trained here from the start: "file", "format", "sha256",
-        "steps_there", and "first_step", the step that training here begins with.
+      source: for weights that were not trained here from the start: "file", "format", "sha256", "steps_there", and
+        "first_step", the step at which training here begins.
       metrics: results of an evaluation of these weights (`evaluate.evaluate`).
-
-    Returns:
-      What JSON can hold. Of weights that come from elsewhere and were not trained here, data and training are
-      not known, and said so.
     """
     steps = run.step - (source["first_step"] if source else 0)
     trained = steps > 0
@@ -91,16 +73,16 @@ def make_card(run: Run, *, license: str = "", source: dict | None = None, metric
         },
         "predicts": _PREDICTS[config.model.prediction],
         "weights": {
-            "kind": "moving average" if trained else _UNKNOWN,
+            "kind": "EMA" if trained else NOT_STATED,
             "sha256": sha256_of_arrays(jax.tree.leaves(run.ema_params)),
         },
         "schedule": config.diffusion.to_dict(),
-        "data": config.data.name if trained else _UNKNOWN,
-        "training": {**config.train.to_dict(), "steps": steps} if trained else _UNKNOWN,
-        "objective": config.loss.to_dict() if trained else _UNKNOWN,
+        "data": config.data.name if trained else NOT_STATED,
+        "training": {**config.train.to_dict(), "steps": steps} if trained else NOT_STATED,
+        "objective": config.loss.to_dict() if trained else NOT_STATED,
         "source": source,
         "metrics": metrics,
-        "license": license or _UNKNOWN,
+        "license": license or NOT_STATED,
         "made_with": {"s2dm_jax": __version__, "jax": jax.__version__},
         "date": datetime.date.today().isoformat(),
         "config": json.loads(config.to_json()),
@@ -108,12 +90,7 @@ def make_card(run: Run, *, license: str = "", source: dict | None = None, metric
 
 
 def card_to_markdown(card: dict, front_matter: dict[str, str] | None = None) -> str:
-    """The card for people.
-
-    Args:
-      card: from `make_card`.
-      front_matter: what model hubs read at the top of a card.
-    """
+    """The card as Markdown, below the `front_matter` that model hubs read."""
     lines = ["---", *(f"{name}: {value}" for name, value in front_matter.items()), "---", ""] if front_matter else []
     network, schedule = card["network"], card["schedule"]
     facts = {
@@ -145,9 +122,9 @@ def card_paths(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.name}.md"), path.with_name(f"{path.name}.json")
 
 
-def write_card(card: dict, markdown: Path, numbers: Path) -> None:
-    """Writes a card for people and for programs."""
-    markdown.write_text(card_to_markdown(card), encoding="utf-8")
+def write_card(card: dict, markdown: Path, numbers: Path, *, front_matter: dict[str, str] | None = None) -> None:
+    """Writes a card as Markdown and as JSON."""
+    markdown.write_text(card_to_markdown(card, front_matter), encoding="utf-8")
     numbers.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
@@ -158,5 +135,4 @@ def _list(facts: dict[str, str]) -> list[str]:
 def _sentence(value: object) -> str:
     if not isinstance(value, dict):
         return str(value)
-    known = {name: _sentence(v) if isinstance(v, dict) else v for name, v in value.items() if v is not None}
-    return ", ".join(f"{name} {v}" for name, v in known.items())
+    return ", ".join(f"{name} {_sentence(inner)}" for name, inner in value.items() if inner is not None)

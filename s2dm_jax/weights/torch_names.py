@@ -1,6 +1,6 @@
-"""Weights in and out: the published PyTorch names and layouts to ours and back, the network from the shapes.
+"""Weights between the published PyTorch names and layouts and ours; the network from its tensors' shapes.
 
-Paths are the same in both; only the last part's name and the layout differ, as `_leaf_to_torch` says.
+Paths are the same on both sides; only the last part's name and the layout differ (`_leaf_to_torch`).
 """
 
 import re
@@ -14,84 +14,54 @@ from s2dm_jax.models.unet import UNet
 
 # Convolutions with a 1×1 kernel in the published code, matrix products here.
 _POINTWISE = ("q", "k", "v", "proj_out", "nin_shortcut")
+# In the order of the published state_dict.
+_MODULES = ("temb", "conv_in", "down", "mid", "up", "norm_out", "conv_out")
 
 
 def as_unet(network: Network) -> UNet:
-    """The network, once sure that its weights have published names.
-
-    Raises:
-      ValueError: for another network than DDIM's UNet.
-    """
+    """The network as DDIM's UNet; ValueError for any other, whose weights have no published names."""
     if not isinstance(network, UNet):
         raise ValueError(f"weights of a {type(network).__name__} have no published names; only UNet's have")
     return network
 
 
 def to_torch(params: dict) -> dict[str, np.ndarray]:
-    """Parameters under the published DDIM/SA-DPM/PNDM state_dict's names and in its layouts.
-
-    Args:
-      params: nested dict as from `Network.init`.
-
-    Returns:
-      Flat dict of arrays: convolutions OIHW, matrices [out, in].
-    """
+    """Parameters as the published state_dict, in its order: convolutions OIHW, matrices [out, in], all contiguous."""
     flat = traverse_util.flatten_dict(params, sep=".")
-    return dict(_leaf_to_torch(name, np.asarray(value)) for name, value in flat.items())
+    state = dict(_leaf_to_torch(name, np.asarray(value)) for name, value in flat.items())
+    names = sorted(state, key=lambda name: _MODULES.index(name.split(".")[0]))
+    return {name: np.ascontiguousarray(state[name]) for name in names}
 
 
 def torch_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the published state_dict of a network, and its shape."""
-    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
-    # Broadcasting takes no memory.
-    leaves = ((name, np.broadcast_to(np.float32(0), leaf.shape)) for name, leaf in shapes.items())
-    return {name: value.shape for name, value in (_leaf_to_torch(*leaf) for leaf in leaves)}
+    """The shape of every tensor of a network's published state_dict."""
+    return dict(_torch_leaves(network).values())
 
 
 def from_torch(state: Mapping[str, np.ndarray], network: Network) -> dict:
-    """Parameters from a published state_dict (`reference.md` 1.3), the inverse of `to_torch`.
+    """Parameters, nested and in float32, from a published state_dict: the inverse of `to_torch`.
 
-    Args:
-      state: torch name → array; no `module.` prefix.
-      network: what the parameters belong to.
-
-    Returns:
-      Nested dict of float32 numpy arrays.
-
-    Raises:
-      ValueError: naming the first tensor that is missing, not known, or of another shape.
+    A ValueError names the first tensor that is missing, unknown, or of another shape.
     """
-    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
-    flat, known = {}, set()
-    for name, leaf in shapes.items():
-        torch_name, expected = _leaf_to_torch(name, np.broadcast_to(np.float32(0), leaf.shape))
-        known.add(torch_name)
-        if torch_name not in state:
-            raise ValueError(f"the checkpoint lacks the tensor {torch_name} of shape {expected.shape}")
-        value = np.asarray(state[torch_name], np.float32)
-        if value.shape != expected.shape:
-            raise ValueError(f"{torch_name} has shape {value.shape}, but the network needs {expected.shape}")
+    flat, rest = {}, dict(state)
+    for name, (torch_name, shape) in _torch_leaves(network).items():
+        if torch_name not in rest:
+            raise ValueError(f"the checkpoint lacks the tensor {torch_name} of shape {shape}")
+        value = np.asarray(rest.pop(torch_name), np.float32)
+        if value.shape != shape:
+            raise ValueError(f"{torch_name} has shape {value.shape}, but the network needs {shape}")
         flat[name] = _leaf_from_torch(name, value)
-    unknown = sorted(set(state) - known)
-    if unknown:
-        raise ValueError(
-            f"the network has no place for the checkpoint's tensor {unknown[0]} of shape {np.shape(state[unknown[0]])}"
-        )
+    if rest:
+        name = min(rest)
+        raise ValueError(f"the network has no place for the checkpoint's tensor {name} of shape {np.shape(rest[name])}")
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
 def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None = None) -> UNet:
-    """The network that a published state_dict belongs to, from its names and shapes (`reference.md` 1.3).
+    """The network of a published state_dict, from its names and shapes; dropout, which they leave open, is 0.
 
-    They tell everything but dropout, which stays 0, and the size of the images. In every published config 128
-    channels of RGB images get attention at 16 pixels: of such a network the size is known.
-
-    Args:
-      shapes: torch name → shape.
-      resolution: of the images, where it is known.
-
-    Raises:
-      ValueError: if this is another architecture, or the resolution cannot be told.
+    The resolution of the images is known where 128 channels of RGB images get attention at one resolution: in every
+    published config that is 16 pixels. Other networks need `resolution`, or raise a ValueError as other architectures.
     """
     if "time_embed.0.weight" in shapes or "input_blocks.0.0.weight" in shapes:
         raise ValueError("these are weights of an improved-diffusion UNet, another network than DDIM's")
@@ -107,18 +77,16 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
     def numbers(pattern):
         return sorted({int(match[1]) for name in shapes if (match := re.match(pattern, name))})
 
-    ch = channels("conv_in.weight")
+    ch, in_channels = channels("conv_in.weight"), channels("conv_in.weight", 1)
     levels = numbers(r"down\.(\d+)\.")
     widths = [channels(f"down.{i}.block.0.conv1.weight") for i in range(len(levels))]
-    blocks = numbers(r"down\.0\.block\.(\d+)\.")
-    odd = [width for width in widths if width % ch]
-    if not levels or odd or levels != list(range(len(levels))):
+    if not levels or levels != list(range(len(levels))) or any(width % ch for width in widths):
         raise ValueError(
-            f"these are no weights of DDIM's UNet: levels {levels} of {widths} channels after {ch} at first"
+            f"these are no weights of DDIM's UNet: resolution levels {levels} of {widths} channels after {ch} at first"
         )
     attention = numbers(r"down\.(\d+)\.attn\.")
     if resolution is None:
-        if len(attention) != 1 or ch != 128 or channels("conv_in.weight", 1) != 3:
+        if len(attention) != 1 or ch != 128 or in_channels != 3:
             raise ValueError(
                 "the shapes do not tell the images' resolution, since it is none of the published networks; "
                 "give it as --resolution"
@@ -128,35 +96,40 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
         raise ValueError(f"images of {resolution} pixels cannot be halved {levels[-1]} times, as this network does")
     return UNet(
         resolution=resolution,
-        in_channels=channels("conv_in.weight", 1),
+        in_channels=in_channels,
         out_channels=channels("conv_out.weight"),
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=len(blocks),
+        num_res_blocks=len(numbers(r"down\.0\.block\.(\d+)\.")),
         attn_resolutions=tuple(resolution >> i for i in attention),
         resamp_with_conv=len(levels) == 1 or "down.0.downsample.conv.weight" in shapes,
     )
 
 
+def _torch_leaves(network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The published name and shape of each of the network's parameters."""
+    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
+    # Broadcasting takes no memory.
+    leaves = {name: _leaf_to_torch(name, np.broadcast_to(np.float32(0), leaf.shape)) for name, leaf in shapes.items()}
+    return {name: (torch_name, value.shape) for name, (torch_name, value) in leaves.items()}
+
+
 def _leaf_to_torch(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    module, leaf = name.rsplit(".", 1)
+    module, _, leaf = name.rpartition(".")
     if leaf == "bias":
         return name, value
-    if leaf == "kernel":
-        if value.ndim == 4:
-            value = value.transpose(3, 2, 0, 1)
-        elif module.rsplit(".", 1)[-1] in _POINTWISE:
-            value = value.T[:, :, None, None]
-        else:
-            value = value.T
+    if leaf == "kernel" and value.ndim == 4:
+        value = value.transpose(3, 2, 0, 1)  # HWIO → OIHW
+    elif leaf == "kernel":
+        value = value.T  # [in, out] → [out, in]
+        if module.split(".")[-1] in _POINTWISE:
+            value = value[:, :, None, None]
     return f"{module}.weight", value
 
 
 def _leaf_from_torch(name: str, value: np.ndarray) -> np.ndarray:
     if not name.endswith(".kernel"):
         return value
-    if value.ndim == 2:
-        return value.T
-    if name.split(".")[-2] in _POINTWISE:
-        return value[:, :, 0, 0].T
-    return value.transpose(2, 3, 1, 0)
+    if value.ndim == 4 and name.split(".")[-2] in _POINTWISE:
+        value = value[:, :, 0, 0]
+    return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)  # OIHW → HWIO

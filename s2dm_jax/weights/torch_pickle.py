@@ -1,7 +1,7 @@
-"""PyTorch's checkpoint files without PyTorch: only tensors and plain data come in, no code of a file runs.
+"""PyTorch's checkpoint files without PyTorch: only tensors and plain data are read, no code of a file runs.
 
-`torch.load(weights_only=True)` is as safe, but needs PyTorch, refuses SA-DPM's `ckpt_*.pth` for its argparse
-namespace, and does not look at the checksums in a file: flipped bits become wrong weights in silence.
+`torch.load(weights_only=True)` is as safe, but needs PyTorch, refuses SA-DPM's `ckpt_*.pth` for its argparse namespace,
+and ignores the checksums in a file: flipped bits become wrong weights in silence.
 """
 
 import collections
@@ -38,14 +38,11 @@ _DTYPES = {
 }
 
 _NOTE = "s2dm_jax.json"
-
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
-_LEGACY_PROTOCOL = 1001
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
 class Storage(NamedTuple):
-    """A file's piece of memory, not yet read: its key, type and number of elements."""
+    """A file's block of memory, not yet read: its key, type and number of elements."""
 
     key: str
     dtype: np.dtype
@@ -62,7 +59,7 @@ class Tensor(NamedTuple):
 
 
 class _Ignored:
-    """Stands for an object that a training loop saved beside its tensors, with nothing of it kept."""
+    """Stands for an object that a training loop saved beside its tensors, without its contents."""
 
     def __new__(cls, *_):
         return super().__new__(cls)
@@ -96,7 +93,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles plain data; tensors come as `Tensor`, everything else is refused."""
+    """Unpickles plain data and tensors, as `Tensor`; refuses everything else."""
 
     def find_class(self, module, name):
         if (module, name) not in _ALLOWED:
@@ -122,28 +119,19 @@ def _unpickle(stream: BinaryIO, size: int) -> Any:
 
 @contextlib.contextmanager
 def open_torch(path: str | os.PathLike) -> Iterator[tuple[object, Callable[[Tensor], np.ndarray], bool]]:
-    """Opens what `torch.save` wrote, the zip files of torch 1.6 and later and the streams before.
+    """Opens what `torch.save` wrote: the zip files of torch 1.6 and later, or the streams before.
 
-    Yields:
-      The contents with a `Tensor` in the place of each tensor; a function that reads one as an array of its
-      own type; and whether the file's own checksums cover what is read, which the old streams do not have.
-
-    Raises:
-      UserError: for a file that is no such file, is damaged, or names an object that is neither a tensor nor
-        plain data. None of its code is run.
+    Yields the contents with a `Tensor` in the place of each tensor; a function that reads one as an array of its own
+    type; and whether the file has checksums of what is read, which streams do not. Runs no code of the file: an object
+    that is neither a tensor nor plain data is a UserError, as is a damaged or another kind of file.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             is_zip = file.read(4) == b"PK\3\4"
             file.seek(0)
-            if is_zip:
-                with zipfile.ZipFile(file) as archive:
-                    contents, read = _open_zip(archive, size)
-                    yield contents, functools.partial(_array, read), True
-            else:
-                contents, read = _open_stream(file, size)
-                yield contents, functools.partial(_array, read), False
+            contents, read = _open_zip(zipfile.ZipFile(file), size) if is_zip else _open_stream(file, size)
+            yield contents, functools.partial(_array, read), is_zip
     except _Refused as error:
         raise UserError(
             f"{path} is refused: it holds the Python object {error}, which could run code when loaded; only "
@@ -158,11 +146,11 @@ def open_torch(path: str | os.PathLike) -> Iterator[tuple[object, Callable[[Tens
 
 
 def _open_zip(archive, size):
-    names = [info.filename for info in archive.infolist()]
+    names = archive.namelist()
     if sum(info.file_size for info in archive.infolist()) > size:
         raise ValueError("its parts claim to be larger than the file")
     for info in archive.infolist():
-        # Compares the name with that in front of the part: with a damaged one it would seem to be away.
+        # Compares the name with that in front of the part: with a damaged one the part would seem to be missing.
         archive.open(info).close()
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -170,7 +158,7 @@ def _open_zip(archive, size):
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("its byte order is not little-endian")
-    # Reading a part whole checks its CRC-32, before anything is made of it.
+    # Reading all of a part checks its CRC-32.
     data = archive.read(pickles[0])
     contents = _unpickle(io.BytesIO(data), len(data))
     return contents, lambda storage: archive.read(f"{root}data/{storage.key}")
@@ -181,8 +169,7 @@ def _open_stream(file, size):
         raise ValueError("it does not begin as torch.save begins")
     if _unpickle(file, size).get("little_endian") is not True:
         raise ValueError("its byte order is not little-endian")
-    contents = _unpickle(file, size)
-    keys = _unpickle(file, size)
+    contents, keys = _unpickle(file, size), _unpickle(file, size)
     storages = {storage.key: storage for storage in _storages(contents)}
     if sorted(storages) != sorted(keys):
         raise ValueError("its list of storages is not that of its tensors")
@@ -205,35 +192,27 @@ def _open_stream(file, size):
 def _storages(contents: object) -> Iterator[Storage]:
     if isinstance(contents, Tensor):
         yield contents.storage
-    elif isinstance(contents, dict):
-        for value in contents.values():
-            yield from _storages(value)
-    elif isinstance(contents, list | tuple):
-        for value in contents:
+    elif isinstance(contents, dict | list | tuple):
+        for value in contents.values() if isinstance(contents, dict) else contents:
             yield from _storages(value)
 
 
 def _array(read: Callable[[Storage], bytes], tensor: Tensor) -> np.ndarray:
     (key, dtype, count), offset, shape, strides = tensor
-    whole = np.frombuffer(read(tensor.storage), dtype)
+    values = np.frombuffer(read(tensor.storage), dtype)
     numbers = (offset, *shape, *strides)
-    right = len(whole) == count and len(shape) == len(strides) and all(type(n) is int for n in numbers)
-    right = right and min(numbers) >= 0 and math.prod(shape) <= count - offset
+    fits = len(values) == count and len(shape) == len(strides) and all(type(n) is int for n in numbers)
+    fits = fits and min(numbers) >= 0 and math.prod(shape) <= count - offset
     if math.prod(shape):
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=False))
-        right = right and last < count
-    if not right:
+        fits = fits and last < count
+    if not fits:
         raise ValueError(f"a tensor of shape {shape} does not fit into its storage {key} of {count} numbers")
-    in_bytes = [stride * dtype.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(whole[offset:], shape, in_bytes).copy()
+    return np.lib.stride_tricks.as_strided(values[offset:], shape, [n * dtype.itemsize for n in strides]).copy()
 
 
 def read_note(path: str | os.PathLike) -> str | None:
-    """The note that `write_torch` put beside the tensors, or None where there is none.
-
-    Raises:
-      UserError: if the file is damaged.
-    """
+    """The note that `write_torch` put beside the tensors, or None; UserError for a damaged file."""
     if not zipfile.is_zipfile(path):
         return None
     try:
@@ -245,15 +224,10 @@ def read_note(path: str | os.PathLike) -> str | None:
 
 
 def write_torch(path: str | os.PathLike, contents: object, note: str) -> None:
-    """Writes what `torch.load` reads, also with `weights_only`: torch's zip format, protocol 2.
+    """Writes what `torch.load` reads, also with `weights_only`: torch's zip format, protocol 2; not atomic.
 
-    Args:
-      path: where to; it is the caller's to rename it once it is whole.
-      contents: arrays of float32, as tensors, in dicts, lists and tuples with numbers, strings and None.
-      note: text to keep in a part of its own, which torch does not look at.
-
-    Raises:
-      TypeError: for anything else in `contents`.
+    `contents` are float32 arrays, as tensors, in dicts, lists and tuples with numbers, strings and None; anything else
+    is a TypeError. The note becomes a part of its own, which torch ignores.
     """
     arrays: list[np.ndarray] = []
     data = pickle.PROTO + b"\x02" + _pickled(contents, arrays) + pickle.STOP
@@ -271,53 +245,32 @@ def _global(module: str, name: str) -> bytes:
 
 
 def _pickled(value: object, arrays: list[np.ndarray]) -> bytes:
-    """`value` as opcodes that torch's own safe unpickler knows; arrays go to `arrays`."""
+    """`value` as opcodes that torch's own safe unpickler knows; appends its arrays to `arrays`."""
 
-    def items(values):
+    def items(*values):
         return b"".join(_pickled(item, arrays) for item in values)
 
     if isinstance(value, np.ndarray):
         if value.dtype != np.float32:
             raise TypeError(f"a tensor must be float32, not {value.dtype}")
-        strides = [math.prod(value.shape[i + 1 :]) for i in range(value.ndim)]
-        key = str(len(arrays))
+        strides = tuple(math.prod(value.shape[i + 1 :]) for i in range(value.ndim))
         arrays.append(value)
-        storage = ["storage", _FLOATS, key, "cpu", value.size]
-        empty = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
-        return (
-            _global("torch._utils", "_rebuild_tensor_v2")
-            + pickle.MARK
-            + _pickled(tuple(storage), arrays)
-            + pickle.BINPERSID
-            + items([0, value.shape, tuple(strides), False])
-            + empty
-            + pickle.TUPLE
-            + pickle.REDUCE
+        storage = items("storage") + _global("torch", "FloatStorage") + items(str(len(arrays) - 1), "cpu", value.size)
+        no_hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+        arguments = (
+            (pickle.MARK + storage + pickle.TUPLE + pickle.BINPERSID)
+            + items(0, value.shape, strides, False)  # offset, shape, strides, requires_grad
+            + no_hooks
         )
-    if value is _FLOATS:
-        return _global("torch", "FloatStorage")
-    if value is None:
-        return pickle.NONE
-    if isinstance(value, bool):
-        return pickle.NEWTRUE if value else pickle.NEWFALSE
-    if isinstance(value, int):
-        if not -(2**31) <= value < 2**31:
-            encoded = pickle.encode_long(value)
-            return pickle.LONG1 + bytes([len(encoded)]) + encoded
-        return pickle.BININT + struct.pack("<i", value)
-    if isinstance(value, float):
-        return pickle.BINFLOAT + struct.pack(">d", value)
-    if isinstance(value, str):
-        text = value.encode()
-        return pickle.BINUNICODE + struct.pack("<I", len(text)) + text
+        return _global("torch._utils", "_rebuild_tensor_v2") + pickle.MARK + arguments + pickle.TUPLE + pickle.REDUCE
+    if type(value) in (type(None), bool, int, float, str):
+        # Without PROTO, its argument, and STOP.
+        return pickle.dumps(value, 2)[2:-1]
     if isinstance(value, tuple):
-        return pickle.MARK + items(value) + pickle.TUPLE
+        return pickle.MARK + items(*value) + pickle.TUPLE
     if isinstance(value, list):
-        return pickle.EMPTY_LIST + pickle.MARK + items(value) + pickle.APPENDS
+        return pickle.EMPTY_LIST + pickle.MARK + items(*value) + pickle.APPENDS
     if isinstance(value, dict):
         pairs = (part for pair in value.items() for part in pair)
-        return pickle.EMPTY_DICT + pickle.MARK + items(pairs) + pickle.SETITEMS
-    raise TypeError(f"a PyTorch file of ours holds no {type(value).__name__}")
-
-
-_FLOATS = object()
+        return pickle.EMPTY_DICT + pickle.MARK + items(*pairs) + pickle.SETITEMS
+    raise TypeError(f"a PyTorch file written by s2dm_jax holds no {type(value).__name__}")

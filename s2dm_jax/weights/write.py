@@ -17,32 +17,28 @@ from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import from_json, to_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.weights import diffusers_names, model_card, torch_names
-from s2dm_jax.weights.model_card import CARD
-from s2dm_jax.weights.read import OURS, SUMS, Weights, to_state
+from s2dm_jax.weights.model_card import CARD, NOT_STATED
+from s2dm_jax.weights.read import METADATA_PREFIX, SUMS, Weights
 from s2dm_jax.weights.torch_pickle import write_torch
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.load import Run
 from s2dm_jax.workdir.metadata import run_metadata
-from s2dm_jax.workdir.state import TrainState, make_optimizer
+from s2dm_jax.workdir.state import make_optimizer, new_state
 
-# The source of images that nobody has named: sampling needs none.
+# The source of images that nobody has named; sampling needs none.
 UNKNOWN = "unknown"
-
 # The published codes read every network's output as ε.
 _EPSILON_ONLY = ("ddim", "sa_dpm", "pndm")
+# The config's group `model` has them under the same names.
+_NETWORK_FIELDS = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resamp_with_conv")
 
 
 def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str = "") -> ConfigDict:
-    """The config of a run that goes on from weights.
+    """The config of a run that continues from weights: the given one, else that of their card, else the defaults.
 
     Args:
-      weights: as read.
-      given: a config to train with, whose network must be that of the weights; by default the one in the
-        weights' card, else the defaults.
-      data: name of a data set, or the path of your own images; by default the data set of such images.
-
-    Raises:
-      UserError: for a network that this project has no config for, and where `given` has another one.
+      given: a config with the weights' network and schedule; others are a UserError.
+      data: name of a dataset, or the path of your own images; by default the dataset of images of that shape.
     """
     network = weights.network
     if network.in_channels != network.out_channels:
@@ -50,10 +46,10 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
             f"conv_out.weight has {network.out_channels} channels, conv_in.weight {network.in_channels}: a "
             "network that predicts more than the noise cannot be used"
         )
-    known = from_json(json.dumps(weights.card["config"])) if weights.card else None
-    config = given or known or default_config()
+    inherited = from_json(json.dumps(weights.card["config"])) if weights.card else None
+    config = given or inherited or default_config()
     shape = (network.resolution, network.in_channels)
-    if data or not (given or known):
+    if data or not (given or inherited):
         name = data or next((name for name, spec in DATASETS.items() if spec.shape == shape), UNKNOWN)
         if name in DATASETS:
             config.data.name, config.data.source = name, ""
@@ -61,62 +57,56 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
             config.data.source = name
     if DATASETS[config.data.name].shape != shape or config.data.source:
         config.data.resolution, config.data.channels = shape
-    fields = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resamp_with_conv")
-    for name in fields:
-        value = getattr(network, name)
-        if given and config.model[name] != value:
-            raise UserError(
-                f"the weights are of a network with model.{name}={value}, but the config has "
-                f"{config.model[name]}; give the config that suits"
-            )
-        config.model[name] = value
-    stated = weights.card or weights.schedule
-    if given and stated and given.model.prediction != network.prediction:
-        raise UserError(
-            f"the weights are of a network with model.prediction={network.prediction}, but the config has "
-            f"{given.model.prediction}; give the config that suits"
-        )
-    if not given:
-        config.model.prediction = network.prediction
-    if known is None and given is None:
-        # As the published configs have it.
-        config.model.dropout = network.dropout or (0.0 if network.resolution >= 256 else 0.1)
-    if weights.schedule:
-        schedule = {"schedule": weights.schedule[0], "T": weights.schedule[1]}
-        if given and config.diffusion.to_dict() != schedule:
-            raise UserError(
-                f"the weights are of a network for {schedule}, but the config has "
-                f"{config.diffusion.to_dict()}; give the config that suits"
-            )
-        config.diffusion.update(schedule)
-    # The average that comes with the weights is where it starts.
+    if given:
+        _check_network(given, weights)
+    else:
+        config.model.update({name: getattr(network, name) for name in (*_NETWORK_FIELDS, "prediction")})
+        if not inherited:
+            # As the published configs have it.
+            config.model.dropout = network.dropout or (0.0 if network.resolution >= 256 else 0.1)
+        if weights.schedule:
+            config.diffusion.schedule, config.diffusion.T = weights.schedule
+    # The EMA that comes with the weights is where it starts.
     config.train.ema_start = "initial"
     config.eval.nfe = tuple(nfe for nfe in config.eval.nfe if nfe <= config.diffusion.T) or (1,)
     check_config(config)
     return config
 
 
+def _check_network(config: ConfigDict, weights: Weights) -> None:
+    """UserError where the config has another network or schedule than the weights state."""
+    # A file without card and schedule leaves open what the network predicts.
+    names = (*_NETWORK_FIELDS, "prediction") if weights.card or weights.schedule else _NETWORK_FIELDS
+    for name in names:
+        value = getattr(weights.network, name)
+        if config.model[name] != value:
+            raise UserError(
+                f"the weights are of a network with model.{name}={value}, but the config has "
+                f"{config.model[name]}; give the config that suits"
+            )
+    if weights.schedule:
+        schedule = {"schedule": weights.schedule[0], "T": weights.schedule[1]}
+        if config.diffusion.to_dict() != schedule:
+            raise UserError(
+                f"the weights are of a network for {schedule}, but the config has {config.diffusion.to_dict()}; "
+                "give the config that suits"
+            )
+
+
 def write_weights(
-    out: str,
-    kind: str,
-    weights: Weights,
-    config: ConfigDict,
-    *,
-    source: dict,
-    license: str = "",
+    out: str, kind: str, weights: Weights, config: ConfigDict, *, source: dict, license: str = ""
 ) -> None:
-    """Writes weights in one of `formats.FORMATS`, with a model card; nothing is overwritten or left
-    half-written.
+    """Writes weights in one of `formats.FORMATS`, atomically, with a model card; overwrites nothing.
 
     Args:
       out: file or folder.
       kind: one of `formats.FORMATS`.
       weights, config: from `read.read_weights` and `infer_config`.
-      source: where they come from (`model_card.make_card`), unless they have a card that tells it.
-      license: for the card, in the place of what theirs has.
+      source: where they come from (`model_card.make_card`), for weights without a card of their own.
+      license: for the card, instead of the one in theirs.
 
     Raises:
-      UserError: if something is in the way, or `out` cannot be written.
+      UserError: if `out` exists or cannot be written, or the format is not for this network.
     """
     model = config.model
     if kind in _EPSILON_ONLY and model.prediction != "epsilon":
@@ -126,39 +116,34 @@ def write_weights(
         )
     network = dataclasses.replace(weights.network, dropout=model.dropout, prediction=model.prediction)
     run = Run(config, network, weights.ema_params, weights.step, weights.params)
-    known = weights.card or {"license": "", "source": source, "metrics": None}
-    card = model_card.make_card(
-        run, license=license or known["license"], source=known["source"], metrics=known["metrics"]
-    )
+    old = weights.card or {"license": "", "source": source, "metrics": None}
+    license = license or old["license"]
+    card = model_card.make_card(run, license=license, source=old["source"], metrics=old["metrics"])
     path = Path(out)
     if kind in ("workdir", "diffusers"):
+        write_folder = _write_workdir if kind == "workdir" else _write_diffusers
         with atomic_outputs(path) as (folder,):
             folder.mkdir()
-            if kind == "workdir":
-                _write_workdir(folder, run, card)
-            else:
-                _write_diffusers(folder, run, card)
+            write_folder(folder, run, card)
         return
     suffix = ".safetensors" if kind == "safetensors" else ".pth"
     if path.suffix != suffix:
         raise UserError(f"{out} must end in {suffix}, to hold the format {kind}")
     with atomic_outputs(path, *model_card.card_paths(path)) as (file, *card_files):
-        state = to_state(weights.ema_params)
+        state = torch_names.to_torch(weights.ema_params)
         if kind == "safetensors":
             _save_safetensors(file, state, card)
         elif kind == "ddim":
             write_torch(file, _ddim_checkpoint(run, state), json.dumps(card))
         else:
             prefix = "module." if kind == "sa_dpm" else ""
-            state = {f"{prefix}{name}": value for name, value in state.items()}
-            write_torch(file, state, json.dumps(card))
+            write_torch(file, {f"{prefix}{name}": value for name, value in state.items()}, json.dumps(card))
         model_card.write_card(card, *card_files)
 
 
 def _write_workdir(folder: Path, run: Run, card: dict) -> None:
     optimizer = make_optimizer(run.config.train.lr, run.config.train.grad_clip)
-    opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, run.params))
-    state = TrainState(np.asarray(run.step, np.int32), run.params, run.ema_params, opt_state)
+    state = new_state(run.params, optimizer)._replace(step=np.asarray(run.step, np.int32), ema_params=run.ema_params)
     (folder / "config.json").write_text(to_json(run.config), encoding="utf-8")
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     manager = checkpoint.open_checkpoints(folder, run.config.train.max_to_keep)
@@ -167,9 +152,8 @@ def _write_workdir(folder: Path, run: Run, card: dict) -> None:
 
 
 def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
-    network = torch_names.as_unet(run.network)
-    state = diffusers_names.to_diffusers(to_state(run.ema_params), network)
-    diffusion = run.config.diffusion
+    network, diffusion = torch_names.as_unet(run.network), run.config.diffusion
+    scheduler = diffusers_names.scheduler_config(diffusion.schedule, diffusion.T, network.prediction)
     configs = {
         "model_index.json": {
             "_class_name": "DDIMPipeline",
@@ -178,44 +162,34 @@ def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
             "unet": ["diffusers", "UNet2DModel"],
         },
         "unet/config.json": diffusers_names.unet_config(network),
-        "scheduler/scheduler_config.json": diffusers_names.scheduler_config(
-            diffusion.schedule, diffusion.T, network.prediction
-        ),
+        "scheduler/scheduler_config.json": scheduler,
     }
     for name, value in configs.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    _save_safetensors(weights, state, card)
-    names = sorted([*configs, weights.relative_to(folder).as_posix()])
-    (folder / SUMS).write_text(
-        "".join(f"{digest_of_file(folder / name)}  {name}\n" for name in names), encoding="utf-8"
-    )
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    state = torch_names.to_torch(run.ema_params)
+    _save_safetensors(folder / weights, diffusers_names.to_diffusers(state, network), card)
+    sums = [f"{digest_of_file(folder / name)}  {name}\n" for name in sorted([*configs, weights])]
+    (folder / SUMS).write_text("".join(sums), encoding="utf-8")
     front_matter = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}
-    if card["license"] != "not stated":
+    if card["license"] != NOT_STATED:
         front_matter["license"] = card["license"]
-    (folder / "README.md").write_text(model_card.card_to_markdown(card, front_matter), encoding="utf-8")
+    model_card.write_card(card, folder / "README.md", folder / CARD, front_matter=front_matter)
 
 
 def _save_safetensors(path: Path, state: dict, card: dict) -> None:
-    # transformers and diffusers want "format"; the digest covers all the rest.
-    state = {name: np.ascontiguousarray(value) for name, value in state.items()}
-    metadata = {"format": "pt", f"{OURS}card": json.dumps(card)}
-    metadata[f"{OURS}sha256"] = sha256_of_tensors(state, metadata)
+    # transformers and diffusers require "format"; the digest covers all the rest.
+    metadata = {"format": "pt", f"{METADATA_PREFIX}card": json.dumps(card)}
+    metadata[f"{METADATA_PREFIX}sha256"] = sha256_of_tensors(state, metadata)
     save_file(state, path, metadata)
 
 
 def _ddim_checkpoint(run: Run, ema: dict) -> list:
-    """The list that the DDIM code's training saves and its sampling reads the last entry of."""
-    params = {f"module.{name}": value for name, value in to_state(run.params).items()}
-    # Adam without its moments, which start afresh; torch's own layout.
-    group = {
-        "lr": float(run.config.train.lr),
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "amsgrad": False,
-        "params": list(range(len(params))),
-    }
+    """The list that the DDIM code's training saves; its sampling reads the last entry."""
+    params = {f"module.{name}": value for name, value in torch_names.to_torch(run.params).items()}
+    # Adam without its moments, which start from zero; torch's own layout.
+    lr = float(run.config.train.lr)
+    adam = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+    group = {**adam, "params": list(range(len(params)))}
     return [params, {"state": {}, "param_groups": [group]}, 0, run.step, ema]

@@ -1,4 +1,4 @@
-"""Weights to every format and back to the bit, published checkpoints, damaged files, runs that go on."""
+"""Weights to every format and back to the bit, published checkpoints, damaged files, runs that resume."""
 
 import json
 import random
@@ -22,7 +22,7 @@ from s2dm_jax.config.io import from_json
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names, write
 from s2dm_jax.weights.export import export
-from s2dm_jax.weights.read import read_weights, to_state
+from s2dm_jax.weights.read import read_weights
 from s2dm_jax.weights.torch_pickle import write_torch
 from s2dm_jax.weights.write import infer_config, write_weights
 from s2dm_jax.workdir.load import load_run
@@ -101,7 +101,7 @@ def test_there_and_back_to_the_bit(files, weights, name):
 
 def test_the_command_makes_a_run_of_a_checkpoint(command, files, workdir, tmp_path, capsys):
     command([str(files / "ckpt.pth"), str(tmp_path / "run")])
-    assert "a DDIM training checkpoint, with its moving average; its checksums agree" in capsys.readouterr().out
+    assert "a DDIM training checkpoint, with its EMA; its checksums agree" in capsys.readouterr().out
     before, after = load_run(str(workdir)), load_run(str(tmp_path / "run"))
     assert after.config == before.config
     assert (after.network, after.step) == (before.network, 7)
@@ -112,7 +112,7 @@ def test_the_command_makes_a_run_of_a_checkpoint(command, files, workdir, tmp_pa
 
 
 def published(seed=0, network=NETWORK):
-    return to_state(network.init(seed))
+    return torch_names.to_torch(network.init(seed))
 
 
 def prefixed(state):
@@ -132,13 +132,13 @@ def test_published_checkpoints_are_taken_apart(tmp_path):
         return read_weights(str(tmp_path / "b.pth"), **{"resolution": 8, **options})
 
     def both(weights):
-        return to_state(weights.params), to_state(weights.ema_params)
+        return torch_names.to_torch(weights.params), torch_names.to_torch(weights.ema_params)
 
     ddim = read([prefixed(raw), {"state": {}}, 4, 790_000, ema])
     assert (ddim.network, ddim.step, ddim.card, ddim.schedule) == (NETWORK, 790_000, None, None)
     assert_equal_trees(both(ddim), (raw, ema))
     without = read([prefixed(raw), {"state": {}}, 4, 790_000])
-    assert "no moving average" in without.origin
+    assert "no EMA" in without.origin
     assert_equal_trees(both(without), (raw, raw))
     assert_equal_trees(both(read(prefixed(ema))), (ema, ema))
     heads = {"norm_out2.weight": np.ones(32, np.float32), "conv_out2.bias": np.ones(1, np.float32)}
@@ -236,7 +236,7 @@ def test_a_safetensors_file_with_another_config_is_refused(files, tmp_path):
     metadata = {"s2dm_jax.card": "{}"}
     metadata["s2dm_jax.sha256"] = sha256_of_tensors(state, metadata)
     save_file(state, tmp_path / "a.safetensors", metadata)
-    with pytest.raises(UserError, match="model card is not one of ours"):
+    with pytest.raises(UserError, match="model card was not written by s2dm_jax"):
         read_weights(str(tmp_path / "a.safetensors"))
 
 

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.diffusion.parameterization import PREDICTIONS
 from s2dm_jax.diffusion.schedule import SCHEDULES
 from s2dm_jax.models.unet import UNet
-from s2dm_jax.weights import diffusers_names
-from s2dm_jax.weights.read import read_weights, to_state
+from s2dm_jax.weights import diffusers_names, torch_names
+from s2dm_jax.weights.read import read_weights
 from s2dm_jax.weights.torch_pickle import write_torch
 
 NETWORK = UNet(8, 1, 1, 32, (1,), 1, (8,))
 
 
 def published():
-    return to_state(NETWORK.init(0))
+    return torch_names.to_torch(NETWORK.init(0))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
     weights = read_weights(str(tmp_path))
     assert weights.schedule == ("linear", 50)
     for name, value in published().items():
-        np.testing.assert_array_equal(to_state(weights.ema_params)[name], value)
+        np.testing.assert_array_equal(torch_names.to_torch(weights.ema_params)[name], value)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config.json does not describe a network"):
         read_weights(str(tmp_path))
@@ -72,8 +73,9 @@ def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_is_known_again(name):
-    config = diffusers_names.scheduler_config(name, 40)
-    assert diffusers_names.read_scheduler_config(json.loads(json.dumps(config))) == (name, 40)
+    for prediction in PREDICTIONS:
+        config = diffusers_names.scheduler_config(name, 40, prediction)
+        assert diffusers_names.read_scheduler_config(json.loads(json.dumps(config))) == (name, 40, prediction)
     config["beta_start"], config["trained_betas"] = 0.2, None
     if name == "cosine":
         config["beta_schedule"] = "sigmoid"
@@ -84,7 +86,11 @@ def test_every_schedule_is_known_again(name):
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("prediction_type", "v_prediction", "its prediction_type is 'v_prediction', where ours is 'epsilon'"),
+        (
+            "prediction_type",
+            "flow",
+            "its prediction_type is 'flow', where one of epsilon, v_prediction, sample is needed",
+        ),
         ("num_train_timesteps", 1, "its num_train_timesteps is 1, where a number from 2 up is needed"),
     ],
 )
@@ -118,7 +124,7 @@ def test_the_first_tensor_that_does_not_fit_is_named():
 
 def test_resampling_without_convolutions_comes_back_from_blocks_that_have_them():
     network = UNet(8, 1, 1, 32, (1, 1), 1, (), resamp_with_conv=False)
-    state = to_state(network.init(0))
+    state = torch_names.to_torch(network.init(0))
     theirs = diffusers_names.to_diffusers(state, network)
     down, up = (theirs[f"{way}_blocks.0.{way}samplers.0.conv.weight"] for way in ("down", "up"))
     # Of one channel: the mean of 2×2 pixels, padded below and to the right; the pixel in the middle.

@@ -19,6 +19,7 @@ from s2dm_jax.config.build import build_schedule
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.inference import sampler as sampling
 from s2dm_jax.inference.sampler import SamplerConfig, resolve_sampler, run_sampler, sampler_options
+from s2dm_jax.models import variance_head
 from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.samplers.timesteps import split_timestep_spec
 from s2dm_jax.weights import export
@@ -52,11 +53,11 @@ def reference(run, seed, indices, x_T=None):
     """What this project draws, as float32: `make_sampler` without the rounding to bytes."""
     schedule = build_schedule(run.config)
     spec, options = split_timestep_spec(sampler_options(run.config.sample))
-    levels, scale, options = resolve_sampler(schedule, spec=spec, **options)
+    timesteps, scale, options = resolve_sampler(schedule, spec=spec, **options)
     eta = options.pop("eta", None) or None
     program = SamplerConfig(run.network, schedule, run.config.sample.sampler, tuple(sorted(options.items())))
     return np.asarray(
-        jax.jit(lambda: run_sampler(program, run.ema_params, levels, seed, indices, eta=eta, scale=scale, x_T=x_T))()
+        jax.jit(lambda: run_sampler(program, run.ema_params, timesteps, seed, indices, eta=eta, scale=scale, x_T=x_T))()
     )
 
 
@@ -150,6 +151,20 @@ def test_every_platform_is_in_the_file(sampler_file):
     assert "Sampler baked in" in Path(f"{sampler_file}.md").read_text()
 
 
+def test_a_variance_head_is_in_the_programs_and_the_file_is_its_base(workdir, tmp_path, monkeypatch):
+    run = load_run(str(workdir))
+    head = variance_head.Head("npr", variance_head.init_params(run.network, 0))
+    run.config.variance_head.kind, run.config.sample.sampler, run.config.sample.nfe = "npr", "npr", 2
+    run.config.export.path = str(tmp_path / "sampler.npz")
+    monkeypatch.setattr(export, "load_run", lambda *_, **__: run._replace(variance_head=head))
+    path = export.export(run.config, str(workdir))
+    base = load_run(path)
+    assert (base.config.variance_head.kind, base.config.sample.sampler, base.variance_head) == ("", "ddim", None)
+    jax.tree.map(np.testing.assert_array_equal, base.ema_params, run.ema_params)
+    card = json.loads(Path(f"{path}.json").read_text())
+    assert (card["sampler"]["sampler"], card["sampler"]["nfe"]) == ("npr", 2)
+
+
 def test_the_file_samples_like_the_run(workdir, sampler_file, command_line, monkeypatch):
     model, run = s2dm_jax.load(str(sampler_file)), s2dm_jax.load(str(workdir))
     assert (model.step, model.network, model.config.sample.skip_scale) == (7, run.network, 5)
@@ -190,7 +205,7 @@ def test_mistakes_with_files_are_told(workdir, sampler_file, tmp_path, command_l
     fails("--config.train.lr cannot be changed with --mode=export", "--mode=export", run, "--config.train.lr=1")
     fails("--workdir is missing; for example --mode=export", "--mode=export")
     (tmp_path / "a.npz").write_text("no zip file")
-    fails("a.npz is damaged or no exported sampler", "--mode=sample", f"--workdir={tmp_path / 'a.npz'}")
+    fails("a.npz is damaged or is not an exported sampler", "--mode=sample", f"--workdir={tmp_path / 'a.npz'}")
     np.savez(tmp_path / "b.npz", about=json.dumps({"format": "another"}))
     fails("its format is 'another'", "--mode=sample", f"--workdir={tmp_path / 'b.npz'}")
     with pytest.raises(UserError, match="is not a folder"):

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path):
         write_torch(path, {1, 2}, "")
     with pytest.raises(TypeError, match="must be float32, not float64"):
         write_torch(path, np.zeros(3), "")
+
+
+def test_torchs_safe_unpickler_knows_every_opcode_that_is_written(tmp_path):
+    # Those of torch/_weights_only_unpickler.py that plain data and tensors need.
+    opcodes = {"PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BINPERSID", "BINPUT", "NONE", "NEWTRUE", "NEWFALSE"}
+    opcodes |= {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "TUPLE", "EMPTY_TUPLE"}
+    opcodes |= {"EMPTY_LIST", "APPENDS", "EMPTY_DICT", "SETITEMS"}
+    numbers = [0, 255, 256, -1, 2**31, 2**70, 0.5, float("nan")]
+    write_torch(tmp_path / "a.pth", [{"w": np.ones((2, 3), np.float32)}, numbers, (None, True, False, "ε")], "")
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        assert {opcode.name for opcode, *_ in pickletools.genops(archive.read("a/data.pkl"))} <= opcodes
+    with pytest.raises(TypeError, match="holds no float64"):
+        write_torch(tmp_path / "b.pth", np.float64(0.5), "")
 
 
 def _zipped(data, path):

@@ -18,7 +18,7 @@ from s2dm_jax.diffusion.schedule import SCHEDULES
 from s2dm_jax.inference.model import Model
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names
-from s2dm_jax.weights.read import Weights, read_weights, to_state
+from s2dm_jax.weights.read import Weights, read_weights
 from s2dm_jax.weights.torch_pickle import open_torch
 from s2dm_jax.weights.write import infer_config, write_weights
 
@@ -98,7 +98,7 @@ def test_torch_to_ours_to_diffusers_runs_alike(golden, tmp_path, name):
     back = read_weights(str(tmp_path / "theirs"))
     # The shapes do not tell dropout; the folder has the published configs'.
     assert dataclasses.replace(back.network, dropout=0.0) == network
-    for key, value in to_state(back.ema_params).items():
+    for key, value in torch_names.to_torch(back.ema_params).items():
         assert value.tobytes() == np.ascontiguousarray(state[key]).tobytes(), key
 
 
@@ -117,7 +117,7 @@ def test_a_torch_file_of_ours_has_the_same_bytes(golden, tmp_path, kind, before_
     torch.save(theirs, tmp_path / "theirs.pth", _use_new_zipfile_serialization=not before_1_6)
     back = read_weights(str(tmp_path / "theirs.pth"), resolution=network.resolution)
     assert back.network == network
-    for key, value in to_state(back.ema_params).items():
+    for key, value in torch_names.to_torch(back.ema_params).items():
         assert value.tobytes() == np.ascontiguousarray(state[key]).tobytes(), key
     if kind == "ddim":
         module = torch.nn.ParameterList(torch.nn.Parameter(value) for value in theirs[0].values())
@@ -146,8 +146,8 @@ def test_a_sa_dpm_training_checkpoint_has_its_average_in_the_optimizer(golden, t
     weights = read_weights(str(tmp_path / "ckpt_2.pth"), resolution=network.resolution)
     assert weights.step == 1234
     for (key, raw), parameter in zip(state.items(), parameters, strict=True):
-        np.testing.assert_array_equal(to_state(weights.params)[key], raw)
-        np.testing.assert_array_equal(to_state(weights.ema_params)[key], parameter.data.numpy() * 0.5)
+        np.testing.assert_array_equal(torch_names.to_torch(weights.params)[key], raw)
+        np.testing.assert_array_equal(torch_names.to_torch(weights.ema_params)[key], parameter.data.numpy() * 0.5)
 
 
 def test_torch_itself_does_not_notice_a_flipped_bit(golden, tmp_path):
