@@ -56,7 +56,7 @@ def test_budgets_beyond_a_method_leave_gaps_that_are_told():
         ({"samplers": "f_pndm", "nfe": (10, 20)}, "nfe=10 is too few for f_pndm"),
         ({"nfe": (10, 1001)}, "nfe=1001 is not possible"),
         ({"samplers": "unipc", "eta": 0.5}, "eta=0.5 is no option of unipc, only of ddim"),
-        ({"timestep_spacing": "cosine"}, "timestep_spacing='cosine' is not known; choose one of uniform"),
+        ({"timestep_spacing": "cosine"}, "timestep_spacing='cosine' is not one of uniform"),
         (
             {"timestep_spacing": "optimal"},
             "timestep_spacing='optimal' is only for analytic, not for samplers='ddim'",
