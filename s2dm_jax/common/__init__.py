@@ -1,1 +1,1 @@
-""""""
+"""What every sub-package may use: errors, files, hashes, images, progress, tables."""

@@ -61,7 +61,7 @@ def fields_help(fields: dict[str, Field]) -> str:
         else:
             allowed = "" if field.type is str else allowed_type(field)
         if field.default is None:
-            default = "None: as the loss preset" if name.startswith("loss.") else "None: as the sampler does"
+            default = "None, the loss preset's" if name.startswith("loss.") else "None, the sampler's own"
         else:
             default = repr(",".join(map(str, field.default)) if field.type is tuple else field.default)
         text = f"--config.{name}: {field.doc}"

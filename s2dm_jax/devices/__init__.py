@@ -1,1 +1,1 @@
-""""""
+"""Devices and processes: sharding, several hosts, compiler options, peak rates."""
