@@ -6,8 +6,8 @@
   python -m s2dm_jax.main --mode=evaluate --workdir=runs/digits --config.eval.nfe=10,20
   python -m s2dm_jax.main --mode=export --workdir=runs/digits
 
-`python -m s2dm_jax` and, where the package is installed, `s2dm` are the same command. Every field of the
-config is a flag, --config.GROUP.FIELD=VALUE.
+`python -m s2dm_jax` and, where the package is installed, `s2dm` are the same command. Every field of the config is a
+flag, --config.GROUP.FIELD=VALUE.
 """
 
 import difflib
@@ -40,31 +40,19 @@ _GROUPS = {"sample": ("sample",), "evaluate": ("eval",), "export": ("sample", "e
 def _define_flags() -> flags.FlagValues:
     """The flags beside the config's fields; in an object of their own, for absl's is global."""
     values = flags.FlagValues()
-    flags.DEFINE_string(
-        "config",
-        None,
-        "Config file, with the objective after a colon: configs/digits.py:s2sa; by default the config of the "
-        "run in --workdir",
-        flag_values=values,
+    config = "Config FILE[:OBJECTIVE], as configs/digits.py:s2sa; by default the config of the run in --workdir"
+    mode = (
+        "Train a run, sample from one (config.sample), evaluate one (config.eval), or export its sampler as one file "
+        "(config.sample, config.export)"
     )
-    flags.DEFINE_string("workdir", "", "Folder of the run; a run that is already there is resumed", flag_values=values)
-    flags.DEFINE_enum(
-        "mode",
-        "train",
-        ["train", *_GROUPS],
-        "Train a run, sample from one (config.sample), evaluate one (config.eval), or export its sampler as "
-        "one file (config.sample, config.export)",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "coordinator_address",
-        None,
-        "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods",
-        flag_values=values,
-    )
+    address = "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods"
+    flags.DEFINE_string("config", None, config, values)
+    flags.DEFINE_string("workdir", "", "Folder of the run; a run that is already there is resumed", values)
+    flags.DEFINE_enum("mode", "train", ["train", *_GROUPS], mode, values)
+    flags.DEFINE_string("coordinator_address", None, address, values)
     flags.DEFINE_integer("num_processes", None, "Several hosts: number of processes", 1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "Several hosts: index of this process, from 0", 0, flag_values=values)
-    flags.DEFINE_boolean("help", False, "Show this text", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("help", False, "Show this text", values, short_name="h")
     return values
 
 
@@ -74,19 +62,15 @@ def _parse(values: flags.FlagValues, argv: Sequence[str], known_only: bool = Fal
         return values(argv, known_only=known_only)
     except (flags.Error, ValueError) as error:
         message = str(error).strip()
-        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
-        if wrong:
-            allowed = allowed_type(FIELDS[wrong[1]])
-            message = f"config.{wrong[1]}={wrong[2]!r} has the wrong type: it must be {allowed}"
+        if wrong := re.match(r"flag --config\.([\w.]+)=(.*?): ", message):
+            message = f"config.{wrong[1]}={wrong[2]!r} has the wrong type: it must be {allowed_type(FIELDS[wrong[1]])}"
         raise UserError(message) from error
 
 
 def _help(values: flags.FlagValues) -> str:
     own = values.module_help(values.find_module_defining_flag("mode")).split(":\n", 1)[1]
-    return (
-        f"{__doc__}\nflags:\n{own}\n\nfields of the config:\n{fields_help(FIELDS)}\n\n"
-        "A config file sets its own defaults. None: the loss preset's or the sampler's own value."
-    )
+    fields = f"fields of the config (a config file sets its own defaults):\n{fields_help(FIELDS)}"
+    return f"{__doc__}\nflags:\n{own}\n\n{fields}"
 
 
 def _starting_config(values: flags.FlagValues) -> ConfigDict:
@@ -126,16 +110,17 @@ def _set_fields(values: flags.FlagValues, config: ConfigDict, arguments: list[st
 
 def _check_processes(values: flags.FlagValues) -> None:
     """Checks the flags of several hosts against each other."""
-    coordinator, count, number = values.coordinator_address, values.num_processes, values.process_id
-    if coordinator is None or count is None or number is None:
-        names = ("coordinator_address", "num_processes", "process_id")
-        missing = [name for name in names if values[name].value is None]
-        if len(missing) == len(names):
-            return
+    names = ("coordinator_address", "num_processes", "process_id")
+    hosts: list[Any] = [values[name].value for name in names]
+    missing = [name for name, value in zip(names, hosts, strict=True) if value is None]
+    if missing == list(names):
+        return
+    if missing:
         raise UserError(
-            f"--{missing[0]} is missing: --coordinator_address=HOST:PORT, --num_processes=N and "
-            "--process_id=I go together"
+            f"--{missing[0]} is missing: --coordinator_address=HOST:PORT, --num_processes=N and --process_id=I go "
+            "together"
         )
+    coordinator, count, number = hosts
     if not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(
             f"--coordinator_address={coordinator} is not HOST:PORT; for example --coordinator_address=node0:1234"
@@ -179,30 +164,29 @@ def run(argv: Sequence[str]) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
     # jax takes seconds to import: user errors are reported before.
-    if mode == "sample":
-        from s2dm_jax.inference.sample import sample
+    if mode in ("train", "evaluate"):
+        from s2dm_jax.devices.sharding import set_cpu_device_count
 
-        sample(config, workdir)
-        return
-    if mode == "export":
-        from s2dm_jax.weights.export import export
-
-        export(config, workdir)
-        return
-    from s2dm_jax.devices.distributed import initialize_distributed
-    from s2dm_jax.devices.sharding import set_cpu_device_count
-
-    # Evaluation too, so that a run's own and a later one are the same.
-    set_cpu_device_count(config.train.batch_size // (values.num_processes or 1))
-    if mode == "evaluate":
-        from s2dm_jax.evaluation.evaluate import evaluate_run
-
-        evaluate_run(config, workdir)
-    else:
+        # Evaluation too, so that a run's own and a later one are the same.
+        set_cpu_device_count(config.train.batch_size // (values.num_processes or 1))
+    if mode == "train":
+        from s2dm_jax.devices.distributed import initialize_distributed
         from s2dm_jax.training.loop import train
 
         initialize_distributed(values.coordinator_address, values.num_processes, values.process_id)
         train(config, workdir)
+    elif mode == "evaluate":
+        from s2dm_jax.evaluation.evaluate import evaluate_run
+
+        evaluate_run(config, workdir)
+    elif mode == "sample":
+        from s2dm_jax.inference.sample import sample
+
+        sample(config, workdir)
+    else:
+        from s2dm_jax.weights.export import export
+
+        export(config, workdir)
 
 
 def _training_config(config: ConfigDict, named: Iterable[str]) -> ConfigDict:
@@ -210,9 +194,8 @@ def _training_config(config: ConfigDict, named: Iterable[str]) -> ConfigDict:
     for name in named:
         if config.variance_head.kind and name.startswith(("data.", "diffusion.", "model.")):
             raise UserError(
-                f"--config.{name} cannot be changed with "
-                f"config.variance_head.kind={config.variance_head.kind!r}, which takes it from the run in "
-                "config.variance_head.base_workdir"
+                f"--config.{name} cannot be changed with config.variance_head.kind={config.variance_head.kind!r}, "
+                "which takes it from the run in config.variance_head.base_workdir"
             )
     return inherit_base_config(config)
 

@@ -21,21 +21,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_matplotlib(purpose: str) -> None:
-    """Checks that matplotlib is installed, before work that would be lost without it.
-
-    Args:
-      purpose: what it is for, as "the page".
-
-    Raises:
-      UserError: if it is not installed.
-    """
+    """Raises a `UserError` unless matplotlib is installed; `purpose` is what needs it, as "the page"."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"{purpose} needs matplotlib; install it with pip install 's2dm_jax[plot]'")
 
 
 def run_command(command: Sequence[str]) -> int:
-    """Runs another command of s2dm_jax and returns its exit status; all its output goes to stderr.
-
-    Its progress is a bar where stderr is a terminal, and lines elsewhere.
-    """
+    """Runs another command of s2dm_jax, all its output on stderr, and returns its exit status."""
     return subprocess.run(command, stdout=sys.stderr).returncode

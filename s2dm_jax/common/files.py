@@ -11,6 +11,19 @@ from pathlib import Path
 
 from s2dm_jax.common.errors import UserError
 
+# What zipfile raises for a file that is cut short or has flipped bits.
+ZIP_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    KeyError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
+
 
 def cache_dir() -> Path:
     """The cache of Inception weights and dataset statistics: $S2DM_JAX_CACHE, or ~/.cache/s2dm_jax."""
@@ -22,38 +35,15 @@ def data_cache_dir() -> Path:
     return Path(os.environ.get("S2DM_JAX_DATA") or "~/.cache/s2dm_jax/data").expanduser()
 
 
-# What a zip file that is cut short or has flipped bits makes zipfile raise.
-ZIP_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    ValueError,
-)
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, *, fsync: bool = True) -> Iterator[Path]:
     """A temporary name to write to, a file or a folder, that replaces `path` at the end of the block.
 
-    At any moment, also after a crash, `path` is complete: what it was before, or what was written. After an
-    exception nothing is left of the temporary name.
+    At any moment, also after a crash, `path` is complete: what it was before, or what was written. After an exception
+    the temporary file is gone. The name is hidden, in the folder of `path`, which exists, with the same suffix.
 
     Args:
-      path: in a folder that exists; a file there is replaced.
-      fsync: whether to wait until the data are on the disk, without which a power failure can leave an empty
-        file.
-
-    Yields:
-      A hidden name in the same folder, with the same suffix.
-
-    Raises:
-      OSError: where the file cannot be written.
+      fsync: whether to wait for the disk, without which a power failure can leave an empty file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -70,6 +60,7 @@ def atomic_path(path: str | os.PathLike, *, fsync: bool = True) -> Iterator[Path
 
 
 def _fsync(path: Path) -> None:
+    # Unlike `open`, this opens folders too.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,13 +76,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_outputs(*paths: Path) -> Iterator[list[Path]]:
-    """`atomic_path` for several outputs of a command, none of which may exist.
-
-    Args:
-      *paths: files or folders; the folders that they are in are created.
-
-    Yields:
-      A temporary name for each.
+    """`atomic_path` for several outputs of a command, none of which may exist; creates the folders they are in.
 
     Raises:
       UserError: if one of the paths exists (an empty folder may), or cannot be written.

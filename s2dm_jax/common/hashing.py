@@ -11,10 +11,7 @@ from numpy.typing import ArrayLike
 
 
 def sha256_of_arrays(arrays: Iterable[ArrayLike], digits: int = 16) -> str:
-    """The first hexadecimal digits of the SHA-256 of the arrays' bytes, one after another.
-
-    Types and shapes are not hashed. 64 digits are the whole hash.
-    """
+    """The first of 64 hexadecimal digits of the SHA-256 of the arrays' bytes in turn, without types and shapes."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -12,36 +12,21 @@ from PIL import Image
 from s2dm_jax.common.files import atomic_path
 
 _READABLE_TILE = 32
-
 _SEPARATOR = 2
 
 # Mid grey shows against the black ground of digits and the white of photographs alike.
 _SEPARATOR_VALUE = 128
 
-
 Bytes = TypeVar("Bytes", jax.Array, np.ndarray)
 
 
 def to_unit(images: Bytes) -> Bytes:
-    """Images of bytes scaled to the networks' [−1, 1], as the published codes do.
-
-    Args:
-      images: uint8, any shape, on the host or the device, where the result is too.
-
-    Returns:
-      float32 of the same shape, 0 ↦ −1 and 255 ↦ 1; `to_uint8` inverts it exactly.
-    """
+    """uint8 of any shape, on host or device, to float32 in [−1, 1] as in the published codes; `to_uint8` inverts it."""
     return images.astype(np.float32) / 127.5 - 1
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
-    """Images in [−1, 1] as bytes, rounded half up like torchvision's save_image.
-
-    Args:
-      x: float, any shape; values outside [−1, 1] are clipped.
-
-    Returns:
-      uint8 of the same shape, in [0, 255].
+    """Floats of any shape, clipped to [−1, 1], to uint8, rounded half up like torchvision's save_image.
 
     Raises:
       ValueError: where x is not floating.
@@ -56,12 +41,12 @@ def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None
     """Images side by side, row by row, each magnified by repeating pixels, with grey lines between them.
 
     Args:
-      images: uint8 [N,H,W,C], N ≥ 1.
+      images: uint8 [N, H, W, C], N ≥ 1.
       columns: images in a row; by default as many as make the grid about square.
       scale: how many times each pixel is repeated; by default the least that makes a tile 32 pixels or more.
 
     Returns:
-      uint8 [H',W',C], H' = rows·(scale·H + 2) + 2, W' = columns·(scale·W + 2) + 2.
+      uint8 [H', W', C], H' = rows·(scale·H + 2) + 2, W' = columns·(scale·W + 2) + 2.
 
     Raises:
       ValueError: for another type or shape, or columns or scale below 1.
@@ -77,27 +62,20 @@ def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None
             raise ValueError(f"{name} must be at least 1, got {value}")
 
     rows = math.ceil(count / columns)
-    tile_height, tile_width = height * scale + _SEPARATOR, width * scale + _SEPARATOR
-    shape = (rows * tile_height + _SEPARATOR, columns * tile_width + _SEPARATOR, channels)
-    grid = np.full(shape, _SEPARATOR_VALUE, np.uint8)
-    for index, image in enumerate(images):
-        top = index // columns * tile_height + _SEPARATOR
-        left = index % columns * tile_width + _SEPARATOR
-        tile = image.repeat(scale, axis=0).repeat(scale, axis=1)
-        grid[top : top + height * scale, left : left + width * scale] = tile
-    return grid
+    line = (_SEPARATOR, 0)
+    tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    tiles = np.pad(tiles, ((0, rows * columns - count), line, line, (0, 0)), constant_values=_SEPARATOR_VALUE)
+    _, height, width, _ = tiles.shape
+    grid = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)  # [rows, H, columns, W, C]
+    grid = grid.reshape(rows * height, columns * width, channels)
+    return np.pad(grid, (line[::-1], line[::-1], (0, 0)), constant_values=_SEPARATOR_VALUE)
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes a PNG file atomically: no reader sees a partial image.
-
-    Args:
-      path: where to; its directory exists. A file that is there is replaced.
-      image: uint8 [H,W,C], C = 1 (grey) or 3 (RGB).
+    """Writes uint8 [H, W, C], C = 1 (grey) or 3 (RGB), to a PNG file, through `atomic_path`.
 
     Raises:
       ValueError: for another type or shape.
-      OSError: where the file cannot be written.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:

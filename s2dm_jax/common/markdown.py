@@ -4,14 +4,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with its columns aligned, so that it also reads well in a terminal.
-
-    Args:
-      header: the columns' names, at least one.
-      rows: one sequence of cells for each row, as long as the header; str() makes their text.
-
-    Returns:
-      Lines joined by newlines, with none at the end.
+    """A Markdown table, without a last newline, with its columns aligned, so that it also reads well in a terminal.
 
     Raises:
       ValueError: for an empty header, or a row of another length.

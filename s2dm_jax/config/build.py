@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def build_schedule(config: ConfigDict) -> "NoiseSchedule":
-    """The `NoiseSchedule` that the config names."""
+    """The noise schedule that the config names."""
     from s2dm_jax.diffusion.schedule import SCHEDULES
 
     return SCHEDULES[config.diffusion.schedule](config.diffusion.T)
 
 
 def build_objective(config: ConfigDict) -> "Objective":
-    """The `objectives.Objective` that the config names: its preset with the options that are not None."""
+    """The objective that the config names: its preset with the options that are not None."""
     from s2dm_jax.diffusion.objectives import PRESETS
 
     values = {name: value for name, value in config.loss.items() if name != "preset" and value is not None}
@@ -36,17 +36,14 @@ def network_of(config: ConfigDict, dtype: str) -> "Network":
       ValueError: for fields that do not fit together; the message begins with the name of one.
     """
     network = network_class(config.model.name)
-    fields = {field.name for field in dataclasses.fields(network)}
-    model = {name: value for name, value in config.model.items() if name in fields}
     resolution, channels = image_shape(config)
-    shape = {"resolution": resolution, "in_channels": channels, "out_channels": channels}
-    return network(**{**shape, **model, "dtype": dtype})
+    values = {"resolution": resolution, "in_channels": channels, "out_channels": channels, **config.model}
+    names = {field.name for field in dataclasses.fields(network)}
+    return network(**{name: value for name, value in values.items() if name in names} | {"dtype": dtype})
 
 
 def build_network(config: ConfigDict) -> "Network":
-    """The network that the config names, its activations in the dtype of this machine's devices if that is
-    "auto".
-    """
+    """The network that the config names; for dtype "auto" its activations are as this machine's devices prefer."""
     import jax
 
     dtype = config.model.dtype

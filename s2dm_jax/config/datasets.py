@@ -16,7 +16,7 @@ class DatasetSpec(NamedTuple):
       crop: what `data.crop="auto"` stands for; one of CROPS. Only a dataset with a crop takes others.
       max_size: largest size that its images have, or None where any can be made.
       binary_attributes: attributes whose values, as bits, make the label where the builder has no labels.
-      classes: what those labels are called.
+      classes: names of those labels.
     """
 
     size: int

@@ -27,41 +27,22 @@ _MAX_SEED = 2**31 - 1
 # The keyword arguments of `inference.sampler.configure_sampler` that the groups `sample` and `eval` share.
 SAMPLER_OPTIONS: dict[str, Field] = {
     "timestep_spacing": Resumable(
-        "uniform",
-        choices=SPACINGS,
-        doc="how the timesteps are spaced; optimal is Analytic-DPM's dynamic programme",
+        "uniform", choices=SPACINGS, doc="how the timesteps are spaced; optimal is Analytic-DPM's dynamic programme"
     ),
-    "eta": Resumable(
-        0.0, low=0.0, high=1.0, doc="noise of DDIM's steps, from deterministic to DDPM's posterior variance"
-    ),
-    "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0; None: as the sampler does"),
-    "variance": Resumable(
-        None, type=str, choices=OPTIONS["variance"], doc="variance of DDPM's steps; None: as the sampler does"
-    ),
+    "eta": Resumable(0.0, low=0.0, high=1.0, doc="DDIM's noise: 0 is deterministic, 1 has DDPM's posterior variance"),
+    "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0"),
+    "variance": Resumable(None, type=str, choices=OPTIONS["variance"], doc="variance of DDPM's steps"),
     "pndm_convention": Resumable(
-        None,
-        type=str,
-        choices=OPTIONS["pndm_convention"],
-        doc="which alpha_bar PNDM reads at a timestep; None: as the sampler does",
+        None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM reads at a timestep"
     ),
-    "order": Resumable(
-        None,
-        type=int,
-        choices=OPTIONS["order"],
-        doc="order of DEIS's multistep formula; None: as the sampler does",
-    ),
-    "mean": Resumable(
-        None,
-        type=str,
-        choices=OPTIONS["mean"],
-        doc="mean of Analytic-, SN- and NPR-DPM's steps; None: as the sampler does",
-    ),
+    "order": Resumable(None, type=int, choices=OPTIONS["order"], doc="order of DEIS's multistep formula"),
+    "mean": Resumable(None, type=str, choices=OPTIONS["mean"], doc="mean of Analytic-, SN- and NPR-DPM's steps"),
     "clip_pixel": Resumable(
         None,
         type=float,
         low=1e-6,
         doc="bound on the mean absolute noise of the last noisy step of Analytic-, SN- and NPR-DPM, in grey "
-        "levels of 255; None: as the sampler does",
+        "levels of 255",
     ),
     "skip_scale": Resumable(
         0, low=0, doc="scale the network's output as training with L_skip and this skip would; 0: no scaling"
@@ -70,18 +51,18 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     "skip_scale_preset": Resumable("paper", choices=_PRESETS, doc="loss preset of that scaling, as loss.preset"),
 }
 
-# In both groups too, but no argument of a sampler.
-_NOISE_STAT_IMAGES = Resumable(
-    100, low=2, doc="training images per timestep behind Analytic-DPM's statistic of the noise"
-)
+# All that these two groups share.
+_SHARED = {
+    **SAMPLER_OPTIONS,
+    "noise_stat_images": Resumable(100, low=2, doc="training images per timestep for Analytic-DPM's noise statistic"),
+}
 
 FIELDS: dict[str, Field] = {
     "data.name": Field("digits", choices=tuple(DATASETS), doc="dataset"),
     "data.random_flip": Field(False, doc="flip half of the training images from left to right"),
+    # Resumable: the hash of the images decides whether they are the same.
     "data.source": Resumable(
-        "",
-        # The hash of the images decides whether they are the same.
-        doc="your own images: a folder, a .zip or .tar of one, an .npy or .npz; empty: the dataset data.name",
+        "", doc="your own images: a folder, a .zip or .tar of one, an .npy or .npz; empty: the dataset data.name"
     ),
     "data.resolution": Field(0, low=0, high=1024, doc="pixels of a side; 0: as the dataset data.name"),
     "data.channels": Field(0, choices=(0, 1, 3), doc="1: grey, 3: RGB; 0: as the dataset data.name"),
@@ -92,16 +73,10 @@ FIELDS: dict[str, Field] = {
     ),
     "data.resize": Field("bilinear", choices=RESIZE_FILTERS, doc="Pillow's filter for resizing, antialiased"),
     "data.max_invalid_fraction": Resumable(
-        0.01,
-        low=0.0,
-        high=1.0,
-        doc="largest fraction of your own images that may be corrupt or unsupported; those are skipped",
+        0.01, low=0.0, high=1.0, doc="largest fraction of your own images that may be skipped as corrupt or unsupported"
     ),
     "data.max_device_memory_fraction": Resumable(
-        0.4,
-        low=0.0,
-        high=1.0,
-        doc="largest fraction of a device's memory for images; larger datasets are streamed from the host",
+        0.4, low=0.0, high=1.0, doc="fraction of a device's memory for images; larger datasets stream from the host"
     ),
     "diffusion.schedule": Field("linear", choices=_SCHEDULES, doc="noise schedule"),
     "diffusion.T": Field(1000, low=2, doc="number of timesteps"),
@@ -127,45 +102,23 @@ FIELDS: dict[str, Field] = {
     "loss.K": Field(1, low=1, doc="timesteps in the window of L_sa (SA-DPM); 1: without L_sa"),
     "loss.lam": Field(0.0, low=0.0, doc="weight λ of L_sa"),
     "loss.skip_noise": Field(
-        None,
-        type=str,
-        choices=("shared", "independent", "expected"),
-        doc="target noise of L_skip; None: as the preset",
+        None, type=str, choices=("shared", "independent", "expected"), doc="target noise of L_skip"
     ),
-    "loss.skip_factors": Field(
-        None, type=int, low=0, doc="one-step alphas multiplied in alpha_skip; None: as the preset"
-    ),
+    "loss.skip_factors": Field(None, type=int, low=0, doc="one-step alphas multiplied in alpha_skip"),
     "loss.skip_boundary": Field(
-        None,
-        type=str,
-        choices=("truncate", "plain"),
-        doc="L_skip at timesteps with fewer steps below them than factors; None: as the preset",
+        None, type=str, choices=("truncate", "plain"), doc="L_skip at timesteps with fewer steps below than factors"
     ),
-    "loss.window": Field(
-        None,
-        type=str,
-        choices=("forward", "backward"),
-        doc="L_sa's window from t on or up to t; None: as the preset",
-    ),
-    "loss.window_boundary": Field(
-        None, type=str, choices=("inner", "all"), doc="timesteps of the window in L_sa; None: as the preset"
-    ),
-    "loss.sa_norm": Field(None, type=str, choices=("K^2", "K"), doc="divisor of L_sa; None: as the preset"),
-    "loss.use_tau_s": Field(None, type=bool, doc="weight L_sa by Theorem 1's τ_s; None: as the preset"),
-    "loss.reduction": Field(
-        None, type=str, choices=("sum", "mean"), doc="reduction over an image's pixels; None: as the preset"
-    ),
-    "loss.antithetic": Field(
-        None, type=bool, doc="draw half of the timesteps as mirrors of the others; None: as the preset"
-    ),
+    "loss.window": Field(None, type=str, choices=("forward", "backward"), doc="L_sa's window from t on or up to t"),
+    "loss.window_boundary": Field(None, type=str, choices=("inner", "all"), doc="timesteps of the window in L_sa"),
+    "loss.sa_norm": Field(None, type=str, choices=("K^2", "K"), doc="divisor of L_sa"),
+    "loss.use_tau_s": Field(None, type=bool, doc="weight L_sa by Theorem 1's τ_s"),
+    "loss.reduction": Field(None, type=str, choices=("sum", "mean"), doc="reduction over an image's pixels"),
+    "loss.antithetic": Field(None, type=bool, doc="draw half of the timesteps as mirrors of the others"),
     "variance_head.kind": Field(
         "", choices=("", *HEADS), doc="variance head to train on another run's frozen network; empty: none"
     ),
-    "variance_head.base_workdir": Resumable(
-        "",
-        # The hash of the weights decides whether it is the same network.
-        doc="workdir of that run",
-    ),
+    # Resumable: the hash of the weights decides whether it is the same network.
+    "variance_head.base_workdir": Resumable("", doc="workdir of that run"),
     "variance_head.dropout": Field(False, doc="whether the frozen network's dropout is on"),
     "train.steps": Resumable(500_000, low=1, doc="optimizer steps in total"),
     "train.batch_size": Field(128, low=1, doc="global batch size, over all devices"),
@@ -180,13 +133,10 @@ FIELDS: dict[str, Field] = {
     "train.max_to_keep": Resumable(3, low=1, doc="newest checkpoints to keep"),
     "train.keep_period": Resumable(0, low=0, doc="also keep one checkpoint in this many steps for good; 0: none"),
     "train.keep_best": Resumable(
-        "",
-        doc="also keep the checkpoint with the lowest mean of this metric since the one before; empty: none",
+        "", doc="also keep the checkpoint with the lowest mean of this metric since the one before; empty: none"
     ),
     "train.on_nonfinite": Resumable(
-        "stop",
-        choices=("stop", "skip"),
-        doc="a loss or gradient that is not finite: stop the run or skip the step",
+        "stop", choices=("stop", "skip"), doc="a loss or gradient that is not finite: stop the run or skip the step"
     ),
     "train.grad_accum_steps": Field(
         1, low=1, doc="parts of a batch that are computed one after another; their gradients are averaged"
@@ -196,13 +146,10 @@ FIELDS: dict[str, Field] = {
     "sample.sampler": Resumable("ddim", choices=tuple(SAMPLERS), doc="sampler"),
     "sample.steps": Resumable(0, low=0, doc="sampling steps; 0: from nfe or timesteps"),
     "sample.nfe": Resumable(
-        0,
-        low=0,
-        doc="number of network evaluations; 0: from steps or timesteps, or 10 without any of the three",
+        0, low=0, doc="number of network evaluations; 0: from steps or timesteps, or 10 without any of the three"
     ),
     "sample.timesteps": Resumable((), doc="explicit timesteps, ascending; empty: from steps, nfe"),
-    **{f"sample.{name}": field for name, field in SAMPLER_OPTIONS.items()},
-    "sample.noise_stat_images": _NOISE_STAT_IMAGES,
+    **{f"sample.{name}": field for name, field in _SHARED.items()},
     "sample.num_images": Resumable(64, low=1, doc="images to sample"),
     "sample.seed": Resumable(0, low=0, high=_MAX_SEED, doc="seed of the sampler's noise"),
     "sample.batch_size": Resumable(500, low=1, doc="images sampled at once"),
@@ -212,15 +159,12 @@ FIELDS: dict[str, Field] = {
         choices=("grid", "npz", "png"),
         doc="what --mode=sample writes: one PNG with all images, one .npz, or one PNG per image",
     ),
-    "sample.interpolate": Resumable(
-        0, low=0, doc="write rows of this many images between two noises instead; 0: do not"
-    ),
+    "sample.interpolate": Resumable(0, low=0, doc="write rows of this many images between two noises instead; 0: off"),
     "sample.trajectory": Resumable(False, doc="write each step's prediction of x_0 instead"),
     "sample.compare": Resumable("", doc="write the same noise through these workdirs (a,b,…) as well, row by row"),
     "eval.samplers": Resumable("ddim", doc="samplers to evaluate (a,b,…)"),
     "eval.nfe": Resumable((10, 20, 50), low=1, min_length=1, doc="NFE to evaluate each sampler at"),
-    **{f"eval.{name}": field for name, field in SAMPLER_OPTIONS.items()},
-    "eval.noise_stat_images": _NOISE_STAT_IMAGES,
+    **{f"eval.{name}": field for name, field in _SHARED.items()},
     "eval.feature_extractor": Resumable(
         "auto",
         doc="features to compare in: inception, classifier (trained on the dataset's labels) or your own "
@@ -234,9 +178,7 @@ FIELDS: dict[str, Field] = {
     ),
     "eval.inception_weights": Resumable("", doc="file or URL of Inception's weights; empty: the standard ones"),
     "eval.inception_sha256": Resumable("", doc="SHA-256 of Inception's weights; empty: that of the standard ones"),
-    "eval.checkpoint_step": Resumable(
-        0, low=0, doc="training step of the checkpoint for --mode=evaluate; 0: the newest"
-    ),
+    "eval.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to evaluate; 0: the newest"),
     "eval.num_images": Resumable(50_000, low=2, doc="images to sample for each sampler and NFE"),
     "eval.batch_size": Resumable(500, low=1, doc="images sampled at once"),
     "eval.seed": Resumable(0, low=0, high=_MAX_SEED, doc="seed of the samplers' noise"),

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
-from s2dm_jax.samplers.timesteps import SPACINGS, TimestepSpec, plan_timesteps
+from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps
 
 FEATURES = ("auto", "inception", "classifier")
-
 REFERENCES = ("auto", "train", "held_out")
 
 
@@ -16,7 +15,7 @@ class Column(NamedTuple):
     """A column of the table of results: "title" over "value ± error".
 
     Attributes:
-      title: may hold {distance} and {score}, the names of distance and score in the chosen features.
+      title: may hold {distance} and {score}, their names in the chosen features.
       value: key in a row of results.json.
       error: key of the standard error or deviation, or "" for none.
       scale: what value and error are multiplied by.
@@ -34,12 +33,12 @@ class Metric(NamedTuple):
     """A metric of samples against a reference, computed by a function of `evaluation/metrics.py`.
 
     Attributes:
-      function: its name. It returns one float for each of `results`, a single one bare.
-      requires: its arguments in order, of "mean", "cov" (float64 [D], [D,D]), "features" (float32 [N,D]) and
-        "logits" (float32 [N,L]) of the samples, and "reference_mean", "reference_cov", "reference_features".
+      function: its name; it returns one float for each of `results`, a single one bare.
+      requires: its arguments in order, of "mean", "cov" (float64 [D], [D, D]), "features" (float32 [N, D]) and "logits"
+        (float32 [N, L]) of the samples, and "reference_mean", "reference_cov", "reference_features".
       results: keys in a row of results.json.
       columns: of the table.
-      min_images: the smallest num_images, and `min_images_per_feature` the smallest for each of D features.
+      min_images, min_images_per_feature: the smallest num_images, in all and for each of D features.
       max_images: the rows of features and logits that the function gets; None for all.
     """
 
@@ -52,8 +51,7 @@ class Metric(NamedTuple):
     max_images: int | None = None
 
 
-# The metrics by their names in `config.eval.metrics`, in the order of the table. A new one is a record here
-# and its function.
+# The metrics by their names in `config.eval.metrics`, in the order of the table: a new one is a record and a function.
 METRICS = {
     "fid": Metric(
         function="frechet_distance",
@@ -93,19 +91,9 @@ METRICS = {
     ),
 }
 
-# The papers' names for samplers that have another one here.
-_ALIASES = {"pndm": "f_pndm"}
-
 
 class EvalPoint(NamedTuple):
-    """A sampler at a budget: one line of the table of results.
-
-    Attributes:
-      sampler: one of `specs.SAMPLERS`.
-      nfe: number of function evaluations, per image.
-      timestep_spacing: one of `timesteps.SPACINGS`.
-      options: the sampler's keyword arguments that are not its defaults.
-    """
+    """A sampler at an NFE, a line of the table of results; `options` are its keyword arguments besides defaults."""
 
     sampler: str
     nfe: int
@@ -130,32 +118,22 @@ def split_names(text: str) -> list[str]:
 
 
 def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
-    """The points that a config's group `eval` requests.
+    """The points that a config's group `eval` requests, sampler by sampler, and one sentence for each skipped pair.
 
-    A pair of sampler and NFE that is impossible, as F-PNDM with 10, is skipped. An option applies to those of
-    the samplers that have it.
-
-    Args:
-      T: number of timesteps.
-      fields: the group as a dict.
-
-    Returns:
-      The points, sampler by sampler, and one sentence for each skipped pair.
+    A pair of sampler and NFE that is impossible, as F-PNDM with 10, is skipped. An option applies to those of the
+    samplers that have it.
 
     Raises:
-      ValueError: for an unknown or repeated sampler, an option that no sampler has, an NFE that no sampler
-        can run with, a sampler that can run with none. The message begins with the name of a field.
+      ValueError: for an unknown or repeated sampler, an option that no sampler has, an NFE that no sampler can run
+        with, a sampler that can run with none. The message begins with the name of a field.
     """
-    samplers = [_ALIASES.get(name, name) for name in split_names(fields["samplers"])]
+    # "pndm" is the papers' name.
+    samplers = ["f_pndm" if name == "pndm" else name for name in split_names(fields["samplers"])]
     for name in samplers:
         if name not in SAMPLERS:
             raise ValueError(f"samplers={fields['samplers']!r} names {name!r}; there are {', '.join(SAMPLERS)}")
     if not samplers or len(set(samplers)) < len(samplers):
         raise ValueError(f"samplers={fields['samplers']!r} must name at least one sampler, none of them twice")
-    if fields["timestep_spacing"] not in SPACINGS:
-        raise ValueError(
-            f"timestep_spacing={fields['timestep_spacing']!r} is not known; choose one of {', '.join(SPACINGS)}"
-        )
     if fields["timestep_spacing"] == "optimal" and any(SAMPLERS[name].requires != "ms_eps" for name in samplers):
         raise ValueError(f"timestep_spacing='optimal' is only for analytic, not for samplers={fields['samplers']!r}")
     requested = {name: fields[name] for name in OPTIONS if fields[name] is not None}
@@ -176,13 +154,9 @@ def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
             except ValueError as error:
                 skipped[sampler, nfe] = str(error)
     # A sampler or an NFE without any point is an error.
-    for requests, planned in (
-        (samplers, {point.sampler for point in points}),
-        (fields["nfe"], {point.nfe for point in points}),
-    ):
-        for request in requests:
-            if request not in planned:
-                raise ValueError(next(reason for pair, reason in skipped.items() if request in pair))
+    for request in (*samplers, *fields["nfe"]):
+        if not any(request in (point.sampler, point.nfe) for point in points):
+            raise ValueError(next(reason for pair, reason in skipped.items() if request in pair))
     return points, [f"no {sampler} at {nfe}: {reason}" for (sampler, nfe), reason in skipped.items()]
 
 

@@ -11,7 +11,7 @@ class Field:
 
     Attributes:
       default: the value where a config file sets none; None where the loss preset or the sampler decides.
-      doc: one sentence that `--help` prints.
+      doc: one sentence for `--help`.
       low, high: smallest and largest value, both allowed, or None for no bound; for a tuple, of each entry.
       min_length: fewest entries of a tuple.
       choices: the only values allowed, or None for any.
@@ -60,8 +60,11 @@ def fields_help(fields: dict[str, Field]) -> str:
             allowed = allowed_range(field)
         else:
             allowed = "" if field.type is str else allowed_type(field)
+        if field.default is None:
+            default = "None, the loss preset's" if name.startswith("loss.") else "None, the sampler's own"
+        else:
+            default = repr(",".join(map(str, field.default)) if field.type is tuple else field.default)
         text = f"--config.{name}: {field.doc}"
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
-        default = ",".join(map(str, field.default)) if field.type is tuple else field.default
-        lines.append(f"    (default: {default!r}{'; ' if allowed else ''}{allowed})")
+        lines.append(f"    (default: {default}{'; ' if allowed else ''}{allowed})")
     return "\n".join(lines)

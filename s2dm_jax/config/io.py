@@ -11,16 +11,8 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import default_config
 
 
-def packaged_configs() -> dict[str, Path]:
-    """The config files that come with this package, by the name that --config has for them."""
-    package = Path(__file__).parents[1]
-    # A wheel has them inside the package, a clone beside it.
-    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-    return {f"configs/{path.name}": path for path in sorted(folder.glob("*.py"))}
-
-
 def config_path(name: str) -> str:
-    """FILE[:OBJECTIVE] as it is where the file exists, else with the path of the packaged one of that name.
+    """FILE[:OBJECTIVE] with the path of the file, or else of that which comes with this package under the name.
 
     Raises:
       UserError: where there is neither.
@@ -28,7 +20,10 @@ def config_path(name: str) -> str:
     file, colon, objective = name.partition(":")
     if os.path.isfile(file):
         return name
-    packaged = packaged_configs()
+    package = Path(__file__).parents[1]
+    # A wheel has the configs inside the package, a clone beside it.
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    packaged = {f"configs/{path.name}": path for path in sorted(folder.glob("*.py"))}
     if os.path.normpath(file) not in packaged:
         raise UserError(
             f"--config={name}: there is no such file; those that come with s2dm_jax are {', '.join(packaged)}"
@@ -73,7 +68,6 @@ def load_config(name: str) -> ConfigDict:
     except ValueError as error:
         raise UserError(f"--config={name}: {error}") from error
     except Exception as error:
-        # Whatever the user's own file raises while it runs.
         raise UserError(f"--config={name} failed with {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={name}: get_config must return a ConfigDict, not {type(config).__name__}")

@@ -52,9 +52,6 @@ def set_objective(config: ConfigDict, objective: str) -> None:
 def set_head(config: ConfigDict, kind: str) -> None:
     """Makes a config that of a variance head, with the released code's Adam: 1e-4, no clipping."""
     config.variance_head.kind = kind
-    config.train.lr = 1e-4
-    config.train.grad_clip = 0.0
-    config.sample.sampler = kind
-    config.sample.timestep_spacing = "linspace"
-    config.eval.samplers = kind
-    config.eval.timestep_spacing = "linspace"
+    config.train.update(lr=1e-4, grad_clip=0.0)
+    config.sample.update(sampler=kind, timestep_spacing="linspace")
+    config.eval.update(samplers=kind, timestep_spacing="linspace")

@@ -1,7 +1,4 @@
-"""The check of a config: every field's name, type and range, and the fields against each other.
-
-Imports no jax: user errors are reported before seconds of imports.
-"""
+"""The check of a config. Imports no jax: user errors are reported before seconds of imports."""
 
 import math
 import os
@@ -13,7 +10,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import network_of
 from s2dm_jax.config.datasets import DATASETS
-from s2dm_jax.config.defaults import FIELDS
+from s2dm_jax.config.defaults import FIELDS, image_shape
 from s2dm_jax.config.evaluation_plan import FEATURES, METRICS, REFERENCES, parse_metrics, plan_evaluation
 from s2dm_jax.config.fields import Field, allowed_choices, allowed_range, allowed_type
 from s2dm_jax.config.io import flatten
@@ -31,22 +28,21 @@ def check_config(config: ConfigDict) -> None:
     fields = flatten(config)
     for name, field in FIELDS.items():
         _check_field(name, field, fields[name])
-    _check_data(fields)
-    _check_model(config)
-    _check_training(fields)
+    _check_data(config)
+    try:
+        network_of(config, "float32")
+    except ValueError as error:
+        raise UserError(f"config.model.{error}") from error
+    _check_training(config)
     _check_timesteps(fields)
-    _check_sampling(fields)
-    _check_evaluation(fields)
-    if fields["export.path"] and not fields["export.path"].endswith(".npz"):
-        raise UserError(f"config.export.path={fields['export.path']!r} must end in .npz")
+    _check_sampling(config)
+    _check_evaluation(config)
+    if config.export.path and not config.export.path.endswith(".npz"):
+        raise UserError(f"config.export.path={config.export.path!r} must end in .npz")
 
 
 def check_names(config: ConfigDict) -> None:
-    """Checks that a config has every field and no other.
-
-    Raises:
-      UserError: one sentence that names the field.
-    """
+    """Raises a `UserError` unless a config has every field and no other."""
     names = flatten(config).keys()
     for name in sorted(names - FIELDS.keys()):
         raise UserError(f"config.{name} is not a field; the fields are those of s2dm_jax/config/defaults.py")
@@ -79,50 +75,41 @@ def _in_range(field: Field, value: float) -> bool:
     return (field.low is None or field.low <= value) and (field.high is None or value <= field.high)
 
 
-def _check_data(fields: dict) -> None:
+def _check_data(config: ConfigDict) -> None:
     """The named datasets take no other size, channels or crop than fit them."""
-    if fields["data.source"]:
+    data = config.data
+    if data.source:
         return
-    name, crop = fields["data.name"], fields["data.crop"]
-    spec = DATASETS[name]
-    shape = fields["data.resolution"] or spec.size, fields["data.channels"] or spec.channels
-    if not spec.builder and shape != spec.shape:
+    spec = DATASETS[data.name]
+    if not spec.builder and image_shape(config) != spec.shape:
         raise UserError(
-            f"config.data.resolution={fields['data.resolution']} and "
-            f"config.data.channels={fields['data.channels']} do not go with the {name}, which are "
-            f"{spec.size} pixels of {spec.channels} channel(s); leave both 0"
+            f"config.data.resolution={data.resolution} and config.data.channels={data.channels} do not go with the "
+            f"{data.name}, which are {spec.size} pixels of {spec.channels} channel(s); leave both 0"
         )
-    if spec.max_size is not None and fields["data.resolution"] > spec.max_size:
+    if spec.max_size is not None and data.resolution > spec.max_size:
         raise UserError(
-            f"config.data.resolution={fields['data.resolution']} is more than the {spec.max_size} pixels of "
-            f"{name}; give larger ones as config.data.source"
+            f"config.data.resolution={data.resolution} is more than the {spec.max_size} pixels of {data.name}; give "
+            "larger ones as config.data.source"
         )
-    if spec.crop == "none" and crop not in ("auto", "none"):
-        cropped = " and ".join(other for other, facts in DATASETS.items() if facts.crop != "none")
+    if spec.crop == "none" and data.crop not in ("auto", "none"):
+        cropped = " and ".join(name for name, other in DATASETS.items() if other.crop != "none")
         raise UserError(
-            f"config.data.crop={crop!r} is for {cropped} and for config.data.source, not for {name}: it must be auto"
+            f"config.data.crop={data.crop!r} is for {cropped} and for config.data.source, not for {data.name}: it must "
+            "be auto"
         )
 
 
-def _check_model(config: ConfigDict) -> None:
-    try:
-        network_of(config, "float32")
-    except ValueError as error:
-        raise UserError(f"config.model.{error}") from error
-
-
-def _check_training(fields: dict) -> None:
-    batch, parts = fields["train.batch_size"], fields["train.grad_accum_steps"]
+def _check_training(config: ConfigDict) -> None:
+    batch, parts, head = config.train.batch_size, config.train.grad_accum_steps, config.variance_head.kind
     if batch % parts:
         raise UserError(
             f"config.train.grad_accum_steps={parts} does not divide config.train.batch_size={batch} evenly; "
             "the parts of a batch must be equal"
         )
-    if fields["variance_head.kind"] and parts > 1:
+    if head and parts > 1:
         raise UserError(
-            f"config.train.grad_accum_steps={parts} does not go with "
-            f"config.variance_head.kind={fields['variance_head.kind']!r}, whose steps keep no activations; "
-            "it must be 1"
+            f"config.train.grad_accum_steps={parts} does not go with config.variance_head.kind={head!r}, whose steps "
+            "keep no activations; it must be 1"
         )
 
 
@@ -134,60 +121,59 @@ def _check_timesteps(fields: dict) -> None:
             raise UserError(f"config.{name}={fields[name]} must be at most {most}, with config.diffusion.T={T}")
 
 
-def _check_sampling(fields: dict) -> None:
-    sample = {name.removeprefix("sample."): fields[name] for name in fields if name.startswith("sample.")}
+def _check_sampling(config: ConfigDict) -> None:
+    sample = config.sample
     options = {name: sample[name] for name in ("eta", *OPTIONS) if sample[name] is not None}
     spec, _ = split_timestep_spec(sample)
     try:
-        plan_timesteps(fields["diffusion.T"], sample["sampler"], spec, **options)
+        plan_timesteps(config.diffusion.T, sample.sampler, spec, **options)
     except ValueError as error:
         raise UserError(f"config.sample.{error}") from error
-    needs = SAMPLERS[sample["sampler"]].requires
-    _check_head(fields, f"config.sample.sampler={sample['sampler']!r}", needs)
-    if sample["timestep_spacing"] == "optimal" and needs != "ms_eps":
+    sampler = SAMPLERS[sample.sampler]
+    _check_head(config, f"config.sample.sampler={sample.sampler!r}", sampler.requires)
+    if sample.timestep_spacing == "optimal" and sampler.requires != "ms_eps":
         raise UserError(
-            "config.sample.timestep_spacing='optimal' is only for the sampler analytic, not "
-            f"{sample['sampler']}, whose covariance it is optimal for; choose uniform, quadratic or linspace"
+            f"config.sample.timestep_spacing='optimal' is only for the sampler analytic, not {sample.sampler}, whose "
+            "covariance it is optimal for; choose uniform, quadratic or linspace"
         )
     special = [name for name in ("interpolate", "trajectory", "compare") if sample[name]]
     if len(special) > 1:
         raise UserError(f"config.sample.{special[0]} and config.sample.{special[1]} do not go together; give one")
-    if special and sample["output"] != "grid":
+    if special and sample.output != "grid":
         raise UserError(
-            f"config.sample.output={sample['output']!r} does not go with config.sample.{special[0]}, "
-            "which makes one picture: it must be grid"
+            f"config.sample.output={sample.output!r} does not go with config.sample.{special[0]}, which makes one "
+            "image: it must be grid"
         )
-    if sample["interpolate"]:
-        if sample["interpolate"] == 1 or sample["num_images"] % 2:
-            raise UserError(
-                f"config.sample.interpolate={sample['interpolate']} does not go with "
-                f"config.sample.num_images={sample['num_images']}: it must be at least 2, and num_images even"
-            )
-        if sample["eta"] or SAMPLERS[sample["sampler"]].stochastic:
-            raise UserError(
-                f"config.sample.interpolate={sample['interpolate']} needs a sampler that draws no noise, and "
-                "config.sample.eta=0"
-            )
-
-
-def _check_head(fields: dict, field: str, needs: str) -> None:
-    if needs in ("sn", "npr") and fields["variance_head.kind"] != needs:
+    if sample.interpolate == 1 or (sample.interpolate and sample.num_images % 2):
         raise UserError(
-            f"{field} needs a variance head, which this run does not have; train one with --config=…:{needs} "
+            f"config.sample.interpolate={sample.interpolate} does not go with "
+            f"config.sample.num_images={sample.num_images}: it must be at least 2, and num_images even"
+        )
+    if sample.interpolate and (sample.eta or sampler.stochastic):
+        raise UserError(
+            f"config.sample.interpolate={sample.interpolate} needs a sampler that draws no noise, and "
+            "config.sample.eta=0"
+        )
+
+
+def _check_head(config: ConfigDict, field: str, requires: str) -> None:
+    if requires in ("sn", "npr") and config.variance_head.kind != requires:
+        raise UserError(
+            f"{field} needs a variance head, which this run does not have; train one with --config=…:{requires} "
             "--config.variance_head.base_workdir=WORKDIR and sample from that run"
         )
 
 
-def _check_evaluation(fields: dict) -> None:
-    group = {name.removeprefix("eval."): fields[name] for name in fields if name.startswith("eval.")}
+def _check_evaluation(config: ConfigDict) -> None:
+    group = config.eval
     try:
-        points, _ = plan_evaluation(fields["diffusion.T"], group)
-        metrics = parse_metrics(group["metrics"])
+        points, _ = plan_evaluation(config.diffusion.T, group.to_dict())
+        metrics = parse_metrics(group.metrics)
     except ValueError as error:
         raise UserError(f"config.eval.{error}") from error
     for point in points:
-        _check_head(fields, f"config.eval.samplers={group['samplers']!r}", SAMPLERS[point.sampler].requires)
-    features, reference, sha256 = group["feature_extractor"], group["reference"], group["inception_sha256"]
+        _check_head(config, f"config.eval.samplers={group.samplers!r}", SAMPLERS[point.sampler].requires)
+    features, reference, sha256 = group.feature_extractor, group.reference, group.inception_sha256
     if features not in FEATURES and not all(features.rpartition(":")):
         raise UserError(
             f"config.eval.feature_extractor={features!r} is not known; choose one of {', '.join(FEATURES)}, "
@@ -197,16 +183,16 @@ def _check_evaluation(fields: dict) -> None:
         metric = METRICS[name]
         if features not in FEATURES and "logits" in metric.requires:
             raise UserError(
-                f"config.eval.metrics={group['metrics']!r} names {name}, which needs class probabilities: "
+                f"config.eval.metrics={group.metrics!r} names {name}, which needs class probabilities: "
                 f"config.eval.feature_extractor={features!r} must be inception or classifier for that"
             )
-        if group["num_images"] < metric.min_images:
+        if group.num_images < metric.min_images:
             raise UserError(
-                f"config.eval.num_images={group['num_images']} is too few for {name}, which needs {metric.min_images}"
+                f"config.eval.num_images={group.num_images} is too few for {name}, which needs {metric.min_images}"
             )
         if reference not in REFERENCES and "reference_features" in metric.requires:
             raise UserError(
-                f"config.eval.metrics={group['metrics']!r} names {name}, which needs the reference's images: "
+                f"config.eval.metrics={group.metrics!r} names {name}, which needs the reference's images: "
                 f"config.eval.reference={reference!r} must be train or held_out for that"
             )
     if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
@@ -214,14 +200,10 @@ def _check_evaluation(fields: dict) -> None:
 
 
 def check_evaluation_files(config: ConfigDict) -> None:
-    """Checks that the files which the group `eval` names are there; only an evaluation needs them.
-
-    Raises:
-      UserError: one sentence that names the field and the file.
-    """
+    """Raises a `UserError` unless the files that the group `eval` names exist; only an evaluation needs them."""
     features, reference = config.eval.feature_extractor, config.eval.reference
-    if features not in FEATURES and not os.path.isfile(features.rpartition(":")[0]):
-        path = features.rpartition(":")[0]
+    path = features.rpartition(":")[0]
+    if features not in FEATURES and not os.path.isfile(path):
         raise UserError(f"config.eval.feature_extractor={features!r} names the file {path}, which is not there")
     if reference not in REFERENCES and not os.path.isfile(reference):
         raise UserError(f"config.eval.reference={reference!r} must be {', '.join(REFERENCES)}, or a file that is there")

@@ -3,20 +3,18 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.devices.sharding import data_mesh, replicated
+from s2dm_jax.devices.sharding import replicated, split_along
 
-# The processes leave together; one that failed does not keep the others longer than this.
+# The processes leave together; they wait no longer than this for one that failed.
 _SHUTDOWN_SECONDS = 60
 
-# What the launchers that `jax.distributed` knows leave in the environment of each of several processes.
+# What Slurm sets in the environment of each process.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -25,30 +23,23 @@ def initialize_distributed(
 ) -> None:
     """Joins the processes of one run, before JAX's first computation; alone, does nothing.
 
-    Without arguments the processes are found under Slurm, Open MPI, and on TPU pods (GCE and GKE).
-
-    Args:
-      coordinator: "host:port" of process 0.
-      num_processes: how many in all.
-      process_id: which of them this is.
+    Without `coordinator`, process 0's "host:port", they are found under Slurm, Open MPI, and on TPU pods (GCE, GKE).
 
     Raises:
       UserError: if the others do not come.
     """
-    if coordinator:
-        known: dict[str, Any] = {
-            "coordinator_address": coordinator,
-            "num_processes": num_processes,
-            "process_id": process_id,
-        }
-    elif _has_companions() or _on_tpu_vm():
-        known = {}
-    else:
+    launched = bool(coordinator) or _has_companions()
+    if not launched and not _on_tpu_vm():
         return
     try:
-        jax.distributed.initialize(**known, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and not coordinator and not _has_companions():
+        if isinstance(error, ValueError) and not launched:
             # A TPU on its own, as in a notebook: there is no cluster to find.
             return
         reason = str(error).strip().partition("\n")[0]
@@ -59,13 +50,12 @@ def initialize_distributed(
 
 
 def _has_companions() -> bool:
-    """Whether a launcher says that this is one of several processes."""
-    environment = os.environ
-    slurm = all(name in environment for name in _SLURM) and int(environment["SLURM_NTASKS"]) > 1
-    mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    """Whether a launcher that `jax.distributed` supports started this as one of several processes."""
+    slurm = all(name in os.environ for name in _SLURM) and int(os.environ["SLURM_NTASKS"]) > 1
+    mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     # GKE sets these.
-    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
-    return slurm or mpi or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return slurm or mpi or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
 
 
 def _on_tpu_vm() -> bool:
@@ -95,8 +85,8 @@ def any_process(flag: bool) -> bool:
 def make_stop_vote(received: list[int]) -> Callable[[], bool]:
     """A function, to call before every chunk, of whether to stop: whether any process received a signal.
 
-    With several processes the answer is that to the call before, so that none waits for the others while
-    the devices could work; all stop before the same chunk.
+    With several processes the answer is that to the call before, so that none waits for the others while the devices
+    could work; all stop before the same chunk.
     """
     if jax.process_count() == 1:
         return lambda: bool(received)
@@ -107,7 +97,7 @@ def make_stop_vote(received: list[int]) -> Callable[[], bool]:
         nonlocal vote
         agreed = bool(np.asarray(vote))
         mine = np.full(jax.local_device_count(), bool(received))
-        vote = count(jax.make_array_from_process_local_data(NamedSharding(data_mesh(), PartitionSpec("data")), mine))
+        vote = count(jax.make_array_from_process_local_data(split_along(0), mine))
         return agreed
 
     return stop

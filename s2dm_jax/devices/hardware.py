@@ -1,4 +1,4 @@
-"""What a step costs and what a device could do: model FLOPs, peak rates, peak memory; what XLA is told."""
+"""Peak rates and peak memory of the devices, and options of XLA."""
 
 import functools
 import resource
@@ -7,8 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
-# Dense bfloat16 (V100, T4: float16) matrix products, TFLOP/s, of the makers' data sheets. The first name
-# that a device's begins with counts.
+# Dense bfloat16 (V100, T4: float16) TFLOP/s of the makers' data sheets. The first prefix of a device's name counts.
 _PEAK_TFLOPS = {
     "NVIDIA GB200": 2500,
     "NVIDIA B200": 2250,
@@ -34,22 +33,14 @@ _PEAK_TFLOPS = {
     "TPU v2": 45,
 }
 
-# Of what XLA:CPU leaves to YNNPACK, only the sums: its convolutions take three times as long as Eigen's over
-# the weights' gradients, without its sums a step takes half as long again. With this, several devices of one
-# CPU compute some images wrongly after some iterations of a loop (jaxlib 0.10.2;
-# `tests/devices/test_sharding.py`).
+# Of what XLA:CPU leaves to YNNPACK, only the sums: its convolutions take three times as long as Eigen's over the
+# weights' gradients, without its sums a step takes half as long again. With this, several devices of one CPU compute
+# some images wrongly after some iterations of a loop (jaxlib 0.10.2; `tests/devices/test_sharding.py`).
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def compiler_options(cpu_options: Mapping[str, str] = CPU_OPTIONS) -> dict[str, str]:
-    """Options with which XLA compiles a training step (`jax.jit`'s `compiler_options`).
-
-    Args:
-      cpu_options: the options for a single CPU device.
-
-    Returns:
-      `cpu_options` on a single CPU device whose jaxlib accepts them; else none.
-    """
+    """`jax.jit`'s `compiler_options` for a training step: none but on a single CPU device whose jaxlib accepts them."""
     single_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     return dict(cpu_options) if single_cpu and _accepts(tuple(cpu_options.items())) else {}
 
@@ -64,11 +55,7 @@ def _accepts(options):
 
 
 def peak_flops(dtype: str) -> float | None:
-    """FLOP/s that all devices together could do in matrix products; None where it is not known.
-
-    Args:
-      dtype: of the activations; float32's rate depends on settings and is not known.
-    """
+    """FLOP/s of matrix products over all devices; None where unknown, as float32's, which depends on settings."""
     kind = jax.devices()[0].device_kind
     for name, tflops in _PEAK_TFLOPS.items():
         if kind.startswith(name) and dtype == "bfloat16":
@@ -79,8 +66,7 @@ def peak_flops(dtype: str) -> float | None:
 def peak_memory() -> int:
     """The most bytes that the fullest of this host's devices held, or on CPU the process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    known = [peak for peak in peaks if peak is not None]
-    if known:
-        return max(known)
+    if reported := [peak for peak in peaks if peak is not None]:
+        return max(reported)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most

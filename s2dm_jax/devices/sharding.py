@@ -1,7 +1,7 @@
 """One program on one device, on several, and on several hosts.
 
-Batches are split over all devices. Everything else is whole on each, or, if asked for, the weights, their
-average and the optimizer's moments are split as well (ZeRO; Rajbhandari et al. 2020).
+Batches are split over all devices. All else is replicated, or, with `train.shard_state`, the weights, their EMA and the
+optimizer's moments are split as well (ZeRO; Rajbhandari et al. 2020).
 """
 
 import os
@@ -17,7 +17,7 @@ Tree = TypeVar("Tree")
 _IMAGES_PER_CPU_DEVICE = 16
 
 # Smaller arrays are not worth the traffic of splitting them.
-_LEAST_ELEMENTS = 2**12
+_MIN_SHARDED_SIZE = 2**12
 
 
 def data_mesh() -> Mesh:
@@ -27,24 +27,29 @@ def data_mesh() -> Mesh:
 
 
 def replicated() -> NamedSharding:
-    """The sharding of an array that is whole on every device."""
+    """The sharding of an array that every device has a copy of."""
     return NamedSharding(data_mesh(), PartitionSpec())
 
 
+def split_along(axis: int) -> NamedSharding:
+    """The sharding of an array whose `axis` is split evenly over all devices."""
+    return NamedSharding(data_mesh(), PartitionSpec(*[None] * axis, "data"))
+
+
 def replicate(tree: Tree) -> Tree:
-    """The arrays of `tree`, whole on every device; each process has the same values."""
+    """The arrays of `tree` copied to every device; each process has the same values."""
     return jax.device_put(tree, replicated())
 
 
 def replicate_key(key: jax.Array) -> jax.Array:
-    """A random key, on every device."""
+    """A random key copied to every device."""
     # `device_put` refuses keys where another process owns some of the devices.
     data = jax.device_put(np.asarray(jax.random.key_data(key)), replicated())
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 
 def unshard(tree: Tree) -> Tree:
-    """The arrays of `tree`, split or not, whole on every device."""
+    """The arrays of `tree`, split or not, replicated on every device."""
     if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
         return tree
     return jax.jit(lambda x: x, out_shardings=replicated())(tree)
@@ -58,26 +63,22 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 
 def shard_batch(x: jax.Array | np.ndarray, axis: int = 0) -> jax.Array:
-    """`x` with `axis` split evenly over the devices; whole on every one where that does not go evenly."""
-    spec = PartitionSpec(*[None] * axis, "data") if x.shape[axis] % jax.device_count() == 0 else PartitionSpec()
-    return jax.device_put(x, NamedSharding(data_mesh(), spec))
+    """`x` with `axis` split evenly over the devices; replicated where their number does not divide it."""
+    divisible = x.shape[axis] % jax.device_count() == 0
+    return jax.device_put(x, split_along(axis) if divisible else replicated())
 
 
 def state_shardings(state: Tree, split: bool) -> Tree:
-    """Each array's sharding: whole on every device, or split along the longest axis that goes evenly.
-
-    Args:
-      state: pytree of arrays or `jax.ShapeDtypeStruct`.
-      split: whether to split the arrays that are large enough.
+    """The sharding of each array or `jax.ShapeDtypeStruct`: replicated, or, with `split` and where large, split along
+    the longest axis that the number of devices divides.
     """
-    mesh = data_mesh()
+    num_devices = data_mesh().size
 
     def sharding(leaf):
-        fitting = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
-        if not split or leaf.size < _LEAST_ELEMENTS or not fitting:
-            return NamedSharding(mesh, PartitionSpec())
-        longest = max(fitting, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+        divisible = [axis for axis, size in enumerate(leaf.shape) if size % num_devices == 0]
+        if not split or leaf.size < _MIN_SHARDED_SIZE or not divisible:
+            return replicated()
+        return split_along(max(divisible, key=lambda axis: leaf.shape[axis]))
 
     return jax.tree.map(sharding, state)
 
@@ -85,8 +86,8 @@ def state_shardings(state: Tree, split: bool) -> Tree:
 def set_cpu_device_count(batch_size: int) -> None:
     """Makes JAX, before its first computation, see a CPU as several devices that can share a batch.
 
-    Two devices of one core each do a step in about 0.7 of the time that one device of two cores needs: small
-    operations do not split well over threads. A number of devices set in XLA_FLAGS stays as it is.
+    Two devices of one core each do a step in about 0.7 of the time that one device of two cores needs: small operations
+    do not split well over threads. A number of devices set in XLA_FLAGS stays as it is.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return

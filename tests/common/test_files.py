@@ -85,10 +85,7 @@ def test_text_files_are_read_and_written_as_utf8(folder):
     without = []
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            is_text = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
-                "read_text",
-                "write_text",
-            )
+            is_text = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text")
             if is_text and "encoding" not in {keyword.arg for keyword in node.keywords}:
                 without.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not without

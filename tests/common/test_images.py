@@ -71,11 +71,7 @@ def test_grid_default_layout(shape, expected):
 @pytest.mark.parametrize(
     ("images", "kwargs", "message"),
     [
-        (
-            np.zeros((2, 8, 8, 1)),
-            {},
-            r"images must be uint8 \[N,H,W,C\], not empty, got float64 \[2, 8, 8, 1\]",
-        ),
+        (np.zeros((2, 8, 8, 1)), {}, r"images must be uint8 \[N,H,W,C\], not empty, got float64 \[2, 8, 8, 1\]"),
         (np.zeros((8, 8, 1), np.uint8), {}, r"got uint8 \[8, 8, 1\]"),
         (np.zeros((0, 8, 8, 1), np.uint8), {}, r"got uint8 \[0, 8, 8, 1\]"),
         (np.zeros((2, 8, 8, 1), np.uint8), {"columns": 0}, "columns must be at least 1, got 0"),

@@ -24,10 +24,7 @@ def test_a_line_every_ten_seconds_with_the_time_left(clock, capsys):
         clock[0] += 60
         advance(400)
     # After 12 s 300 of the 1,000 are done: 700 more take 28 s; after 24 s 600, and 400 more take 16 s.
-    assert capsys.readouterr().err.splitlines() == [
-        "500/1,200 images  00:28 left",
-        "800/1,200 images  00:16 left",
-    ]
+    assert capsys.readouterr().err.splitlines() == ["500/1,200 images  00:28 left", "800/1,200 images  00:16 left"]
 
 
 def test_quick_or_hidden_work_prints_nothing(clock, capsys):
@@ -50,10 +47,10 @@ def test_on_a_terminal_a_bar_that_goes_away(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with progress.progress_bar(3, "rows") as advance:
         advance(3)
-    said = capsys.readouterr().err
-    assert "0/3 [" in said
-    assert said.endswith("\r")
-    assert "\n" not in said
+    printed = capsys.readouterr().err
+    assert "0/3 [" in printed
+    assert printed.endswith("\r")
+    assert "\n" not in printed
     with progress.progress_bar(3, "rows", delay=60) as advance:
         advance(3)
     assert not capsys.readouterr().err.strip()
@@ -98,8 +95,4 @@ def test_jobs_print_their_number_and_the_time_left(clock, capsys):
         clock[0] += 0 if job == "a" else 60
     assert done == list("abcd")
     # b costs 3 of 6 in a minute: the rest takes another; b and c 4 of 6 in two minutes.
-    assert capsys.readouterr().out.splitlines() == [
-        "1 of 3",
-        "2 of 3, about 01:00 left",
-        "3 of 3, about 01:00 left",
-    ]
+    assert capsys.readouterr().out.splitlines() == ["1 of 3", "2 of 3, about 01:00 left", "3 of 3, about 01:00 left"]

@@ -48,16 +48,10 @@ def cpu_seconds_of_children():
 
 
 BAD_COMMANDS = [
-    (
-        ["--config.train.stepz=3"],
-        "config.train.stepz is not a field of a config; did you mean config.train.steps",
-    ),
+    (["--config.train.stepz=3"], "config.train.stepz is not a field of a config; did you mean config.train.steps"),
     (["--config.train.steps=many"], "config.train.steps='many' has the wrong type: it must be an integer"),
     (["--config.train.steps=1.5"], "config.train.steps='1.5' has the wrong type: it must be an integer"),
-    (
-        ["--config.loss.use_tau_s=maybe"],
-        "config.loss.use_tau_s='maybe' has the wrong type: it must be True or False",
-    ),
+    (["--config.loss.use_tau_s=maybe"], "config.loss.use_tau_s='maybe' has the wrong type: it must be True or False"),
     (["--config.train.steps=-5"], "config.train.steps=-5 is out of range: it must be at least 1"),
     (["--config.loss.skip=1000"], "config.loss.skip=1000 must be at most 999"),
     (["--wat=1"], "Unknown command line flag 'wat'"),
@@ -66,10 +60,7 @@ BAD_COMMANDS = [
     (["--wrkdir=runs"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
     (["--mode=fly"], "should be one of <train|sample|evaluate|export>"),
     (["--workdir="], "--workdir is missing"),
-    (
-        ["--num_processes=2"],
-        "--coordinator_address is missing: --coordinator_address=HOST:PORT, --num_processes=N and",
-    ),
+    (["--num_processes=2"], "--coordinator_address is missing: --coordinator_address=HOST:PORT, --num_processes=N and"),
     (
         ["--coordinator_address=host", "--num_processes=2", "--process_id=0"],
         "--coordinator_address=host is not HOST:PORT; for example --coordinator_address=node0:1234",
@@ -97,10 +88,7 @@ def test_bad_command_lines(tmp_path, arguments, sentence):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (
-            "configs/digits.py:sq",
-            "--config=configs/digits.py:sq: objective 'sq' is not known; choose one of ddpm",
-        ),
+        ("configs/digits.py:sq", "--config=configs/digits.py:sq: objective 'sq' is not known; choose one of ddpm"),
         ("configs/nothing.py", "--config=configs/nothing.py: there is no such file"),
         ("README.md", "--config=README.md failed with SyntaxError"),
         ("", "--config is missing"),
@@ -128,19 +116,11 @@ def test_bad_config_files(tmp_path, config, sentence):
         ("eval.nfe", (10, -1), "has the wrong type: it must be a tuple of positive integers"),
         ("sample.steps", 2000, "config.sample.steps=2000 is out of range: T=1000 allows 1 to 1000"),
         ("model.ch", 48, "config.model.ch=48 must be a multiple of 32"),
-        (
-            "model.attn_resolutions",
-            (16,),
-            "names 16, which never occurs; this model's resolutions are 8, 4, 2",
-        ),
+        ("model.attn_resolutions", (16,), "names 16, which never occurs; this model's resolutions are 8, 4, 2"),
         ("model.ch_mult", (1, 1, 1, 1, 1), "halves images of 8 pixels 4 times"),
         ("diffusion.schedule", "log", "choose one of linear, cosine, quadratic, const, sigmoid"),
         ("data.name", "mnist", "choose one of digits, cifar10, celeba, celebahq"),
-        (
-            "data.resolution",
-            16,
-            "config.data.resolution=16 and config.data.channels=0 do not go with the digits",
-        ),
+        ("data.resolution", 16, "config.data.resolution=16 and config.data.channels=0 do not go with the digits"),
         ("data.channels", 2, "choose one of 0, 1, 3"),
         ("data.crop", "ddim", "is for celeba and for config.data.source, not for digits: it must be auto"),
         ("data.resize", "nearest", "choose one of bilinear, bicubic, lanczos, box"),
@@ -208,7 +188,7 @@ def test_config_files_that_return_no_config(tmp_path, body, sentence):
     assert str(error.value).startswith(start + sentence)
 
 
-def test_images_that_cannot_be_had_are_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_unavailable_images_are_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     workdir = f"--workdir={tmp_path / 'run'}"
@@ -397,7 +377,7 @@ def test_workdirs_that_cannot_be_used(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
 
 
-def test_a_full_disk_is_told_in_one_sentence_and_other_failures_are_not(monkeypatch, capsys):
+def test_a_full_disk_is_reported_in_one_sentence_and_other_failures_are_not(monkeypatch, capsys):
     def fails_with(error):
         def run(_):
             raise error
@@ -408,8 +388,8 @@ def test_a_full_disk_is_told_in_one_sentence_and_other_failures_are_not(monkeypa
     with pytest.raises(SystemExit) as stop:
         fails_with(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"))
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: writing failed at runs/a/metrics.jsonl (No space left on device); the check")
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: writing failed at runs/a/metrics.jsonl (No space left on device); the check")
+    assert message.count("\n") == 1
     with pytest.raises(PermissionError):
         fails_with(PermissionError(errno.EACCES, "Permission denied"))

@@ -1,4 +1,4 @@
-"""Two processes are one run: they train, stop and resume together, and one goes on with what two saved."""
+"""Two processes are one run: they train, stop and resume together, and one process resumes what two saved."""
 
 import os
 import re
@@ -44,11 +44,7 @@ def launch(workdir, processes, *flags):
     command = [sys.executable, "-m", "s2dm_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
     started = []
     for i in range(processes):
-        hosts = [
-            f"--coordinator_address=127.0.0.1:{port}",
-            f"--num_processes={processes}",
-            f"--process_id={i}",
-        ]
+        hosts = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"]
         started.append(
             subprocess.Popen(
                 command + (hosts if processes > 1 else []),
@@ -86,7 +82,7 @@ def test_two_processes_train_and_resume_like_one_and_one_takes_over(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     lead, other = finish(launch(two, 2, "--config.train.steps=4"))
     assert "2 × cpu on 2 hosts" in lead
-    assert all(line.startswith("[Gloo]") for line in other.splitlines()), "only the first process speaks"
+    assert all(line.startswith("[Gloo]") for line in other.splitlines()), "only the first process prints"
     lead, _ = finish(launch(two, 2, "--config.train.steps=8", "--config.train.shard_state=True"))
     assert "from step 4 of 8" in lead
     (alone,) = finish(launch(two, 1, "--config.train.steps=12"))
@@ -105,11 +101,11 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(tmp_path):
         if line.startswith("step "):
             other.send_signal(signal.SIGTERM)
             break
-    told = lead.communicate(timeout=300)[0].splitlines()
+    lines = lead.communicate(timeout=300)[0].splitlines()
     other.communicate(timeout=300)
     assert lead.returncode == other.returncode == 128 + signal.SIGTERM
-    stopped = re.match(r"stopped at step ([\d,]+) of 100,000, saved in", told[-1])
-    assert stopped, told
+    stopped = re.match(r"stopped at step ([\d,]+) of 100,000, saved in", lines[-1])
+    assert stopped, lines
     assert int(state_in(workdir)[0].step) == int(stopped[1].replace(",", "")) > 0
 
 
@@ -132,12 +128,12 @@ def test_launchers_are_recognised(monkeypatch, environment, joins):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **known: joined.append(known))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
     initialize_distributed()
     assert len(joined) == joins
 
 
-def test_a_tpu_on_its_own_stays_alone_but_a_cluster_that_fails_is_told(monkeypatch):
+def test_a_tpu_on_its_own_stays_alone_but_a_cluster_that_fails_is_an_error(monkeypatch):
     def no_cluster(**_):
         raise ValueError("coordinator_address should be defined.")
 

@@ -90,7 +90,7 @@ def gradient(network):
 
 
 def residual_bytes(network, batch_size):
-    """Bytes that are held from the forward to the backward pass, the weights among them."""
+    """Bytes that are stored from the forward to the backward pass, the weights among them."""
 
     def residuals(params, x):
         apply = lambda params: network.apply(params, x, jnp.ones(len(x)), jax.random.key(1))  # noqa: E731

@@ -13,7 +13,7 @@ from s2dm_jax.config.io import from_json
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.state import init_state, make_optimizer
 
-# What each process does: train a few steps, then leave the pictures that evaluation would draw.
+# What each process does: train a few steps, then leave the images that evaluation would sample.
 PROGRAM = """
 import sys
 import jax, numpy as np
@@ -21,7 +21,7 @@ from helpers import small_config
 from s2dm_jax.inference.model import load
 from s2dm_jax.training.loop import train
 train(small_config(**{"train.lr": 1e-4}), sys.argv[1])
-np.save(sys.argv[1] + "/pictures.npy", load(sys.argv[1]).sample(8, nfe=2, seed=3))
+np.save(sys.argv[1] + "/images.npy", load(sys.argv[1]).sample(8, nfe=2, seed=3))
 print("devices", jax.device_count())
 """
 
@@ -41,18 +41,16 @@ def run_on(devices, workdir):
     config = from_json((workdir / "config.json").read_text())
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     like = init_state(build_network(config), optimizer, 0)
-    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like), np.load(workdir / "pictures.npy")
+    return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like), np.load(workdir / "images.npy")
 
 
 def test_eight_devices_train_and_sample_like_one(tmp_path):
-    one, pictures_of_one = run_on(1, tmp_path / "one")
-    eight, pictures_of_eight = run_on(8, tmp_path / "eight")
+    one, images_of_one = run_on(1, tmp_path / "one")
+    eight, images_of_eight = run_on(8, tmp_path / "eight")
     # Adam divides by the gradient's size: where that is all but zero, rounding decides the direction, so the
     # weights are compared by how far they moved altogether.
     start = init_state(
-        build_network(from_json((tmp_path / "one" / "config.json").read_text())),
-        make_optimizer(1e-4, 1.0),
-        0,
+        build_network(from_json((tmp_path / "one" / "config.json").read_text())), make_optimizer(1e-4, 1.0), 0
     )
 
     def distance(a, b):
@@ -60,7 +58,7 @@ def test_eight_devices_train_and_sample_like_one(tmp_path):
         return sum(jax.tree.leaves(squares)) ** 0.5
 
     assert distance(one.ema_params, eight.ema_params) < 0.01 * distance(one.ema_params, start.ema_params)
-    difference = pictures_of_one.astype(int) - pictures_of_eight
+    difference = images_of_one.astype(int) - images_of_eight
     assert np.abs(difference).max() <= 1
 
 
@@ -103,10 +101,6 @@ def test_steps_in_a_loop_on_two_devices_are_those_done_one_by_one():
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     digits = Path(__file__).parents[2] / "configs" / "digits.py"
     done = subprocess.run(
-        [sys.executable, "-c", LOOP, str(digits)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, "-c", LOOP, str(digits)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
