@@ -2,11 +2,11 @@
 
     L = τ·L_simple + (1−τ)·L_skip + λ·L_sa
 
-Every timestep in the window of an example goes through the network in one call; L_skip reuses the output that
-L_simple needs. `docs/objectives.md` lists where the papers and their authors' code differ.
+Every timestep in the window of an example goes through the network in one call; L_skip reuses the output that L_simple
+needs. `docs/objectives.md` lists where the papers and their authors' code differ.
 
-A new term is its formula, a function as `Term.compute`, and one entry of `TERMS`: `loss` then adds it up, and
-the logged metrics, `train.keep_best`, the loss curves and the run's summary have it by its name there.
+A new term is a function as `Term.compute` and one entry of `TERMS`: `loss` then adds it up, and the logged metrics,
+`train.keep_best`, the loss curves and the run's summary have it by its name there.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ class Objective:
       tau: weight of L_simple; L_skip gets 1 − tau (S²-DMs, eq. 13).
       K: timesteps in the window of L_sa (SA-DPM, eq. 6); 1 leaves L_sa out: one timestep has no neighbours.
       lam: weight λ of L_sa.
-      skip_noise: target of L_skip. "shared": the noise that made x_t (eq. 12); "independent": a second one
-        (released code); "expected": the expectation over that second one, with no noise drawn.
+      skip_noise: target of L_skip. "shared": the noise that made x_t (eq. 12); "independent": a second one (released
+        code); "expected": the expectation over that second one, with no noise drawn.
       skip_factors: number of one-step alphas multiplied in alpha_skip.
-      skip_boundary: timesteps with fewer steps below them than factors. "truncate": the factors that exist;
-        "plain": L_simple alone with weight 1 (released code).
+      skip_boundary: timesteps with fewer steps below them than factors. "truncate": the factors that exist; "plain":
+        L_simple alone with weight 1 (released code).
       window: timesteps beside t. "forward": t … t+K−1 (Algorithm 3); "backward": t … t−K+1 (released code).
-      window_boundary: which timesteps count in L_sa. "inner": all but the first (τ_s = 0 outside {2 … T} in
-        the paper's count); "all": every timestep that exists (released code).
+      window_boundary: which timesteps count in L_sa. "inner": all but the first (τ_s = 0 outside {2 … T} in the paper's
+        count); "all": every timestep that exists (released code).
       sa_norm: "K^2" or "K", the divisor of L_sa ("K" in SA-DPM's first public code).
       use_tau_s: weight each residual in L_sa by τ_s of Theorem 1; the paper itself leaves it out in practice.
       reduction: "sum" (a squared norm, as the papers write it) or "mean" over the pixels of an image.
@@ -135,11 +135,7 @@ def sample_noise(objective: Objective, key: jax.Array, T: int, shape: tuple[int,
 
 
 def alpha_skip(schedule: NoiseSchedule, factors: int) -> np.ndarray:
-    """α_skip[t] = α_t·α_{t−1}·…, `factors` of them or as many as exist (S²-DMs, section 3.2).
-
-    Returns:
-      float64 [T].
-    """
+    """α_skip[t] = α_t·α_{t−1}·…, `factors` of them or as many as exist (S²-DMs, section 3.2); float64 [T]."""
     alpha_bar = schedule.alpha_bar_with_x0
     after = np.arange(1, schedule.T + 1)
     return alpha_bar[after] / alpha_bar[np.maximum(after - factors, 0)]
@@ -160,13 +156,10 @@ def simple_weight(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
 
 
 def skip_quadratic(schedule: NoiseSchedule, objective: Objective) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Completes the square of τ·L_simple + (1−τ)·L_skip: w_t·‖f − s_t·ε‖² + k_t·‖ε‖² (in neither paper).
+    """w, s, k [T] of τ·L_simple + (1−τ)·L_skip = w_t·‖f − s_t·ε‖² + k_t·‖ε‖², the square completed (in neither paper).
 
-    With independent noise the identity holds in expectation over the second noise. At the optimum the
-    network is s_t·E[ε|x_t]: training with L_skip rescales what plain training finds.
-
-    Returns:
-      (w, s, k), each float64 [T].
+    With independent noise the identity holds in expectation over the second noise. At the optimum the network f is
+    s_t·E[ε|x_t]: training with L_skip rescales what plain training finds.
     """
     tau, c = simple_weight(schedule, objective), skip_ratio(schedule, objective)
     cross = c if objective.skip_noise == "shared" else 0.0
@@ -178,25 +171,16 @@ def skip_quadratic(schedule: NoiseSchedule, objective: Objective) -> tuple[np.nd
 def skip_scale(schedule: NoiseSchedule, skip: int, tau: float = 0.99, preset: str = "paper") -> np.ndarray:
     """s_t, by which the optimum under L_skip differs from that under L_simple: a control that no paper ran.
 
-    Multiply any pretrained network's output by it while sampling (`common.scale_eps`).
-
-    Args:
-      schedule: the forward process.
-      skip: stride as in `Objective`.
-      tau: weight of L_simple.
-      preset: "paper" or "released".
-
-    Returns:
-      float64 [T].
+    `skip` and `tau` are those of `Objective`, `preset` is "paper" or "released". Multiply any pretrained network's
+    output by the result, float64 [T], while sampling (`samplers.common.scale_eps`).
     """
     return skip_quadratic(schedule, PRESETS[preset](skip=skip, tau=tau))[1]
 
 
 def tau_s(schedule: NoiseSchedule) -> np.ndarray:
-    """τ_s of SA-DPM's Theorem 1: the weight of timestep s's error in the total gap at the end.
+    """τ_s of SA-DPM's Theorem 1: the weight of timestep s's error in the total gap at the end; float64 [T].
 
-    Returns:
-      float64 [T], 0 at the first timestep (the paper's s = 1), where the theorem's sum does not reach.
+    It is 0 at the first timestep (the paper's s = 1), which the theorem's sum does not reach.
     """
     a, before = schedule.alpha_bar, schedule.alpha_bar_with_x0[:-1]
     gamma_1 = np.sqrt(before) * schedule.beta / (1 - a)
@@ -220,31 +204,13 @@ def window_weight(schedule: NoiseSchedule, objective: Objective, timesteps: jax.
     return jnp.where(counts, jnp.asarray(weight, jnp.float32)[jnp.clip(timesteps, 0, schedule.T - 1)], 0.0)
 
 
-def simple_loss(eps: jax.Array, noise: jax.Array) -> jax.Array:
-    """L_simple per pixel: (ε − ε_θ)² (S²-DMs eq. 7; SA-DPM eq. 3)."""
-    return jnp.square(noise - eps)
-
-
-def skip_loss(eps: jax.Array, target: jax.Array, c: jax.Array) -> jax.Array:
-    """L_skip per pixel: (ε − c_t·ε_θ)² (S²-DMs, eq. 12)."""
-    return jnp.square(target - c * eps)
-
-
-def expected_skip_loss(eps: jax.Array, c: jax.Array) -> jax.Array:
-    """L_skip per pixel, averaged over an independent target ε₂: 1 + (c_t·ε_θ)²."""
-    return 1 + jnp.square(c * eps)
-
-
 def sequence_loss(residuals: jax.Array, weight: jax.Array, norm: str = "K^2") -> jax.Array:
-    """L_sa per pixel: (1/K²)·(Σ_s τ_s·(ε_θ(x_s, s) − ε_s))² (SA-DPM, Algorithm 3).
+    """L_sa per pixel [B, H, W, C]: (1/K²)·(Σ_s τ_s·(ε_θ(x_s, s) − ε_s))² (SA-DPM, Algorithm 3).
 
     Args:
       residuals: [B, K, H, W, C], prediction minus noise at each timestep of the window.
-      weight: [B, K].
+      weight: τ_s, [B, K].
       norm: "K^2", or "K" for a divisor K.
-
-    Returns:
-      [B, H, W, C].
     """
     K = residuals.shape[1]
     # At JAX's default precision a GPU would round the residuals to TF32, a TPU to bfloat16.
@@ -268,20 +234,21 @@ class Term(NamedTuple):
 
 
 def _simple_term(schedule, objective, sample, timesteps, eps):
+    """(ε − ε_θ)² (S²-DMs eq. 7; SA-DPM eq. 3)."""
     weight = _tau_of(schedule, objective, sample) if objective.has_skip else 1.0
-    return weight, simple_loss(eps[:, 0], sample.noise[:, 0])
+    return weight, jnp.square(sample.noise[:, 0] - eps[:, 0])
 
 
 def _skip_term(schedule, objective, sample, timesteps, eps):
+    """(ε − c_t·ε_θ)² (S²-DMs, eq. 12); its mean over an independent ε is 1 + (c_t·ε_θ)²."""
     weight = 1 - _tau_of(schedule, objective, sample)
     c = extract(skip_ratio(schedule, objective), sample.t, sample.noise[:, 0])  # [B, 1, 1, 1]
     if objective.skip_noise == "expected":
-        return weight, expected_skip_loss(eps[:, 0], c)
-    if objective.skip_noise == "shared":
-        return weight, skip_loss(eps[:, 0], sample.noise[:, 0], c)
-    if sample.skip_noise is None:
+        return weight, 1 + jnp.square(c * eps[:, 0])
+    target = sample.noise[:, 0] if objective.skip_noise == "shared" else sample.skip_noise
+    if target is None:
         raise ValueError("sample.skip_noise is missing, which skip_noise='independent' needs")
-    return weight, skip_loss(eps[:, 0], sample.skip_noise, c)
+    return weight, jnp.square(target - c * eps[:, 0])
 
 
 def _sequence_term(schedule, objective, sample, timesteps, eps):
@@ -297,9 +264,7 @@ def _tau_of(schedule, objective, sample):
 TERMS = {
     "simple": Term(lambda o: True, lambda o: f"{o.tau:g}·" * o.has_skip + "L_simple", _simple_term),
     "skip": Term(
-        lambda o: o.has_skip,
-        lambda o: f"{1 - o.tau:g}·L_skip (skip {o.skip}, {o.skip_noise} noise)",
-        _skip_term,
+        lambda o: o.has_skip, lambda o: f"{1 - o.tau:g}·L_skip (skip {o.skip}, {o.skip_noise} noise)", _skip_term
     ),
     "sequence": Term(lambda o: o.has_sequence, lambda o: f"{o.lam:g}·L_sa (K = {o.K})", _sequence_term),
 }
@@ -315,7 +280,7 @@ def loss(
       schedule: the forward process.
       objective: the terms and their options.
       x0: images in [−1, 1], [B, H, W, C].
-      sample: timesteps and noise as from `sample_noise`.
+      sample: timesteps and noise, from `sample_noise`.
 
     Returns:
       The loss of each example [B], and `objective.terms` by name, unweighted, each [B].
@@ -329,8 +294,7 @@ def loss(
     noised = functools.partial(add_noise, schedule, x0)
     x_t = jax.vmap(noised, in_axes=1, out_axes=1)(clipped, sample.noise)  # [B, K, H, W, C]
     # [B, K] becomes one batch axis, images outermost, so that a batch sharded over devices stays in place.
-    eps = eps_fn(x_t.reshape(-1, *x0.shape[1:]), clipped.reshape(-1))  # [B·K, H, W, C]
-    eps = eps.reshape(x_t.shape)  # [B, K, H, W, C]
+    eps = eps_fn(x_t.reshape(-1, *x0.shape[1:]), clipped.reshape(-1)).reshape(x_t.shape)  # [B, K, H, W, C]
 
     reduce = jnp.sum if objective.reduction == "sum" else jnp.mean
     terms, weighted = {}, []

@@ -1,9 +1,8 @@
 """Noise schedules, and the definition of the timestep `t`.
 
-A timestep `t` counts 0 … T−1. `beta[t]`, `alpha[t] = 1 − beta[t]` belong to the single step that ends at
-timestep t; `alpha_bar[t]` is the product of alpha[0..t], so that x_t = √alpha_bar[t]·x_0 +
-√(1−alpha_bar[t])·ε. The clean image is t = −1, with alpha_bar = 1. The papers count 1 … T: their t is one
-more than here.
+A timestep `t` counts 0 … T−1. `beta[t]`, `alpha[t] = 1 − beta[t]` belong to the single step that ends at timestep t;
+`alpha_bar[t]` is the product of alpha[0..t], so that x_t = √alpha_bar[t]·x_0 + √(1−alpha_bar[t])·ε. The clean image
+is t = −1, with alpha_bar = 1. The papers count 1 … T: their t is one more than here.
 """
 
 import dataclasses
@@ -20,10 +19,8 @@ from jax.typing import DTypeLike
 class NoiseSchedule:
     """A variance-preserving forward process (DDPM, Ho et al. 2020, eq. 2 and 4).
 
-    Arrays live in float64 on the host; `extract` moves the entries that a computation needs to the device.
-
     Attributes:
-      beta: float64 [T], variance added by each step, in (0, 1).
+      beta: float64 [T] on the host, variance added by each step, in (0, 1).
     """
 
     beta: np.ndarray
@@ -61,38 +58,30 @@ class NoiseSchedule:
 
 
 def extract(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
-    """`table[t]` in the dtype of `like`, with trailing axes so that it multiplies images.
-
-    Args:
-      table: float64 [N] on the host.
-      t: integer array of any shape, entries in [0, N).
-      like: array whose leading axes are those of `t`.
-
-    Returns:
-      Array of shape t.shape + (1, …), as many axes as `like`.
-    """
+    """`table[t]` on the device, in the dtype and with as many axes as `like`, whose leading axes are those of t."""
     values = jnp.asarray(table, like.dtype)[t]
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))  # [*t.shape, 1, …]
 
 
 def log_alpha_bar(schedule: NoiseSchedule, t: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """log alpha_bar at any timestep, linear between integers: a forward SDE of constant rate within each
-    step.
+    """log alpha_bar at timesteps t in [−1, T−1], of any shape, with −1 for the clean image.
 
-    Samplers take √alpha_bar and √(1−alpha_bar) from it as exp(½·) and √(−expm1(·)), which loses nothing to
-    rounding where alpha_bar is almost 1.
-
-    Args:
-      t: timesteps in [−1, T−1], of any shape, integer or fractional; −1 is the clean image.
-
-    Returns:
-      Array of t's shape, at most 0.
+    Between integers it is linear: a forward SDE of constant rate within each step.
     """
     table = jnp.asarray(schedule.log_alpha_bar_with_x0, dtype)
     u = jnp.asarray(t) + 1
     below = jnp.floor(u).astype(jnp.int32)
     above = jnp.minimum(below + 1, schedule.T)
     return table[below] + (u - below).astype(dtype) * (table[above] - table[below])
+
+
+def alpha_sigma(log_alpha_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """√alpha_bar and √(1−alpha_bar): x_t = alpha·x_0 + sigma·ε (DDPM, eq. 4).
+
+    From the logarithm, because 1−alpha_bar loses digits where alpha_bar is almost 1.
+    """
+    # abs, not minus: the clean image's sigma must not be −0, which a division would turn into −∞.
+    return jnp.exp(log_alpha_bar / 2), jnp.sqrt(jnp.abs(jnp.expm1(log_alpha_bar)))
 
 
 def add_noise(schedule: NoiseSchedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Sampling with the optimal covariance: Analytic-DPM (Bao et al. 2022a), SN- and NPR-DPM (Bao et al. 2022b).
 
-All three estimate the variance of x_0 given x_t, per pixel and at most 1 (data in [−1, 1]), and give each
-reverse step the variance that follows from it. Analytic-DPM has one number per timestep, from the mean square
-of the predicted noise; SN and NPR have a variance head of the network, with an output for every pixel.
+All three estimate the variance of x_0 given x_t, per pixel and at most 1 (data in [−1, 1]), and each reverse step has
+the variance that follows from it. Analytic-DPM has one number per timestep, from the mean square of the predicted
+noise; SN and NPR have a variance head of the network, with an output for every pixel.
 """
 
 import math
@@ -11,33 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2dm_jax.diffusion.schedule import NoiseSchedule, log_alpha_bar
+from s2dm_jax.diffusion.parameterization import predict_x0
+from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, EpsVarianceFn, NoiseFn, SamplerOutput
-from s2dm_jax.samplers.common import (
-    alpha_sigma,
-    call_network,
-    check_concrete_options,
-    predict_x0,
-    scan_sampler,
-    timestep_pairs,
-)
+from s2dm_jax.samplers.common import call_network, check_concrete_options, scan_sampler, timestep_pairs
+from s2dm_jax.samplers.timesteps import check_steps
 
 # The last noisy step's noise may have this mean absolute value at most, in grey values (reference code).
 CLIP_PIXEL = {"ddpm": 2.0, "ddim": 1.0}
 
 
 def cov_x0(schedule: NoiseSchedule, ms_eps: np.ndarray) -> np.ndarray:
-    """Mean variance of x_0 given x_t, per pixel: (1−ᾱ)/ᾱ·(1 − ms_eps) in [0, 1] (Analytic-DPM, theorem 1).
+    """Mean variance of x_0 given x_t, per pixel: (1−ᾱ)/ᾱ·(1 − ms_eps) in [0, 1] (Analytic-DPM, theorem 1); float64 [T].
 
-    Args:
-      schedule: the forward process.
-      ms_eps: float [T], mean square of the predicted noise at each timestep.
-
-    Returns:
-      float64 [T].
-
-    Raises:
-      ValueError: if there is not one finite number for each timestep.
+    `ms_eps` [T] is the mean square of the predicted noise at each timestep; a ValueError unless it is T finite numbers.
     """
     ms_eps = np.asarray(ms_eps, np.float64)
     if ms_eps.shape != (schedule.T,) or not np.isfinite(ms_eps).all():
@@ -49,17 +36,10 @@ def cov_x0(schedule: NoiseSchedule, ms_eps: np.ndarray) -> np.ndarray:
 def reverse_coefficients(
     log_ab: jax.Array, log_ab_next: jax.Array, mean: str, eta: float | jax.Array
 ) -> tuple[jax.Array, ...]:
-    """A reverse step x_next = a·x̂_0 + b·y + noise, of variance base_var + cov_gain·cov(x_0 | x_t).
+    """a, b, base_var, cov_gain [S] of the steps x_next = a·x̂_0 + b·y + noise, from log alpha_bar at both ends [S].
 
-    y is x_t for mean "ddpm" (DDPM, eq. 7), the predicted noise for mean "ddim" (DDIM, eq. 12).
-
-    Args:
-      log_ab, log_ab_next: log alpha_bar of each step's timestep and of the next one, [S].
-      mean: "ddpm" or "ddim".
-      eta: of mean "ddim": 0 has no variance but the covariance's.
-
-    Returns:
-      a, b, base_var, cov_gain: [S].
+    y is x_t for mean "ddpm" (DDPM, eq. 7), the predicted noise for mean "ddim" (DDIM, eq. 12). The noise has variance
+    base_var + cov_gain·cov(x_0 | x_t).
     """
     signal, sigma = alpha_sigma(log_ab)
     signal_next, sigma_next = alpha_sigma(log_ab_next)
@@ -87,19 +67,15 @@ def analytic(
     clip_x0: bool = True,
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """Analytic-DPM (Bao et al. 2022a): ancestral (mean "ddpm") or DDIM sampling with the optimal variance.
+    """Analytic-DPM (Bao et al. 2022a): sampling with the optimal variance. Contract: `s2dm_jax.samplers`.
 
     Args:
       timesteps: published tables use `timesteps.linspace_timesteps`.
       cov_x0: float [T], from the function of that name.
-      noise_fn: the step to the clean image adds none.
-      mean: "ddpm" or "ddim".
+      mean: "ddpm" for ancestral sampling, "ddim" for DDIM's.
       eta: of mean "ddim", from 0 to 1; may be traced.
-      clip_pixel: bound on the noise of the last step that adds any, in grey values of 255, mean absolute
-        value; None for 2 (mean "ddpm") or 1 (mean "ddim"; also right for the cosine schedule), inf for none.
-      clip_x0: clip each prediction of x_0 to [−1, 1].
-
-    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
+      clip_pixel: bound on the noise of the last step that adds any, in grey values of 255, mean absolute value; None
+        for 2 (mean "ddpm") or 1 (mean "ddim"; also right for the cosine schedule), inf for none.
     """
     if np.shape(cov_x0) != (schedule.T,):
         raise ValueError(f"cov_x0 must be {schedule.T} numbers, one for each timestep, got {np.shape(cov_x0)}")
@@ -126,10 +102,8 @@ def sn(
 ) -> SamplerOutput:
     """SN-DPM (Bao et al. 2022b): the variance head predicts E[ε²|x_t], and cov(ε|x_t) = E[ε²|x_t] − ε̂².
 
-    Args:
-      eps_variance_fn: (x [B, H, W, C], t [B]) → ε̂ and the variance head's output, both [B, H, W, C].
-
-    The others, the result and the errors: as for `analytic`, without `cov_x0`.
+    `eps_variance_fn` is (x [B, H, W, C], t [B]) → ε̂ and the variance head's output, both [B, H, W, C]; the other
+    arguments, the result and the errors are those of `analytic`.
     """
 
     def predict(x, t, odds):
@@ -154,10 +128,8 @@ def npr(
 ) -> SamplerOutput:
     """NPR-DPM (Bao et al. 2022b): the variance head predicts E[(ε−ε̂)²|x_t], the residual of ε̂ as it is.
 
-    Args:
-      eps_variance_fn: (x [B, H, W, C], t [B]) → ε̂ and the variance head's output, both [B, H, W, C].
-
-    The others, the result and the errors: as for `analytic`, without `cov_x0`.
+    `eps_variance_fn` is (x [B, H, W, C], t [B]) → ε̂ and the variance head's output, both [B, H, W, C]; the other
+    arguments, the result and the errors are those of `analytic`.
     """
 
     def predict(x, t, odds):
@@ -195,14 +167,13 @@ def _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel,
 
 
 def optimal_timesteps(schedule: NoiseSchedule, ms_eps: np.ndarray, steps: int) -> np.ndarray:
-    """The timesteps that minimise the variational bound with the optimal variance, by dynamic programming.
+    """The timesteps that minimise the variational bound with the optimal variance (Analytic-DPM, section 4).
 
-    Analytic-DPM, section 4: a step from timestep r to s costs log(1 − β_{s→r}·ms_eps_r/(1−ᾱ_r)), where
-    1 − β_{s→r} = ᾱ_r/ᾱ_s; the path goes from T−1 to the clean image. Where the estimate lets no variance
-    remain (ms_eps of 1 and more, mere noise), x_0 counts as uncertain as one timestep earlier.
+    A step from timestep r to s costs log(1 − β_{s→r}·ms_eps_r/(1−ᾱ_r)), where 1 − β_{s→r} = ᾱ_r/ᾱ_s; dynamic
+    programming finds the cheapest path from T−1 to the clean image. Where a noisy estimate leaves no variance (ms_eps
+    of 1 and more), x_0 counts as uncertain as one timestep earlier.
 
     Args:
-      schedule: the forward process.
       ms_eps: float [T], mean square of the predicted noise at each timestep.
       steps: number of timesteps, 1 to T.
 
@@ -210,11 +181,10 @@ def optimal_timesteps(schedule: NoiseSchedule, ms_eps: np.ndarray, steps: int) -
       int32 [steps], ascending, the last one T−1.
 
     Raises:
-      ValueError: for another number of steps, or a bad `ms_eps`.
+      ValueError: for another number of steps, or an `ms_eps` that is not T finite numbers.
     """
     T = schedule.T
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps={steps} is out of range: T={T} allows 1 to {T}")
+    check_steps(T, steps)
     cost = np.ascontiguousarray(step_costs(schedule, ms_eps).T)  # [r, s]
     # best[r]: the least cost from timestep r−1 to the clean image (r = 0) in k steps.
     best = np.concatenate([[0.0], np.full(T, np.inf)])
@@ -231,11 +201,7 @@ def optimal_timesteps(schedule: NoiseSchedule, ms_eps: np.ndarray, steps: int) -
 
 
 def step_costs(schedule: NoiseSchedule, ms_eps: np.ndarray) -> np.ndarray:
-    """The cost of every possible step in `optimal_timesteps`.
-
-    Returns:
-      float64 [T+1, T+1]: entry (s, r) is the step from timestep r−1 to s−1, inf unless s < r.
-    """
+    """Costs for `optimal_timesteps`: entry (s, r) [T+1, T+1] is the step from timestep r−1 to s−1, inf unless s < r."""
     cov = cov_x0(schedule, ms_eps)
     for t in np.flatnonzero(cov == 0):
         cov[t] = cov[t - 1] if t else 1e-12

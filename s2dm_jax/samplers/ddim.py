@@ -4,16 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2dm_jax.diffusion.schedule import NoiseSchedule, log_alpha_bar
+from s2dm_jax.diffusion.parameterization import predict_x0
+from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, NoiseFn, SamplerOutput
-from s2dm_jax.samplers.common import (
-    alpha_sigma,
-    call_network,
-    check_concrete_options,
-    predict_x0,
-    scan_sampler,
-    timestep_pairs,
-)
+from s2dm_jax.samplers.common import call_network, check_concrete_options, scan_sampler, timestep_pairs
 
 
 def ddim(
@@ -27,14 +21,12 @@ def ddim(
     clip_x0: bool = False,
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """DDIM (Song et al. 2020, eq. 12 and 16; `generalized_steps` of its code).
+    """DDIM (Song et al. 2020, eq. 12 and 16; `generalized_steps` of its code). Contract: `s2dm_jax.samplers`.
 
     Args:
       eta: 0 is deterministic, 1 has the posterior variance of DDPM; may be traced.
       noise_fn: needed unless eta is 0.
-      clip_x0: clip each prediction of x_0 to [−1, 1], and let the step's ε be the one that agrees with it.
-
-    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
+      clip_x0: also makes the step's ε agree with the clipped prediction.
     """
     check_concrete_options("ddim", eta=eta)
     if not isinstance(eta, jax.core.Tracer) and eta == 0:
@@ -46,8 +38,8 @@ def ddim(
     log_ab, log_ab_next = (log_alpha_bar(schedule, s, x_T.dtype) for s in (t, t_next))
     signal, sigma = alpha_sigma(log_ab)
     signal_next, sigma_next = alpha_sigma(log_ab_next)
-    # The share of the next timestep's variance that is fresh: eq. 16 over 1−alpha_bar_next. It is 1 at most,
-    # and the step to the clean image reaches that: rounding must not root a negative number there.
+    # The share of the next timestep's variance that is fresh: eq. 16 over 1−alpha_bar_next. It is 1 at most, and the
+    # step to the clean image reaches that: rounding must not root a negative number there.
     fresh = jnp.asarray(eta, x_T.dtype) ** 2 * jnp.expm1(log_ab - log_ab_next) / jnp.expm1(log_ab)
     sigma_fresh = sigma_next * jnp.sqrt(fresh)
     sigma_eps = sigma_next * jnp.sqrt(jnp.maximum(1 - fresh, 0))
@@ -80,14 +72,10 @@ def ddpm(
     clip_x0: bool = True,
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """DDPM's ancestral sampling over some timesteps (Ho et al. 2020, eq. 6, 7; DDIM code's `ddpm_steps`).
+    """DDPM's ancestral sampling (Ho et al. 2020, eq. 6, 7; DDIM code's `ddpm_steps`). Contract: `s2dm_jax.samplers`.
 
     Args:
-      noise_fn: the step to the clean image adds none.
       variance: of each step: "large" is beta, "small" the posterior's, beta·(1−alpha_bar_next)/(1−alpha_bar).
-      clip_x0: clip each prediction of x_0 to [−1, 1].
-
-    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
     """
     check_concrete_options("ddpm", variance=variance)
     t, t_next = timestep_pairs(schedule, timesteps)

@@ -1,24 +1,18 @@
 """Exponential integrators with a history: DEIS, DPM-Solver++ and UniPC.
 
-The history is part of the scan's state. A step that has not enough of it yet, or must not use it, is not
-a branch: its coefficients are those of a lower order.
+The history is part of the scan's state. A step that does not have enough of it yet, or must not use it, is not a
+branch: its coefficients are those of a lower order. The last step is always a DDIM step, whose result is the network's
+prediction of x_0 at the lowest timestep.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2dm_jax.diffusion.schedule import NoiseSchedule, log_alpha_bar
+from s2dm_jax.diffusion.parameterization import predict_x0
+from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, SamplerOutput
-from s2dm_jax.samplers.common import (
-    alpha_sigma,
-    call_network,
-    check_concrete_options,
-    predict_x0,
-    scan_sampler,
-    timestep_pairs,
-    weighted_sum,
-)
+from s2dm_jax.samplers.common import call_network, check_concrete_options, scan_sampler, timestep_pairs, weighted_sum
 
 # Gauss-Legendre quadrature moved from [−1, 1] to [0, 1]; all its weights are positive.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -34,16 +28,13 @@ def deis(
     order: int = 3,
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """DEIS tAB (Zhang & Chen 2023, eq. 14, 15): ε extrapolated as a polynomial in t through the last `order`
-    evaluations and integrated against the probability-flow ODE; NFE S.
+    """DEIS tAB (Zhang & Chen 2023, eq. 14, 15); NFE S. Contract: `s2dm_jax.samplers`.
 
-    The first steps have the order that their history allows. The last one is a DDIM step, whose result is
-    the network's prediction of x_0 at the lowest timestep.
+    ε is extrapolated as a polynomial in t through the last `order` evaluations and integrated against the
+    probability-flow ODE. The first steps have the order that their history allows, the last one is a DDIM step.
 
     Args:
       order: evaluations that a step combines, 1 (this is DDIM) to 3; the polynomial's degree is one less.
-
-    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
     """
     check_concrete_options("deis", order=order)
     t, t_next = timestep_pairs(schedule, timesteps)
@@ -95,13 +86,10 @@ def dpmpp_2m(
     *,
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the prediction of x_0 extrapolated linearly in the
-    half-log-SNR λ; NFE S.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); NFE S. Contract: `s2dm_jax.samplers`.
 
-    The first step has no history, and the last one, where λ is infinite, must not use it: both are DDIM
-    steps, the last one's result being the network's prediction of x_0 at the lowest timestep.
-
-    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
+    The prediction of x_0 is extrapolated linearly in the half-log-SNR λ. The first step has no history, and the last
+    one, where λ is infinite, must not use it: both are DDIM steps.
     """
     t, signal, sigma, decay, gain, _, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
 
@@ -125,23 +113,20 @@ def unipc(
     *,
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """UniPC of order 2 with B₂(h) = e^h − 1, predicting x_0 (Zhao et al. 2023, multistep UniP-2 and UniC-2):
-    each evaluation corrects the step that led to it, then serves to predict the next one; NFE S.
+    """UniPC (Zhao et al. 2023, multistep UniP-2 and UniC-2, B₂(h) = e^h − 1); NFE S. Contract: `s2dm_jax.samplers`.
 
-    The first step has order 1. The last one is a DDIM step without correction, whose result is the
-    network's prediction of x_0 at the lowest timestep.
-
-    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
+    Each prediction of x_0 corrects the step that led to it, then serves to predict the next one. The first step has
+    order 1, the last one is a DDIM step that is not corrected.
     """
     t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
 
-    # The corrector's weights for every step but the last. The paper's b_k are quotients of integrals of
-    # e^{−(1−θ)h}·θ^k over [0, 1]: as means of θ^k they are free of the cancellation in their closed form.
+    # The corrector's weights for every step but the last. The paper's b_k are quotients of integrals of e^{−(1−θ)h}·θ^k
+    # over [0, 1]: as means of θ^k they are free of the cancellation in their closed form.
     theta = jnp.asarray(_NODES, x_T.dtype)
     density = jnp.asarray(_WEIGHTS, x_T.dtype) * jnp.exp(-(1 - theta) * h[:-1, None])  # [S - 1, Q]
     b_1, b_2 = (jnp.sum(density * theta**k, -1) / jnp.sum(density, -1) for k in (1, 2))
-    # Solution of the two order conditions, for the old line's slope and for the new evaluation. Growth is 0
-    # in the first step alone, where the paper's weight for order 1 is a half.
+    # Solution of the two order conditions, for the old line's slope and for the new evaluation. Growth is 0 in the
+    # first step alone, where the paper's weight for order 1 is a half.
     old = (b_1 - b_2) * growth[:-1] / (1 + growth[:-1])
     new = jnp.where(growth[:-1] == 0, 0.5, b_1 - old)
     # At timestep i the step from i−1 is corrected; into the first timestep there was none.
@@ -165,9 +150,8 @@ def unipc(
 def _log_snr_steps(schedule, timesteps, dtype):
     """Arrays [S] for solvers in λ = log(signal/sigma), whose first-order step is decay·x + gain·x_0.
 
-    Returns:
-      t, signal, sigma, decay, gain; h, the step in λ (infinite at last); and growth, h over the step before,
-      0 where a step must not look back: in the first and in the last.
+    They are t, signal, sigma, decay, gain; h, the step in λ (infinite in the last step); and growth, h over the step
+    before, 0 where a step must not look back: in the first and in the last.
     """
     t, t_next = timestep_pairs(schedule, timesteps)
     log_ab, log_ab_next = (log_alpha_bar(schedule, s, dtype) for s in (t, t_next))

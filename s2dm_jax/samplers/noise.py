@@ -7,46 +7,30 @@ from jax.typing import DTypeLike
 
 from s2dm_jax.diffusion.types import NoiseFn
 
-# Streams of a sampling seed. Training folds its step number into its seed: these are numbers that no run
-# reaches, so that sampling with the training's seed does not draw the training's noise again.
+# Streams of a sampling seed. Training folds its step number into its seed: these are numbers that no run reaches, so
+# that sampling with the training's seed does not draw the training's noise again.
 _X_T_STREAM = np.uint32(2**32 - 1)
 _STEP_STREAM = np.uint32(2**32 - 2)
 
 
 def initial_noise(
-    seed: int | jax.Array,
-    indices: jax.Array | np.ndarray,
-    shape: tuple[int, ...],
-    dtype: DTypeLike = jnp.float32,
+    seed: int | jax.Array, indices: jax.Array | np.ndarray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """x_T of the images with these indices: standard normal, image i depends on (seed, i) alone.
-
-    Args:
-      indices: int [B].
-      shape: one image's, (H, W, C).
-
-    Returns:
-      dtype [B, H, W, C].
-    """
+    """x_T of the images with these indices [B]: standard normal [B, H, W, C], for a `shape` (H, W, C)."""
     stream = jax.random.fold_in(jax.random.key(seed), _X_T_STREAM)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(stream, i), shape, dtype))(indices)
 
 
 def image_keys(seed: int | jax.Array, indices: jax.Array | np.ndarray) -> jax.Array:
-    """Keys [B] for `per_image_noise`: key i depends on (seed, i) alone, apart from x_T's noise."""
+    """Keys [B] for `per_image_noise`, independent of x_T's noise."""
     stream = jax.random.fold_in(jax.random.key(seed), _STEP_STREAM)
     return jax.vmap(lambda i: jax.random.fold_in(stream, i))(indices)
 
 
 def per_image_noise(keys: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> NoiseFn:
-    """A `noise_fn` for the stochastic samplers: the draw for image i at step j depends on (keys[i], j) alone.
+    """A `noise_fn`, step index j → [B, H, W, C]: the noise of image i depends on (keys[i], j) alone.
 
-    Args:
-      keys: key array [B].
-      shape: one image's, (H, W, C).
-
-    Returns:
-      Function of the step index j, counted from 0 in the order of sampling, giving dtype [B, H, W, C].
+    `keys` is a key array [B], `shape` one image's (H, W, C).
     """
 
     def noise_fn(step):
@@ -61,9 +45,6 @@ def slerp(x_a: jax.Array, x_b: jax.Array, weight: float | jax.Array) -> jax.Arra
     Args:
       x_a, x_b: [..., H, W, C]; the straight line joins two that are parallel or opposite.
       weight: 0 gives x_a, 1 gives x_b; a scalar, or any shape that broadcasts with the axes before H.
-
-    Returns:
-      Array of the shape that the three broadcast to.
     """
     image = (-3, -2, -1)
     weight = jnp.expand_dims(jnp.asarray(weight, x_a.dtype), image)  # [..., 1, 1, 1]

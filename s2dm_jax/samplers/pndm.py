@@ -3,27 +3,30 @@
 The multistep history is part of the scan's state.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
-from s2dm_jax.diffusion.schedule import NoiseSchedule, log_alpha_bar
+from s2dm_jax.diffusion.parameterization import predict_x0
+from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, SamplerOutput
 from s2dm_jax.samplers.common import (
-    alpha_sigma,
     call_network,
     check_concrete_options,
     ddim_step,
-    predict_x0,
     scan_sampler,
     timestep_pairs,
     weighted_sum,
 )
 from s2dm_jax.samplers.specs import nfe_of
 from s2dm_jax.samplers.timesteps import check_published_pndm
+
+# Where in a starting step the network is called, from 0 (its timestep) to 1 (the next one); the weights of these
+# evaluations in the step's ε; the weights of a multistep formula's evaluations, the newest first.
+_FORMULAS = {
+    "f_pndm": ((0, 1 / 2, 1 / 2, 1), (1 / 6, 2 / 6, 2 / 6, 1 / 6), (55 / 24, -59 / 24, 37 / 24, -9 / 24)),
+    "s_pndm": ((0, 1), (1 / 2, 1 / 2), (3 / 2, -1 / 2)),
+}
 
 
 def f_pndm(
@@ -35,31 +38,19 @@ def f_pndm(
     pndm_convention: str = "corrected",
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """F-PNDM (Liu et al. 2022, algorithm 2): three pseudo Runge-Kutta steps of four evaluations each, then
-    the four-step linear multistep formula; NFE S + 9.
+    """F-PNDM (Liu et al. 2022, algorithm 2); NFE S + 9. Contract: `s2dm_jax.samplers`.
+
+    Three pseudo Runge-Kutta steps of four evaluations each, then the four-step linear multistep formula.
 
     Args:
       timesteps: equally spaced; S at least 4.
-      pndm_convention: "corrected" takes alpha_bar of the timestep that the network gets, and ends at the
-        clean image; half-way timesteps may be fractional, for the network and for alpha_bar (see
-        `log_alpha_bar`). "published" is the released code: alpha_bar one timestep later, the end at
-        alpha_bar[0], half-way timesteps truncated for alpha_bar; it cannot run timesteps that contain T−1.
+      pndm_convention: "corrected" takes alpha_bar of the timestep that the network gets, and ends at the clean image;
+        half-way timesteps may be fractional, for the network and for alpha_bar (see `log_alpha_bar`). "published" is
+        the released code: alpha_bar one timestep later, the end at alpha_bar[0], half-way timesteps truncated for
+        alpha_bar; it cannot run timesteps that contain T−1.
       return_x0: the predictions are those of the first evaluation of every step.
-
-    x_T [B, H, W, C], timesteps [S], the result and the errors: `s2dm_jax.samplers`.
     """
-    return _pndm(
-        "f_pndm",
-        eps_fn,
-        x_T,
-        schedule,
-        timesteps,
-        pndm_convention,
-        return_x0,
-        stages=(0, 1 / 2, 1 / 2, 1),
-        stage_weights=(1 / 6, 2 / 6, 2 / 6, 1 / 6),
-        multistep_weights=(55 / 24, -59 / 24, 37 / 24, -9 / 24),
-    )
+    return _pndm("f_pndm", eps_fn, x_T, schedule, timesteps, pndm_convention, return_x0)
 
 
 def s_pndm(
@@ -71,53 +62,24 @@ def s_pndm(
     pndm_convention: str = "corrected",
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """S-PNDM (Liu et al. 2022): one improved Euler step, then the two-step linear multistep formula; NFE S +
-    1.
+    """S-PNDM (Liu et al. 2022); NFE S + 1. Contract: `s2dm_jax.samplers`.
+
+    One improved Euler step, then the two-step linear multistep formula.
 
     Args:
       timesteps: equally spaced; S at least 2.
       pndm_convention: as for `f_pndm`; no timestep is fractional.
-
-    x_T [B, H, W, C], timesteps [S], `return_x0`, the result and the errors: `s2dm_jax.samplers`.
     """
-    return _pndm(
-        "s_pndm",
-        eps_fn,
-        x_T,
-        schedule,
-        timesteps,
-        pndm_convention,
-        return_x0,
-        stages=(0, 1),
-        stage_weights=(1 / 2, 1 / 2),
-        multistep_weights=(3 / 2, -1 / 2),
-    )
+    return _pndm("s_pndm", eps_fn, x_T, schedule, timesteps, pndm_convention, return_x0)
 
 
-def _pndm(
-    sampler,
-    eps_fn,
-    x_T,
-    schedule,
-    timesteps,
-    pndm_convention,
-    return_x0,
-    *,
-    stages,
-    stage_weights,
-    multistep_weights,
-):
-    """Steps of several evaluations until the multistep formula has its history, then the formula.
-
-    Args:
-      stages: where in a starting step the network is evaluated, from 0 (its timestep) to 1 (the next one).
-      stage_weights: of these evaluations in the step's ε.
-      multistep_weights: of this step's evaluation and those of the steps before it, newest first.
-    """
+def _pndm(sampler, eps_fn, x_T, schedule, timesteps, pndm_convention, return_x0):
+    """Steps of several evaluations until the multistep formula has its history, then the formula."""
     check_concrete_options(sampler, pndm_convention=pndm_convention)
     t, t_next = timestep_pairs(schedule, timesteps)
     # With fewer steps a starting step would reach the clean image, and call the network at t = −1.
     nfe_of(sampler, len(t))
+    stages, stage_weights, multistep_weights = _FORMULAS[sampler]
     start = len(multistep_weights) - 1
     log_ab_at = _log_alpha_bar_of(schedule, timesteps, pndm_convention, x_T.dtype)
     t_stages = t[:, None] + jnp.asarray(stages, t.dtype) * (t_next - t)[:, None]  # [S, stages]
@@ -152,15 +114,10 @@ def _pndm(
     )
     steps = (t[start:], log_ab[start:], log_ab_next[start:])
     output = scan_sampler(multistep, (x, slopes[::-1]), steps, return_x0)
-    if not return_x0:
-        return output
-    x_0, rest = output
-    return x_0, jnp.concatenate([first, rest])
+    return (output[0], jnp.concatenate([first, output[1]])) if return_x0 else output
 
 
-def _log_alpha_bar_of(
-    schedule: NoiseSchedule, timesteps: jax.Array | np.ndarray, pndm_convention: str, dtype: DTypeLike
-) -> Callable[[jax.Array], jax.Array]:
+def _log_alpha_bar_of(schedule, timesteps, pndm_convention, dtype):
     """Function from timesteps to log alpha_bar in the PNDM convention."""
     if pndm_convention == "corrected":
         return lambda t: log_alpha_bar(schedule, t, dtype)

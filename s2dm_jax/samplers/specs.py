@@ -1,7 +1,6 @@
 """The table of samplers: where each one is, its options, its NFE (number of function evaluations).
 
-Imports no jax, so that wrong options are reported before jax is imported. Error messages begin with the name
-of the argument.
+Imports no jax, so that wrong options are reported before it is. Error messages begin with the name of the argument.
 """
 
 import importlib
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class SamplerSpec(NamedTuple):
-    """What there is to know about a sampler before it runs.
+    """Where a sampler is and what it takes.
 
     Attributes:
       module: file of this folder that defines the function of the sampler's name.
@@ -18,8 +17,7 @@ class SamplerSpec(NamedTuple):
       extra_evaluations: network evaluations beyond one per step.
       min_steps: smallest number of steps.
       stochastic: draws noise at every step, whatever the options.
-      requires: input besides the network's weights: "ms_eps" (Analytic-DPM's statistic), or the kind of the
-        variance head ("sn", "npr").
+      requires: input besides the weights: "ms_eps" (Analytic-DPM's statistic), or a variance head's kind ("sn", "npr").
     """
 
     module: str
@@ -57,11 +55,7 @@ OPTIONS: dict[str, tuple | None] = {
 
 
 def spec_of(sampler: str) -> SamplerSpec:
-    """SAMPLERS[sampler].
-
-    Raises:
-      ValueError: for an unknown name.
-    """
+    """SAMPLERS[sampler], or a ValueError that lists the names."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
     return SAMPLERS[sampler]
@@ -78,7 +72,7 @@ def get_sampler(name: str) -> Callable[..., Any]:
 
 
 def nfe_of(sampler: str, steps: int) -> int:
-    """Calls of the network that a sampler makes: S + 9 for F-PNDM, S + 1 for S-PNDM (PNDM), else S.
+    """Calls of the network that a sampler makes: S + 9 for F-PNDM, S + 1 for S-PNDM, else S.
 
     Raises:
       ValueError: for an unknown sampler, or fewer steps than its smallest number.
@@ -90,11 +84,7 @@ def nfe_of(sampler: str, steps: int) -> int:
 
 
 def steps_for_nfe(sampler: str, nfe: int) -> int:
-    """The number of steps for which the sampler makes `nfe` evaluations, the inverse of `nfe_of`.
-
-    Raises:
-      ValueError: for an unknown sampler, or fewer evaluations than its smallest number of steps makes.
-    """
+    """The number of steps for which the sampler makes `nfe` evaluations, the inverse of `nfe_of`; the same errors."""
     spec = spec_of(sampler)
     fewest = spec.min_steps + spec.extra_evaluations
     if nfe < fewest:
@@ -103,15 +93,10 @@ def steps_for_nfe(sampler: str, nfe: int) -> int:
 
 
 def check_options(sampler: str, **options: Any) -> None:
-    """Checks the options that not every sampler has, by name, value and sampler.
-
-    Args:
-      sampler: one of SAMPLERS.
-      **options: "eta" and those of OPTIONS; eta 0 suits every sampler.
+    """Checks the options that not every sampler has: "eta" and those of OPTIONS; eta 0 suits every sampler.
 
     Raises:
-      ValueError: for an option that does not exist or that the sampler does not have, or a value outside its
-        choices.
+      ValueError: for an option that does not exist or that the sampler does not have, or a value outside its choices.
     """
     spec = spec_of(sampler)
     for name, value in options.items():

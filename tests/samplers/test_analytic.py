@@ -10,15 +10,7 @@ import pytest
 from helpers import LINEAR, assert_close, golden_eps, injected
 
 from s2dm_jax.diffusion.schedule import SCHEDULES, linear_schedule, log_alpha_bar
-from s2dm_jax.samplers.analytic import (
-    analytic,
-    cov_x0,
-    npr,
-    optimal_timesteps,
-    reverse_coefficients,
-    sn,
-    step_costs,
-)
+from s2dm_jax.samplers.analytic import analytic, cov_x0, npr, optimal_timesteps, reverse_coefficients, sn, step_costs
 from s2dm_jax.samplers.ddim import ddpm
 from s2dm_jax.samplers.timesteps import linspace_timesteps
 

@@ -10,8 +10,7 @@ from s2dm_jax.samplers.ddim import ddim, ddpm
 
 
 @pytest.mark.parametrize(
-    "case",
-    ["uniform_10_eta0.0", "uniform_50_eta0.0", "quad_20_eta0.0", "uniform_20_eta0.5", "uniform_10_eta1.0"],
+    "case", ["uniform_10_eta0.0", "uniform_50_eta0.0", "quad_20_eta0.0", "uniform_20_eta0.5", "uniform_10_eta1.0"]
 )
 def test_ddim_matches_published_code(golden, case, precision):
     dtype, rtol = precision
@@ -38,11 +37,7 @@ def test_ddpm_matches_published_code(golden, steps, precision):
     dtype, rtol = precision
     arrays = golden("ddpm.npz")
     x = sample_golden(
-        ddpm,
-        arrays["x_T"],
-        arrays[f"{steps}/seq"],
-        dtype,
-        noise_fn=injected(arrays[f"{steps}/noise"], dtype),
+        ddpm, arrays["x_T"], arrays[f"{steps}/seq"], dtype, noise_fn=injected(arrays[f"{steps}/noise"], dtype)
     )
     assert x.dtype == dtype
     assert_close(x, arrays[f"{steps}/x"], rtol)

@@ -58,7 +58,7 @@ def test_slerp_runs_along_the_great_circle():
     def angle(a, b):
         return np.arccos((a * b).sum((-3, -2, -1)) / norm(a) / norm(b))
 
-    # Equal norms are kept, and the angle is shared in proportion.
+    # Equal norms are preserved, and the angle is shared in proportion.
     x_b *= (norm(x_a) / norm(x_b))[:, None, None, None]
     between = np.asarray(jax.jit(slerp)(x_a, x_b, np.linspace(0, 1, 5, dtype=np.float32)[:, None]))
     assert between.shape == (5, 3, 8, 8, 3)

@@ -11,7 +11,7 @@ from s2dm_jax.samplers.timesteps import (
     SPACING_FUNCTIONS,
     TimestepSpec,
     check_timesteps,
-    choose_timesteps,
+    plan_timesteps,
     split_timestep_spec,
 )
 
@@ -69,11 +69,11 @@ def test_a_spec_is_split_from_a_users_arguments():
     ],
 )
 def test_timesteps_of_a_spec(spec, expected):
-    # Without anything given, 10 evaluations: 10 steps of DDIM, too few for F-PNDM.
+    # The default is an NFE of 10: 10 steps of DDIM, too few for F-PNDM.
     if spec == TimestepSpec():
-        np.testing.assert_array_equal(choose_timesteps(1000, "ddim", spec), np.arange(0, 1000, 100))
+        np.testing.assert_array_equal(plan_timesteps(1000, "ddim", spec), np.arange(0, 1000, 100))
     else:
-        np.testing.assert_array_equal(choose_timesteps(1000, "f_pndm", spec), expected)
+        np.testing.assert_array_equal(plan_timesteps(1000, "f_pndm", spec), expected)
 
 
 @pytest.mark.parametrize(
@@ -89,4 +89,4 @@ def test_timesteps_of_a_spec(spec, expected):
 )
 def test_specs_that_contradict_themselves_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
-        choose_timesteps(1000, "f_pndm", spec)
+        plan_timesteps(1000, "f_pndm", spec)
