@@ -98,9 +98,12 @@ def _prefetch(images, key, batch_size, steps, max_fraction, memory):
     ahead: dict[tuple[int, int], Future] = {}
 
     def gather(rows):
-        rows = np.asarray(rows)
-        shape = (*rows.shape, *images.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: images[rows[index[:2]]])
+        rows = np.asarray(rows)  # [n, B]
+
+        def part(index):
+            return images[rows[index[0], index[1]]]
+
+        return jax.make_array_from_callback((*rows.shape, *images.shape[1:]), sharding, part)
 
     def start(first, length):
         # The indices are computed now: later they would wait behind the chunk that the device is about to run.

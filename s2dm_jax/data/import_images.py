@@ -69,14 +69,10 @@ class NpyWriter:
 
 
 class SplitWriter:
-    """Writes the images and labels of train and held_out; a split without images gets no files.
-
-    Args:
-      held_out: bool [N], which images are held out.
-      order: int [N], the order of the images within each split.
-    """
+    """Writes images and labels of train and held_out, in any order; a split without images gets no files."""
 
     def __init__(self, folder: Path, transform: ImageTransform, held_out: np.ndarray, order: np.ndarray):
+        """`held_out`, bool [N], says which images are held out; `order`, int [N], how each split is ordered."""
         members = {"train": order[~held_out[order]], "held_out": order[held_out[order]]}
         self._folder, self._held_out = folder, held_out
         self._members = {split: indices for split, indices in members.items() if indices.size}
@@ -123,10 +119,9 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
         held_out, order = held_out_mask(count), np.arange(count)
         classes = [str(i) for i in range(int(labels.max(initial=0)) + 1)]
     else:
-        members = list_images(source)
-        names, jobs = members.names, members.read()
-        if members.others:
-            kinds = ", ".join(f"{n:,} × {kind!r}" for kind, n in members.others.most_common(5))
+        names, others, jobs = list_images(source)
+        if others:
+            kinds = ", ".join(f"{n:,} × {kind!r}" for kind, n in others.most_common(5))
             print(f"left out, for their suffix or as hidden: {kinds}", flush=True)
         held_out, labels, classes = split_and_label(names)
         order = np.argsort(np.array(names, object), kind="stable")
@@ -191,7 +186,9 @@ def _decoded(jobs: Iterator[Job], transform: ImageTransform) -> Iterator[tuple[i
         try:
             if isinstance(data, Exception):
                 return data
-            return decode(data, transform) if isinstance(data, bytes) else _convert(data, transform)
+            if isinstance(data, bytes):
+                return decode(data, transform)
+            return to_array(Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data), transform)
         except Exception as error:
             # Whatever Pillow raises for a damaged file makes this one unfit, and no other.
             return error
@@ -223,11 +220,3 @@ def _batched_jobs(jobs):
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _convert(array: np.ndarray, transform: ImageTransform) -> np.ndarray:
-    """`to_array` of one uint8 image [H, W, C]."""
-    shape = (transform.size, transform.size, transform.channels)
-    if array.shape == shape and transform.crop in ("none", "center"):
-        return array
-    return to_array(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), transform)

@@ -11,9 +11,8 @@ import os
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -33,26 +32,8 @@ _HELD_OUT_FRACTION = 0.1
 _HELD_OUT_NAMES = {"test", "val", "valid", "validation"}
 
 
-class ImageList(NamedTuple):
-    """The image files of a source.
-
-    Attributes:
-      names: relative paths with "/", in the order in which `read` gives them.
-      others: number of files left out because their suffix is no image's, by suffix, or as "hidden".
-      read: gives (position in `names`, the file's bytes or the error that reading it met).
-    """
-
-    names: list[str]
-    others: Counter
-    read: Callable[[], Iterator[tuple[int, bytes | Exception]]]
-
-
 def check_source(source: str) -> str:
-    """What kind of source a path is: "folder", "zip", "tar" or "array".
-
-    Raises:
-      UserError: if it does not exist, or is a file of another suffix.
-    """
+    """What kind of source a path is: "folder", "zip", "tar" or "array"; a `UserError` for anything else."""
     path, name = Path(source), source.lower()
     if path.is_dir():
         return "folder"
@@ -76,11 +57,15 @@ def fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
-def list_images(source: str) -> ImageList:
+def list_images(source: str) -> tuple[list[str], Counter, Iterator[tuple[int, bytes | Exception]]]:
     """The image files of a folder, zip or tar.
 
+    Returns:
+      Relative paths with "/"; how many other files there are of each suffix, or "hidden"; an iterator of (index of the
+      path, the file's bytes or the error that reading it met).
+
     Raises:
-      UserError: for an unreadable archive.
+      UserError: for an unreadable archive, also from the iterator.
     """
     kind, path = check_source(source), Path(source)
     with _as_user_error(source):
@@ -94,17 +79,17 @@ def list_images(source: str) -> ImageList:
             names, read_files = [member.name for _, member in _tar_files(path)], _read_tar
     visible = [index for index, name in enumerate(names) if not _hidden(name)]
     selected = [index for index in visible if names[index].lower().endswith(SUFFIXES)]
-    others = Counter(os.path.splitext(names[index])[1].lower() or "no suffix" for index in visible)
-    others.subtract(os.path.splitext(names[index])[1].lower() for index in selected)
-    others["hidden"] = len(names) - len(visible)
     position = {index: i for i, index in enumerate(selected)}
+    others = Counter(os.path.splitext(names[i])[1].lower() or "no suffix" for i in visible if i not in position)
+    if len(visible) < len(names):
+        others["hidden"] = len(names) - len(visible)
 
     def read():
         with _as_user_error(source):
             for index, data in read_files(source, names, position):
                 yield position[index], data
 
-    return ImageList([names[index] for index in selected], +others, read)
+    return [names[index] for index in selected], others, read()
 
 
 def split_and_label(names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
