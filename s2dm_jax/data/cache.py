@@ -1,8 +1,7 @@
 """The cache of prepared datasets: one uint8 .npy per split; entries are complete or absent.
 
-An entry appears by one rename, when everything in it is written. A file lock lets one process prepare while the others,
-on all hosts that share the cache, wait; a process killed at any moment leaves only a temporary folder, which the next
-one removes. Imports neither jax nor tensorflow.
+A complete entry appears by one rename. A file lock lets one process prepare while the others, on all hosts that share
+the cache, wait; a killed process leaves a temporary folder, which the next one removes. Imports no jax, no tensorflow.
 """
 
 import contextlib
@@ -89,11 +88,7 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
 
 
 def check_preparable(config: ConfigDict) -> None:
-    """Checks in milliseconds, writing nothing, that the images can be prepared.
-
-    Raises:
-      UserError: if the source, TensorFlow or a file to be provided by hand is missing.
-    """
+    """Raises a `UserError` if the source, TensorFlow or a manually downloaded file is missing; fast, writes nothing."""
     folder, name = _folder(config), config.data.name
     if folder is None or config.data.source or is_ready(folder):
         return

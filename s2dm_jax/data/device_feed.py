@@ -1,8 +1,4 @@
-"""Where a step's images come from: an array on the devices, or a mapped file that the host prefetches.
-
-Both give the same images at the same step. An array on the devices costs no transfer and no host time; it is used
-wherever the dataset fits into a given fraction of the devices' memory.
-"""
+"""Where a step's images come from: an array on the devices if it fits, else a mapped file that the host prefetches."""
 
 import os
 from collections.abc import Callable
@@ -45,9 +41,8 @@ def make_feed(
 
     Args:
       images: uint8 [N, H, W, C], in memory or mapped.
-      key: key of the data order.
-      batch_size: images per step.
-      steps: steps of the run, beyond which nothing is prefetched.
+      key: key of the data order, `batches.run_keys`.
+      steps: train steps of the run, beyond which nothing is prefetched.
       max_fraction: of a device's memory, the most that the images may take.
       memory: bytes of a device; None to ask the device.
     """

@@ -99,16 +99,9 @@ class SplitWriter:
 
 
 def import_images(source: str, transform: ImageTransform, max_invalid_fraction: float, folder: Path) -> dict:
-    """Writes the arrays of a folder, zip, tar or array of images into an empty folder.
+    """Writes the arrays of a folder, zip, tar or array of images into an empty folder; returns provenance entries.
 
-    Args:
-      max_invalid_fraction: of the images that may be skipped, rounded up to an integer.
-
-    Returns:
-      For the provenance: source, splits, classes, skipped.
-
-    Raises:
-      UserError: if the source holds no images, is an unreadable archive, or more than the limit is invalid.
+    `max_invalid_fraction` is the fraction of the images that may be skipped, rounded up to an integer.
     """
     is_array = check_source(source) == "array"
     print(f"reading the {'array' if is_array else 'list of images'} of {source} …", flush=True)

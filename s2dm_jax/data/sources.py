@@ -1,7 +1,4 @@
-"""Users' images: a folder, a zip or tar of one, read in place, with split and label from their paths.
-
-Nothing here writes. A path inside an archive is a name and never becomes a path on disk.
-"""
+"""Users' images: a folder, a zip or tar of one, or an array, read in place; no path in them is ever written to."""
 
 import contextlib
 import hashlib
@@ -19,7 +16,7 @@ import numpy as np
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.data.transforms import SUFFIXES
 
-_SUFFIXES = {
+_SOURCE_SUFFIXES = {
     "zip": (".zip",),
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"),
     "array": (".npy", ".npz"),
@@ -39,10 +36,10 @@ def check_source(source: str) -> str:
         return "folder"
     if not path.exists():
         raise UserError(f"config.data.source={source}: there is no such file or folder")
-    for kind, suffixes in _SUFFIXES.items():
+    for kind, suffixes in _SOURCE_SUFFIXES.items():
         if name.endswith(suffixes):
             return kind
-    known = ", ".join(itertools.chain(*_SUFFIXES.values()))
+    known = ", ".join(itertools.chain(*_SOURCE_SUFFIXES.values()))
     raise UserError(f"config.data.source={source} is no folder of images, and its suffix none of {known}")
 
 
@@ -63,9 +60,6 @@ def list_images(source: str) -> tuple[list[str], Counter, Iterator[tuple[int, by
     Returns:
       Relative paths with "/"; how many other files there are of each suffix, or "hidden"; an iterator of (index of the
       path, the file's bytes or the error that reading it met).
-
-    Raises:
-      UserError: for an unreadable archive, also from the iterator.
     """
     kind, path = check_source(source), Path(source)
     with _as_user_error(source):
@@ -112,10 +106,9 @@ def split_and_label(names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]
     else:
         held_out = np.empty(len(names), bool)
         held_out[np.argsort(np.array(names, object), kind="stable")] = held_out_mask(len(names))
-    folders = ["/".join(parent) or "." for parent in parents]
-    classes = sorted(set(folders))
-    index = {folder: i for i, folder in enumerate(classes)}
-    return held_out, np.array([index[folder] for folder in folders], np.int64), classes
+    folders = np.array(["/".join(parent) or "." for parent in parents], object)
+    classes, labels = np.unique(folders, return_inverse=True)
+    return held_out, labels, classes.tolist()
 
 
 def held_out_mask(count: int) -> np.ndarray:
@@ -130,9 +123,6 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
 
     Returns:
       Number of images N; an iterator of (index, uint8 [H, W, C]) that reads one at a time; labels, int64 [N].
-
-    Raises:
-      UserError: for a file that is no such array, or is cut short.
     """
     try:
         with _array_file(source) as (file, labels):

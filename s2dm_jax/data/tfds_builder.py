@@ -28,11 +28,7 @@ RESULT = "result.json"
 
 
 def run_tfds(name: str, transform: ImageTransform, temporary: Path) -> dict:
-    """Runs `main` in a child process that ends with this one; returns entries of the provenance.
-
-    Raises:
-      UserError: if the child fails.
-    """
+    """Runs `main` in a child process that ends with this one; returns entries of the provenance."""
     print(f"preparing {name} with tensorflow-datasets in {data_cache_dir()}", flush=True)
     request = json.dumps([name, transform, str(temporary / RESULT), str(data_cache_dir() / "tfds" / name)])
     # Without the GPU's memory, and without remarks on how TensorFlow was built.

@@ -140,9 +140,9 @@ def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resu
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8))
     own = {"data.source": str(tmp_path / "images.npy")}
     train(small_config(**own), tmp_path / "device")
-    said = capsys.readouterr().out
-    assert "replicated on every device" in said
-    assert re.search("no distance to real images is measured: .*images.npy has no labels, and the weights", said)
+    output = capsys.readouterr().out
+    assert "replicated on every device" in output
+    assert re.search("no distance to real images is measured: .*images.npy has no labels, and the weights", output)
     host = {**own, "data.max_device_memory_fraction": 0.0}
     train(small_config(**host, **{"train.steps": 3, "train.log_every": 1}), tmp_path / "host")
     train(small_config(**host), tmp_path / "host")
