@@ -1,0 +1,1 @@
+"""A run's folder: config, lock, checkpoints, state, exported samplers, results."""
