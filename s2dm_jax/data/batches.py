@@ -26,7 +26,7 @@ def batch_at(seed: int, step: int, images: np.ndarray, batch_size: int, random_f
       seed: the run's `config.train.seed`.
       step: from 0.
       images: uint8 [N, H, W, C], the training split.
-      batch_size, random_flip: as the run's config has them.
+      batch_size, random_flip: as in the run's config.
 
     Returns:
       float32 [B, H, W, C] in [−1, 1].
@@ -38,60 +38,26 @@ def batch_at(seed: int, step: int, images: np.ndarray, batch_size: int, random_f
 
 
 def batch_indices(key: jax.Array, start: int, steps: int, batch_size: int, size: int) -> jax.Array:
-    """Rows of the batches of `steps` steps from `start` on: every epoch is one permutation of all rows.
+    """Rows int32 [steps, batch_size] of the batches from step `start` on: every epoch permutes all `size` rows.
 
-    Batches follow one another without a gap, so that one may hold the end of an epoch and the start of the
-    next. The result does not depend on how a run is cut into chunks.
-
-    Args:
-      key: key of the data order.
-      start: first step, a Python integer.
-      steps: number of steps.
-      batch_size: rows per step.
-      size: number of rows of the dataset.
-
-    Returns:
-      int32 [steps, batch_size].
+    Batches follow one another without a gap: one may hold the end of an epoch and the start of the next. The result
+    does not depend on how a run is cut into chunks.
     """
-    first_epoch, offset = divmod(start * batch_size, size)
-    epochs = -(-(offset + steps * batch_size) // size)
-    # The number of permutations that `steps` steps can touch at most, so that one program serves every start.
+    first_epoch, offset = divmod(start * batch_size, size)  # Python integers: their product may exceed 32 bits.
+    # The most permutations that `steps` steps can touch, so that one program serves every start.
     max_epochs = (steps * batch_size - 1) // size + 2
-    assert epochs <= max_epochs
     return _gather_order(key, first_epoch, offset, steps, batch_size, size, max_epochs)
 
 
 @jax.jit(static_argnums=(3, 4, 5, 6))
 def _gather_order(key, first_epoch, offset, steps, batch_size, size, epochs):
     keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(first_epoch + jnp.arange(epochs))
-    order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys).reshape(-1)
+    order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys).reshape(-1)  # [epochs · size]
     return order[offset + jnp.arange(steps * batch_size)].reshape(steps, batch_size)
 
 
-def gather_batch(images: jax.Array, rows: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
-    """The batch of these rows of the dataset, through `preprocess_batch`.
-
-    Args:
-      images: uint8 [N, H, W, C], on the devices.
-      rows: int [B].
-      flip_key: as for `preprocess_batch`.
-
-    Returns:
-      float32 [B, H, W, C] in [−1, 1].
-    """
-    return preprocess_batch(images[rows], flip_key)
-
-
 def preprocess_batch(images: jax.Array, flip_key: jax.Array | None = None) -> jax.Array:
-    """A batch of images scaled to [−1, 1] and, given a key, each flipped horizontally with probability ½.
-
-    Args:
-      images: uint8 [B, H, W, C].
-      flip_key: key of the flips, or None for none.
-
-    Returns:
-      float32 [B, H, W, C] in [−1, 1].
-    """
+    """Images uint8 [B, H, W, C] as float32 in [−1, 1]; given a key, each is flipped horizontally with probability ½."""
     x = to_unit(images)
     if flip_key is None:
         return x

@@ -1,8 +1,7 @@
 """The cache of prepared datasets: one uint8 .npy per split; entries are complete or absent.
 
-An entry appears by one rename, when everything in it is written. A file lock lets one process prepare while
-the others, on all hosts that share the cache, wait; a process killed at any moment leaves only a temporary
-folder, which the next one removes. Imports neither jax nor tensorflow.
+A complete entry appears by one rename. A file lock lets one process prepare while the others, on all hosts that share
+the cache, wait; a killed process leaves a temporary folder, which the next one removes. Imports no jax, no tensorflow.
 """
 
 import contextlib
@@ -24,15 +23,14 @@ from s2dm_jax.common.files import data_cache_dir, write_atomic
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_json
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import dataset_name, image_shape
+from s2dm_jax.data.import_images import import_images
 from s2dm_jax.data.sources import check_source, fingerprint
 from s2dm_jax.data.tfds_builder import RESULT, manual_folder, run_tfds
 from s2dm_jax.data.transforms import ImageTransform
 
-_FORMAT = 1
-
 PROVENANCE = "provenance.json"
 
-SPLITS = ("train", "held_out")
+_FORMAT = 1
 
 
 def transform_of(config: ConfigDict) -> ImageTransform:
@@ -45,14 +43,11 @@ def transform_of(config: ConfigDict) -> ImageTransform:
 
 
 def prepare_dataset(config: ConfigDict) -> Path | None:
-    """Prepares the config's images unless they are in the cache; may take minutes and use the network.
-
-    Args:
-      config: a checked config.
+    """Prepares a checked config's images unless they are in the cache; may take minutes and use the network.
 
     Returns:
-      The folder with train.npy, train_labels.npy, held_out.npy, held_out_labels.npy and provenance.json; None
-      for the digits, which need no preparation.
+      The folder with train.npy, train_labels.npy, held_out.npy, held_out_labels.npy and provenance.json; None for the
+      digits, which need no preparation.
 
     Raises:
       UserError: as `check_preparable`, or if too many images are invalid, or the cache cannot be used.
@@ -62,11 +57,10 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
         return folder
     check_preparable(config)
     source = os.path.expanduser(config.data.source)
-    name, lock, transform = dataset_name(config), f"{folder.name}.lock", transform_of(config)
-    if not source:
-        # One lock for all crops of a dataset: they share the downloads of tensorflow-datasets.
-        lock = f"{name}.lock"
-    with _locked(data_cache_dir() / lock, name):
+    name, transform = dataset_name(config), transform_of(config)
+    # One lock for all crops of a dataset: they share the downloads of tensorflow-datasets.
+    lock = folder.name if source else name
+    with _locked(data_cache_dir() / f"{lock}.lock", name):
         if is_ready(folder):
             return folder
         temporary = folder.with_name(f".{folder.name}.tmp")
@@ -76,8 +70,6 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
         temporary.mkdir()
         try:
             if source:
-                from s2dm_jax.data.import_images import import_images
-
                 description = import_images(source, transform, config.data.max_invalid_fraction, temporary)
             else:
                 description = run_tfds(name, transform, temporary)
@@ -87,8 +79,8 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
             raise SystemExit(130) from None
         except OSError as error:
             raise UserError(
-                f"preparing {name} in {data_cache_dir()} failed ({error.strerror or error}); set "
-                "S2DM_JAX_DATA to a folder with enough space"
+                f"preparing {name} in {data_cache_dir()} failed ({error.strerror or error}); set S2DM_JAX_DATA to a "
+                "folder with enough space"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -96,11 +88,7 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
 
 
 def check_preparable(config: ConfigDict) -> None:
-    """Checks in milliseconds, writing nothing, that the requirements to prepare the images are met.
-
-    Raises:
-      UserError: if the source, TensorFlow or a file to be provided by hand is missing.
-    """
+    """Raises a `UserError` if the source, TensorFlow or a manually downloaded file is missing; fast, writes nothing."""
     folder, name = _folder(config), config.data.name
     if folder is None or config.data.source or is_ready(folder):
         return
@@ -121,7 +109,7 @@ def check_preparable(config: ConfigDict) -> None:
 
 
 def _folder(config: ConfigDict) -> Path | None:
-    """The cache entry of the config's images: its name depends on the source and the transform."""
+    """The cache entry of the config's images, named by source and transform; None where nothing is prepared."""
     source = os.path.expanduser(config.data.source)
     if source:
         check_source(source)
@@ -149,12 +137,8 @@ def _finish(temporary: Path, folder: Path, description: dict, transform: ImageTr
         files[path.name] = {"sha256": digest_of_file(path), "bytes": path.stat().st_size}
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    provenance = {
-        **description,
-        **transform._asdict(),
-        "files": files,
-        "prepared": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    prepared = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    provenance = {**description, **transform._asdict(), "files": files, "prepared": prepared}
     (temporary / RESULT).unlink(missing_ok=True)
     write_atomic(temporary / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
     os.rename(temporary, folder)
@@ -173,8 +157,8 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         file = path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"the cache of prepared data {path.parent} cannot be used ({error.strerror}); set S2DM_JAX_DATA "
-            "to another folder"
+            f"the cache of prepared data {path.parent} cannot be used ({error.strerror}); set S2DM_JAX_DATA to another "
+            "folder"
         ) from error
     with file:
         try:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.data.cache import PROVENANCE, SPLITS, prepare_dataset
+from s2dm_jax.data.cache import PROVENANCE, prepare_dataset
+from s2dm_jax.data.import_images import SPLITS
 
 _HELD_OUT = 500
 
@@ -32,12 +33,9 @@ class Dataset(NamedTuple):
 
 
 def load_digits() -> Dataset:
-    """The 1,797 handwritten digits of scikit-learn (test set of UCI optdigits), 8×8 in 17 shades of grey.
+    """The 1,797 handwritten digits of scikit-learn (test set of UCI optdigits), [N, 8, 8, 1] in 17 shades of grey.
 
-    The held-out split is fixed: 500 digits drawn once with seed 0.
-
-    Returns:
-      Images [N, 8, 8, 1]: 1,297 for training and 500 held out.
+    500 of them, drawn once with seed 0, are held out.
     """
     from sklearn import datasets
 
@@ -45,23 +43,12 @@ def load_digits() -> Dataset:
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(images))
     train, held_out = order[_HELD_OUT:], order[:_HELD_OUT]
-    return Dataset(
-        images[train],
-        digits.target[train],
-        images[held_out],
-        digits.target[held_out],
-        10,
-        "digits of scikit-learn (UCI optdigits), 8×8 grey, 1,297 for training, 500 held out",
-    )
+    provenance = "digits of scikit-learn (UCI optdigits), 8×8 grey, 1,297 for training, 500 held out"
+    return Dataset(images[train], digits.target[train], images[held_out], digits.target[held_out], 10, provenance)
 
 
 def load_dataset(config: ConfigDict) -> Dataset:
-    """The dataset that the config names, prepared first if it is not in the cache.
-
-    Images of the cache are memory-mapped: those that are never read take no memory.
-
-    Args:
-      config: a checked config.
+    """The dataset of a checked config, prepared first if it is not in the cache; cached images are memory-mapped.
 
     Raises:
       UserError: as `cache.prepare_dataset`.
@@ -70,18 +57,13 @@ def load_dataset(config: ConfigDict) -> Dataset:
     if folder is None:
         return load_digits()
     entry = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    images = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
-    labels = [np.load(folder / f"{split}_labels.npy") for split in SPLITS]
+    train, held_out = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS)
+    train_labels, held_out_labels = (np.load(folder / f"{split}_labels.npy") for split in SPLITS)
     digest = entry["files"]["train.npy"]["sha256"]
     version = f" {entry['version']}" if entry["version"] else ""
-    return Dataset(
-        images[0],
-        labels[0],
-        images[1],
-        labels[1],
-        len(entry["classes"]),
+    provenance = (
         f"{entry['source']}{version}, {entry['size']}×{entry['size']}×{entry['channels']}, crop "
-        f"{entry['crop']}, {entry['resize']}, {len(images[0]):,} for training, {len(images[1]):,} held out, "
-        f"{len(entry['skipped'])} skipped, sha256 {digest[:16]}",
-        digest,
+        f"{entry['crop']}, {entry['resize']}, {len(train):,} for training, {len(held_out):,} held out, "
+        f"{len(entry['skipped'])} skipped, sha256 {digest[:16]}"
     )
+    return Dataset(train, train_labels, held_out, held_out_labels, len(entry["classes"]), provenance, digest)

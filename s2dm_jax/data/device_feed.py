@@ -1,8 +1,4 @@
-"""Where a step's images come from: an array on the devices, or a mapped file that the host prefetches.
-
-Both give the same images at the same step. An array on the devices costs no transfer and no host time; it is
-used wherever the dataset fits into a given fraction of the devices' memory.
-"""
+"""Where a step's images come from: an array on the devices if it fits, else a mapped file that the host prefetches."""
 
 import os
 from collections.abc import Callable
@@ -27,8 +23,8 @@ class Feed(NamedTuple):
     Attributes:
       placement: where the images are: all on every device, sharded over the devices, or on the host.
       images: uint8 [N, H, W, C] on the devices, or None where the host reads.
-      batches: function of (first step, number of steps) giving what a chunk scans over: rows [n, B] of
-        `images`, or, where that is None, the images themselves, uint8 [n, B, H, W, C].
+      batches: function of (first step, number of steps) giving what a chunk scans over: rows [n, B] of `images`, or,
+        where that is None, the images themselves, uint8 [n, B, H, W, C].
       summary: size and placement, in one line.
     """
 
@@ -39,36 +35,29 @@ class Feed(NamedTuple):
 
 
 def make_feed(
-    images: np.ndarray,
-    key: jax.Array,
-    batch_size: int,
-    steps: int,
-    max_fraction: float,
-    memory: int | None = None,
+    images: np.ndarray, key: jax.Array, batch_size: int, steps: int, max_fraction: float, memory: int | None = None
 ) -> Feed:
     """Places the images where they fit: on every device, sharded over the devices, or on the host.
 
     Args:
       images: uint8 [N, H, W, C], in memory or mapped.
-      key: key of the data order.
-      batch_size: images per step.
-      steps: steps of the run, beyond which nothing is prefetched.
+      key: key of the data order, `batches.run_keys`.
+      steps: train steps of the run, beyond which nothing is prefetched.
       max_fraction: of a device's memory, the most that the images may take.
       memory: bytes of a device; None to ask the device.
     """
-    memory = memory or device_memory()
-    count, size = len(images), images.nbytes
+    memory = memory or _device_memory()
+    size, devices = images.nbytes, jax.device_count()
 
     def rows(first, length):
-        return shard_batch(batch_indices(key, first, length, batch_size, count), axis=1)
+        return shard_batch(batch_indices(key, first, length, batch_size, len(images)), axis=1)
 
     if size <= min(_REPLICATED_FRACTION, max_fraction) * memory:
-        on_device = _place(images, count, replicated())
+        on_device = _place(images, len(images), replicated())
         return Feed("replicated", on_device, rows, f"{_gb(size)}, replicated on every device")
-    devices = jax.device_count()
     if size <= max_fraction * memory * devices:
         # The rows of the padding are never read.
-        padded = -(-count // devices) * devices
+        padded = -(-len(images) // devices) * devices
         on_device = _place(images, padded, NamedSharding(data_mesh(), PartitionSpec("data")))
         return Feed("sharded", on_device, rows, f"{_gb(size)}, sharded over {devices} device(s)")
     summary = (
@@ -78,10 +67,9 @@ def make_feed(
     return Feed("host", None, _prefetch(images, key, batch_size, steps, max_fraction, memory), summary)
 
 
-def device_memory() -> int:
+def _device_memory() -> int:
     """Bytes of memory of one device that JAX may use."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
@@ -105,7 +93,7 @@ def _prefetch(images, key, batch_size, steps, max_fraction, memory):
     ahead: dict[tuple[int, int], Future] = {}
 
     def gather(rows):
-        rows = np.asarray(rows)
+        rows = np.asarray(rows)  # [n, B]
 
         def part(index):
             return images[rows[index[0], index[1]]]
@@ -113,8 +101,7 @@ def _prefetch(images, key, batch_size, steps, max_fraction, memory):
         return jax.make_array_from_callback((*rows.shape, *images.shape[1:]), sharding, part)
 
     def start(first, length):
-        # The indices are computed now: later they would wait behind the chunk that the device is about to
-        # run.
+        # The indices are computed now: later they would wait behind the chunk that the device is about to run.
         return reader.submit(gather, batch_indices(key, first, length, batch_size, len(images)))
 
     def batches(first, length):

@@ -15,12 +15,16 @@ from tqdm import tqdm
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.progress import progress_bar
-from s2dm_jax.data.sources import ARRAYS, held_out_rows, list_images, open_array, split_and_label
+from s2dm_jax.data.sources import check_source, held_out_mask, list_images, open_array, split_and_label
 from s2dm_jax.data.transforms import ImageTransform, decode, to_array
 
-_MAX_REPORTED = 10
+SPLITS = ("train", "held_out")
 
+_MAX_REPORTED = 10
 _BATCH_BYTES = 2**16
+
+# (index of the image, the image [H, W, C] or the bytes of its file, or the error that reading it met)
+Job = tuple[int, np.ndarray | bytes | Exception]
 
 
 class NpyWriter:
@@ -28,9 +32,8 @@ class NpyWriter:
 
     def __init__(self, path: Path, count: int, transform: ImageTransform):
         self._shape = (transform.size, transform.size, transform.channels)
-        self._row = math.prod(self._shape)
-        # Read back where rows move up.
-        self._file = path.open("w+b")
+        self._row_bytes = math.prod(self._shape)
+        self._file = path.open("w+b")  # Read back where rows move up.
         self._start = self._write_header(count)
         self._written = np.zeros(count, bool)
 
@@ -41,57 +44,77 @@ class NpyWriter:
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
 
+    def _seek(self, row: int) -> None:
+        self._file.seek(self._start + row * self._row_bytes)
+
     def write(self, row: int, image: np.ndarray) -> None:
         """Puts an image, uint8 [size, size, channels], in its row."""
-        self._file.seek(self._start + row * self._row)
+        self._seek(row)
         self._file.write(np.ascontiguousarray(image).data)
         self._written[row] = True
 
     def close(self) -> np.ndarray:
         """Removes the rows that were never written; returns bool [count], which rows were."""
-        written = np.flatnonzero(self._written)
+        written = np.flatnonzero(self._written).tolist()
         for row, old in enumerate(written):
             if row != old:
-                self._file.seek(self._start + int(old) * self._row)
-                image = self._file.read(self._row)
-                self._file.seek(self._start + row * self._row)
+                self._seek(old)
+                image = self._file.read(self._row_bytes)
+                self._seek(row)
                 self._file.write(image)
-        self._file.truncate(self._start + len(written) * self._row)
+        self._file.truncate(self._start + len(written) * self._row_bytes)
         self._write_header(len(written))
         self._file.close()
         return self._written
 
 
+class SplitWriter:
+    """Writes images and labels of train and held_out, in any order; a split without images gets no files."""
+
+    def __init__(self, folder: Path, transform: ImageTransform, held_out: np.ndarray, order: np.ndarray):
+        """`held_out`, bool [N], says which images are held out; `order`, int [N], how each split is ordered."""
+        members = {"train": order[~held_out[order]], "held_out": order[held_out[order]]}
+        self._folder, self._held_out = folder, held_out
+        self._members = {split: indices for split, indices in members.items() if indices.size}
+        self._row = np.empty(len(held_out), np.int64)
+        for indices in self._members.values():
+            self._row[indices] = np.arange(len(indices))
+        self._files = {
+            split: NpyWriter(folder / f"{split}.npy", len(indices), transform)
+            for split, indices in self._members.items()
+        }
+
+    def write(self, index: int, image: np.ndarray) -> None:
+        """Writes image `index`, uint8 [size, size, channels]."""
+        self._files["held_out" if self._held_out[index] else "train"].write(int(self._row[index]), image)
+
+    def close(self, labels: np.ndarray) -> dict[str, int]:
+        """Saves the labels, int64 [N], of the images that were written; returns the number of images per split."""
+        counts = {}
+        for split, indices in self._members.items():
+            written = self._files[split].close()
+            np.save(self._folder / f"{split}_labels.npy", labels[indices][written])
+            counts[split] = int(written.sum())
+        return counts
+
+
 def import_images(source: str, transform: ImageTransform, max_invalid_fraction: float, folder: Path) -> dict:
-    """Writes the arrays of a folder, zip, tar or array of images into `folder`.
+    """Writes the arrays of a folder, zip, tar or array of images into an empty folder; returns provenance entries.
 
-    Args:
-      source: path, checked.
-      transform: applied to every image.
-      max_invalid_fraction: of the images that may be skipped, rounded up to an integer.
-      folder: empty folder.
-
-    Returns:
-      For the provenance: source, splits, classes, skipped.
-
-    Raises:
-      UserError: if the source holds no images, is an unreadable archive, or more than the limit is invalid.
+    `max_invalid_fraction` is the fraction of the images that may be skipped, rounded up to an integer.
     """
-    is_array = source.lower().endswith(ARRAYS) and not os.path.isdir(source)
+    is_array = check_source(source) == "array"
     print(f"reading the {'array' if is_array else 'list of images'} of {source} …", flush=True)
-    jobs: Iterator[tuple[int, np.ndarray | bytes | Exception]]
+    jobs: Iterator[Job]
     if is_array:
         count, jobs, labels = open_array(source)
         names = [f"image {i}" for i in range(count)]
-        held_out = np.zeros(len(names), bool)
-        held_out[held_out_rows(len(names))] = True
+        held_out, order = held_out_mask(count), np.arange(count)
         classes = [str(i) for i in range(int(labels.max(initial=0)) + 1)]
-        order = np.arange(len(names))
     else:
-        members = list_images(source)
-        names, jobs = members.names, members.read()
-        if members.others:
-            kinds = ", ".join(f"{n:,} × {kind!r}" for kind, n in members.others.most_common(5))
+        names, others, jobs = list_images(source)
+        if others:
+            kinds = ", ".join(f"{n:,} × {kind!r}" for kind, n in others.most_common(5))
             print(f"left out, for their suffix or as hidden: {kinds}", flush=True)
         held_out, labels, classes = split_and_label(names)
         order = np.argsort(np.array(names, object), kind="stable")
@@ -99,23 +122,6 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
         raise UserError(
             f"config.data.source={source} holds {len(names)} images; it must hold at least 2 PNG, JPEG or WebP files"
         )
-    skipped = _write_splits(source, names, jobs, order, held_out, labels, transform, max_invalid_fraction, folder)
-    splits = {
-        name: {"count": int(np.load(folder / f"{name}_labels.npy", mmap_mode="r").size)}
-        for name in ("train", "held_out")
-    }
-    return {
-        "source": os.path.abspath(source),
-        "version": None,
-        "splits": splits,
-        "classes": classes,
-        "skipped": skipped,
-    }
-
-
-def _write_splits(source, names, jobs, order, held_out, labels, transform, max_invalid_fraction, folder):
-    """Decodes every job into its row: names in sorted order within each split. Returns what was skipped."""
-    max_invalid = math.ceil(max_invalid_fraction * len(names))
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     needed = len(names) * transform.size**2 * transform.channels
     if needed > free:
@@ -123,32 +129,42 @@ def _write_splits(source, names, jobs, order, held_out, labels, transform, max_i
             f"{folder.parent} has {free:,} bytes left, and the images of {source} need {needed:,}; set "
             "S2DM_JAX_DATA to a folder with more space"
         )
-    row = np.empty(len(names), np.int64)
-    parts = {"train": order[~held_out[order]], "held_out": order[held_out[order]]}
-    for part in parts.values():
-        row[part] = np.arange(len(part))
-    files = {name: NpyWriter(folder / f"{name}.npy", len(part), transform) for name, part in parts.items()}
+    writer = SplitWriter(folder, transform, held_out, order)
+    skipped = _write_images(source, names, jobs, transform, max_invalid_fraction, writer)
+    counts = writer.close(labels)
+    for split, n in counts.items():
+        if not n:
+            raise UserError(f"config.data.source={source} leaves no image for the split {split}; give more images")
+    return {
+        "source": os.path.abspath(source),
+        "version": None,
+        "splits": {split: {"count": n} for split, n in counts.items()},
+        "classes": classes,
+        "skipped": skipped,
+    }
+
+
+def _write_images(source, names, jobs, transform, max_invalid_fraction, writer):
+    """Decodes and writes every image; returns name and reason of each that was skipped."""
+    max_invalid = math.ceil(max_invalid_fraction * len(names))
     skipped = []
-    for index, result in _decoded(jobs, transform, len(names)):
-        if isinstance(result, Exception):
-            reason = str(result) or type(result).__name__
-            skipped.append([names[index], reason])
-            if len(skipped) <= _MAX_REPORTED:
-                tqdm.write(f"skipped {names[index]!r}: {reason}", file=sys.stderr)
-            if len(skipped) > max_invalid:
-                raise UserError(
-                    f"config.data.source={source}: {len(skipped)} of {len(names)} images are damaged or "
-                    f"unfit, the last {names[index]!r} ({reason}); "
-                    f"config.data.max_invalid_fraction={max_invalid_fraction:g} allows {max_invalid}: mend "
-                    "or remove them, or allow more"
-                )
-        else:
-            files["held_out" if held_out[index] else "train"].write(row[index], result)
-    for name, part in parts.items():
-        written = files[name].close()
-        if not written.any():
-            raise UserError(f"config.data.source={source} leaves no image for the split {name}; give more images")
-        np.save(folder / f"{name}_labels.npy", labels[part][written])
+    with progress_bar(len(names), "images") as advance:
+        for index, result in _decoded(jobs, transform):
+            if isinstance(result, Exception):
+                reason = str(result) or type(result).__name__
+                skipped.append([names[index], reason])
+                if len(skipped) <= _MAX_REPORTED:
+                    tqdm.write(f"skipped {names[index]!r}: {reason}", file=sys.stderr)
+                if len(skipped) > max_invalid:
+                    raise UserError(
+                        f"config.data.source={source}: {len(skipped)} of {len(names)} images are damaged or "
+                        f"unfit, the last {names[index]!r} ({reason}); "
+                        f"config.data.max_invalid_fraction={max_invalid_fraction:g} allows {max_invalid}: mend "
+                        "or remove them, or allow more"
+                    )
+            else:
+                writer.write(index, result)
+            advance(1)
     if len(skipped) > _MAX_REPORTED:
         print(f"… and {len(skipped) - _MAX_REPORTED} more, all listed in provenance.json", file=sys.stderr)
     if skipped:
@@ -156,38 +172,34 @@ def _write_splits(source, names, jobs, order, held_out, labels, transform, max_i
     return skipped
 
 
-def _decoded(
-    jobs: Iterator[tuple[int, np.ndarray | bytes | Exception]], transform: ImageTransform, count: int
-) -> Iterator[tuple[int, np.ndarray | Exception]]:
-    """Every job's image or the error that it met, in the jobs' order, decoded by one thread a core."""
+def _decoded(jobs: Iterator[Job], transform: ImageTransform) -> Iterator[tuple[int, np.ndarray | Exception]]:
+    """Every job's image or error, in the jobs' order, decoded by one thread a core."""
 
     def decoded(data):
         try:
             if isinstance(data, Exception):
                 return data
-            return decode(data, transform) if isinstance(data, bytes) else _convert(data, transform)
+            if isinstance(data, bytes):
+                return decode(data, transform)
+            return to_array(Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data), transform)
         except Exception as error:
             # Whatever Pillow raises for a damaged file makes this one unfit, and no other.
             return error
 
-    def decoded_all(jobs):
+    def decoded_batch(jobs):
         return [(index, decoded(data)) for index, data in jobs]
 
     threads = os.cpu_count() or 1
     waiting: collections.deque[Future] = collections.deque()
-    with (
-        progress_bar(count, "images") as advance,
-        ThreadPoolExecutor(threads) as pool,
-        warnings.catch_warnings(),
-    ):
+    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         # Pillow warns of files that open into very many pixels.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for batch in _batched_jobs(jobs):
-            waiting.append(pool.submit(decoded_all, batch))
+            waiting.append(pool.submit(decoded_batch, batch))
             if len(waiting) > 2 * threads:
-                yield from _advancing(advance, waiting.popleft().result())
+                yield from waiting.popleft().result()
         while waiting:
-            yield from _advancing(advance, waiting.popleft().result())
+            yield from waiting.popleft().result()
 
 
 def _batched_jobs(jobs):
@@ -201,17 +213,3 @@ def _batched_jobs(jobs):
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _advancing(advance, results):
-    for result in results:
-        yield result
-        advance(1)
-
-
-def _convert(array: np.ndarray, transform: ImageTransform) -> np.ndarray:
-    """One uint8 image [H, W, C] as `to_array` leaves it."""
-    shape = (transform.size, transform.size, transform.channels)
-    if array.shape == shape and transform.crop in ("none", "center"):
-        return array
-    return to_array(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), transform)

@@ -1,124 +1,97 @@
-"""Users' images: a folder, a zip or tar of one, read in place, with split and label from their paths.
-
-Nothing here writes. A path inside an archive is a name and never becomes a path on disk.
-"""
+"""Users' images: a folder, a zip or tar of one, or an array, read in place; no path in them is ever written to."""
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.data.transforms import SUFFIXES
 
-_ZIP = (".zip",)
-
-_TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-
-ARRAYS = (".npy", ".npz")
+_SOURCE_SUFFIXES = {
+    "zip": (".zip",),
+    "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"),
+    "array": (".npy", ".npz"),
+}
 
 _MAX_BYTES = 2**28
-
 _NO_FILE = "a link that cannot be followed or a device, not a file"
 
 _HELD_OUT_FRACTION = 0.1
-
 _HELD_OUT_NAMES = {"test", "val", "valid", "validation"}
 
 
-class ImageList(NamedTuple):
-    """The image files of a source.
-
-    Attributes:
-      names: relative paths with "/", in the order in which `read` gives them.
-      others: number of files left out because their suffix is no image's, by suffix, or as "hidden".
-      read: gives (position in `names`, the file's bytes or the error that reading it met).
-    """
-
-    names: list[str]
-    others: Counter
-    read: Callable[[], Iterator[tuple[int, bytes | Exception]]]
-
-
 def check_source(source: str) -> str:
-    """What kind of source a path is: "folder", "zip", "tar" or "array".
-
-    Raises:
-      UserError: if it does not exist, or is a file of another suffix.
-    """
+    """What kind of source a path is: "folder", "zip", "tar" or "array"; a `UserError` for anything else."""
     path, name = Path(source), source.lower()
     if path.is_dir():
         return "folder"
     if not path.exists():
         raise UserError(f"config.data.source={source}: there is no such file or folder")
-    for kind, suffixes in (("zip", _ZIP), ("tar", _TAR), ("array", ARRAYS)):
+    for kind, suffixes in _SOURCE_SUFFIXES.items():
         if name.endswith(suffixes):
             return kind
-    raise UserError(
-        f"config.data.source={source} is no folder of images, and its suffix none of "
-        f"{', '.join((*_ZIP, *_TAR, *ARRAYS))}"
-    )
+    known = ", ".join(itertools.chain(*_SOURCE_SUFFIXES.values()))
+    raise UserError(f"config.data.source={source} is no folder of images, and its suffix none of {known}")
 
 
 def fingerprint(source: str) -> str:
-    """A hash that changes when a file of the source does: paths, sizes, times of change; contents unread."""
+    """A hash of the paths, sizes and modification times of the source's files; contents are not read."""
     path = Path(source).expanduser().resolve()
-    files = sorted(_walk(path)) if path.is_dir() else [""]
     digest = hashlib.sha256(str(path).encode())
-    for name in files:
+    for name in sorted(_walk(path)) if path.is_dir() else [""]:
         file = path / name
         stat = file.stat() if file.exists() else file.lstat()
         digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def list_images(source: str) -> ImageList:
+def list_images(source: str) -> tuple[list[str], Counter, Iterator[tuple[int, bytes | Exception]]]:
     """The image files of a folder, zip or tar.
 
-    Raises:
-      UserError: for an unreadable archive.
+    Returns:
+      Relative paths with "/"; how many other files there are of each suffix, or "hidden"; an iterator of (index of the
+      path, the file's bytes or the error that reading it met).
     """
     kind, path = check_source(source), Path(source)
     with _as_user_error(source):
         if kind == "folder":
-            names, opened = sorted(_walk(path)), _read_folder
+            names, read_files = sorted(_walk(path)), _read_folder
         elif kind == "zip":
-            names = [member.filename.replace("\\", "/") for member in _zip_files(path)]
-            opened = _read_zip
+            with zipfile.ZipFile(path) as archive:
+                names = [member.filename.replace("\\", "/") for member in _zip_files(archive)]
+            read_files = _read_zip
         else:
-            names, opened = [member.name for _, member in _tar_files(path)], _read_tar
+            names, read_files = [member.name for _, member in _tar_files(path)], _read_tar
     visible = [index for index, name in enumerate(names) if not _hidden(name)]
     selected = [index for index in visible if names[index].lower().endswith(SUFFIXES)]
-    others = Counter(os.path.splitext(names[index])[1].lower() or "no suffix" for index in visible)
-    others.subtract(os.path.splitext(names[index])[1].lower() for index in selected)
-    others["hidden"] = len(names) - len(visible)
     position = {index: i for i, index in enumerate(selected)}
+    others = Counter(os.path.splitext(names[i])[1].lower() or "no suffix" for i in visible if i not in position)
+    if len(visible) < len(names):
+        others["hidden"] = len(names) - len(visible)
 
     def read():
         with _as_user_error(source):
-            for index, data in opened(source, names, position):
+            for index, data in read_files(source, names, position):
                 yield position[index], data
 
-    return ImageList([names[index] for index in selected], +others, read)
+    return [names[index] for index in selected], others, read()
 
 
 def split_and_label(names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Split and label of every image, from its path.
+    """Split and label of every image, from its relative path with "/".
 
-    Folders that all images share do not count. Where what is left starts with train/ and with test/, val/,
-    valid/ or validation/ alone, those are the splits; else a tenth of all, drawn with seed 0 from the sorted
-    names, is held out. The folders below are the labels, in sorted order.
-
-    Args:
-      names: relative paths with "/".
+    Folders that all images share do not count. Where the rest starts with train/ and with test/, val/, valid/ or
+    validation/ alone, those are the splits; else a tenth of all, drawn with seed 0 from the sorted names, is held out.
+    The folders below are the labels, in sorted order.
 
     Returns:
       held_out: bool [N]; labels: int64 [N]; classes: name of each label, "." for no folder.
@@ -131,29 +104,25 @@ def split_and_label(names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]
         held_out = np.array([parent[0].lower() != "train" for parent in parents])
         parents = [parent[1:] for parent in parents]
     else:
-        held_out = np.zeros(len(names), bool)
-        held_out[np.argsort(np.array(names, object), kind="stable")[held_out_rows(len(names))]] = True
-    folders = ["/".join(parent) or "." for parent in parents]
-    classes = sorted(set(folders))
-    index = {folder: i for i, folder in enumerate(classes)}
-    return held_out, np.array([index[folder] for folder in folders], np.int64), classes
+        held_out = np.empty(len(names), bool)
+        held_out[np.argsort(np.array(names, object), kind="stable")] = held_out_mask(len(names))
+    folders = np.array(["/".join(parent) or "." for parent in parents], object)
+    classes, labels = np.unique(folders, return_inverse=True)
+    return held_out, labels, classes.tolist()
 
 
-def held_out_rows(count: int) -> np.ndarray:
-    """Which of `count` images are held out where the source has no split: a tenth, drawn with seed 0."""
-    return np.random.default_rng(0).permutation(count)[: max(1, round(_HELD_OUT_FRACTION * count))]
+def held_out_mask(count: int) -> np.ndarray:
+    """Which images are held out where the source has no split: bool [count], a tenth, drawn with seed 0."""
+    mask = np.zeros(count, bool)
+    mask[np.random.default_rng(0).permutation(count)[: max(1, round(_HELD_OUT_FRACTION * count))]] = True
+    return mask
 
 
 def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.ndarray]:
-    """The images of an .npy or .npz, read one after another.
-
-    Of an .npz these are the array `images` (or the only one) and, if there is one, `labels`.
+    """The images of an .npy, or of an .npz with the array `images` (or a single one) and perhaps `labels`.
 
     Returns:
-      Number of images N; an iterator of (index, uint8 [H, W, C]); labels, int64 [N].
-
-    Raises:
-      UserError: for a file that is no such array, or is cut short.
+      Number of images N; an iterator of (index, uint8 [H, W, C]) that reads one at a time; labels, int64 [N].
     """
     try:
         with _array_file(source) as (file, labels):
@@ -166,7 +135,8 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
             "it must be uint8 [N, H, W] or [N, H, W, C] with values from 0 to 255"
         )
     count, *image_shape = (*shape, 1) if len(shape) == 3 else shape
-    if image_shape[2] not in (1, 3, 4) or math.prod(image_shape) > _MAX_BYTES:
+    image_bytes = math.prod(image_shape)
+    if image_shape[2] not in (1, 3, 4) or image_bytes > _MAX_BYTES:
         raise UserError(
             f"config.data.source={source} holds images {image_shape}; they must be [H, W, C] with 1, 3 or 4 "
             f"channels and at most {_MAX_BYTES:,} values"
@@ -182,8 +152,8 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
         with _as_user_error(source), _array_file(source) as (file, _):
             _array_header(file)
             for index in range(count):
-                data = file.read(math.prod(image_shape))
-                if len(data) < math.prod(image_shape):
+                data = file.read(image_bytes)
+                if len(data) < image_bytes:
                     raise EOFError(f"{index} of {count} images")
                 yield index, np.frombuffer(data, np.uint8).reshape(image_shape)
 
@@ -244,14 +214,13 @@ def _read_folder(source, names, selected):
             yield index, error
 
 
-def _zip_files(path):
-    with zipfile.ZipFile(path) as archive:
-        return [member for member in archive.infolist() if not member.is_dir()]
+def _zip_files(archive):
+    return [member for member in archive.infolist() if not member.is_dir()]
 
 
 def _read_zip(source, names, selected):
     with zipfile.ZipFile(source) as archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
+        members = _zip_files(archive)
         for index in selected:
             if members[index].file_size > _MAX_BYTES:
                 yield index, _too_large(members[index].file_size)

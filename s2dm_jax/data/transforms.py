@@ -7,13 +7,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
+_CELEBA_SIZE = (178, 218)
 # Left, top, right, bottom: 128×128 around column 89, row 121 (DDIM's code, datasets/__init__.py).
 _DDIM_BOX = (25, 57, 153, 185)
-
-_CELEBA_SIZE = (178, 218)
 
 
 class ImageTransform(NamedTuple):
@@ -22,7 +20,7 @@ class ImageTransform(NamedTuple):
     Attributes:
       size: pixels of a side of the result.
       channels: 1 (grey) or 3 (RGB) of the result.
-      crop: as for `crop_box`.
+      crop: one of `config.datasets.CROPS`.
       resize: Pillow's filter, antialiased: one of `config.datasets.RESIZE_FILTERS`.
     """
 
@@ -33,12 +31,11 @@ class ImageTransform(NamedTuple):
 
 
 def crop_box(crop: str, width: int, height: int) -> tuple[int, int, int, int]:
-    """The part of an image that remains: left, top, right, bottom.
+    """The part of an image that a crop keeps: left, top, right, bottom.
 
     Args:
-      crop: one of `config.datasets.CROPS`. "none": all of it; "center": the largest square in the middle;
-        "ddim": rows 57…185 and columns 25…153 of an aligned CelebA image (DDIM's code);
-        "center_crop_140": 140×140 in the middle.
+      crop: "none": all of it; "center": the largest square in the middle; "ddim": rows 57…185 and columns 25…153 of an
+        aligned CelebA image (DDIM's code); "center_crop_140": 140×140 in the middle.
       width, height: of the image.
 
     Raises:
@@ -60,16 +57,13 @@ def crop_box(crop: str, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def to_array(image: Image.Image, transform: ImageTransform) -> np.ndarray:
-    """The image, rotated by its EXIF orientation, in the transform's channels, cropped and resized.
+    """The image as uint8 [size, size, channels]: rotated by its EXIF orientation, cropped and resized.
 
-    Of 16-bit values the high byte remains, palettes are resolved, transparency is composited on white, grey
-    is replicated to three channels, colour becomes grey by ITU-R 601.
-
-    Returns:
-      uint8 [size, size, channels].
+    16-bit values keep the high byte, palettes are resolved, transparency is composited on white, grey is replicated to
+    three channels, colour becomes grey by ITU-R 601.
 
     Raises:
-      ValueError: for kinds of pixels that are not images (32-bit), or an image that the crop does not fit.
+      ValueError: for 32-bit pixels, or an image that the crop does not fit.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -86,14 +80,11 @@ def to_array(image: Image.Image, transform: ImageTransform) -> np.ndarray:
 
 
 def decode(data: bytes, transform: ImageTransform) -> np.ndarray:
-    """The bytes of a PNG, JPEG or WebP file as `to_array` leaves them; of an animation, the first image.
-
-    Returns:
-      uint8 [size, size, channels].
+    """`to_array` of the bytes of a PNG, JPEG or WebP file; of an animation, the first image.
 
     Raises:
-      Exception: of Pillow's many kinds, for bytes that are no such image, are cut short, or open into more
-        pixels than `Image.MAX_IMAGE_PIXELS`.
+      Exception: of Pillow's many kinds, for bytes that are no such image, are cut short, or open into more pixels than
+        `Image.MAX_IMAGE_PIXELS`.
     """
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         max_pixels = Image.MAX_IMAGE_PIXELS

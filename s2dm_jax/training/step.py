@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from s2dm_jax.config.build import build_objective, build_schedule
-from s2dm_jax.data.batches import gather_batch, preprocess_batch, step_keys
+from s2dm_jax.data.batches import preprocess_batch, step_keys
 from s2dm_jax.devices.hardware import compiler_options
 from s2dm_jax.devices.sharding import replicated
 from s2dm_jax.diffusion import objectives
@@ -225,10 +225,7 @@ def make_train_chunk(
             # The batch, and everything random: functions of (seed, step).
             noise_key, dropout_key, flip_key = step_keys(key, state.step)
             flip_key = flip_key if random_flip else None
-            if images is None:
-                x0 = preprocess_batch(rows, flip_key)
-            else:
-                x0 = gather_batch(images, rows, flip_key)
+            x0 = preprocess_batch(rows if images is None else images[rows], flip_key)
             sample = objectives.sample_noise(made_of.objective, noise_key, made_of.schedule.T, x0.shape)
             # The update.
             if made_of.variance_head:

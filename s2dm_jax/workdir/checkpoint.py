@@ -1,7 +1,6 @@
 """Save, verify and restore training states; the only file that imports orbax.
 
-Orbax stores no checksums and silently restores corrupted bytes. With each state a digest of every leaf is
-saved, and a state whose digests differ is not used.
+Orbax silently restores corrupted bytes: a digest of every leaf is saved with each state and checked on restore.
 """
 
 import contextlib
@@ -33,7 +32,6 @@ def open_checkpoints(
     """Opens `workdir`/checkpoints, created if missing; saves run in the background.
 
     Args:
-      workdir: folder of the run.
       max_to_keep: number of newest checkpoints that a save preserves.
       keep_period: also preserves one checkpoint in this many steps for good; 0 for none.
       best: also preserves the checkpoint where this metric was lowest; "" for none.
@@ -45,33 +43,19 @@ def open_checkpoints(
         policies.append(
             _policies.BestN(get_metric_fn=itemgetter(best), reverse=True, n=1, keep_checkpoints_without_metrics=False)
         )
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=_policies.AnyPreservationPolicy(policies),
-        best_fn=itemgetter(best) if best else None,
-        best_mode="min",
-        enable_async_checkpointing=True,
-    )
+    policy, best_fn = _policies.AnyPreservationPolicy(policies), itemgetter(best) if best else None
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=best_fn, best_mode="min")
     return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
 
 
 def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    state: State,
-    metadata: dict | None = None,
-    metrics: dict[str, float] | None = None,
+    manager: ocp.CheckpointManager, step: int, state: State, metadata: dict | None = None, metrics: dict | None = None
 ) -> None:
-    """Starts saving `state` as `step`; `finish(manager)` waits for it.
+    """Starts saving `state`, unless `step` is saved already; raises a `UserError` if the save before this one failed.
 
     Args:
-      manager: from `open_checkpoints`.
-      step: number of steps done; a step that is saved already is not saved again.
-      state: pytree of arrays.
       metadata: saved with the state, as JSON.
-      metrics: of the steps before, for `open_checkpoints(best=…)`.
-
-    Raises:
-      UserError: if the save before this one failed.
+      metrics: floats by name, for `open_checkpoints(best=…)`.
     """
     if step in manager.all_steps():
         return
@@ -82,11 +66,7 @@ def save(
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until what `save` started is on the disk.
-
-    Raises:
-      UserError: if it could not be written; the checkpoints before it are untouched.
-    """
+    """Waits until what `save` started is on the disk; raises a `UserError` if it could not be written."""
     with _as_user_error(manager):
         manager.wait_until_finished()
 
@@ -119,17 +99,13 @@ def restore_latest(
     quarantine: bool = False,
     step: int | None = None,
 ) -> State | None:
-    """The newest saved state that verifies, or None where nothing was saved.
-
-    Damaged checkpoints are reported on stderr and skipped.
+    """The newest saved state that verifies, or None where nothing was saved; damaged ones are reported and skipped.
 
     Args:
-      manager: from `open_checkpoints`.
       like: a state of the same structure, shapes and types (arrays or `jax.ShapeDtypeStruct`).
-      shardings: of each leaf, on the present devices, whose number may differ from that of the run that
-        saved; None: replicated.
-      quarantine: whether to move damaged checkpoints that are newer than the state to
-        `workdir`/damaged_checkpoints, so that their steps can be saved anew.
+      shardings: of each leaf, on the present devices, which may differ from those of the save; None: replicated.
+      quarantine: whether to move newer, damaged checkpoints to `workdir`/damaged_checkpoints; their steps can then be
+        saved anew.
       step: the one checkpoint to restore; None for the newest.
 
     Raises:
@@ -141,31 +117,24 @@ def restore_latest(
             saved = ", ".join(map(str, reversed(steps))) or "none"
             raise UserError(f"{manager.directory} holds no checkpoint of step {step}; there are: {saved}")
         steps = [step]
+    if not steps:
+        return None
     if shardings is None:
         shardings = jax.tree.map(lambda _: replicated(), like)
     abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        like,
-        shardings,
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, shardings
     )
     damaged = {}
     for candidate in steps:
-        state, damaged[candidate] = _restore_verified(manager, candidate, abstract)
+        state, reason = _restore_verified(manager, candidate, abstract)
         if state is None:
+            damaged[candidate] = reason
             continue
-        del damaged[candidate]
-        for bad, reason in damaged.items():
-            if is_main_process():
-                print(
-                    f"the checkpoint of step {bad:,} is damaged ({reason}); step {candidate:,} is used instead",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        for bad, why in damaged.items():
+            _report(f"the checkpoint of step {bad:,} is damaged ({why}); step {candidate:,} is used instead")
         if quarantine and damaged:
             _quarantine(manager, list(damaged))
         return state
-    if not steps:
-        return None
     others = f", nor can the {len(steps) - 1} before it" if len(steps) > 1 else ""
     raise UserError(
         f"the checkpoint {Path(manager.directory) / str(steps[0])} cannot be read, it is damaged or of "
@@ -178,34 +147,38 @@ def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State
     folder = Path(manager.directory) / str(step)
     # Checkpoints of version 0.1 hold the state alone.
     old = (folder / "default").is_dir()
-    state, metadata, reason = None, dict[str, Any](), ""
+    state, expected, reason = None, dict[str, Any](), ""
     try:
         _read_through(folder / ("default" if old else "state"))
-        metadata = {} if old else json.loads((folder / "about" / "metadata").read_text(encoding="utf-8"))
+        if not old:
+            expected = json.loads((folder / "about" / "metadata").read_text(encoding="utf-8")).get("digests", {})
     except (ValueError, OSError) as error:
         reason = _reason(error)
     # A checkpoint that one process cannot read no process may use: the others would wait for it forever.
     if any_process(bool(reason)):
         return None, reason or "another process cannot read it"
+    item = ocp.args.StandardRestore(abstract)
     try:
         if old:
-            state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            state = manager.restore(step, args=item)
         else:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            state = manager.restore(step, args=items)["state"]
+            state = manager.restore(step, args=ocp.args.Composite(state=item))["state"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        # ValueError is Orbax's for a structure that is not `like`'s; the others come from metadata that lack
-        # a part.
+        # Orbax's ValueError is for a structure that is not `like`'s; the others come from metadata that lack a part.
         reason = _reason(error)
     if not reason and not old:
-        expected, actual = metadata.get("digests", {}), digests(state)
-        wrong = [name for name in actual if actual[name] != expected.get(name)]
+        wrong = [name for name, digest in digests(state).items() if digest != expected.get(name)]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             reason = f"{wrong[0]}{more} changed since it was saved"
     if any_process(bool(reason)):
         return None, reason or "another process cannot read it"
     return state, ""
+
+
+def _report(message: str) -> None:
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)
 
 
 def _reason(error: Exception) -> str:
@@ -225,7 +198,7 @@ def _quarantine(manager: ocp.CheckpointManager, steps: list[int]) -> None:
                 target = target.with_name(target.name + "_")
             target.parent.mkdir(exist_ok=True)
             os.rename(root / str(step), target)
-            print(f"it was moved to {target}", file=sys.stderr, flush=True)
+            _report(f"it was moved to {target}")
     barrier("damaged checkpoints moved")
     manager.reload()
 
@@ -233,15 +206,14 @@ def _quarantine(manager: ocp.CheckpointManager, steps: list[int]) -> None:
 def _read_through(item: Path) -> None:
     """Reads everything that a saved pytree's index names, and discards it.
 
-    Orbax reads its arrays concurrently: where a file is cut short it raises a bare Exception, and the reads
-    still under way print a page of tracebacks each.
+    Orbax reads its arrays concurrently: where a file is cut short it raises a bare Exception, and the reads still under
+    way print a page of tracebacks each.
     """
     if not item.is_dir():
         raise ValueError(f"{item.name} is missing")
     for metadata in (item / "_METADATA", *item.glob("array_metadatas/*")):
         json.loads(metadata.read_text(encoding="utf-8"))
-    base = {"driver": "file", "path": f"{item}/"}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}).result()
     keys = store.list().result()
     if not keys:
         raise ValueError("it holds no arrays")
@@ -252,10 +224,10 @@ def _read_through(item: Path) -> None:
 
 
 def digests(state: State) -> dict[str, str]:
-    """64 bits of each leaf's content, however it is laid out over devices, as 16 hexadecimal digits.
+    """64 bits of each leaf's content, independent of its sharding, as 16 hexadecimal digits.
 
-    Each element's bits are mixed with its position by a bijection and summed modulo 2³², twice: any change of
-    one element changes the digest, one of several does but for one case in 2⁶⁴ or so.
+    Each element's bits are mixed with its position by a bijection and summed modulo 2³², twice: any change of one
+    element changes the digest, one of several does but for one case in 2⁶⁴ or so.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
     sums = jax.device_get([_digest(leaf) for _, leaf in leaves])

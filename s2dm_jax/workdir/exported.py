@@ -3,10 +3,12 @@
 Imports no jax. docs/weights.md says what is in the file, and has the loader that needs none of this.
 """
 
+import contextlib
 import io
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,59 +21,38 @@ if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
 
 FORMAT = "s2dm_jax sampler, version 1"
-
 WEIGHTS = "weights/"
 
 
 def read_header(path: str | os.PathLike) -> dict:
-    """The description in an exported sampler: config, step, sampler, programs, digests.
-
-    Raises:
-      UserError: if the file is damaged or is not an exported sampler.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            header = json.loads(str(_member(archive, "about")))
+    """The description in an exported sampler: config, step, sampler, programs, digests."""
+    with _as_user_error(path), zipfile.ZipFile(path) as archive:
+        header = json.loads(str(_member(archive, "about")))
         if header["format"] != FORMAT:
             raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
         for name, expected in (("config", str), ("step", int), ("weights_sha256", str)):
             if type(header[name]) is not expected:
                 raise ValueError(f"its {name} is no {expected.__name__}")
         return header
-    except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
-        raise _damaged(path, error) from error
 
 
 def read_weights(path: str | os.PathLike, network: "Network") -> tuple[dict, dict]:
-    """The weights in an exported sampler, each checked, and its description.
-
-    Args:
-      network: what the weights belong to, as a rule that of the config that `read_header` has.
-
-    Returns:
-      Nested dict of float32 arrays as from `Network.init`, and the dict that `read_header` gives.
-
-    Raises:
-      UserError: if the file is damaged, or its weights are not those of its config's network.
-    """
+    """The verified weights in an exported sampler, float32 as from `Network.init`, and the dict of `read_header`."""
     from flax import traverse_util
 
     header = read_header(path)
     shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
     flat = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # The programs too, which s2dm_jax does not run: whoever loads the file does.
-            if archive.testzip():
-                raise ValueError(f"bad CRC-32 of {archive.testzip()}")
-            for name, leaf in shapes.items():
-                flat[name] = _member(archive, f"{WEIGHTS}{name}")
-                if flat[name].shape != leaf.shape or flat[name].dtype != leaf.dtype:
-                    raise ValueError(f"{name} has shape {flat[name].shape}, but the network needs {leaf.shape}")
-    except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
-        raise _damaged(path, error) from error
-    if sha256_of_arrays((flat[name] for name in sorted(flat)), digits=64) != header["weights_sha256"]:
-        raise _damaged(path, "its weights changed after it was written")
+    with _as_user_error(path), zipfile.ZipFile(path) as archive:
+        # Also checks the programs, which s2dm_jax does not run: whoever loads the file does.
+        if archive.testzip():
+            raise ValueError(f"bad CRC-32 of {archive.testzip()}")
+        for name, leaf in shapes.items():
+            flat[name] = _member(archive, f"{WEIGHTS}{name}")
+            if flat[name].shape != leaf.shape or flat[name].dtype != leaf.dtype:
+                raise ValueError(f"{name} has shape {flat[name].shape}, but the network needs {leaf.shape}")
+        if sha256_of_arrays((flat[name] for name in sorted(flat)), digits=64) != header["weights_sha256"]:
+            raise ValueError("its weights changed after it was written")
     return traverse_util.unflatten_dict(flat, sep="."), header
 
 
@@ -80,9 +61,14 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
 
 
-def _damaged(path: str | os.PathLike, reason: str | Exception) -> UserError:
-    message = str(reason).strip().partition("\n")[0][:120] or type(reason).__name__
-    return UserError(
-        f"{path} is damaged or no exported sampler ({message}); export it again, or give the "
-        "--workdir of a training run"
-    )
+@contextlib.contextmanager
+def _as_user_error(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what a damaged file, or one of another kind, makes the readers raise into a `UserError`."""
+    try:
+        yield
+    except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
+        message = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+        raise UserError(
+            f"{path} is damaged or no exported sampler ({message}); export it again, or give the "
+            "--workdir of a training run"
+        ) from error

@@ -18,16 +18,9 @@ _LOCK = ".lock"
 
 
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
-    """Creates the folder of a run, after checking that a run with this config can train there.
-
-    Raises:
-      UserError: if the folder cannot be written to, holds a run or files that are not this config's, or is
-        in use by another process.
-    """
+    """Creates the folder of a run; raises a `UserError` where a run with this config cannot train."""
     path = Path(workdir)
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir():
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -50,14 +43,7 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
 
 @contextlib.contextmanager
 def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
-    """`prepare_workdir`, with a lock that keeps other runs out of the folder.
-
-    The main process of a run takes the lock, the others wait for it. The kernel releases it when the process
-    ends, however it ends.
-
-    Raises:
-      UserError: as `prepare_workdir`.
-    """
+    """`prepare_workdir`, with a lock against other runs, which the kernel releases when the main process ends."""
     from s2dm_jax.devices.distributed import barrier, is_main_process
 
     with contextlib.ExitStack() as stack:
@@ -96,18 +82,10 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
 
 
 def check_same_images(workdir: Path, digest: str) -> None:
-    """Records the hash of a run's training images in `workdir`, and rejects other images when it resumes.
-
-    Args:
-      workdir: folder of the run.
-      digest: hash of the training images; empty for images that never change.
-
-    Raises:
-      UserError: if the run started with other images.
-    """
-    path = workdir / "dataset.sha256"
+    """Records the hash of a run's training images ("" if they never change), and rejects others when it resumes."""
     if not digest:
         return
+    path = workdir / "dataset.sha256"
     if not path.exists():
         path.write_text(f"{digest}\n", encoding="utf-8")
     elif (recorded := path.read_text(encoding="utf-8").strip()) != digest:

@@ -1,5 +1,6 @@
 """Runs read back: config, network, EMA; the base run of a variance head."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """A trained network and where it comes from; of a head's run its base's network.
+    """A trained network; the run of a variance head has its base's network.
 
     Attributes:
       config: the run's config, checked.
       network: the network that `ema_params` belongs to.
-      ema_params: nested dict of float32 arrays, the EMA of the weights: what to sample from.
-      step: number of training steps behind it, or behind the head.
+      ema_params: nested dict of float32 arrays, the EMA of the network's weights: what to sample from.
+      step: number of training steps, of the network or its variance head.
       params: nested dict of float32 arrays, the weights that training changes: the network's or the head's.
-      variance_head: its variance head, the EMA of its weights, or None.
+      variance_head: the variance head with the EMA of its weights, or None.
     """
 
     config: ConfigDict
@@ -43,15 +44,11 @@ class Run(NamedTuple):
 
 
 def checked_config(text: str, place: str | Path) -> ConfigDict:
-    """A config from its JSON text, checked.
-
-    Raises:
-      UserError: for what is no config of ours; `place` says where it was found.
-    """
+    """A config from its JSON text, checked; `place`, where the text was found, begins the message of a `UserError`."""
     try:
         config = from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place} is not a config of ours ({error}); give another run") from error
+        raise UserError(f"{place} is not a config of s2dm_jax ({error}); give another run") from error
     try:
         check_config(config)
     except UserError as error:
@@ -60,47 +57,36 @@ def checked_config(text: str, place: str | Path) -> ConfigDict:
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
-    """The config of the run in `workdir`, once sure that the run has saved something; imports no jax.
-
-    Args:
-      workdir: folder of a run, or the file of an exported sampler.
-
-    Raises:
-      UserError: if the folder is missing, or holds no run, a config that is not ours, or no checkpoint.
-    """
+    """The checked config of a run that has saved a checkpoint, or of an exported sampler; imports no jax."""
     path = Path(workdir)
     if path.is_file():
         return checked_config(exported.read_header(path)["config"], path)
     if not path.is_dir():
         raise UserError(f"{workdir} is not a folder; give the --workdir of a training run")
+    file = path / "config.json"
     try:
-        text = (path / "config.json").read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} holds no config.json, so it is no training run; give the --workdir of one"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'} is not a config of ours ({error}); give another run") from error
-    config = checked_config(text, path / "config.json")
-    checkpoints = path / "checkpoints"
-    if not checkpoints.is_dir() or not any(entry.name.isdigit() for entry in checkpoints.iterdir()):
+        raise UserError(f"{file} is not a config of s2dm_jax ({error}); give another run") from error
+    config = checked_config(text, file)
+    if not any(folder.name.isdigit() for folder in path.glob("checkpoints/*")):
         raise _no_checkpoint(workdir)
     return config
 
 
 def check_compared_runs(config: ConfigDict) -> list[str]:
-    """The folders in `config.sample.compare`, once sure that each holds a run on the same images.
-
-    Raises:
-      UserError: as `read_config`, and for a run on another data set or with levels that do not suit it.
-    """
+    """The folders in `config.sample.compare`; raises a `UserError` if one has another dataset or cannot be sampled."""
     workdirs = [name.strip() for name in config.sample.compare.split(",") if name.strip()]
     for workdir in workdirs:
         other = read_config(workdir)
         if dataset_name(other) != dataset_name(config):
             raise UserError(
                 f"config.sample.compare names {workdir}, a run on {dataset_name(other)}, not "
-                f"{dataset_name(config)}; compare runs on one data set"
+                f"{dataset_name(config)}; compare runs on one dataset"
             )
         other.sample = config.sample
         try:
@@ -111,15 +97,9 @@ def check_compared_runs(config: ConfigDict) -> list[str]:
 
 
 def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "Network | None" = None) -> Run:
-    """The newest checkpoint of a run that verifies, or that of one step; or an exported sampler.
+    """The newest checkpoint of a run that verifies, or that of `step`; or an exported sampler.
 
-    Args:
-      workdir: folder of a run, or the file of an exported sampler.
-      step: of the checkpoint; None for the newest.
-      network: what was trained, where that is not the network that the run's config names.
-
-    Raises:
-      UserError: as `read_config`, and if no checkpoint, or not that of `step`, can be read.
+    `network` is what was trained, where that is not the network of the run's config.
     """
     config = read_config(workdir)
     network = network or build_network(config)
@@ -139,46 +119,36 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "N
     params = variance_head.param_shapes(network) if kind else network.param_shapes()
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     like = TrainState(np.zeros((), np.int32), params, params, jax.eval_shape(optimizer.init, params))
-    manager = checkpoint.open_checkpoints(workdir, config.train.max_to_keep)
-    try:
+    with contextlib.closing(checkpoint.open_checkpoints(workdir, config.train.max_to_keep)) as manager:
         state = checkpoint.restore_latest(manager, like, step=step)
-    finally:
-        manager.close()
     if state is None:
         raise _no_checkpoint(workdir)
-    if kind:
-        head = variance_head.Head(kind, state.ema_params)
-        base_params = load_base_params(workdir, config, network=network)
-        return Run(config, network, base_params, int(state.step), state.params, head)
-    return Run(config, network, state.ema_params, int(state.step), state.params)
+    if not kind:
+        return Run(config, network, state.ema_params, int(state.step), state.params)
+    base_params = load_base_params(workdir, config, network=network)
+    head = variance_head.Head(kind, state.ema_params)
+    return Run(config, network, base_params, int(state.step), state.params, head)
 
 
 def _no_checkpoint(workdir: str | os.PathLike) -> UserError:
     return UserError(f"{workdir} holds no checkpoint; train the run until it has saved one")
 
 
-_BASE = "base.json"
-
-
 def inherit_base_config(config: ConfigDict) -> ConfigDict:
-    """The config of a head with data, schedule and network of its base; any other config as it is.
-
-    Raises:
-      UserError: if the base is not given, is no run that has saved something, or is a head itself.
-    """
-    if not config.variance_head.kind:
+    """Copies data, diffusion and network of the base run into the config of a variance head; returns the config."""
+    kind, base_workdir = config.variance_head.kind, config.variance_head.base_workdir
+    if not kind:
         return config
-    if not config.variance_head.base_workdir:
+    if not base_workdir:
         raise UserError(
-            f"config.variance_head.base_workdir is missing: a head ({config.variance_head.kind}) is trained "
-            "on the frozen network of another run; give that run's workdir, "
-            "--config.variance_head.base_workdir=runs/digits"
+            f"config.variance_head.base_workdir is missing: a head ({kind}) is trained on the frozen network of "
+            "another run; give that run's workdir, --config.variance_head.base_workdir=runs/digits"
         )
-    base = read_config(config.variance_head.base_workdir)
+    base = read_config(base_workdir)
     if base.variance_head.kind:
         raise UserError(
-            f"config.variance_head.base_workdir={config.variance_head.base_workdir} is the run of a head "
-            f"itself; give its base, {base.variance_head.base_workdir}"
+            f"config.variance_head.base_workdir={base_workdir} is the run of a head itself; give its base, "
+            f"{base.variance_head.base_workdir}"
         )
     for group in ("data", "diffusion", "model"):
         config[group] = base[group]
@@ -186,25 +156,20 @@ def inherit_base_config(config: ConfigDict) -> ConfigDict:
 
 
 def load_base_params(workdir: str | os.PathLike, config: ConfigDict, *, network: "Network | None" = None) -> dict:
-    """The EMA of the network that the head in `workdir` reads: the base's newest when it began, and ever
-    since.
-
-    Raises:
-      UserError: if the base cannot be read, or its weights at that step are others than they were.
-    """
+    """The EMA of the base network of the variance head in `workdir`, at the step recorded when its training began."""
     import jax
 
-    # The workdir may have moved, or the base; what counts is that the weights are the same.
-    path = Path(workdir) / _BASE
-    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    run = load_run(config.variance_head.base_workdir, told.get("step"), network=network)
+    # The workdir or the base may have moved; what counts is that the weights are the same.
+    path, base_workdir = Path(workdir) / "base.json", config.variance_head.base_workdir
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    run = load_run(base_workdir, recorded.get("step"), network=network)
     digest = sha256_of_arrays(jax.tree.leaves(run.ema_params))
-    if told and told["sha256"] != digest:
+    if recorded and recorded["sha256"] != digest:
         raise UserError(
-            f"{config.variance_head.base_workdir} holds other weights at step {run.step:,} than those that "
+            f"{base_workdir} holds other weights at step {run.step:,} than those that "
             f"the head in {workdir} was trained on; train the head anew in a new --workdir"
         )
-    if not told and jax.process_index() == 0:
-        told = {"workdir": str(config.variance_head.base_workdir), "step": run.step, "sha256": digest}
-        write_atomic(path, json.dumps(told, indent=1) + "\n")
+    if not recorded and jax.process_index() == 0:
+        recorded = {"workdir": base_workdir, "step": run.step, "sha256": digest}
+        write_atomic(path, json.dumps(recorded, indent=1) + "\n")
     return run.ema_params

@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 def run_metadata(config: ConfigDict) -> dict:
     """Config, versions of the packages and commit of this code, as plain data for JSON."""
     names = ("s2dm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    versions["python"] = platform.python_version()
+    versions = {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
     return {"config": config.to_dict(), "versions": versions, "git_commit": _git_commit()}
 
 

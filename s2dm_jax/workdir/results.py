@@ -14,28 +14,15 @@ from s2dm_jax.config.evaluation_plan import METRICS, Column
 def results_cells(results: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of `evaluate`'s results, one column for each metric that was computed."""
     provenance = results["provenance"]
-    names = {
-        "distance": provenance.get("distance", "Fréchet distance"),
-        "score": provenance.get("score", "score"),
-    }
-    columns = [
-        column
-        for metric in METRICS.values()
-        for column in metric.columns
-        if any(column.value in row for row in results["rows"])
-    ]
-    titles = [column.title.format(**names) for column in columns]
-    header = ["sampler", "NFE", *titles, "above the floor, noise = 100"]
-    rows = [
-        [
-            row["name"],
-            str(row["nfe"] or "–"),
-            *(_cell(column, row) for column in columns),
-            f"{100 * row['normalized']:.1f}",
-        ]
-        for row in results["rows"]
-    ]
-    return header, rows
+    distance, score = provenance.get("distance", "Fréchet distance"), provenance.get("score", "score")
+    columns = [column for metric in METRICS.values() for column in metric.columns]
+    columns = [column for column in columns if any(column.value in row for row in results["rows"])]
+    titles = [column.title.format(distance=distance, score=score) for column in columns]
+    rows = []
+    for row in results["rows"]:
+        cells = [_cell(column, row) for column in columns]
+        rows.append([row["name"], str(row["nfe"] or "–"), *cells, f"{100 * row['normalized']:.1f}"])
+    return ["sampler", "NFE", *titles, "above the floor, noise = 100"], rows
 
 
 def _cell(column: Column, row: dict) -> str:
@@ -48,14 +35,6 @@ def _cell(column: Column, row: dict) -> str:
 def results_table(results: dict) -> str:
     """`results_cells` as a Markdown table."""
     return markdown_table(*results_cells(results))
-
-
-def results_page(results: dict) -> str:
-    """The table and the provenance of its numbers, as Markdown."""
-    provenance = results["provenance"]
-    lines = [results_table(results), f"{provenance['metric']}.", ""]
-    lines += [f"- {name}: {value}" for name, value in flat_provenance(provenance).items()]
-    return "\n".join(lines) + "\n"
 
 
 def flat_provenance(provenance: dict) -> dict[str, str]:
@@ -72,17 +51,14 @@ def flat_provenance(provenance: dict) -> dict[str, str]:
 
 
 def write_results(workdir: str | os.PathLike, results: dict, name: str) -> Path:
-    """Writes `workdir`/evaluations/NAME.json and .md, and the same as `workdir`/results.json and .md.
-
-    Returns:
-      The first of the four.
-    """
-    folder = Path(workdir) / "evaluations"
+    """Writes `workdir`/evaluations/NAME.json and .md, the same as `workdir`/results.json and .md; returns the first."""
+    folder, provenance = Path(workdir) / "evaluations", results["provenance"]
     folder.mkdir(exist_ok=True)
-    text, page = json.dumps(results, indent=1) + "\n", results_page(results)
+    lines = [results_table(results), f"{provenance['metric']}.", ""]
+    lines += [f"- {key}: {value}" for key, value in flat_provenance(provenance).items()]
     for stem in (folder / name, Path(workdir) / "results"):
-        write_atomic(stem.with_name(f"{stem.name}.md"), page)
-        write_atomic(stem.with_name(f"{stem.name}.json"), text)
+        write_atomic(stem.with_name(f"{stem.name}.md"), "\n".join(lines) + "\n")
+        write_atomic(stem.with_name(f"{stem.name}.json"), json.dumps(results, indent=1) + "\n")
     return folder / f"{name}.json"
 
 

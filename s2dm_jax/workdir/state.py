@@ -25,18 +25,13 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(lr: float, grad_clip: float) -> optax.GradientTransformation:
-    """Global-norm clipping and Adam as in the DDIM code: betas 0.9, 0.999, eps 1e-8, constant lr.
-
-    Args:
-      lr: learning rate.
-      grad_clip: largest global norm of the gradient; 0 for no clipping.
-    """
+    """Clipping to the global norm `grad_clip` (0: none), and Adam as in the DDIM code: betas 0.9, 0.999, eps 1e-8."""
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
     return optax.chain(clip, optax.adam(lr))
 
 
 def init_state(network: Network, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step; the moving average starts at the initial weights."""
+    """The state before the first step; the EMA starts at the initial weights."""
     return new_state(network.init(seed), optimizer)
 
 
@@ -44,6 +39,6 @@ def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSta
     """The state before the first step, from initial weights."""
     # Adam starts from zeros; made by numpy, because compiling the optimizer's own init takes a second.
     opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
-    # Steps donate their buffers, so the average must not share them with the weights.
+    # Steps donate their buffers, so the EMA must not share them with the weights.
     ema = jax.tree.map(np.copy, params)
     return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state))

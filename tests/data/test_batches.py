@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits as sklearn_digits
 
-from s2dm_jax.data.batches import batch_at, batch_indices, gather_batch, preprocess_batch, run_keys
+from s2dm_jax.data.batches import batch_at, batch_indices, preprocess_batch, run_keys
 from s2dm_jax.data.datasets import load_digits
 
 
@@ -67,7 +67,7 @@ def test_a_batch_is_the_same_gathered_on_the_device_or_on_the_host():
     images = np.random.default_rng(0).integers(0, 256, (20, 4, 6, 3), np.uint8)
     rows, key = np.array([3, 3, 19, 0]), jax.random.key(1)
     for flip_key in (None, key):
-        on_device = gather_batch(jnp.asarray(images), jnp.asarray(rows), flip_key)
+        on_device = preprocess_batch(jnp.asarray(images)[jnp.asarray(rows)], flip_key)
         np.testing.assert_array_equal(on_device, preprocess_batch(jnp.asarray(images[rows]), flip_key))
     expected = images[np.asarray(batch_indices(run_keys(3)[0], 7, 1, 4, 20))[0]]
     np.testing.assert_array_equal(batch_at(3, 7, images, 4), preprocess_batch(jnp.asarray(expected)))

@@ -1,4 +1,4 @@
-"""Your own images: what is read from where, what is skipped and said; a cache that is whole or not there."""
+"""Your own images: what is read from where, what is skipped and reported; cache entries are complete or absent."""
 
 import io
 import json
@@ -148,11 +148,11 @@ def test_unfit_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_pa
     assert left_in(cache) == []
     capsys.readouterr()
     data = load_dataset(config_for(source, max_invalid_fraction=0.13))
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     for name in bad:
-        assert f"skipped {name!r}: " in told.err
-    assert "3 of 23 images skipped; at most 3 may be" in told.err
-    assert "left out, for their suffix or as hidden: 2 × 'hidden', 1 × '.txt'" in told.out
+        assert f"skipped {name!r}: " in output.err
+    assert "3 of 23 images skipped; at most 3 may be" in output.err
+    assert "left out, for their suffix or as hidden: 2 × 'hidden', 1 × '.txt'" in output.out
     assert "3 skipped" in data.provenance
     provenance = json.loads((cache / left_in(cache)[0] / "provenance.json").read_text())
     assert sorted(name for name, _ in provenance["skipped"]) == sorted(bad)
@@ -243,7 +243,7 @@ def test_the_cache_is_used_until_source_or_treatment_change(cache, tmp_path, mon
     assert np.load(first / "train.npy").shape[0] == 18
 
 
-def test_a_run_goes_on_with_the_same_images_wherever_they_are_and_with_no_others(cache, tmp_path):
+def test_a_run_resumes_with_the_same_images_from_any_path_and_with_no_others(cache, tmp_path):
     run = tmp_path / "run"
     config = config_for(make_folder(tmp_path / "folder", PICTURES))
     prepare_workdir(run, config)
@@ -285,10 +285,10 @@ def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(cache, tmp_p
     ]
     for thread in threads:
         thread.start()
-    said = ""
-    while "another process prepares" not in said:
+    output = ""
+    while "another process prepares" not in output:
         time.sleep(0.02)
-        said += capfd.readouterr().out
+        output += capfd.readouterr().out
     go_on.set()
     for thread in threads:
         thread.join()
@@ -373,7 +373,7 @@ def child(cache, monkeypatch):
     return ends_with
 
 
-def test_what_the_child_leaves_is_the_data_set_and_is_made_once(child, cache):
+def test_what_the_child_leaves_is_the_dataset_and_is_made_once(child, cache):
     config = default_config()
     config.data.name = "cifar10"
     child("Path(result).write_text(json.dumps(description))")

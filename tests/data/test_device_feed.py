@@ -103,7 +103,7 @@ def test_the_next_chunk_is_read_while_this_one_runs_and_none_past_the_end():
 PROGRAM = """
 import jax, numpy as np
 from data.test_device_feed import BATCH, IMAGES, KEY, STEPS, images_of
-from s2dm_jax.data.batches import gather_batch, batch_indices
+from s2dm_jax.data.batches import batch_indices, preprocess_batch
 from s2dm_jax.data.device_feed import make_feed
 expected = IMAGES[np.asarray(batch_indices(KEY, 0, STEPS, BATCH, len(IMAGES)))]
 feed = make_feed(IMAGES, KEY, BATCH, STEPS, 0.4, IMAGES.nbytes)
@@ -111,7 +111,7 @@ assert feed.placement == "sharded", feed
 assert {s.data.shape for s in feed.images.addressable_shards} == {(6, 4, 4, 1)}
 np.testing.assert_array_equal(images_of(feed, [3, 4]), expected)
 rows = feed.batches(0, 3)
-gather = jax.jit(lambda images, rows: gather_batch(images, rows[0])).lower(feed.images, rows).compile()
+gather = jax.jit(lambda images, rows: preprocess_batch(images[rows[0]])).lower(feed.images, rows).compile()
 np.testing.assert_allclose(gather(feed.images, rows), expected[0] / 127.5 - 1, atol=1e-6)
 # The devices exchange a batch, never the set.
 text = gather.as_text()
@@ -140,9 +140,9 @@ def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resu
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8))
     own = {"data.source": str(tmp_path / "images.npy")}
     train(small_config(**own), tmp_path / "device")
-    said = capsys.readouterr().out
-    assert "replicated on every device" in said
-    assert re.search("no distance to real images is measured: .*images.npy has no labels, and the weights", said)
+    output = capsys.readouterr().out
+    assert "replicated on every device" in output
+    assert re.search("no distance to real images is measured: .*images.npy has no labels, and the weights", output)
     host = {**own, "data.max_device_memory_fraction": 0.0}
     train(small_config(**host, **{"train.steps": 3, "train.log_every": 1}), tmp_path / "host")
     train(small_config(**host), tmp_path / "host")

@@ -1,6 +1,6 @@
 """The real builders of tensorflow-datasets, run on small archives made here, up to a training step.
 
-They need TensorFlow, the extra `prepare_dataset`: `pip install -e '.[test,prepare]'`, then
+They need TensorFlow, the extra `prepare`: `pip install -e '.[test,prepare]'`, then
 `python -m pytest tests/data/test_tfds_builder.py`.
 """
 
@@ -186,7 +186,7 @@ def test_celebahq_comes_from_a_tar_got_by_hand(places):
 
 
 @needs_tensorflow
-def test_a_download_that_fails_is_told_in_one_sentence(places, monkeypatch):
+def test_a_failed_download_is_reported_in_one_sentence(places, monkeypatch):
     broken = CHILD.replace("tfds_builder.main()", "tfds_builder.build = lambda *_: 1 / 0\ntfds_builder.main()")
     monkeypatch.setattr(tfds_builder, "tfds_command", lambda request: [sys.executable, "-c", broken, request])
     config = default_config()

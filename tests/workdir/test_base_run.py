@@ -1,4 +1,4 @@
-"""A second head's run: it trains the head alone, on a network that stays the same, and is sampled from."""
+"""The run of a variance head: it trains the head alone, on a network that stays the same, and is sampled from."""
 
 import json
 import shutil
@@ -51,10 +51,10 @@ def test_only_the_head_is_trained_and_saved(runs):
         return sum(p.stat().st_size for p in (runs / folder / "checkpoints").rglob("*") if p.is_file())
 
     assert size("head") < size("base") / 10
-    told = json.loads((runs / "head" / "base.json").read_text())
-    assert told["step"] == 2
+    recorded = json.loads((runs / "head" / "base.json").read_text())
+    assert recorded["step"] == 2
     lines = [json.loads(line) for line in (runs / "head" / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "simple", "grad_norm"} < lines[0].keys()
+    assert {"loss", "loss_simple", "grad_norm"} < lines[0].keys()
     rows = json.loads((runs / "head" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
         "real (floor)",
@@ -86,8 +86,8 @@ def test_a_head_is_not_used_with_another_network(runs, tmp_path):
     before = load_run(str(runs / "head"))
     jax.tree.map(np.testing.assert_array_equal, load_run(str(tmp_path / "head")).ema_params, before.ema_params)
 
-    told = json.loads((tmp_path / "head" / "base.json").read_text())
-    (tmp_path / "head" / "base.json").write_text(json.dumps({**told, "step": 4}))
+    recorded = json.loads((tmp_path / "head" / "base.json").read_text())
+    (tmp_path / "head" / "base.json").write_text(json.dumps({**recorded, "step": 4}))
     with pytest.raises(UserError, match="holds other weights at step 4 than those that the head"):
         load_run(str(tmp_path / "head"))
 

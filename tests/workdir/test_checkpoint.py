@@ -1,4 +1,4 @@
-"""Checkpoints: damage of every kind is noticed, whole ones are found, failed saves lose nothing."""
+"""Checkpoints: damage of every kind is noticed, valid ones are found, failed saves lose nothing."""
 
 import resource
 import shutil
@@ -26,8 +26,8 @@ def state_of(step):
 def save_all(workdir, steps, metrics=None, **options):
     manager = checkpoint.open_checkpoints(workdir, **{"max_to_keep": 100, **options})
     for step in steps:
-        told = {"loss": metrics[step]} if metrics else None
-        checkpoint.save(manager, step, jax.device_put(state_of(step)), {"note": step}, told)
+        saved = {"loss": metrics[step]} if metrics else None
+        checkpoint.save(manager, step, jax.device_put(state_of(step)), {"note": step}, saved)
     checkpoint.finish(manager)
     return manager
 
@@ -84,9 +84,9 @@ def test_newest_checkpoint_that_verifies_is_used(saved, tmp_path, capsys, damage
     damage(tmp_path / "run" / "checkpoints" / "3")
     manager = checkpoint.open_checkpoints(tmp_path / "run", max_to_keep=100)
     assert_state(checkpoint.restore_latest(manager, state_of(0)), 2)
-    told = capsys.readouterr().err
-    assert "the checkpoint of step 3 is damaged (" in told
-    assert "step 2 is used instead" in told
+    output = capsys.readouterr().err
+    assert "the checkpoint of step 3 is damaged (" in output
+    assert "step 2 is used instead" in output
     assert (tmp_path / "run" / "checkpoints" / "3").exists(), "who only reads must move nothing"
     assert_state(checkpoint.restore_latest(manager, state_of(0), quarantine=True), 2)
     assert (tmp_path / "run" / "damaged_checkpoints" / "3").is_dir()

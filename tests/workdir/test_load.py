@@ -63,9 +63,9 @@ def test_a_folder_that_is_no_run_is_refused_in_one_sentence(config, tmp_path):
     assert not list((tmp_path / "run").iterdir()), "looking at a folder must not write to it"
     file = tmp_path / "run" / "config.json"
     file.write_text("{")
-    refuses(r"config\.json is not a config of ours")
+    refuses(r"config\.json is not a config of s2dm_jax")
     file.write_text('{"train": 1}')
-    refuses(r"config\.json is not a config of ours")
+    refuses(r"config\.json is not a config of s2dm_jax")
     file.write_text(to_json(config).replace('"T": 20', '"T": 1'))
     refuses(r"config\.json cannot be used: config\.diffusion\.T=1 is out of range")
     file.write_text(to_json(config))
