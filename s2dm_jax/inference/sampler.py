@@ -100,7 +100,7 @@ def sampler_inputs(
         return None
     if head is None or head.kind != needs:
         raise ValueError(
-            f"sampler={sampler!r} needs a second head of the network; train one with the config's sampler "
+            f"sampler={sampler!r} needs a variance head of the network; train one with the config's sampler "
             f":{needs} and give its workdir"
         )
     if scale is not None:
