@@ -67,7 +67,7 @@ def test_a_heads_run_samples_with_its_covariance(runs):
     model = s2dm_jax.load(str(runs / "head"))
     with_head, mean_only = model.sample(4, "sn", nfe=3), model.sample(4, "ddpm", nfe=3)
     assert (with_head != mean_only).any()
-    with pytest.raises(ValueError, match="needs a second head"):
+    with pytest.raises(ValueError, match="needs a variance head"):
         model.sample(4, "npr", nfe=3)
     # Without a head, it is the base.
     base = s2dm_jax.load(str(runs / "base"))
