@@ -61,8 +61,7 @@ def estimate_noise_statistics(
     where it stopped.
 
     Args:
-      network, schedule: what is estimated, and the forward process.
-      params: the weights to sample with, usually the EMA.
+      params: the network's weights to sample with, usually the EMA.
       images: uint8 [N, H, W, C], training images.
       folder: of the cache, as `statistics_folder`.
       num_images: how many of the images, drawn by `seed`; all where there are fewer.

@@ -29,14 +29,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     """Samples from the run in `workdir` and writes to `workdir`/samples; of an exported sampler, beside its file.
 
     A file's name holds sampler, NFE and seed, and ends in a hash of all that the images depend on: a file is only
-    overwritten by the same images.
-
-    Args:
-      config: a checked config whose group `sample` says what to do.
-      workdir: folder of the run, or the file of an exported sampler.
-
-    Returns:
-      The file, or for output "png" the folder.
+    overwritten by the same images. Returns the file, or for output "png" the folder.
 
     Raises:
       UserError: if a run is missing or damaged.

@@ -142,8 +142,7 @@ def sampler_inputs(
 ) -> np.ndarray | dict | None:
     """What a sampler requires besides the network: cov(x_0 | x_t), float [T], or a variance head's parameters.
 
-    Raises:
-      ValueError: if it is missing.
+    Raises ValueError if it is missing.
     """
     requires = SAMPLERS[sampler].requires
     if requires == "ms_eps":
@@ -202,7 +201,7 @@ def run_sampler(
     if spec.requires == "ms_eps":
         options["cov_x0"] = known
     elif spec.requires:
-        eps_fn = variance_head.eps_variance_fn(network, params, known, schedule)
+        eps_fn = functools.partial(variance_head.apply, network, params, known, schedule)
     if eta is not None:
         options["eta"] = eta
     if eta is not None or spec.stochastic:
@@ -260,18 +259,10 @@ def sample_batches(
 def map_batches(
     compute: Callable[[np.ndarray], jax.Array], num_images: int, batch_size: int, progress: bool = True
 ) -> Iterator[np.ndarray]:
-    """What `compute` makes of the indices 0 … num_images−1, a batch at a time, on the host.
+    """What `compute` makes of the indices 0 … num_images−1, a batch at a time on the host, as `sample_batches`.
 
-    Args:
-      compute: indices int [B] → array [B, …] on the device; B is the same in every call, so that one program serves,
-        and the results for indices from num_images on are dropped.
-      num_images, batch_size, progress: as for `sample_batches`.
-
-    Yields:
-      Arrays [B, …], in the last batch the remainder.
-
-    Raises:
-      ValueError: for num_images or batch_size below 1.
+    `compute` is a function of indices int [B] → array [B, …] on the device; B is the same in every call, so that one
+    program serves, and the results for indices from num_images on are dropped.
     """
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:

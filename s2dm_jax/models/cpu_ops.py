@@ -43,13 +43,9 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int, pad: Pad) -> jax.Array:
     `jax.jvp` of it raises TypeError on CPU, so what needs it calls lax directly.
 
     Args:
-      x: float [B, H, W, I].
-      w: [KH, KW, I, O], of x's type.
-      stride: positive, the same for rows and columns.
+      x, w: [B, H, W, I] and [KH, KW, I, O], of one float type; the result is [B, H', W', O].
+      stride: of rows and columns.
       pad: ((top, bottom), (left, right)), none negative.
-
-    Returns:
-      [B, H', W', O], of x's type.
     """
     return _conv2d_on_cpu(x, w, stride, pad) if _on_cpu() else _plain_conv2d(x, w, stride, pad)
 
@@ -88,17 +84,10 @@ _conv2d_on_cpu.defvjp(_forward, _backward)
 
 
 def upsample_conv2d(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A 3×3 convolution of the image enlarged twice by repeating pixels, without enlarging it on CPU.
+    """The convolution of `enlarge(x)` [B, 2H, 2W, I] with w [3, 3, I, O] → [B, 2H, 2W, O], on CPU without enlarging.
 
     There each of the four pixels that one becomes is made from 2×2 of the small image, with those weights added that
     meet the same pixel: 16 multiply-adds in place of 36.
-
-    Args:
-      x: float [B, H, W, I].
-      w: [3, 3, I, O], of x's type.
-
-    Returns:
-      [B, 2H, 2W, O], of x's type.
     """
     if not _on_cpu():
         return conv2d(enlarge(x), w, 1, ((1, 1), (1, 1)))

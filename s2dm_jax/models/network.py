@@ -50,16 +50,9 @@ class Network(Protocol):
     def apply(
         self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
     ) -> "jax.Array":
-        """The network's output for x_t.
+        """The network's output for x_t [B, H, W, C], float32 of the same shape; `dropout_key` None: no dropout.
 
-        Args:
-          params: as from `init`.
-          x: [B, H, W, C].
-          t: [B], timesteps in 0 … T−1; may be fractional.
-          dropout_key: None switches dropout off.
-
-        Returns:
-          float32 [B, H, W, C].
+        t is [B], timesteps in 0 … T−1, maybe fractional.
         """
 
     def eps_fn(self, params: dict, schedule: "NoiseSchedule", dropout_key: "jax.Array | None" = None) -> "EpsFn":

@@ -92,7 +92,7 @@ class UNet:
     def apply(
         self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
     ) -> "jax.Array":
-        """`Network.apply`: by default the noise in x_t [B, H, W, C], ε_θ(x_t, t), float32 [B, H, W, out_channels].
+        """`Network.apply`: by default the noise in x_t, ε_θ(x_t, t), float32 [B, H, W, out_channels].
 
         Raises:
           ValueError: if the images do not have the network's resolution and channels.

@@ -13,7 +13,6 @@ from flax import nnx
 
 from s2dm_jax.diffusion.parameterization import to_eps
 from s2dm_jax.diffusion.schedule import NoiseSchedule
-from s2dm_jax.diffusion.types import EpsVarianceFn
 from s2dm_jax.models import layers
 from s2dm_jax.models.network import Network, with_features
 
@@ -78,11 +77,6 @@ def apply(
     output, features = jax.lax.stop_gradient(network.apply_with_features(params, x, t, dropout_key))
     variance = nnx.merge(_definition(network)[0], head_params)(features)
     return to_eps(output, x, t, schedule, network.prediction), variance
-
-
-def eps_variance_fn(network: Network, params: dict, head_params: dict, schedule: NoiseSchedule) -> EpsVarianceFn:
-    """The network and its variance head as `analytic.sn` and `analytic.npr` see them."""
-    return functools.partial(apply, network, params, head_params, schedule)
 
 
 def loss(kind: str, eps: jax.Array, eps_hat: jax.Array, head: jax.Array) -> jax.Array:
