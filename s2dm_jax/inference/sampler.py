@@ -259,7 +259,7 @@ def sample_batches(
 def map_batches(
     compute: Callable[[np.ndarray], jax.Array], num_images: int, batch_size: int, progress: bool = True
 ) -> Iterator[np.ndarray]:
-    """What `compute` makes of the indices 0 … num_images−1, a batch at a time on the host, as `sample_batches`.
+    """`compute` of the indices 0 … num_images−1, a batch at a time on the host; its arguments are `sample_batches`'s.
 
     `compute` is a function of indices int [B] → array [B, …] on the device; B is the same in every call, so that one
     program serves, and the results for indices from num_images on are dropped.

@@ -50,9 +50,9 @@ class Network(Protocol):
     def apply(
         self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
     ) -> "jax.Array":
-        """The network's output for x_t [B, H, W, C], float32 of the same shape; `dropout_key` None: no dropout.
+        """The network's output for x_t, float32 [B, H, W, C], with dropout where there is a `dropout_key`.
 
-        t is [B], timesteps in 0 … T−1, maybe fractional.
+        x is [B, H, W, C]; t is [B], timesteps in 0 … T−1, which may be fractional.
         """
 
     def eps_fn(self, params: dict, schedule: "NoiseSchedule", dropout_key: "jax.Array | None" = None) -> "EpsFn":

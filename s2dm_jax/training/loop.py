@@ -72,7 +72,7 @@ class TrainingLoop:
     """A run under way: its state, the compiled programs, what is logged and saved."""
 
     def __init__(self, setup: Setup, stack: contextlib.ExitStack):
-        """Restores the newest checkpoint, prints the run's summary, compiles the first chunk; `stack` closes it all."""
+        """Restores the newest checkpoint, prints the run's summary, compiles the first chunk."""
         config, workdir, train = setup.config, setup.workdir, setup.config.train
         self.setup, self.config, self.workdir = setup, config, workdir
 
