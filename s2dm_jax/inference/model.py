@@ -1,7 +1,7 @@
 """A trained run as a `Model` to sample from."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.inference import noise_statistics
 from s2dm_jax.inference.noise_statistics import statistics_folder
-from s2dm_jax.inference.sampler import configure_sampler, sample_batches
+from s2dm_jax.inference.sampler import configure_sampler, sample_batches, sampler_options
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.specs import SAMPLERS
@@ -25,10 +25,9 @@ class Model(NamedTuple):
 
     Attributes:
       config: the run's config.
-      network: the network's shape.
-      schedule: the forward process.
+      network, schedule: the network and the forward process.
       ema_params: the EMA of the weights.
-      step: training steps behind them.
+      step: train steps behind them.
       ms_eps: float [T], Analytic-DPM's statistic, or None where it has not been estimated.
       variance_head: of SN- or NPR-DPM, or None.
     """
@@ -47,35 +46,26 @@ class Model(NamedTuple):
         return self.network.image_shape
 
     def sampler(self, sampler: str = "ddim", **options: Any) -> tuple[Callable[..., jax.Array], np.ndarray]:
-        """`configure_sampler` for this model: a compiled function that gives uint8 images [B, H, W, C], and
-        the timesteps int32 [S] to call it with."""
+        """`configure_sampler` for this model: a compiled function that gives uint8 images [B, H, W, C], and the
+        timesteps int32 [S] to call it with.
+        """
         return configure_sampler(
             self.network, self.schedule, sampler, ms_eps=self.ms_eps, head=self.variance_head, **options
         )
 
     def sample(
-        self,
-        n: int,
-        sampler: str = "ddim",
-        *,
-        nfe: int = 0,
-        seed: int = 0,
-        batch_size: int = 500,
-        **options: Any,
+        self, n: int, sampler: str = "ddim", *, nfe: int = 0, seed: int = 0, batch_size: int = 500, **options: Any
     ) -> np.ndarray:
-        """Images 0 … n−1 of a seed.
+        """Images 0 … n−1 of a seed, uint8 [n, H, W, C].
 
         Args:
           n: number of images.
           sampler: one of `specs.SAMPLERS`.
-          nfe: network evaluations; by default 10, unless `sampler_options` gives steps or timesteps.
+          nfe: network evaluations; by default 10, unless steps or timesteps are given.
           seed: of the noise.
-          batch_size: how many images are computed at once.
-          **options: as for `configure_sampler`: steps, grid, timesteps, eta, skip_scale, and the sampler's
+          batch_size: images per batch.
+          **options: as for `configure_sampler`: steps, timestep_spacing, timesteps, eta, skip_scale, and the sampler's
             own options.
-
-        Returns:
-          uint8 [n, H, W, C].
 
         Raises:
           ValueError: for an unknown sampler, and for values that are not allowed or contradict one another.
@@ -84,15 +74,15 @@ class Model(NamedTuple):
         batches = sample_batches(sample_fn, self.ema_params, timesteps, seed=seed, num_images=n, batch_size=batch_size)
         return np.concatenate(list(batches))
 
-    def with_noise_statistics(self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int) -> "Model":
-        """The model with Analytic-DPM's statistic where `sampler` requires it, estimated now if it is not
-        cached.
+    def batches(self, sample: ConfigDict, *, progress: bool = True) -> Iterator[np.ndarray]:
+        """The images that a config's group `sample` describes, batch by batch: uint8 [B, H, W, C]."""
+        sample_fn, timesteps = self.sampler(**sampler_options(sample))
+        sizes = {"num_images": sample.num_images, "batch_size": sample.batch_size}
+        return sample_batches(sample_fn, self.ema_params, timesteps, seed=sample.seed, progress=progress, **sizes)
 
-        Args:
-          workdir: folder of the run, in which the statistic is cached.
-          sampler: one of `specs.SAMPLERS`.
-          count: training images per timestep.
-          batch_size: images at once.
+    def with_noise_statistics(self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int) -> "Model":
+        """The model with Analytic-DPM's statistic where `sampler` requires it, over `count` training images per
+        timestep: the one cached in `workdir`, or estimated now.
         """
         if SAMPLERS[sampler].requires != "ms_eps":
             return self
@@ -102,13 +92,7 @@ class Model(NamedTuple):
             print(f"estimating the mean square of ε at {self.schedule.T:,} timesteps, {count:,} images …")
             images = load_dataset(self.config).train
             statistic = noise_statistics.estimate_noise_statistics(
-                self.network,
-                self.schedule,
-                self.ema_params,
-                images,
-                folder,
-                num_images=count,
-                batch_size=batch_size,
+                self.network, self.schedule, self.ema_params, images, folder, num_images=count, batch_size=batch_size
             )
         worst = np.max(statistic.standard_error)
         print(f"ms_eps   {statistic.num_images:,} images per timestep, standard error at most {worst:.1e}")
@@ -124,7 +108,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, network: Networ
       network: what was trained, where that is not the network that the run's config names.
 
     Raises:
-      errors.UserError: if the folder holds no run, or no such checkpoint that is whole.
+      errors.UserError: if the folder holds no run, or no such checkpoint that is complete.
     """
     run = load_run(workdir, step, network=network)
     schedule = build_schedule(run.config)

@@ -21,14 +21,13 @@ from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.models.network import Network
 from s2dm_jax.samplers.noise import initial_noise
 
+# Timesteps between two saves.
+_TIMESTEPS_PER_CHUNK = 20
+
 
 def statistics_folder(workdir: str | os.PathLike) -> Path:
     """The folder of a run's statistics."""
     return Path(workdir) / "ms_eps"
-
-
-# Timesteps between two saves.
-_TIMESTEPS_AT_ONCE = 20
 
 
 class NoiseStatistics(NamedTuple):
@@ -58,31 +57,26 @@ def estimate_noise_statistics(
 ) -> NoiseStatistics:
     """E‖ε̂(x_t, t)‖²/dim (Analytic-DPM, eq. 8), with one noise for each image and timestep; cached.
 
-    The file's name holds the weights' hash, so that another network never uses it. An interrupted estimate
-    resumes where it stopped.
+    The file's name holds the weights' hash, so that another network never uses it. An interrupted estimate resumes
+    where it stopped.
 
     Args:
-      network: the network that `params` belong to.
-      schedule: the forward process.
-      params: the weights to sample with, usually the EMA.
+      params: the network's weights to sample with, usually the EMA.
       images: uint8 [N, H, W, C], training images.
       folder: of the cache, as `statistics_folder`.
       num_images: how many of the images, drawn by `seed`; all where there are fewer.
       seed: of the choice and of the noise: that of image i at timestep t depends on (seed, t, i) alone.
       batch_size: images per batch.
-
-    Raises:
-      OSError: if the folder cannot be written to.
     """
     num_images = min(num_images, len(images))
     rows = np.random.default_rng(seed).permutation(len(images))[:num_images]
-    path = _path(folder, schedule, params, num_images, seed)
+    path = Path(folder) / f"{_stem(schedule, params)}_{num_images}_seed{seed}.npz"
     mean, standard_error = _read(path)
     params = replicate(params)
     with progress_bar(schedule.T, "timesteps", done=len(mean), shown=is_main_process()) as advance:
         while len(mean) < schedule.T:
             # The last chunk is padded and cut, so that one program serves every chunk.
-            timesteps = np.minimum(len(mean) + np.arange(_TIMESTEPS_AT_ONCE), schedule.T - 1)
+            timesteps = np.minimum(len(mean) + np.arange(_TIMESTEPS_PER_CHUNK), schedule.T - 1)
             batches = []
             for first in range(0, num_images, batch_size):
                 indices = (first + np.arange(min(batch_size, num_images))) % num_images
@@ -91,8 +85,7 @@ def estimate_noise_statistics(
                 batches.append(np.asarray(squares, np.float64)[:, : num_images - first])
             squares = np.concatenate(batches, axis=1)[: schedule.T - len(mean)]  # [timesteps, images]
             mean = np.append(mean, squares.mean(1))
-            spread = squares.std(1, ddof=1) / np.sqrt(num_images)
-            standard_error = np.append(standard_error, spread)
+            standard_error = np.append(standard_error, squares.std(1, ddof=1) / np.sqrt(num_images))
             _write(path, mean, standard_error, num_images, seed)
             advance(len(squares))
     return NoiseStatistics(mean, standard_error, num_images)
@@ -104,8 +97,7 @@ def load_cached(
     """The cached statistic of these weights: that of `num_images`, or else of the most images; or None."""
     folder, found = Path(folder), []
     # Most runs have no statistic: the weights are hashed only where a file exists.
-    paths = folder.glob(f"{_stem(schedule, params)}_*.npz") if any(folder.glob("*.npz")) else ()
-    for path in paths:
+    for path in folder.glob(f"{_stem(schedule, params)}_*.npz") if any(folder.glob("*.npz")) else ():
         mean, standard_error = _read(path)
         count = int(path.stem.split("_")[1])
         if len(mean) == schedule.T and num_images in (None, count):
@@ -131,10 +123,6 @@ def _squares(network, schedule, params, images, indices, timesteps, seed):
 
 def _stem(schedule, params):
     return sha256_of_arrays([schedule.beta, *jax.tree.leaves(params)])
-
-
-def _path(folder, schedule, params, num_images, seed):
-    return Path(folder) / f"{_stem(schedule, params)}_{num_images}_seed{seed}.npz"
 
 
 def _read(path):

@@ -1,6 +1,6 @@
-"""Pictures from trained weights: compiled samplers, batches of any number of images, a run as a `Model`.
+"""Samples from trained weights: compiled samplers from the user's options, batches of any number of images.
 
-Image i of a seed depends on (seed, i) alone, not on the batch or the order that it is drawn in.
+Image i of a seed depends on (seed, i) alone, not on the batch or the order that it is sampled in.
 """
 
 import functools
@@ -27,89 +27,12 @@ from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.analytic import cov_x0, optimal_timesteps
 from s2dm_jax.samplers.common import scale_eps
 from s2dm_jax.samplers.noise import image_keys, initial_noise, per_image_noise
-from s2dm_jax.samplers.specs import SAMPLERS, check_options, get_sampler
+from s2dm_jax.samplers.specs import SAMPLERS, get_sampler
 from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps, split_timestep_spec
 
 
-def make_sampler(
-    network: Network,
-    schedule: NoiseSchedule,
-    sampler: str = "ddim",
-    *,
-    eta: float = 0.0,
-    scale: np.ndarray | None = None,
-    ms_eps: np.ndarray | None = None,
-    head: Head | None = None,
-    **options: Any,
-) -> Callable[..., jax.Array]:
-    """A compiled function of (params, timesteps [S], seed, indices [B]) → uint8 images [B, H, W, C].
-
-    There is one program per sampler, S and B; other weights, levels, seeds, eta above 0 or scales compile
-    nothing. Two keyword arguments make another program: `x_T` [B, H, W, C] to start from instead of the
-    indices' own noise, and `trajectory=True` for uint8 [B, S, H, W, C], each level's prediction of x_0, the
-    noisiest level's first, with the image itself in the place of the last.
-
-    Args:
-      network: the network that the weights belong to.
-      schedule: the forward process; sampling again with the same object compiles nothing.
-      sampler: one of `specs.SAMPLERS`.
-      eta: of DDIM and the mean "ddim" of others, from 0 (deterministic) to 1 (DDPM's posterior variance).
-      scale: float [T], a factor on the network's output at each level (`objectives.skip_scale`).
-      ms_eps: float [T], the network's statistic (`noise_statistics.estimate_noise_statistics`), which
-        "analytic" needs.
-      head: the network's second head, which "sn" and "npr" need.
-      **options: keyword arguments of the sampler's own: those of `specs.OPTIONS` that it has.
-
-    Raises:
-      ValueError: for an unknown sampler, an option or value that it does not have, or what it needs missing.
-    """
-    check_options(sampler, eta=eta, **options)
-    known = sampler_inputs(schedule, sampler, scale, ms_eps, head)
-    program = SamplerConfig(network, schedule, sampler, tuple(sorted(options.items())))
-
-    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
-        # Without noise nothing is drawn: eta 0 is a program of its own.
-        return _run_compiled(program, trajectory, params, timesteps, seed, indices, eta or None, scale, known, x_T)
-
-    return sample
-
-
-def sampler_inputs(
-    schedule: NoiseSchedule,
-    sampler: str,
-    scale: np.ndarray | None,
-    ms_eps: np.ndarray | None,
-    head: Head | None,
-) -> np.ndarray | dict | None:
-    """What a sampler is given besides the network: cov(x_0 | x_t) at each level, or a head's parameters.
-
-    Raises:
-      ValueError: if what the sampler needs is missing.
-    """
-    needs = SAMPLERS[sampler].requires
-    if needs == "ms_eps":
-        if ms_eps is None:
-            raise ValueError(
-                f"sampler={sampler!r} needs ms_eps, the network's statistic; "
-                "noise_statistics.estimate_noise_statistics makes it, and so does --mode=sample "
-                f"--config.sample.sampler={sampler}"
-            )
-        # Scaled noise has a scaled mean square.
-        return cov_x0(schedule, ms_eps if scale is None else ms_eps * np.square(scale))
-    if not needs:
-        return None
-    if head is None or head.kind != needs:
-        raise ValueError(
-            f"sampler={sampler!r} needs a variance head of the network; train one with the config's sampler "
-            f":{needs} and give its workdir"
-        )
-    if scale is not None:
-        raise ValueError(f"skip_scale does not go with sampler={sampler!r}: its head knows the unscaled network")
-    return head.params
-
-
 class SamplerConfig(NamedTuple):
-    """What a compiled sampler is made for; options are pairs of name and value."""
+    """What a compiled sampler is made for; options are sorted pairs of name and value."""
 
     network: Network
     schedule: NoiseSchedule
@@ -117,151 +40,41 @@ class SamplerConfig(NamedTuple):
     options: tuple
 
 
-def run_sampler(
-    program: SamplerConfig,
-    params: dict,
-    timesteps: jax.Array | np.ndarray,
-    seed: int | jax.Array,
-    indices: jax.Array,
-    *,
-    eta: float | jax.Array | None = None,
-    scale: np.ndarray | jax.Array | None = None,
-    known: Any = None,
-    x_T: jax.Array | None = None,
-    return_x0: bool = False,
-) -> SamplerOutput:
-    """The images that a sampler makes, to be compiled by the caller.
-
-    Args:
-      program: network, schedule, sampler and options.
-      params: the weights.
-      timesteps: int [S], ascending.
-      seed, indices: of the noise; the images with these indices, int [B].
-      eta: of DDIM; None for no noise in its steps.
-      scale: float [T], a factor on the network's output; None for none.
-      known: from `sampler_inputs`.
-      x_T: float [B, H, W, C] to start from; None for the indices' own noise.
-      return_x0: also return each step's prediction of x_0.
-
-    Returns:
-      float32 [B, H, W, C] around [−1, 1]; with `return_x0` also [S, B, H, W, C].
-    """
-    network, schedule, sampler, given = program
-    options: dict[str, Any] = dict(given)
-    eps_fn: Callable[..., Any] = network.eps_fn(params, schedule)
-    if scale is not None:
-        eps_fn = scale_eps(eps_fn, scale)
-    needs = SAMPLERS[sampler].requires
-    if needs == "ms_eps":
-        options["cov_x0"] = known
-    elif needs:
-        eps_fn = variance_head.eps_variance_fn(network, params, known, schedule)
-    if eta is not None:
-        options["eta"] = eta
-    if eta is not None or SAMPLERS[sampler].stochastic:
-        options["noise_fn"] = per_image_noise(image_keys(seed, indices), network.image_shape)
-    if x_T is None:
-        x_T = initial_noise(seed, indices, network.image_shape)
-    return get_sampler(sampler)(eps_fn, x_T, schedule, timesteps, return_x0=return_x0, **options)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, known, x_T):
-    inputs = {"eta": eta, "scale": scale, "known": known, "x_T": x_T}
-    result = run_sampler(program, params, timesteps, seed, indices, **inputs, return_x0=trajectory)
-    if not trajectory:
-        return to_uint8(result)
-    x_0, predictions = result
-    return to_uint8(jnp.moveaxis(predictions.at[-1].set(x_0), 0, 1))
-
-
-def sample_batches(
-    sample_fn: Callable[..., jax.Array],
-    params: dict,
-    timesteps: np.ndarray,
-    *,
-    seed: int,
-    num_images: int,
-    batch_size: int,
-    progress: bool = True,
-    postprocess: Callable[[jax.Array], jax.Array] | None = None,
-) -> Iterator[np.ndarray]:
-    """Images 0 … num_images−1 of a seed, a batch at a time; how many are done is told as in `progress`.
-
-    Args:
-      sample_fn, params, timesteps: the function from `make_sampler`, and its arguments.
-      seed: of the noise.
-      num_images: how many in all.
-      batch_size: how many at once; the memory needed is that of two batches.
-      progress: whether to tell how many are done.
-      postprocess: a function of the images, on the device; its result takes their place.
-
-    Yields:
-      uint8 [B, H, W, C] with B = batch_size, in the last batch what is left.
-
-    Raises:
-      ValueError: for num_images or batch_size below 1.
-    """
-
-    def compute(indices):
-        images = sample_fn(params, timesteps, seed, shard_batch(indices))
-        return postprocess(images) if postprocess else images
-
-    return map_batches(compute, num_images, batch_size, progress)
-
-
-def map_batches(
-    compute: Callable[[np.ndarray], jax.Array], num_images: int, batch_size: int, progress: bool = True
-) -> Iterator[np.ndarray]:
-    """What `compute` makes of the indices 0 … num_images−1, a batch at a time.
-
-    Args:
-      compute: indices int [B] → array [B, …] on the device; B is the same in every call, so that one program
-        serves, and indices from num_images on are made and dropped.
-      num_images, batch_size, progress: as for `sample_batches`.
-
-    Yields:
-      Arrays [B, …] on the host, in the last batch what is left.
-
-    Raises:
-      ValueError: for num_images or batch_size below 1.
-    """
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is out of range: it must be at least 1")
-    batch_size = min(batch_size, num_images)
-    with progress_bar(num_images, "images", shown=progress and is_main_process()) as advance:
-        firsts = range(0, num_images, batch_size)
-        waiting = compute(np.arange(batch_size))
-        for first in firsts[1:]:
-            made = compute(first + np.arange(batch_size))
-            # The batch before is fetched while this one is computed.
-            yield to_host(waiting)
-            advance(batch_size)
-            waiting = made
-        yield to_host(waiting)[: num_images - firsts[-1]]
-
-
 def configure_sampler(
     network: Network, schedule: NoiseSchedule, sampler: str = "ddim", **options: Any
 ) -> tuple[Callable[..., jax.Array], np.ndarray]:
     """A compiled sampler and the timesteps that it visits, from the user's sampling options.
 
+    The sampler is a function of (params, timesteps [S], seed, indices [B]) → uint8 images [B, H, W, C]. There is one
+    program per sampler, S and B; other weights, timesteps, seeds, eta above 0 or scales compile nothing. Two keyword
+    arguments make another program: `x_T` [B, H, W, C] to start from instead of the indices' own noise, and
+    `trajectory=True` for uint8 [B, S, H, W, C], the prediction of x_0 at each timestep, the noisiest first, with the
+    image itself in place of the last.
+
     Args:
-      network, schedule, sampler: as for `make_sampler`.
-      **options: the fields of `TimestepSpec` (steps, nfe, timestep_spacing, timesteps); the others as for
-        `resolve_sampler`.
+      network: the network that the weights belong to.
+      schedule: the forward process; sampling again with the same object compiles nothing.
+      sampler: one of `specs.SAMPLERS`.
+      **options: the fields of `TimestepSpec` (steps, nfe, timestep_spacing, timesteps) and those of `resolve_sampler`.
 
     Returns:
-      The function as from `make_sampler`, and the timesteps int32 [S], ascending.
+      The function, and the timesteps int32 [S], ascending.
 
     Raises:
-      ValueError: for an unknown sampler, and for values that are not allowed or contradict one another.
+      ValueError: for an unknown sampler, for values that are not allowed or contradict one another, and if what the
+        sampler requires is missing.
     """
     spec, options = split_timestep_spec(options)
     timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
-    ms_eps, head = options.get("ms_eps"), options.get("head")
-    return make_sampler(network, schedule, sampler, scale=scale, ms_eps=ms_eps, head=head, **own), timesteps
+    known = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
+    # Without noise nothing is drawn: eta 0 is a program of its own.
+    eta = own.pop("eta", None) or None
+    program = SamplerConfig(network, schedule, sampler, tuple(sorted(own.items())))
+
+    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
+        return _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, known, x_T)
+
+    return sample, timesteps
 
 
 def sampler_options(sample: ConfigDict) -> dict:
@@ -284,14 +97,15 @@ def resolve_sampler(
     """Turns the user's sampling options into timesteps, scale factors and the sampler's own arguments.
 
     Args:
-      schedule: the forward process.
-      sampler: one of `specs.SAMPLERS`.
       spec: the request for timesteps; the spacing "optimal" is `optimal_timesteps`.
-      skip_scale: the factor on the network's output that L_skip would train into it
-        (`objectives.skip_scale`): a skip, or your own float [T]; None or 0 for no factor.
+      skip_scale: the factor on the network's output that L_skip would train into it (`objectives.skip_scale`): a skip,
+        or your own float [T]; None or 0 for no factor.
       skip_scale_tau, skip_scale_preset: tau and preset of that skip.
-      ms_eps, head: as for `make_sampler`; "optimal" needs ms_eps, too.
-      **options: eta and the sampler's own, as for `make_sampler`; None stands for the sampler's default.
+      ms_eps: float [T], the network's statistic (`noise_statistics.estimate_noise_statistics`), which "analytic" and
+        "optimal" need.
+      head: the network's variance head, which "sn" and "npr" need.
+      **options: the sampler's own, those of `specs.OPTIONS` that it has, and eta, from 0 (deterministic) to 1 (DDPM's
+        posterior variance); None stands for the sampler's default.
 
     Returns:
       The timesteps int32 [S], ascending; the factors float [T], or None; the options that are not None.
@@ -308,13 +122,11 @@ def resolve_sampler(
                 "noise_statistics.estimate_noise_statistics makes it"
             )
         timesteps = optimal_timesteps(schedule, ms_eps, len(timesteps))
-    scale = None
     if skip_scale is None or np.ndim(skip_scale) == 0:
         skip = operator.index(skip_scale or 0)
         if not 0 <= skip < schedule.T:
             raise ValueError(f"skip_scale={skip} is out of range: a skip is from 0 to T−1={schedule.T - 1}")
-        if skip:
-            scale = objectives.skip_scale(schedule, skip, skip_scale_tau, skip_scale_preset)
+        scale = objectives.skip_scale(schedule, skip, skip_scale_tau, skip_scale_preset) if skip else None
     elif np.shape(skip_scale) != (schedule.T,):
         raise ValueError(
             f"skip_scale has shape {np.shape(skip_scale)}; it is a skip, or one number per timestep, "
@@ -323,3 +135,146 @@ def resolve_sampler(
     else:
         scale = np.asarray(skip_scale)
     return timesteps, scale, options
+
+
+def sampler_inputs(
+    schedule: NoiseSchedule, sampler: str, scale: np.ndarray | None, ms_eps: np.ndarray | None, head: Head | None
+) -> np.ndarray | dict | None:
+    """What a sampler requires besides the network: cov(x_0 | x_t), float [T], or a variance head's parameters.
+
+    Raises ValueError if it is missing.
+    """
+    requires = SAMPLERS[sampler].requires
+    if requires == "ms_eps":
+        if ms_eps is None:
+            raise ValueError(
+                f"sampler={sampler!r} needs ms_eps, the network's statistic; "
+                "noise_statistics.estimate_noise_statistics makes it, and so does --mode=sample "
+                f"--config.sample.sampler={sampler}"
+            )
+        # Scaled noise has a scaled mean square.
+        return cov_x0(schedule, ms_eps if scale is None else ms_eps * np.square(scale))
+    if not requires:
+        return None
+    if head is None or head.kind != requires:
+        raise ValueError(
+            f"sampler={sampler!r} needs a variance head of the network; train one with the config's objective "
+            f":{requires} and give its workdir"
+        )
+    if scale is not None:
+        raise ValueError(
+            f"skip_scale does not go with sampler={sampler!r}: its variance head was trained on the unscaled network"
+        )
+    return head.params
+
+
+def run_sampler(
+    program: SamplerConfig,
+    params: dict,
+    timesteps: jax.Array | np.ndarray,
+    seed: int | jax.Array,
+    indices: jax.Array,
+    *,
+    eta: float | jax.Array | None = None,
+    scale: np.ndarray | jax.Array | None = None,
+    known: Any = None,
+    x_T: jax.Array | None = None,
+    return_x0: bool = False,
+) -> SamplerOutput:
+    """Runs a sampler, to be compiled by the caller: float32 images [B, H, W, C] around [−1, 1].
+
+    Args:
+      timesteps: int [S], ascending.
+      indices: int [B]; image i depends on (seed, i) alone.
+      eta: of DDIM; None for no noise in its steps.
+      scale: float [T], a factor on the network's output; None for none.
+      known: from `sampler_inputs`.
+      x_T: float [B, H, W, C] to start from; None for the indices' own noise.
+      return_x0: also return each step's prediction of x_0, [S, B, H, W, C].
+    """
+    network, schedule, sampler, own = program
+    options: dict[str, Any] = dict(own)
+    eps_fn: Callable[..., Any] = network.eps_fn(params, schedule)
+    if scale is not None:
+        eps_fn = scale_eps(eps_fn, scale)
+    spec = SAMPLERS[sampler]
+    if spec.requires == "ms_eps":
+        options["cov_x0"] = known
+    elif spec.requires:
+        eps_fn = functools.partial(variance_head.apply, network, params, known, schedule)
+    if eta is not None:
+        options["eta"] = eta
+    if eta is not None or spec.stochastic:
+        options["noise_fn"] = per_image_noise(image_keys(seed, indices), network.image_shape)
+    if x_T is None:
+        x_T = initial_noise(seed, indices, network.image_shape)
+    return get_sampler(sampler)(eps_fn, x_T, schedule, timesteps, return_x0=return_x0, **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, known, x_T):
+    inputs = {"eta": eta, "scale": scale, "known": known, "x_T": x_T}
+    result = run_sampler(program, params, timesteps, seed, indices, **inputs, return_x0=trajectory)
+    if not trajectory:
+        return to_uint8(result)
+    x_0, predictions = result
+    return to_uint8(jnp.moveaxis(predictions.at[-1].set(x_0), 0, 1))  # [S, B, H, W, C] → [B, S, H, W, C]
+
+
+def sample_batches(
+    sample_fn: Callable[..., jax.Array],
+    params: dict,
+    timesteps: np.ndarray,
+    *,
+    seed: int,
+    num_images: int,
+    batch_size: int,
+    progress: bool = True,
+    postprocess: Callable[[jax.Array], jax.Array] | None = None,
+) -> Iterator[np.ndarray]:
+    """Images 0 … num_images−1 of a seed, a batch at a time.
+
+    Args:
+      sample_fn, params, timesteps: the function from `configure_sampler`, and its arguments.
+      seed: of the noise.
+      num_images: in all.
+      batch_size: images per batch; the memory needed is that of two batches.
+      progress: whether to show progress.
+      postprocess: a function of the images, on the device; its result takes their place.
+
+    Yields:
+      uint8 [B, H, W, C] with B = batch_size, in the last batch the remainder.
+
+    Raises:
+      ValueError: for num_images or batch_size below 1.
+    """
+
+    def compute(indices):
+        images = sample_fn(params, timesteps, seed, shard_batch(indices))
+        return postprocess(images) if postprocess else images
+
+    return map_batches(compute, num_images, batch_size, progress)
+
+
+def map_batches(
+    compute: Callable[[np.ndarray], jax.Array], num_images: int, batch_size: int, progress: bool = True
+) -> Iterator[np.ndarray]:
+    """`compute` of the indices 0 … num_images−1, a batch at a time on the host; its arguments are `sample_batches`'s.
+
+    `compute` is a function of indices int [B] → array [B, …] on the device; B is the same in every call, so that one
+    program serves, and the results for indices from num_images on are dropped.
+    """
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is out of range: it must be at least 1")
+    batch_size = min(batch_size, num_images)
+    with progress_bar(num_images, "images", shown=progress and is_main_process()) as advance:
+        firsts = range(0, num_images, batch_size)
+        pending = compute(np.arange(batch_size))
+        for first in firsts[1:]:
+            computing = compute(first + np.arange(batch_size))
+            # The previous batch is fetched while this one is computed.
+            yield to_host(pending)
+            advance(batch_size)
+            pending = computing
+        yield to_host(pending)[: num_images - firsts[-1]]

@@ -1,4 +1,4 @@
-"""Rows of pictures: between two noises, along the denoising, the same noise through several runs."""
+"""Rows of images: between two noises, along the denoising, the same noise through several runs."""
 
 import functools
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def interpolate(
     Args:
       model: what to sample from.
       starts, ends: indices, one pair for each row; a row's ends are the plain samples of its pair.
-      num_pictures: in a row, at least 2; the weights are equally spaced, 11 gives 0, 0.1, … 1.
+      num_pictures: images in a row, at least 2; the weights are equally spaced, 11 gives 0, 0.1, … 1.
       seed: of the starts.
       end_seed: of the ends, by default the same.
       sampler: a sampler that draws no noise at its steps.
@@ -40,7 +40,7 @@ def interpolate(
       uint8 [rows, num_pictures, H, W, C].
 
     Raises:
-      ValueError: for a sampler that draws noise, fewer than 2 pictures, or unequal numbers of ends.
+      ValueError: for a sampler that draws noise, fewer than 2 images, or unequal numbers of ends.
     """
     if options.get("eta") or (sampler in SAMPLERS and SAMPLERS[sampler].stochastic):
         raise ValueError(
@@ -51,12 +51,12 @@ def interpolate(
         raise ValueError(f"num_pictures={num_pictures} is out of range: it must be at least 2")
     sample_fn, timesteps = model.sampler(sampler, **options)
     weights = jnp.linspace(0, 1, num_pictures)
-    rows = []
     seeds = (seed, seed if end_seed is None else end_seed)
+    rows = []
     with progress_bar(len(starts), "rows") as advance:
         for pair in zip(starts, ends, strict=True):
-            x_T = _noise_between(model.image_shape, seeds, pair, weights)
-            # Every picture starts from x_T, and nothing is drawn: the indices say nothing.
+            x_T = _noise_between(model.image_shape, seeds, pair, weights)  # [num_pictures, H, W, C]
+            # With x_T given and no noise at the steps, the indices have no effect.
             rows.append(np.asarray(sample_fn(model.ema_params, timesteps, 0, np.arange(num_pictures), x_T=x_T)))
             advance(1)
     return np.stack(rows)
@@ -69,7 +69,7 @@ def _noise_between(shape, seeds, pair, weights):
 
 
 def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **options: Any) -> np.ndarray:
-    """What each image is predicted to become at every level on the way to it.
+    """The prediction of x_0 at each timestep on the way to an image.
 
     Args:
       model: what to sample from.
@@ -78,8 +78,7 @@ def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **options
       **options: as for `sampler.configure_sampler`.
 
     Returns:
-      uint8 [len(indices), S, H, W, C]: the prediction of x_0 at each level, the noisiest first, with the
-      sample itself in the place of the last.
+      uint8 [len(indices), S, H, W, C], the noisiest timestep first, with the image itself in place of the last.
 
     Raises:
       ValueError: as `sampler.configure_sampler`.
@@ -89,11 +88,11 @@ def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **options
 
 
 def compare(models: Sequence[Model], n: int, *, seed: int = 0, **options: Any) -> np.ndarray:
-    """The same noise through several models (S²-DMs, Figures 4 and 5).
+    """The same noise through several models of one image shape (S²-DMs, Figures 4 and 5).
 
     Args:
-      models: all of one image shape.
-      n: number of images.
+      models: one for each row.
+      n: number of images in a row.
       seed: of the noise.
       **options: as for `Model.sample`.
 

@@ -1,7 +1,6 @@
 """Convolutions and matrix products that are fast on CPU, inside `lax.scan` too, and plain elsewhere.
 
-XLA's compilers for GPU and TPU know the gradients that autodiff makes, and turn them into their own kernels;
-the forms below are for what XLA:CPU lacks.
+XLA's compilers for GPU and TPU turn the gradients that autodiff makes into their own kernels; XLA:CPU does not.
 """
 
 import contextlib
@@ -16,27 +15,6 @@ from jax import lax
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 Pad = tuple[tuple[int, int], tuple[int, int]]
-
-
-def conv2d(x: jax.Array, w: jax.Array, stride: int, pad: Pad) -> jax.Array:
-    """`lax.conv_general_dilated` with gradients that stay fast inside a loop on CPU (jax issue 12868).
-
-    XLA:CPU rewrites convolutions to its fast form only in the entry computation. Inside `lax.scan` the
-    backward convolutions that autodiff makes, whose layouts are permuted, fall to a naive loop 20-40 times
-    slower. On CPU both are written in the fast form to begin with; the gradients are the same. Reverse mode
-    of any order and vmap work; `jax.jvp` of it raises TypeError on CPU, so what needs it calls lax directly.
-
-    Args:
-      x: float [B,H,W,I].
-      w: [KH,KW,I,O], of x's type.
-      stride: positive, the same for rows and columns.
-      pad: ((top, bottom), (left, right)), none negative.
-
-    Returns:
-      [B,H',W',O], of x's type.
-    """
-    return _conv2d_on_cpu(x, w, stride, pad) if _on_cpu() else _plain_conv2d(x, w, stride, pad)
-
 
 # Whether the plain forms are used on CPU too.
 _plain = contextvars.ContextVar("plain", default=False)
@@ -56,13 +34,27 @@ def _on_cpu():
     return jax.default_backend() == "cpu" and not _plain.get()
 
 
+def conv2d(x: jax.Array, w: jax.Array, stride: int, pad: Pad) -> jax.Array:
+    """`lax.conv_general_dilated` with gradients that stay fast inside a loop on CPU (jax issue 12868).
+
+    XLA:CPU rewrites convolutions to its fast form only in the entry computation. Inside `lax.scan` the backward
+    convolutions that autodiff makes, whose layouts are permuted, fall to a naive loop 20-40 times slower. On CPU both
+    are written in the fast form to begin with; the gradients are the same. Reverse mode of any order and vmap work;
+    `jax.jvp` of it raises TypeError on CPU, so what needs it calls lax directly.
+
+    Args:
+      x, w: [B, H, W, I] and [KH, KW, I, O], of one float type; the result is [B, H', W', O].
+      stride: of rows and columns.
+      pad: ((top, bottom), (left, right)), none negative.
+    """
+    return _conv2d_on_cpu(x, w, stride, pad) if _on_cpu() else _plain_conv2d(x, w, stride, pad)
+
+
 def _plain_conv2d(x, w, stride, pad):
     return lax.conv_general_dilated(x, w, (stride, stride), pad, dimension_numbers=_LAYOUT)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv2d_on_cpu(x, w, stride, pad):
-    return _plain_conv2d(x, w, stride, pad)
+_conv2d_on_cpu = jax.custom_vjp(_plain_conv2d, nondiff_argnums=(2, 3))
 
 
 def _forward(x, w, stride, pad):
@@ -71,56 +63,34 @@ def _forward(x, w, stride, pad):
 
 def _backward(stride, pad, residuals, g):
     x, w = residuals
-
-    def pad_for_x(axis):
-        k, n, n_out = w.shape[axis], x.shape[axis + 1], g.shape[axis + 1]
-        low = k - 1 - pad[axis][0]
-        return low, n + k - 1 - ((n_out - 1) * stride + 1) - low
-
-    def pad_for_w(axis):
-        k, n, n_out = w.shape[axis], x.shape[axis + 1], g.shape[axis + 1]
-        low = pad[axis][0]
-        return low, (n_out - 1) * stride + k - n - low
-
-    grad_x = lax.conv_general_dilated(
-        g,
-        jnp.flip(w, (0, 1)).swapaxes(2, 3),
-        (1, 1),
-        (pad_for_x(0), pad_for_x(1)),
-        lhs_dilation=(stride, stride),
-        dimension_numbers=_LAYOUT,
-    )
+    pad_for_x, pad_for_w = [], []
+    for k, n, n_out, (low, _) in zip(w.shape[:2], x.shape[1:3], g.shape[1:3], pad, strict=True):
+        span = (n_out - 1) * stride + 1
+        pad_for_x.append((k - 1 - low, n - span + low))
+        pad_for_w.append((low, span - 1 + k - n - low))
+    w_flipped = jnp.flip(w, (0, 1)).swapaxes(2, 3)  # [KH, KW, O, I]
+    dilation = (stride, stride)
+    grad_x = lax.conv_general_dilated(g, w_flipped, (1, 1), pad_for_x, lhs_dilation=dilation, dimension_numbers=_LAYOUT)
     # The channels of x take the place of the batch, and the batch the place of the input channels.
+    x_by_channel = x.transpose(3, 1, 2, 0)  # [I, H, W, B]
+    g_as_kernel = g.transpose(1, 2, 0, 3)  # [H', W', B, O]
     grad_w = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
-        g.transpose(1, 2, 0, 3),
-        (1, 1),
-        (pad_for_w(0), pad_for_w(1)),
-        rhs_dilation=(stride, stride),
-        dimension_numbers=_LAYOUT,
+        x_by_channel, g_as_kernel, (1, 1), pad_for_w, rhs_dilation=dilation, dimension_numbers=_LAYOUT
     )
-    return grad_x, grad_w.transpose(1, 2, 0, 3)
+    return grad_x, grad_w.transpose(1, 2, 0, 3)  # [I, KH, KW, O] → [KH, KW, I, O]
 
 
 _conv2d_on_cpu.defvjp(_forward, _backward)
 
 
 def upsample_conv2d(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A 3×3 convolution of the image enlarged twice by repeating pixels, without enlarging it.
+    """The convolution of `enlarge(x)` [B, 2H, 2W, I] with w [3, 3, I, O] → [B, 2H, 2W, O], on CPU without enlarging.
 
-    On CPU each of the four pixels that one becomes is made from 2×2 of the small image, with those weights
-    added that meet the same pixel: 16 multiply-adds in place of 36.
-
-    Args:
-      x: float [B,H,W,I].
-      w: [3,3,I,O], of x's type.
-
-    Returns:
-      [B,2H,2W,O], of x's type.
+    There each of the four pixels that one becomes is made from 2×2 of the small image, with those weights added that
+    meet the same pixel: 16 multiply-adds in place of 36.
     """
     if not _on_cpu():
-        enlarged = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return conv2d(enlarged, w, 1, ((1, 1), (1, 1)))
+        return conv2d(enlarge(x), w, 1, ((1, 1), (1, 1)))
 
     def halves(w, axis):
         first, middle, last = jnp.split(w, 3, axis)
@@ -130,23 +100,21 @@ def upsample_conv2d(x: jax.Array, w: jax.Array) -> jax.Array:
     rows = []
     for w_row, pad_row in halves(w, 0):
         pixels = [conv2d(x, w_pixel, 1, (pad_row, pad)) for w_pixel, pad in halves(w_row, 1)]
-        rows.append(jnp.stack(pixels, axis=3))
+        rows.append(jnp.stack(pixels, axis=3))  # [B, H, W, 2, O]
     b, height, width, _ = x.shape
-    return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, w.shape[-1])
+    return jnp.stack(rows, axis=2).reshape(b, 2 * height, 2 * width, w.shape[-1])  # from [B, H, 2, W, 2, O]
+
+
+def enlarge(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] → [B, 2H, 2W, C] by repeating pixels."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x·w over the channels, on CPU with gradients that read their inputs as they lie in memory.
+    """x [..., I] · w [I, O] over the channels, on CPU with gradients that read their inputs as they lie in memory.
 
-    XLA:CPU otherwise writes a transposed copy of x or of the incoming gradient, by steps so long that it
-    takes several times the product itself.
-
-    Args:
-      x: float [..., I].
-      w: [I, O], of x's type.
-
-    Returns:
-      [..., O], of x's type.
+    XLA:CPU otherwise writes a transposed copy of x or of the incoming gradient, by steps so long that it takes several
+    times the product itself.
     """
     return _matmul_on_cpu(x, w) if _on_cpu() else x @ w
 

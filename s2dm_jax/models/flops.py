@@ -1,6 +1,4 @@
-"""Model FLOPs of a forward pass and of a training step: two for each multiply-add of matrix products and
-convolutions.
-"""
+"""Model FLOPs: two for each multiply-add of matrix products and convolutions."""
 
 import math
 from typing import Any
@@ -23,9 +21,7 @@ def forward_flops(network: Network) -> int:
 
 
 def step_flops(network: Network, batch_size: int, num_timesteps_per_image: int) -> int:
-    """Model FLOPs of a training step: forward and, at twice the cost, backward; rematerialisation is not
-    counted.
-    """
+    """FLOPs of a train step: forward and, at twice the cost, backward; rematerialisation is not counted."""
     return 3 * forward_flops(network) * batch_size * num_timesteps_per_image
 
 
@@ -39,9 +35,8 @@ def _count_flops(jaxpr: Any) -> int:
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += 2 * math.prod(shapes[2]) * math.prod(shapes[0][axis] for axis in contracted)
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
-        ):
+        parameters = list(equation.params.values())
+        for inner in jax.tree.leaves(parameters, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 total += _count_flops(inner)

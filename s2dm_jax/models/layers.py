@@ -17,33 +17,23 @@ NORM_EPS = 1e-6
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
-    """Sinusoidal embedding, sines first, frequencies 10000^(−i/(dim/2−1)) (DDPM code).
+    """Sinusoidal embedding of t, float32 [B, dim]: sines first, frequencies 10000^(−i/(dim/2−1)) (DDPM code).
 
     Args:
-      t: float or int [B], level in 0 … T−1, not rescaled; fractions are allowed.
+      t: float or int [B], timesteps in 0 … T−1, not rescaled; may be fractional.
       dim: number of features, even.
-
-    Returns:
-      float32 [B, dim].
     """
     half = dim // 2
     frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - 1)).astype(np.float32)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[:, None] * frequencies  # [B, dim/2]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def add(x: jax.Array, per_channel: jax.Array) -> jax.Array:
-    """x + per_channel, in float32 whatever x's type.
+    """x [..., C] + per_channel in float32, in x's type.
 
-    The gradient of what is added to every pixel is a sum over all of them; a GPU that knows how to add
-    bfloat16 would otherwise add those up in bfloat16.
-
-    Args:
-      x: float [..., C].
-      per_channel: float32, of a shape that broadcasts against x.
-
-    Returns:
-      x's shape and type.
+    The gradient of what is added to every pixel is a sum over all of them; a GPU that knows how to add bfloat16 would
+    otherwise add those up in bfloat16.
     """
     return (x.astype(jnp.float32) + per_channel).astype(x.dtype)
 
@@ -56,7 +46,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(c_out))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., c_in] → [..., c_out]
         return add(matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)), self.bias[...])
 
 
@@ -71,17 +61,17 @@ class Conv3x3(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x, w = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         if self.upsample:
-            return add(upsample_conv2d(x, w), self.bias[...])
+            return add(upsample_conv2d(x, w), self.bias[...])  # [B, 2H, 2W, c_out]
         # The published downsampling pads one row at the bottom and one column on the right only.
         pad = (1, 1) if self.stride == 1 else (0, 1)
-        return add(conv2d(x, w, self.stride, (pad, pad)), self.bias[...])
+        return add(conv2d(x, w, self.stride, (pad, pad)), self.bias[...])  # [B, H/stride, W/stride, c_out]
 
 
 class GroupNorm(nnx.Module):
     """Group normalisation (Wu & He 2018), 32 groups, statistics in float32.
 
-    Sums run over pixels first and over the channels of a group second, and the result is one multiply-add
-    per pixel: XLA fuses this, while a 4-D reduction over [H, W, C/32] costs two to three times as much.
+    Sums run over pixels first and over the channels of a group second, and the result is one multiply-add per pixel:
+    XLA fuses this, while a 4-D reduction over [H, W, C/32] costs two to three times as much.
     """
 
     def __init__(self, channels: int):
@@ -89,13 +79,13 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
+        _, height, width, channels = x.shape
         per_group = channels // NORM_GROUPS
-        count = x.shape[1] * x.shape[2] * per_group
+        count = height * width * per_group
 
         def group_mean(pixels):
-            sums = pixels.sum((1, 2)).reshape(-1, NORM_GROUPS, per_group).sum(-1) / count
-            return jnp.repeat(sums, per_group, axis=-1)
+            sums = pixels.sum((1, 2)).reshape(-1, NORM_GROUPS, per_group).sum(-1) / count  # [B, groups]
+            return jnp.repeat(sums, per_group, axis=-1)  # [B, C]
 
         x32 = x.astype(jnp.float32)
         mean = group_mean(x32)
@@ -119,7 +109,7 @@ class ResnetBlock(nnx.Module):
             self.nin_shortcut = Linear(c_in, c_out, dtype)
 
     def __call__(self, x: jax.Array, temb: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = self.conv1(nnx.silu(self.norm1(x)))  # [B, H, W, c_in] → [B, H, W, c_out]
         h = add(h, self.temb_proj(nnx.silu(temb))[:, None, None])
         h = nnx.silu(self.norm2(h))
         h = self.dropout(h, deterministic=dropout_key is None, rngs=dropout_key)
@@ -139,13 +129,13 @@ class AttnBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
-        tokens = self.norm(x).reshape(b, height * width, 1, c)
+        tokens = self.norm(x).reshape(b, height * width, 1, c)  # [B, H·W, 1 head, C]
         attended = jax.nn.dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens))
         return x + self.proj_out(attended).reshape(x.shape)
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """[B,H,W,C] → [B,H/2,W/2,C]: the published downsampling where it has no convolution."""
+    """[B, H, W, C] → [B, H/2, W/2, C]: the published downsampling where it has no convolution."""
     b, height, width, c = x.shape
     return x.reshape(b, height // 2, 2, width // 2, 2, c).mean((2, 4))
 
@@ -159,15 +149,12 @@ def split_module(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict]:
 def pytorch_default_init(shapes: dict, seed: int) -> dict:
     """Parameters as the published code starts: PyTorch's default U(−1/√fan_in, 1/√fan_in), norms 1 and 0.
 
-    Each tensor is a function of (seed, its name) alone. Drawn by numpy: compiling JAX's initialisers
-    takes longer than drawing.
-
-    Returns:
-      Nested dict of float32 numpy arrays with the paths of `shapes`.
+    A nested dict of float32 numpy arrays with the paths of `shapes`. Each is a function of (seed, its name) alone.
+    Sampled by numpy: compiling JAX's initialisers takes longer.
     """
     shapes = traverse_util.flatten_dict(shapes, sep=".")
 
-    def draw(name):
+    def init(name):
         module, leaf = name.rsplit(".", 1)
         shape = shapes[name].shape
         if f"{module}.scale" in shapes:
@@ -176,4 +163,4 @@ def pytorch_default_init(shapes: dict, seed: int) -> dict:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         return rng.uniform(-bound, bound, shape).astype(np.float32)
 
-    return traverse_util.unflatten_dict({name: draw(name) for name in shapes}, sep=".")
+    return traverse_util.unflatten_dict({name: init(name) for name in shapes}, sep=".")

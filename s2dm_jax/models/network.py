@@ -1,9 +1,8 @@
-"""The interface of a network: all that training, sampling, statistics, export and conversion know of one.
+"""The interface of a network: all that training, sampling, statistics, export and conversion see of one.
 
-A network is a frozen, hashable value; its parameters live apart from it, in a nested dict with string keys,
-so that EMA, optimizer, checkpoints and sharding act on plain arrays. Equal networks share compiled programs.
-No jax is
-imported here, nor by the files in NETWORKS: a wrong shape is reported before seconds of imports.
+A network is a frozen, hashable value; its parameters are a nested dict apart from it, so that EMA, optimizer,
+checkpoints and sharding act on plain arrays. Equal networks share compiled programs. No jax is imported here, nor by
+the files in NETWORKS: a wrong shape is reported before seconds of imports.
 """
 
 import importlib
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from s2dm_jax.diffusion.schedule import NoiseSchedule
     from s2dm_jax.diffusion.types import EpsFn
 
-# config.model.name: the file of this folder and the class in it. Fields of the class that the group `model`
-# of a config has are set from there; the constructor raises ValueError for values that do not fit together.
+# config.model.name: the file of this folder and the class in it. Fields of the class that the group `model` of a
+# config has are set from there; the constructor raises ValueError for values that do not fit together.
 NETWORKS = {"unet": "unet:UNet"}
 
 # Groups of every group normalisation in this folder: channels must be a multiple.
@@ -51,16 +50,9 @@ class Network(Protocol):
     def apply(
         self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
     ) -> "jax.Array":
-        """The network's output for x_t.
+        """The network's output for x_t, float32 [B, H, W, C], with dropout where there is a `dropout_key`.
 
-        Args:
-          params: as from `init`.
-          x: [B, H, W, C].
-          t: [B], timesteps in 0 … T−1; may be fractional.
-          dropout_key: None switches dropout off.
-
-        Returns:
-          float32 [B, H, W, C].
+        x is [B, H, W, C]; t is [B], timesteps in 0 … T−1, which may be fractional.
         """
 
     def eps_fn(self, params: dict, schedule: "NoiseSchedule", dropout_key: "jax.Array | None" = None) -> "EpsFn":
@@ -88,11 +80,7 @@ class FeatureNetwork(Network, Protocol):
 
 
 def with_features(network: Network) -> FeatureNetwork:
-    """The network, once sure that a variance head can read it.
-
-    Raises:
-      UserError: where it has no features.
-    """
+    """The network itself if a variance head can read it, else a `UserError`."""
     if not hasattr(network, "apply_with_features"):
         raise UserError(
             f"{type(network).__name__} has no features that a variance head could read; choose another "

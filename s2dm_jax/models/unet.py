@@ -1,8 +1,7 @@
-"""The UNet of the DDIM code as a value: its shape, checked, and what it computes (`unet_module.py` has its
-layers).
+"""The UNet of the DDIM code as a value: its shape, checked, and what it computes (its layers: `unet_module.py`).
 
-Parameter paths equal the published state_dict's names (`down.0.block.1.conv1`), so that
-`weights/torch_names.py` needs only a few rules.
+Parameter paths equal the published state_dict's names (`down.0.block.1.conv1`), so that `weights/torch_names.py` needs
+only a few rules.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ class UNet:
     """The network of DDIM (Song et al. 2021), S²-DM and SA-DPM, with the names of the published configs.
 
     Attributes:
-      resolution: height and width of the images.
+      resolution: height and width of the images in pixels.
       in_channels, out_channels: image channels in, predicted channels out.
       ch: channels of the first resolution level, a multiple of 32.
       ch_mult: channels of each resolution level as multiples of `ch`; the resolution halves between levels.
@@ -31,7 +30,7 @@ class UNet:
       dropout: rate inside each residual block.
       resamp_with_conv: whether a convolution follows (up) or does (down) the resampling.
       dtype: of activations; parameters, norms, softmax, time embedding and output stay in float32.
-      remat: whether each block's activations are computed again in the backward pass instead of stored.
+      remat: whether each block's activations are recomputed in the backward pass instead of stored.
       prediction: what the output is, "epsilon", "v" or "x0" (`diffusion/parameterization.py`).
 
     Raises:
@@ -93,16 +92,7 @@ class UNet:
     def apply(
         self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
     ) -> "jax.Array":
-        """The output for x_t: by default the noise in it, ε_θ(x_t, t).
-
-        Args:
-          params: nested dict as from `init`.
-          x: noisy images [B, H, W, C], H = W = resolution.
-          t: [B], timesteps in 0 … T−1 (may be fractional).
-          dropout_key: key for dropout; None switches dropout off.
-
-        Returns:
-          float32 [B, H, W, out_channels].
+        """`Network.apply`: by default the noise in x_t, ε_θ(x_t, t), float32 [B, H, W, out_channels].
 
         Raises:
           ValueError: if the images do not have the network's resolution and channels.
@@ -112,7 +102,7 @@ class UNet:
     def apply_with_features(
         self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
     ) -> "tuple[jax.Array, jax.Array]":
-        """`apply`, and the features [B, H, W, feature_channels] that the last norm and convolution read."""
+        """`apply`, and the features [B, H, W, feature_channels] that its last norm and convolution read."""
         from flax import nnx
 
         from s2dm_jax.models.unet_module import definition

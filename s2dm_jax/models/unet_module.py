@@ -1,14 +1,14 @@
-"""The layers of the UNet of the DDIM code, layer for layer, in NHWC: NNX describes them, `unet.py` is what is
-used.
-"""
+"""The layers of the UNet of the DDIM code, layer for layer, in NHWC; `unet.py` is its public face."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from s2dm_jax.models.cpu_ops import enlarge
 from s2dm_jax.models.layers import (
     AttnBlock,
     Conv3x3,
@@ -30,15 +30,14 @@ class UNetModule(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         ch, temb_dim = config.ch, 4 * config.ch
         levels = range(len(config.ch_mult))
-        blocks = range(config.num_res_blocks)
 
         def block(c_in, c_out):
             return ResnetBlock(c_in, c_out, temb_dim, config.dropout, dtype)
 
-        def attentions(level, count):
-            if config.resolution >> level not in config.attn_resolutions:
+        def attentions(i, count):
+            if config.resolution >> i not in config.attn_resolutions:
                 return nnx.Dict()
-            return nnx.Dict({str(j): AttnBlock(ch * config.ch_mult[level], dtype) for j in range(count)})
+            return nnx.Dict({str(j): AttnBlock(ch * config.ch_mult[i], dtype) for j in range(count)})
 
         self.temb = nnx.Dict(dense=nnx.Dict({"0": Linear(ch, temb_dim), "1": Linear(temb_dim, temb_dim)}))
         self.conv_in = Conv3x3(config.in_channels, ch, dtype)
@@ -48,7 +47,7 @@ class UNetModule(nnx.Module):
         self.down: nnx.Dict = nnx.Dict()
         for i in levels:
             level = nnx.Dict(block=nnx.Dict(), attn=attentions(i, config.num_res_blocks))
-            for j in blocks:
+            for j in range(config.num_res_blocks):
                 level.block[str(j)] = block(c, ch * config.ch_mult[i])
                 c = ch * config.ch_mult[i]
                 skips.append(c)
@@ -77,46 +76,43 @@ class UNetModule(nnx.Module):
         """ε and the features that it is read from, [B, H, W, ch·ch_mult[0]]."""
         config = self.config
         levels = range(len(config.ch_mult))
-        if dropout_key is None:
-            next_key = lambda: None  # noqa: E731
-        else:
-            count = len(levels) * (2 * config.num_res_blocks + 1) + 2
-            next_key = iter(jax.random.split(dropout_key, count)).__next__
+        num_blocks = len(levels) * (2 * config.num_res_blocks + 1) + 2
+        keys = itertools.repeat(None) if dropout_key is None else iter(jax.random.split(dropout_key, num_blocks))
 
         def run(block, *inputs):
             return jax.checkpoint(block)(*inputs) if config.remat else block(*inputs)
 
-        temb = self.temb.dense["0"](timestep_embedding(t, config.ch))
+        temb = self.temb.dense["0"](timestep_embedding(t, config.ch))  # [B] → [B, 4·ch]
         temb = self.temb.dense["1"](nnx.silu(temb))
 
-        h = self.conv_in(x.astype(config.dtype))
+        # Down: level i has resolution H/2^i and ch·ch_mult[i] channels.
+        h = self.conv_in(x.astype(config.dtype))  # [B, H, W, C] → [B, H, W, ch]
         skips = [h]
         for i in levels:
             level = self.down[str(i)]
             for j in range(config.num_res_blocks):
-                h = run(level.block[str(j)], h, temb, next_key())
+                h = run(level.block[str(j)], h, temb, next(keys))  # channels → ch·ch_mult[i]
                 if str(j) in level.attn:
                     h = run(level.attn[str(j)], h)
                 skips.append(h)
             if i != levels[-1]:
-                h = level.downsample.conv(h) if config.resamp_with_conv else average_pool(h)
+                h = level.downsample.conv(h) if config.resamp_with_conv else average_pool(h)  # H, W → H/2, W/2
                 skips.append(h)
 
-        h = run(self.mid.block_1, h, temb, next_key())
+        h = run(self.mid.block_1, h, temb, next(keys))
         h = run(self.mid.attn_1, h)
-        h = run(self.mid.block_2, h, temb, next_key())
+        h = run(self.mid.block_2, h, temb, next(keys))
 
+        # Up: each block reads the skip of the way down, the last one first.
         for i in reversed(levels):
             level = self.up[str(i)]
             for j in range(config.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = run(level.block[str(j)], h, temb, next_key())
+                h = jnp.concatenate([h, skips.pop()], axis=-1)  # channels of both
+                h = run(level.block[str(j)], h, temb, next(keys))  # → ch·ch_mult[i]
                 if str(j) in level.attn:
                     h = run(level.attn[str(j)], h)
-            if i != 0 and config.resamp_with_conv:
-                h = level.upsample.conv(h)
-            elif i != 0:
-                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+            if i != 0:
+                h = level.upsample.conv(h) if config.resamp_with_conv else enlarge(h)  # H, W → 2H, 2W
 
         return self.conv_out(nnx.silu(self.norm_out(h)).astype(jnp.float32)), h
 

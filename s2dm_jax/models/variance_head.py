@@ -1,6 +1,7 @@
 """The variance heads of SN-DPM and NPR-DPM (Bao et al. 2022b), on the last features of a frozen network.
 
-A head is like ε's own end: GroupNorm, swish and a 3×3 convolution ("simple" of the released code, its names).
+A variance head has the layers that end the network, GroupNorm, swish and a 3×3 convolution ("simple" of the released
+code, with its names).
 """
 
 import functools
@@ -12,7 +13,6 @@ from flax import nnx
 
 from s2dm_jax.diffusion.parameterization import to_eps
 from s2dm_jax.diffusion.schedule import NoiseSchedule
-from s2dm_jax.diffusion.types import EpsVarianceFn
 from s2dm_jax.models import layers
 from s2dm_jax.models.network import Network, with_features
 
@@ -30,7 +30,7 @@ class Head(NamedTuple):
 
 
 class VarianceHead(nnx.Module):
-    """Features [B, H, W, channels] → [B, H, W, out_channels], any sign: nothing makes it positive."""
+    """Features [B, H, W, channels] → [B, H, W, out_channels], of any sign."""
 
     def __init__(self, channels: int, out_channels: int):
         self.norm_out2 = layers.GroupNorm(channels)
@@ -47,12 +47,12 @@ def _definition(network: Network) -> tuple[nnx.GraphDef, dict]:
 
 
 def param_shapes(network: Network) -> dict:
-    """Nested dict of `jax.ShapeDtypeStruct`: a head's parameters for this network."""
+    """The parameters of a variance head for this network: nested dict of `jax.ShapeDtypeStruct`."""
     return _definition(network)[1]
 
 
 def init_params(network: Network, seed: int) -> dict:
-    """A head before training, PyTorch's default as in the released code (`layers.pytorch_default_init`)."""
+    """Parameters before training, PyTorch's default as in the released code (`layers.pytorch_default_init`)."""
     return layers.pytorch_default_init(param_shapes(network), seed)
 
 
@@ -65,18 +65,13 @@ def apply(
     t: jax.Array,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """ε̂ and the head's output from one pass of the network, through which no gradient flows.
+    """ε̂ and the variance head's output, float32 [B, H, W, C] each, from one pass of the frozen network.
 
     Args:
-      network, params: the frozen network.
-      head_params: the head's.
-      schedule: the forward process.
+      network, params: the frozen network, through which no gradient flows.
       x: noisy images [B, H, W, C].
       t: [B], timesteps in 0 … T−1.
       dropout_key: for dropout in the frozen network (the released code has it on); None for none.
-
-    Returns:
-      Two float32 [B, H, W, C].
     """
     network = with_features(network)
     output, features = jax.lax.stop_gradient(network.apply_with_features(params, x, t, dropout_key))
@@ -84,21 +79,13 @@ def apply(
     return to_eps(output, x, t, schedule, network.prediction), variance
 
 
-def eps_variance_fn(network: Network, params: dict, head_params: dict, schedule: NoiseSchedule) -> EpsVarianceFn:
-    """The network and its head as `analytic.sn` and `analytic.npr` see them."""
-    return functools.partial(apply, network, params, head_params, schedule)
-
-
 def loss(kind: str, eps: jax.Array, eps_hat: jax.Array, head: jax.Array) -> jax.Array:
-    """‖ε² − h‖² ("sn", eq. 9) or ‖(ε−ε̂)² − h‖² ("npr", eq. 13), summed over pixels as in the released code.
+    """‖ε² − h‖² ("sn", eq. 9) or ‖(ε−ε̂)² − h‖² ("npr", eq. 13), summed over pixels as in the released code: [B].
 
     Args:
       kind: "sn" or "npr".
       eps: the noise in x_t, [B, H, W, C].
-      eps_hat, head: what `apply` gives.
-
-    Returns:
-      [B].
+      eps_hat, head: from `apply`.
     """
     target = jnp.square(eps if kind == "sn" else eps - eps_hat)
     return jnp.square(target - head).sum((1, 2, 3))

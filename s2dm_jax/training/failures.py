@@ -24,18 +24,13 @@ def install_signal_handlers() -> list[int]:
     return received
 
 
-def finite_steps(metrics: dict[str, np.ndarray]) -> np.ndarray:
-    """Whether both loss and gradient norm are finite, bool [n]; metrics are arrays [n]."""
-    return np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
-
-
-def check_finite(finite: np.ndarray, first: int, on_nan: str, saved: int | None, in_a_row: int) -> int:
-    """Stops a run, or says what it skipped, where a chunk of steps had a loss or gradient that is not finite.
+def check_finite(finite: np.ndarray, first: int, on_nonfinite: str, saved: int | None, in_a_row: int) -> int:
+    """Stops a run, or prints what it skipped, where a chunk of steps had a loss or gradient that is not finite.
 
     Args:
-      finite: bool [n], as from `finite_steps`.
+      finite: bool [n], whether both loss and gradient norm are.
       first: the number of the chunk's first step.
-      on_nan: "stop" or "skip" (`config.train.on_nonfinite`).
+      on_nonfinite: "stop" or "skip".
       saved: the newest checkpoint's step, or None.
       in_a_row: how many steps were skipped just before this chunk.
 
@@ -48,25 +43,21 @@ def check_finite(finite: np.ndarray, first: int, on_nan: str, saved: int | None,
     bad = first + np.flatnonzero(~finite)
     if not len(bad):
         return 0
-    kept = "no checkpoint was saved yet" if saved is None else f"the last good checkpoint is step {saved:,}"
-    seen = f"seen in steps {first} to {first + len(finite) - 1}"
-    if on_nan == "stop":
-        again = (
-            "the same command with --config.train.on_nonfinite=skip goes on from there and leaves such steps out"
-            if saved is not None
-            else "the same command with --config.train.on_nonfinite=skip leaves such steps out"
-        )
+    checkpoint = "no checkpoint was saved yet" if saved is None else f"the last good checkpoint is step {saved:,}"
+    cure = "a lower config.train.lr in a new --workdir is the usual cure"
+    if on_nonfinite == "stop":
+        resume = "leaves such steps out" if saved is None else "resumes from there and leaves such steps out"
         raise UserError(
-            f"the loss or its gradient is not finite from step {bad[0]} on, {seen}; {kept}; {again}, a lower "
-            "config.train.lr in a new --workdir is the usual cure"
+            f"the loss or its gradient is not finite from step {bad[0]} on, seen in steps {first} to "
+            f"{first + len(finite) - 1}; {checkpoint}; the same command with --config.train.on_nonfinite=skip "
+            f"{resume}, {cure}"
         )
-    last_good = np.flatnonzero(finite)
-    in_a_row = len(finite) - 1 - last_good[-1] if len(last_good) else in_a_row + len(finite)
+    in_a_row = int(len(finite) - 1 - np.flatnonzero(finite)[-1] if finite.any() else in_a_row + len(finite))
     if in_a_row >= _MAX_SKIPPED_IN_A_ROW:
         raise UserError(
             f"the loss or its gradient was not finite in {in_a_row} steps in a row, up to step {bad[-1]}: "
-            f"skipping does not help; {kept}; a lower config.train.lr in a new --workdir is the usual cure"
+            f"skipping does not help; {checkpoint}; {cure}"
         )
     which = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
     print(f"skipped {len(bad)} steps whose loss or gradient is not finite ({which})", flush=True)
-    return int(in_a_row)
+    return in_a_row

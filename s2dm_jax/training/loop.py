@@ -1,8 +1,7 @@
 """Training, from top to bottom: what a run is made of, the loop over compiled chunks of steps, the end.
 
-Nothing about a run is hidden state: batch order, flips, timesteps, noise and dropout are functions of
-  (seed, step),
-so that a resumed run continues exactly as it would have. `training/step.py` has the step.
+Nothing about a run is hidden state: batch order, flips, timesteps, noise and dropout are functions of (seed, step), so
+that a resumed run continues exactly as it would have. `training/step.py` has the step.
 """
 
 import contextlib
@@ -29,10 +28,9 @@ from s2dm_jax.devices.sharding import replicate_key, replicated, state_shardings
 from s2dm_jax.evaluation.evaluate import evaluate, show_results
 from s2dm_jax.evaluation.features import FeaturesUnavailable
 from s2dm_jax.inference.model import Model
-from s2dm_jax.inference.sampler import sample_batches, sampler_options
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
-from s2dm_jax.training.failures import check_finite, finite_steps, install_signal_handlers
+from s2dm_jax.training.failures import check_finite, install_signal_handlers
 from s2dm_jax.training.setup import Setup, set_up
 from s2dm_jax.training.step import jit_step, make_train_chunk
 from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, run_summary
@@ -45,8 +43,8 @@ from s2dm_jax.workdir.results import results_table
 def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -> None:
     """Trains as `config` says, resuming what `workdir` holds, and evaluates the result.
 
-    Leaves in `workdir`: config.json, parameters.txt, metrics.jsonl, tensorboard/, samples/, checkpoints/,
-    results.json and results.md. Each of several processes calls this; the first writes.
+    Leaves in `workdir`: config.json, parameters.txt, metrics.jsonl, tensorboard/, samples/, checkpoints/, results.json
+    and results.md. Each of several processes calls this; the main one writes.
 
     Args:
       config: a checked config.
@@ -54,8 +52,8 @@ def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -
       network: what to train, in place of the network that the config names.
 
     Raises:
-      UserError: if the folder cannot be written to or is in use, no checkpoint in it can be read, or the loss
-        stops being finite.
+      UserError: if the folder cannot be written to or is in use, no checkpoint in it can be read, or the loss stops
+        being finite.
       SystemExit: after a signal, once the state is saved.
     """
     with contextlib.ExitStack() as stack:
@@ -74,15 +72,9 @@ class TrainingLoop:
     """A run under way: its state, the compiled programs, what is logged and saved."""
 
     def __init__(self, setup: Setup, stack: contextlib.ExitStack):
-        """Restores the newest checkpoint, prints the run's summary, compiles the first chunk.
-
-        Args:
-          setup: what the run is made of.
-          stack: closes what the loop opens.
-        """
-        config, workdir = setup.config, setup.workdir
+        """Restores the newest checkpoint, prints the run's summary, compiles the first chunk."""
+        config, workdir, train = setup.config, setup.workdir, setup.config.train
         self.setup, self.config, self.workdir = setup, config, workdir
-        train = config.train
 
         # The state: new, or the newest checkpoint's.
         self.shardings = state_shardings(setup.init, train.shard_state)
@@ -104,8 +96,8 @@ class TrainingLoop:
         # The data, and the compiled program of one chunk.
         order_key, step_key = run_keys(train.seed)
         self.step_key = replicate_key(step_key)
-        share = config.data.max_device_memory_fraction
-        self.feed = make_feed(setup.data.train, order_key, train.batch_size, train.steps, share)
+        max_fraction = config.data.max_device_memory_fraction
+        self.feed = make_feed(setup.data.train, order_key, train.batch_size, train.steps, max_fraction)
         _log(f"images   {self.feed.summary}")
         chunk = make_train_chunk(config, setup.network, setup.optimizer)
         self.chunk = jit_step(chunk, out_shardings=(self.shardings, replicated()))
@@ -115,12 +107,11 @@ class TrainingLoop:
 
         # What is logged, and what stops the run.
         self.writer = MetricWriter(workdir, self.step)
-        stack.callback(self.writer.close)
         peak = peak_flops(setup.network.dtype)
         self.progress = Progress(self.step, train.steps, train.batch_size, setup.flops_per_step, peak)
-        stack.callback(self.progress.close)
         self.profile = Profile(workdir, self.step, train.profile_steps)
-        stack.callback(self.profile.close)
+        for opened in (self.writer, self.progress, self.profile):
+            stack.callback(opened.close)
         self.signals = install_signal_handlers()
         self.metadata = run_metadata(config)
         self.saved = self.manager.latest_step()
@@ -129,11 +120,7 @@ class TrainingLoop:
         self.since_save: list[dict[str, float]] = []
 
     def run(self) -> None:
-        """Trains until the last step or a signal.
-
-        Raises:
-          SystemExit: after a signal, once the state is saved.
-        """
+        """Trains until the last step, or until a signal: then saves the state and raises SystemExit."""
         train, stop = self.config.train, make_stop_vote(self.signals)
         while self.step < train.steps and not stop():
             # One chunk of steps: all that they need is on the devices.
@@ -166,10 +153,8 @@ class TrainingLoop:
         if self.step < train.steps:
             self._save()
             checkpoint.finish(self.manager)
-            _log(
-                f"stopped at step {self.step:,} of {train.steps:,}, saved in {self.workdir}; run the same "
-                "command to resume"
-            )
+            saved = f"step {self.step:,} of {train.steps:,}, saved in {self.workdir}"
+            _log(f"stopped at {saved}; run the same command to resume")
             raise SystemExit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
         checkpoint.finish(self.manager)
 
@@ -203,9 +188,8 @@ class TrainingLoop:
         if self.pending is None:
             return
         (metrics, first, last), self.pending = jax.device_get(self.pending), None
-        finite = finite_steps(metrics)
-        on_nonfinite = self.config.train.on_nonfinite
-        self.skipped = check_finite(finite, first, on_nonfinite, self.saved, self.skipped)
+        finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
+        self.skipped = check_finite(finite, first, self.config.train.on_nonfinite, self.saved, self.skipped)
         means = aggregate_metrics(metrics, finite, self.setup.schedule.T)
         self.since_save.append(means)
         self.writer.scalars(last, {**means, **self.progress.update(last, means.get("loss", np.nan))})
@@ -220,35 +204,23 @@ class TrainingLoop:
 
     def _save_samples(self) -> None:
         """Leaves a grid of samples in samples/ and TensorBoard."""
-        model, options = self._model(), self.config.sample
-        sample_fn, timesteps = model.sampler(**sampler_options(options))
-        batches = sample_batches(
-            sample_fn,
-            model.ema_params,
-            timesteps,
-            seed=options.seed,
-            num_images=options.num_images,
-            batch_size=options.batch_size,
-            progress=False,
-        )
+        batches = self._model().batches(self.config.sample, progress=False)
         grid = image_grid(np.concatenate(list(batches)))
         if is_main_process():
             save_png(self.workdir / "samples" / f"step_{self.step:07d}.png", grid)
-        self.writer.picture(self.step, "samples", grid)
+        self.writer.image(self.step, "samples", grid)
 
     def _save(self) -> None:
         """Starts saving a checkpoint, with the mean of each metric since the one before."""
-        names = {name for means in self.since_save for name in means if "/" not in name}
-        metrics = {
-            name: float(np.mean([means[name] for means in self.since_save if name in means])) for name in sorted(names)
-        }
+        names = sorted({name for means in self.since_save for name in means if "/" not in name})
+        values = {name: [means[name] for means in self.since_save if name in means] for name in names}
+        metrics = {name: float(np.mean(values[name])) for name in names}
         checkpoint.save(self.manager, self.step, self.state, self.metadata, metrics)
         self.saved = self.step
         self.since_save.clear()
 
 
 def _log(text: str) -> None:
-    """Prints on the main process."""
     if is_main_process():
         print(text, flush=True)
 

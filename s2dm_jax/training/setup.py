@@ -30,7 +30,7 @@ class Setup(NamedTuple):
     """What a run is made of.
 
     Attributes:
-      config: checked.
+      config: the run's, checked.
       workdir: its folder, open.
       data: the dataset.
       network, schedule, optimizer: as in `step.StepConfig`.
@@ -56,8 +56,8 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     check_features(config, data)
     network = network or build_network(config)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
-    made_of = step_config(config, network, optimizer)
-    _check(config, made_of.objective.terms)
+    step = step_config(config, network, optimizer)
+    _check(config, step.objective.terms)
     if is_main_process():
         # First of all: a folder that holds anything without it is not taken for a run.
         write_atomic(workdir / "config.json", to_json(config))
@@ -70,31 +70,27 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
         flops = forward_flops(network) * batch_size
     else:
         base_params, state = None, init_state(network, optimizer, config.train.seed)
-        flops = step_flops(network, batch_size, made_of.objective.num_timesteps_per_image)
-    return Setup(config, workdir, data, network, made_of.schedule, optimizer, base_params, state, flops)
+        flops = step_flops(network, batch_size, step.objective.num_timesteps_per_image)
+    return Setup(config, workdir, data, network, step.schedule, optimizer, base_params, state, flops)
 
 
 def _check(config: ConfigDict, terms: tuple[str, ...]) -> None:
-    """Checks what only the devices, the objective or the sampler's table know.
-
-    Raises:
-      UserError: one sentence that names the field, its value and what is allowed.
-    """
-    parts = jax.device_count() * config.train.grad_accum_steps
-    if config.train.batch_size % parts:
+    """Checks what depends on the devices, the objective or the table of samplers."""
+    train, sampler, devices = config.train, config.sample.sampler, jax.device_count()
+    parts = devices * train.grad_accum_steps
+    if train.batch_size % parts:
         raise UserError(
-            f"config.train.batch_size={config.train.batch_size} must be a multiple of {parts}: of the "
-            f"{jax.device_count()} devices times "
-            f"config.train.grad_accum_steps={config.train.grad_accum_steps}"
+            f"config.train.batch_size={train.batch_size} must be a multiple of {parts}: of the {devices} devices times "
+            f"config.train.grad_accum_steps={train.grad_accum_steps}"
         )
-    if SAMPLERS[config.sample.sampler].requires == "ms_eps":
+    if SAMPLERS[sampler].requires == "ms_eps":
         raise UserError(
-            f"config.sample.sampler={config.sample.sampler!r} cannot sample during training: its statistic "
-            "belongs to a network that no longer changes; train with ddim, and use it with --mode=sample"
+            f"config.sample.sampler={sampler!r} cannot sample during training: its statistic belongs to a network that "
+            "no longer changes; train with ddim, and use it with --mode=sample"
         )
     metrics = ("", "loss", *(f"loss_{name}" for name in terms), "grad_norm")
-    if config.train.keep_best not in metrics:
+    if train.keep_best not in metrics:
         raise UserError(
-            f"config.train.keep_best={config.train.keep_best!r} is no metric of this run; choose one of "
+            f"config.train.keep_best={train.keep_best!r} is no metric of this run; choose one of "
             + ", ".join(name or "nothing" for name in metrics)
         )

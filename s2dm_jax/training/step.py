@@ -31,13 +31,12 @@ class StepConfig:
     """What every step of a run is made of.
 
     Attributes:
-      network: what is trained, or read by the variance head that is.
+      network: what is trained, or what is frozen while its variance head is trained.
       schedule: the forward process.
       objective: what is minimised.
       optimizer: clipping and Adam (`state.make_optimizer`).
       ema_decay: of the EMA of the weights.
-      ema_start: "initial": the EMA starts at the initial weights (DDIM code); "first_step": at the weights
-        after the first step (SA-DPM code).
+      ema_start: the EMA starts at the "initial" weights (DDIM code), or at those after the "first_step" (SA-DPM code).
       grad_accum_steps: number of equal parts of a batch that go through the network one after another.
       shard_state: whether weights, EMA and moments are split over the devices.
       variance_head: kind of the variance head that is trained, "" for the network itself.
@@ -56,34 +55,20 @@ class StepConfig:
 
 def step_config(config: ConfigDict, network: Network, optimizer: optax.GradientTransformation) -> StepConfig:
     """The `StepConfig` that a checked config stands for."""
-    head, train = config.variance_head.kind, config.train
-    return StepConfig(
-        network,
-        build_schedule(config),
-        # A variance head's timesteps and noise are drawn as plain training's.
-        objectives.paper() if head else build_objective(config),
-        optimizer,
-        train.ema_decay,
-        train.ema_start,
-        train.grad_accum_steps,
-        train.shard_state,
-        head,
-    )
+    kind = config.variance_head.kind
+    # A variance head's timesteps and noise are sampled as plain training's.
+    objective = objectives.paper() if kind else build_objective(config)
+    options = {name: config.train[name] for name in ("ema_decay", "ema_start", "grad_accum_steps", "shard_state")}
+    return StepConfig(network, build_schedule(config), objective, optimizer, variance_head=kind, **options)
 
 
 def jit_step(step: Callable, **options: Any) -> jax.stages.Wrapped:
-    """`jax.jit` for a function of (state, …) that reuses the state's memory, with the fastest compiler
-    options.
-    """
+    """`jax.jit` for a function of (state, …) that reuses the state's memory, with the fastest compiler options."""
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(), **options)
 
 
 def update(
-    config: StepConfig,
-    state: TrainState,
-    x0: jax.Array,
-    noise_sample: NoiseSample,
-    dropout_key: jax.Array | None,
+    config: StepConfig, state: TrainState, x0: jax.Array, noise_sample: NoiseSample, dropout_key: jax.Array | None
 ) -> tuple[TrainState, Metrics]:
     """One step of the published training loop: gradient of the mean loss, clipping, Adam, EMA.
 
@@ -95,15 +80,12 @@ def update(
       dropout_key: None for no dropout.
 
     Returns:
-      The state after the step, and scalars: "loss", "loss_TERM" for the mean of each of its terms,
-        "grad_norm"
-      before clipping; and "by_timestep", L_simple by groups of timesteps (`loss_by_timestep`).
+      The state after the step, and scalars: "loss", "loss_TERM" for the mean of each of its terms, "grad_norm" before
+      clipping; and "by_timestep", L_simple by groups of timesteps (`loss_by_timestep`).
     """
     # Forward and backward.
-    if config.grad_accum_steps == 1:
-        metrics, grads = _gradient(config, state.params, x0, noise_sample, dropout_key)
-    else:
-        metrics, grads = _accumulated_gradient(config, state.params, x0, noise_sample, dropout_key)
+    gradient = _gradient if config.grad_accum_steps == 1 else _accumulated_gradient
+    metrics, grads = gradient(config, state.params, x0, noise_sample, dropout_key)
     # Clipping, Adam, EMA.
     return apply_gradient(config, state, grads), {**metrics, "grad_norm": optax.tree.norm(grads)}
 
@@ -118,7 +100,7 @@ def _gradient(
             # Weights that are split are gathered for a step; their gradients are split by the update.
             params = jax.lax.with_sharding_constraint(params, replicated())
         eps_fn = config.network.eps_fn(params, config.schedule, key)
-        per_example, terms = objectives.loss(eps_fn, config.schedule, config.objective, x0, noise_sample)
+        per_example, terms = objectives.loss(eps_fn, config.schedule, config.objective, x0, noise_sample)  # [B] each
         by_timestep = loss_by_timestep(terms["simple"], noise_sample.t, config.schedule.T)
         means = {f"loss_{name}": term.mean() for name, term in terms.items()}
         return per_example.mean(), {**means, "by_timestep": by_timestep}
@@ -132,10 +114,10 @@ def _accumulated_gradient(
 ) -> tuple[Metrics, dict]:
     """`_gradient` with the parts of the batch one after another."""
     n = config.grad_accum_steps
-    # Part i holds the images i, i + n, …, so that a batch split over devices stays in place.
-    parts = jax.tree.map(
-        lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), (x0, noise_sample)
-    )  # [n, B/n, …]
+
+    def split(a):  # [B, …] → [n, B/n, …]
+        # Part i holds the images i, i + n, …, so that a batch split over devices stays in place.
+        return jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0)
 
     def add_part(total, part):
         i, (x0, noise_sample) = part
@@ -143,9 +125,9 @@ def _accumulated_gradient(
         metrics, grads = _gradient(config, params, x0, noise_sample, part_key)
         return jax.tree.map(jnp.add, total, grads), metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    total, metrics = jax.lax.scan(add_part, zeros, (jnp.arange(n), parts))
-    by_timestep = metrics.pop("by_timestep").sum(0)
+    parts = jnp.arange(n), jax.tree.map(split, (x0, noise_sample))
+    total, metrics = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, params), parts)
+    by_timestep = metrics.pop("by_timestep").sum(0)  # [n, 2, groups] → [2, groups]
     grads = jax.tree.map(lambda g: g / n, total)
     return {**jax.tree.map(jnp.mean, metrics), "by_timestep": by_timestep}, grads
 
@@ -169,19 +151,9 @@ def update_variance_head(
     noise_sample: NoiseSample,
     dropout_key: jax.Array | None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of SN- or NPR-DPM's training (Bao et al. 2022b): the head learns, the network is frozen.
+    """One step of SN- or NPR-DPM's training (Bao et al. 2022b): as `update`, but of the variance head.
 
-    Args:
-      config: what the step is made of.
-      base_params: the network's weights.
-      state: of the head, before the step.
-      x0: images in [−1, 1], [B, H, W, C].
-      noise_sample: timesteps and noise of the step.
-      dropout_key: None for no dropout in the frozen network.
-
-    Returns:
-      The head's state after the step, and metrics as `update`'s; "loss_simple" and "by_timestep" are the
-      network's.
+    `base_params` are the weights of the frozen network, to which "loss_simple" and "by_timestep" belong.
     """
     schedule, noise, t = config.schedule, noise_sample.noise[:, 0], noise_sample.t  # noise [B, H, W, C]
     x_t = add_noise(schedule, x0, t, noise)
@@ -210,13 +182,10 @@ def make_train_chunk(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A function of (state, images, rows [n, B], key, base_params) that does n steps in one `lax.scan`.
 
-    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `base_params` are the weights
-    of the network whose variance head is trained, or None.
-
-    Returns:
-      The function; it returns the new state and each metric as an array [n, …].
+    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `base_params` are the weights of the
+    network whose variance head is trained, or None. It returns the new state and each metric as an array [n, …].
     """
-    made_of = step_config(config, network, optimizer)
+    fixed = step_config(config, network, optimizer)
     random_flip, head_dropout = config.data.random_flip, config.variance_head.dropout
     skip_nonfinite = config.train.on_nonfinite == "skip"
 
@@ -226,18 +195,18 @@ def make_train_chunk(
             noise_key, dropout_key, flip_key = step_keys(key, state.step)
             flip_key = flip_key if random_flip else None
             x0 = preprocess_batch(rows if images is None else images[rows], flip_key)
-            sample = objectives.sample_noise(made_of.objective, noise_key, made_of.schedule.T, x0.shape)
+            sample = objectives.sample_noise(fixed.objective, noise_key, fixed.schedule.T, x0.shape)
             # The update.
-            if made_of.variance_head:
+            if fixed.variance_head:
                 dropout_key = dropout_key if head_dropout else None
-                new, metrics = update_variance_head(made_of, base_params, state, x0, sample, dropout_key)
+                new, metrics = update_variance_head(fixed, base_params, state, x0, sample, dropout_key)
             else:
-                new, metrics = update(made_of, state, x0, sample, dropout_key)
+                new, metrics = update(fixed, state, x0, sample, dropout_key)
             # A step whose loss is not finite changes nothing but the count of steps.
             if skip_nonfinite:
                 finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-                kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-                new = kept._replace(step=new.step)
+                skipped = state._replace(step=new.step)
+                new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, skipped)
             return new, metrics
 
         return jax.lax.scan(step, state, rows)

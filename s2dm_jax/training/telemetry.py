@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a progress bar or plain lines, `metrics.jsonl`, TensorBoard events."""
+"""What a run reports: a progress bar or plain lines, `metrics.jsonl`, TensorBoard events, a profile."""
 
 import contextlib
 import json
@@ -24,46 +24,43 @@ from s2dm_jax.models.network import Network, num_params
 
 def run_summary(config: ConfigDict, network: Network, provenance: str, step: int) -> str:
     """What a run is about to do, in a few lines."""
-    o, train = build_objective(config), config.train
+    objective, train, diffusion = build_objective(config), config.train, config.diffusion
+    loss = f"{objective.formula}, preset {config.loss.preset}"
     devices = jax.devices()
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     start = f"from step {step:,} of {train.steps:,}" if step else f"{train.steps:,} steps"
-    return "\n".join(
-        [
-            f"s2dm_jax {__version__}, jax {jax.__version__}, {len(devices)} × {devices[0].device_kind}{hosts}",
-            f"data     {provenance}",
-            f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in {network.dtype}",
-            f"loss     {o.formula}, preset {config.loss.preset}, {config.diffusion.schedule} schedule, "
-            f"T = {config.diffusion.T:,}",
-            f"train    {start}, batch {train.batch_size} × {o.num_timesteps_per_image} noise level(s), Adam "
-            f"{train.lr:g}, "
-            f"EMA {train.ema_decay:g}, seed {train.seed}",
-        ]
+    batch = f"batch {train.batch_size} × {objective.num_timesteps_per_image} timestep(s)"
+    lines = (
+        f"s2dm_jax {__version__}, jax {jax.__version__}, {len(devices)} × {devices[0].device_kind}{hosts}",
+        f"data     {provenance}",
+        f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in {network.dtype}",
+        f"loss     {loss}, {diffusion.schedule} schedule, T = {diffusion.T:,}",
+        f"train    {start}, {batch}, Adam {train.lr:g}, EMA {train.ema_decay:g}, seed {train.seed}",
     )
+    return "\n".join(lines)
 
 
 class MetricWriter:
-    """Appends scalars to `metrics.jsonl` and TensorBoard events in `workdir`, pictures to the latter.
+    """Appends scalars to `metrics.jsonl` and TensorBoard events in `workdir`, images to the latter.
 
-    A resumed run computes the steps after its checkpoint again: their old lines are dropped first. Of several
-    processes only the first writes.
+    A resumed run computes the steps after its checkpoint again: their old lines are dropped first. Only the main
+    process writes.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int):
+    def __init__(self, workdir: Path, resume_step: int):
         self._writes = is_main_process()
         if not self._writes:
             return
-        self._path = Path(workdir) / "metrics.jsonl"
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= resume_step]
-            write_atomic(self._path, "".join(f"{line}\n" for line in kept))
-        self._lines = self._path.open("a", encoding="utf-8")
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            write_atomic(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= resume_step))
+        self._lines = path.open("a", encoding="utf-8")
         purge = {"purge_step": resume_step + 1} if resume_step else {}
-        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), **purge)
+        self._events = SummaryWriter(str(workdir / "tensorboard"), **purge)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Records `values` as they stand after `step` steps."""
+        """Records `values` after `step` steps."""
         if not self._writes:
             return
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
@@ -71,8 +68,8 @@ class MetricWriter:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Records a uint8 picture [H, W, C]."""
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Records an image, uint8 [H, W, C]."""
         if self._writes:
             self._events.add_image(name, image, step, dataformats="HWC")
 
@@ -94,60 +91,46 @@ class Progress:
     """Step, loss, speed and time left: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, start: int, total: int, images_per_step: int, flops_per_step: float, peak: float | None):
-        """Begins to count time.
+        """Starts the clock.
 
         Args:
-          start: steps done before.
-          total: steps of the whole run.
-          images_per_step: of all devices together.
-          flops_per_step: likewise (`flops.step_flops`).
+          start: steps done before, of `total`.
+          images_per_step, flops_per_step: of all devices together (`flops.step_flops`).
           peak: FLOP/s that all devices together could do, or None.
         """
         self._start, self._total = start, total
         self._images, self._flops, self._peak = images_per_step, flops_per_step, peak
-        self._last_update = time.monotonic()
-        self._last_step, self._paused = start, 0.0
-        self._display = ProgressDisplay(
-            sys.stdout,
-            total,
-            start,
-            shown=is_main_process(),
-            bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]",
-        )
+        self._last_step, self._last_update, self._paused = start, time.monotonic(), 0.0
+        bar = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
+        self._display = ProgressDisplay(sys.stdout, total, start, shown=is_main_process(), bar_format=bar)
 
     def update(self, step: int, loss: float) -> dict[str, float]:
         """Shows that `step` steps are done.
 
         Returns:
-          Of the steps since the last update: "seconds_per_step", "images_per_second",
-          "tflops_per_second", "mfu" (its share of the peak) where the peak is known; of the run:
-          "peak_memory_gb", "eta_seconds".
+          Of the steps since the last update: "seconds_per_step", "images_per_second", "tflops_per_second", and "mfu"
+          (its share of the peak) where the peak is known; of the run: "peak_memory_gb", "eta_seconds".
         """
         now = time.monotonic()
         seconds_per_step = (now - self._last_update - self._paused) / max(step - self._last_step, 1)
-        first = self._last_step == self._start
+        due = self._last_step == self._start or step == self._total
         self._last_step, self._last_update, self._paused = step, now, 0.0
         speed = {
             "seconds_per_step": seconds_per_step,
             "images_per_second": self._images / seconds_per_step,
             "tflops_per_second": self._flops / seconds_per_step / 1e12,
         }
+        rate = f"{speed['images_per_second']:,.0f} images/s"
         if self._peak:
             speed["mfu"] = self._flops / seconds_per_step / self._peak
-        rate = f"{speed['images_per_second']:,.0f} images/s"
-        rate += f", {speed['mfu']:.0%} of peak" if self._peak else ""
-        self._display.update(
-            step,
-            f"step {step:,}/{self._total:,}  loss {loss:.4g}  {rate}",
-            postfix=f"loss {loss:.4g}, {rate}",
-            due=first or step == self._total,
-        )
-        eta = self._display.seconds_left(step)
-        return {**speed, "peak_memory_gb": peak_memory() / 1e9, "eta_seconds": eta}
+            rate += f", {speed['mfu']:.0%} of peak"
+        line = f"step {step:,}/{self._total:,}  loss {loss:.4g}  {rate}"
+        self._display.update(step, line, postfix=f"loss {loss:.4g}, {rate}", due=due)
+        return {**speed, "peak_memory_gb": peak_memory() / 1e9, "eta_seconds": self._display.seconds_left(step)}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what happens inside out of the time per step."""
+        """Leaves what happens inside out of the time per step."""
         began = time.monotonic()
         yield
         self._paused += time.monotonic() - began
@@ -162,38 +145,37 @@ class Profile:
     The first chunk is left out: it waits for what the others do not.
     """
 
-    def __init__(self, workdir: str | Path, start: int, steps: int):
-        self._folder, self._wanted = Path(workdir) / "profile", steps
-        self._start = start
+    def __init__(self, workdir: Path, start: int, steps: int):
+        self._folder, self._start, self._steps = workdir / "profile", start, steps
         self._from: int | None = None
 
     def before_chunk(self, step: int) -> None:
         """Starts the trace where it is due; the steps before `step` have been dispatched."""
-        if self._wanted and self._from is None and step > self._start:
+        if self._steps and self._from is None and step > self._start:
             jax.profiler.start_trace(str(self._folder))
             self._from = step
 
     def after_chunk(self, step: int, result: Any) -> None:
-        """Ends the trace once it holds as many steps as were asked for."""
-        if self._from is not None and step - self._from >= self._wanted:
+        """Ends the trace once it holds the requested number of steps."""
+        if self._from is not None and step - self._from >= self._steps:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
         """Writes what was traced."""
-        if self._wanted and self._from is not None:
+        if self._steps and self._from is not None:
             jax.profiler.stop_trace()
-            self._wanted = 0
+            self._steps = 0
             if is_main_process():
                 print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
 
 
 def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:
-    """What a chunk of steps says about itself.
+    """The means over a chunk of steps.
 
     Args:
-      metrics: "by_timestep" [n, 2, G], sums of L_simple and counts of the examples in each of G equal
-        groups of timesteps; everything else [n].
+      metrics: "by_timestep" [n, 2, G], sums of L_simple and counts of the examples in each of G equal groups of
+        timesteps; everything else [n].
       finite: bool [n], the steps that count.
       T: number of timesteps.
 
@@ -204,7 +186,7 @@ def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int
     if not finite.any():
         return {"skipped_steps": len(finite)}
     means = {name: float(values[finite].mean()) for name, values in metrics.items() if name != "by_timestep"}
-    sums, counts = metrics["by_timestep"][finite].astype(np.float64).sum(0)
+    sums, counts = metrics["by_timestep"][finite].astype(np.float64).sum(0)  # [G] each
     edges = np.ceil(np.arange(len(sums) + 1) * T / len(sums)).astype(int)
     digits = len(str(T - 1))
     for i in np.flatnonzero(counts):

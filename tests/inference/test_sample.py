@@ -26,7 +26,7 @@ from s2dm_jax.inference import sampler as sampling
 from s2dm_jax.inference import visualize
 from s2dm_jax.inference.model import Model
 from s2dm_jax.inference.sample import sample
-from s2dm_jax.inference.sampler import configure_sampler, make_sampler, sample_batches
+from s2dm_jax.inference.sampler import configure_sampler, sample_batches
 from s2dm_jax.models import variance_head
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.samplers.common import scale_eps
@@ -227,7 +227,7 @@ def test_files_tell_what_is_in_them(toy, workdir, capsys):
     assert path.parent == workdir / "samples"
     assert path.name.startswith("s_pndm_nfe3_seed0_")
     assert path.suffix == ".png"
-    assert "s_pndm, 2 steps, 3 evaluations, seed 0" in capsys.readouterr().out
+    assert "s_pndm, 2 steps, NFE 3, seed 0" in capsys.readouterr().out
     before = path.read_bytes()
     assert sample(small_config(sampler="s_pndm"), str(workdir)) == path
     assert path.read_bytes() == before
@@ -251,7 +251,7 @@ def test_analytic_estimates_its_statistic_once(workdir, capsys):
     assert sample(config, str(workdir)) == first
     printed = capsys.readouterr().out
     assert "estimating" not in printed
-    assert "ms_eps   3 images a level" in printed
+    assert "ms_eps   3 images per timestep" in printed
 
     model = s2dm_jax.load(str(workdir))
     even, best = (model.sample(4, "analytic", nfe=3, timestep_spacing=grid) for grid in ("linspace", "optimal"))
@@ -301,7 +301,7 @@ def test_command_line(workdir, model):
     ]
     done = command(f"--workdir={workdir}", "--config=configs/digits.py", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "ddim, 5 steps, 5 evaluations, seed 0" in done.stdout
+    assert "ddim, 5 steps, NFE 5, seed 0" in done.stdout
     assert Path(done.stdout.splitlines()[-1].split()[1]).read_bytes().startswith(b"\x89PNG")
 
 
@@ -365,7 +365,7 @@ def test_bad_values_in_python(toy):
         with pytest.raises(ValueError, match=sentence):
             model.sample(1, **change)
     with pytest.raises(ValueError, match="order=0 is not allowed"):
-        make_sampler(NETWORK, model.schedule, "deis", order=0)
+        configure_sampler(NETWORK, model.schedule, "deis", order=0)
     with pytest.raises(ValueError, match="steps=5 contradicts timesteps, which are 2"):
         plan_timesteps(20, "ddim", TimestepSpec(steps=5, timesteps=(0, 1)))
 

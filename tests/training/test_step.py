@@ -43,7 +43,7 @@ def test_a_run_leaves_its_files(straight):
     assert names == expected | {"results.json", "results.md", "evaluations"}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert {"loss", "simple", "skip", "sequence", "grad_norm", "images_per_second"} < lines[0].keys()
+    assert {"loss", "loss_simple", "loss_skip", "loss_sequence", "grad_norm", "images_per_second"} < lines[0].keys()
     assert [p.name for p in (workdir / "samples").iterdir()] == ["step_0000004.png"]
     results = json.loads((workdir / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["real (floor)", "ddim", "noise (ceiling)"]

@@ -50,7 +50,7 @@ def exported(workdir, path, **sample):
 
 
 def reference(run, seed, indices, x_T=None):
-    """What this project draws, as float32: `make_sampler` without the rounding to bytes."""
+    """What this project draws, as float32: `configure_sampler` without the rounding to bytes."""
     schedule = build_schedule(run.config)
     spec, options = split_timestep_spec(sampler_options(run.config.sample))
     timesteps, scale, options = resolve_sampler(schedule, spec=spec, **options)
