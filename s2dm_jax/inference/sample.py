@@ -43,7 +43,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
         for folder, step in zip(workdirs, steps, strict=True)
     ]
     settings = _settings(options, models)
-    nfe, device = settings["evaluations"], jax.devices()[0].device_kind
+    nfe, device = settings["nfe"], jax.devices()[0].device_kind
     for folder, model in zip(workdirs, models, strict=True):
         print(f"run      {folder}, EMA at step {model.step:,}")
     print(f"sampler  {sampler}, {settings['steps']:,} steps, NFE {nfe:,}, seed {options.seed}, {device}", flush=True)
@@ -100,7 +100,7 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
     return {
         **settings,
         "steps": len(timesteps[0]),
-        "evaluations": nfe_of(options.sampler, len(timesteps[0])),
+        "nfe": nfe_of(options.sampler, len(timesteps[0])),
         **{name: options[name] for name in ("seed", "num_images", "interpolate", "trajectory")},
         "runs": runs,
     }

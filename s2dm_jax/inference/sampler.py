@@ -66,13 +66,13 @@ def configure_sampler(
     """
     spec, options = split_timestep_spec(options)
     timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
-    known = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
+    inputs = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
     # Without noise nothing is drawn: eta 0 is a program of its own.
     eta = own.pop("eta", None) or None
     program = SamplerConfig(network, schedule, sampler, tuple(sorted(own.items())))
 
     def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
-        return _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, known, x_T)
+        return _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, inputs, x_T)
 
     return sample, timesteps
 
@@ -177,7 +177,7 @@ def run_sampler(
     *,
     eta: float | jax.Array | None = None,
     scale: np.ndarray | jax.Array | None = None,
-    known: Any = None,
+    inputs: Any = None,
     x_T: jax.Array | None = None,
     return_x0: bool = False,
 ) -> SamplerOutput:
@@ -188,7 +188,7 @@ def run_sampler(
       indices: int [B]; image i depends on (seed, i) alone.
       eta: of DDIM; None for no noise in its steps.
       scale: float [T], a factor on the network's output; None for none.
-      known: from `sampler_inputs`.
+      inputs: from `sampler_inputs`.
       x_T: float [B, H, W, C] to start from; None for the indices' own noise.
       return_x0: also return each step's prediction of x_0, [S, B, H, W, C].
     """
@@ -199,9 +199,9 @@ def run_sampler(
         eps_fn = scale_eps(eps_fn, scale)
     spec = SAMPLERS[sampler]
     if spec.requires == "ms_eps":
-        options["cov_x0"] = known
+        options["cov_x0"] = inputs
     elif spec.requires:
-        eps_fn = functools.partial(variance_head.apply, network, params, known, schedule)
+        eps_fn = functools.partial(variance_head.apply, network, params, inputs, schedule)
     if eta is not None:
         options["eta"] = eta
     if eta is not None or spec.stochastic:
@@ -212,9 +212,9 @@ def run_sampler(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, known, x_T):
-    inputs = {"eta": eta, "scale": scale, "known": known, "x_T": x_T}
-    result = run_sampler(program, params, timesteps, seed, indices, **inputs, return_x0=trajectory)
+def _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, inputs, x_T):
+    optional = {"eta": eta, "scale": scale, "inputs": inputs, "x_T": x_T}
+    result = run_sampler(program, params, timesteps, seed, indices, **optional, return_x0=trajectory)
     if not trajectory:
         return to_uint8(result)
     x_0, predictions = result

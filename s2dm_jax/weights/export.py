@@ -61,7 +61,7 @@ def export_programs(
     spec, options = split_timestep_spec(options)
     timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
     inputs = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
-    baked_in: dict[str, Any] = {"eta": own.pop("eta", None) or None, "scale": scale, "known": inputs}
+    baked_in: dict[str, Any] = {"eta": own.pop("eta", None) or None, "scale": scale, "inputs": inputs}
     program = SamplerConfig(network, schedule, sampler, tuple(sorted(own.items())))
 
     def nested(weights):

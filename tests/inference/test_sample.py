@@ -292,7 +292,7 @@ def test_command_line(workdir, model):
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["images"], model.sample(4, nfe=5))
         provenance = json.loads(str(arrays["provenance"]))
-    assert (provenance["evaluations"], provenance["runs"][0]["timesteps"]) == (5, [0, 4, 8, 12, 16])
+    assert (provenance["nfe"], provenance["runs"][0]["timesteps"]) == (5, [0, 4, 8, 12, 16])
     # The same program, which was kept: 4 images, 5 levels.
     arguments = [
         "--config.sample.steps=5",

@@ -185,7 +185,7 @@ def test_the_file_samples_like_the_run(workdir, sampler_file, command_line, monk
     with np.load(made) as file:
         assert file["images"].shape == (2, 8, 8, 1)
         settings = json.loads(str(file["provenance"]))
-    assert (settings["skip_scale"], settings["evaluations"]) == (5, 3)
+    assert (settings["skip_scale"], settings["nfe"]) == (5, 3)
     assert settings["runs"][0]["step"] == 7
     assert settings["runs"][0]["weights_sha256"] == sha256_of_arrays(jax.tree.leaves(run.ema_params))
 
