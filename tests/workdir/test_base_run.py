@@ -54,7 +54,7 @@ def test_only_the_head_is_trained_and_saved(runs):
     told = json.loads((runs / "head" / "base.json").read_text())
     assert told["step"] == 2
     lines = [json.loads(line) for line in (runs / "head" / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "simple", "grad_norm"} < lines[0].keys()
+    assert {"loss", "loss_simple", "grad_norm"} < lines[0].keys()
     rows = json.loads((runs / "head" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
         "real (floor)",
