@@ -69,6 +69,6 @@ def _as_user_error(path: str | os.PathLike) -> Iterator[None]:
     except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
         message = str(error).strip().partition("\n")[0][:120] or type(error).__name__
         raise UserError(
-            f"{path} is damaged or no exported sampler ({message}); export it again, or give the "
+            f"{path} is damaged or is not an exported sampler ({message}); export it again, or give the "
             "--workdir of a training run"
         ) from error
