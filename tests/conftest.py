@@ -18,6 +18,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".
 _GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no worker is left with one of them when the others are done."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 def _nhwc(array):
     return np.moveaxis(array, -3, -1) if array.ndim >= 4 else array
 
