@@ -185,7 +185,7 @@ plt.show()
 # not show how the samplers rank on photographs.
 #
 # The last cell checks that weights come back from PyTorch's format bit for bit, that the reloaded file gives
-# the samples of the run (up to one grey level, from rounding), and that UniPC is ahead of DDIM at 5 NFE.
+# the samples of the run (up to one grey value, from rounding), and that UniPC is ahead of DDIM at 5 NFE.
 
 # %%
 jax.tree.map(np.testing.assert_array_equal, imported.ema_params, model.ema_params)

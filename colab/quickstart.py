@@ -145,7 +145,7 @@ plt.show()
 
 # %% [markdown]
 # The last cell checks that the samples are much closer to real digits than noise is, and that a row of
-# interpolated images begins and ends with the samples of its pair (up to one grey level, from rounding).
+# interpolated images begins and ends with the samples of its pair (up to one grey value, from rounding).
 
 # %%
 results = json.loads(Path(RUN, "results.json").read_text())

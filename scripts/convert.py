@@ -74,13 +74,13 @@ def run(argv: list[str] | None) -> None:
 
     weights = read_weights(args.source, resolution=args.resolution, digest=args.digest)
     config = infer_config(weights, given=given_config, data=args.data)
-    if weights.card and args.step is not None:
+    if weights.model_card and args.step is not None:
         raise UserError(
             f"--step={args.step} is not allowed for weights written by s2dm_jax, whose step is {weights.step}"
         )
-    step = weights.step if weights.card else args.step or 0
+    step = weights.step if weights.model_card else args.step or 0
     network = weights.network
-    print(f"read     {args.source}: {weights.origin}")
+    print(f"read     {args.source}: {weights.description}")
     if weights.sha256:
         print(f"         sha256 {weights.sha256}")
     print(
@@ -92,7 +92,7 @@ def run(argv: list[str] | None) -> None:
     print(f"schedule {config.diffusion.schedule}, T = {config.diffusion.T:,}{assumed}")
     source = {
         "file": Path(args.source).name,
-        "format": weights.origin,
+        "format": weights.description,
         "sha256": weights.sha256,
         "steps_there": weights.step,
         "first_step": step,
@@ -100,7 +100,7 @@ def run(argv: list[str] | None) -> None:
     weights = weights._replace(step=step)
     write_weights(args.out, args.to, weights, config, source=source, license=args.license)
     print(f"wrote    {args.out}: {args.to}, with a model card")
-    if args.to == "workdir" and not weights.card:
+    if args.to == "workdir" and not weights.model_card:
         guessed = "" if args.data or args.config else " (guessed from the size of the images)"
         print(f"data     {dataset_name(config)}{guessed}")
     if args.to == "workdir":

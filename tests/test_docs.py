@@ -271,7 +271,7 @@ def added(tmp_path_factory):
     """A clone with the additions of docs/adding.md, after the commands of that page."""
     folder = tmp_path_factory.mktemp("docs") / "clone"
     run_docs.make_clone(folder, [ADDING])
-    run_docs.make_pictures(folder)
+    run_docs.make_images(folder)
     (folder / "runs").mkdir()
     digits = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]()
     save_run(folder / "runs" / "digits", digits, seed=0, ema_factor=1)
@@ -316,7 +316,7 @@ np.testing.assert_allclose(terms["l1"], np.abs(noise).sum((1, 2, 3, 4)), rtol=1e
 np.testing.assert_allclose(total, terms["simple"] + 0.1 * terms["l1"], rtol=1e-4)
 assert objective.formula == "L_simple + 0.1·L_1"
 
-data = load_dataset(read_config("runs/pictures"))
+data = load_dataset(read_config("runs/my_images"))
 assert data.train.shape == (36, 32, 32, 3) and data.held_out.shape == (4, 32, 32, 3)
 
 # What the builder would give; that it does so for CIFAR-10 is held by tests/data/test_tfds_builder.py.
@@ -345,7 +345,7 @@ assert np.load(folder / "held_out_labels.npy").tolist() == [1, 0]
 
 def test_what_was_added_works(added):
     assert list((added / "runs" / "digits" / "samples").glob("renoise_nfe*.png"))
-    for run in ("l1", "pictures", "pixelwise"):
+    for run in ("l1", "my_images", "pixelwise"):
         last = (added / "runs" / run / "metrics.jsonl").read_text().splitlines()[-1]
         assert json.loads(last)["step"] == 4
     environment = {**os.environ, "PYTHONPATH": str(added)}

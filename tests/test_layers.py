@@ -34,6 +34,7 @@ NO_JAX = [
     "config.build",
     "config.fields",
     "config.evaluation_plan",
+    "config.metrics",
     "config.io",
     "config.validate",
     "data.cache",

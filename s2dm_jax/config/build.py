@@ -39,6 +39,11 @@ def network_of(config: ConfigDict, dtype: str) -> "Network":
     resolution, channels = image_shape(config)
     values = {"resolution": resolution, "in_channels": channels, "out_channels": channels, **config.model}
     names = {field.name for field in dataclasses.fields(network)}
+    if "prediction" not in names and config.model.prediction != "epsilon":
+        raise ValueError(
+            f"prediction={config.model.prediction!r} is no field of {network.__name__}, which predicts epsilon; "
+            "choose epsilon"
+        )
     return network(**{name: value for name, value in values.items() if name in names} | {"dtype": dtype})
 
 

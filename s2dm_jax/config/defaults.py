@@ -10,6 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from s2dm_jax.config.datasets import CROPS, DATASETS, RESIZE_FILTERS
 from s2dm_jax.config.fields import Field
+from s2dm_jax.config.metrics import METRICS
 from s2dm_jax.config.presets import HEADS
 from s2dm_jax.models.network import NETWORKS
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
@@ -42,7 +43,7 @@ SAMPLER_OPTIONS: dict[str, Field] = {
         type=float,
         low=1e-6,
         doc="bound on the mean absolute noise of the last noisy step of Analytic-, SN- and NPR-DPM, in grey "
-        "levels of 255",
+        "values of 255",
     ),
     "skip_scale": Resumable(
         0, low=0, doc="scale the network's output as training with L_skip and this skip would; 0: no scaling"
@@ -170,7 +171,7 @@ FIELDS: dict[str, Field] = {
         doc="features to compare in: inception, classifier (trained on the dataset's labels) or your own "
         "FILE.py:function of uint8 [B, H, W, C]; auto: inception if available, classifier for the digits",
     ),
-    "eval.metrics": Resumable("fid", doc="metrics (a,b,…): fid, kid, inception_score, precision_recall, fid_infinity"),
+    "eval.metrics": Resumable("fid", doc=f"metrics (a,b,…): {', '.join(METRICS)}"),
     "eval.reference": Resumable(
         "auto",
         doc="images to compare with: train, held_out or FILE.npz with mu and sigma; auto: train for "

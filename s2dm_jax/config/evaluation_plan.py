@@ -1,95 +1,15 @@
-"""The evaluation plan: (sampler, NFE) points and metrics. Imports no jax, like `samplers/specs.py`."""
+"""The evaluation plan: the (sampler, NFE) points. Imports no jax, like `samplers/specs.py`."""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from s2dm_jax.config.metrics import split_names
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
 from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps
 
 FEATURES = ("auto", "inception", "classifier")
 REFERENCES = ("auto", "train", "held_out")
-
-
-class Column(NamedTuple):
-    """A column of the table of results: "title" over "value ± error".
-
-    Attributes:
-      title: may hold {distance} and {score}, their names in the chosen features.
-      value: key in a row of results.json.
-      error: key of the standard error or deviation, or "" for none.
-      scale: what value and error are multiplied by.
-      digits: decimals.
-    """
-
-    title: str
-    value: str
-    error: str = ""
-    scale: float = 1.0
-    digits: int = 2
-
-
-class Metric(NamedTuple):
-    """A metric of samples against a reference, computed by a function of `evaluation/metrics.py`.
-
-    Attributes:
-      function: its name; it returns one float for each of `results`, a single one bare.
-      requires: its arguments in order, of "mean", "cov" (float64 [D], [D, D]), "features" (float32 [N, D]) and "logits"
-        (float32 [N, L]) of the samples, and "reference_mean", "reference_cov", "reference_features".
-      results: keys in a row of results.json.
-      columns: of the table.
-      min_images, min_images_per_feature: the smallest num_images, in all and for each of D features.
-      max_images: the rows of features and logits that the function gets; None for all.
-    """
-
-    function: str
-    requires: tuple[str, ...]
-    results: tuple[str, ...]
-    columns: tuple[Column, ...]
-    min_images: int = 2
-    min_images_per_feature: int = 0
-    max_images: int | None = None
-
-
-# The metrics by their names in `config.eval.metrics`, in the order of the table: a new one is a record and a function.
-METRICS = {
-    "fid": Metric(
-        function="frechet_distance",
-        requires=("mean", "cov", "reference_mean", "reference_cov"),
-        results=("frechet_distance",),
-        columns=(Column("{distance}", "frechet_distance"),),
-    ),
-    "kid": Metric(
-        function="kid",
-        requires=("reference_features", "features"),
-        results=("kid", "kid_se"),
-        columns=(Column("KID × 1000", "kid", "kid_se", scale=1e3),),
-        min_images=20,
-    ),
-    "inception_score": Metric(
-        function="inception_score",
-        requires=("logits",),
-        results=("inception_score", "inception_score_std"),
-        columns=(Column("{score}", "inception_score", "inception_score_std"),),
-        min_images=10,
-    ),
-    "precision_recall": Metric(
-        function="precision_recall",
-        requires=("reference_features", "features"),
-        results=("precision", "recall"),
-        columns=(Column("precision", "precision", digits=3), Column("recall", "recall", digits=3)),
-        min_images=4,
-        # As in ADM's evaluator: three sets of distances between 10,000 and 10,000 images.
-        max_images=10_000,
-    ),
-    "fid_infinity": Metric(
-        function="fid_infinity",
-        requires=("features", "reference_mean", "reference_cov"),
-        results=("fid_infinity", "fid_infinity_se"),
-        columns=(Column("{distance}, N → ∞", "fid_infinity", "fid_infinity_se"),),
-        min_images_per_feature=4,
-    ),
-}
 
 
 class EvalPoint(NamedTuple):
@@ -110,11 +30,6 @@ class EvalPoint(NamedTuple):
         """The timesteps [S] that it visits, ascending; for the spacing "optimal" as many others."""
         spec = TimestepSpec(nfe=self.nfe, timestep_spacing=self.timestep_spacing)
         return plan_timesteps(T, self.sampler, spec, **self.options)
-
-
-def split_names(text: str) -> list[str]:
-    """The names in "a,b, c"."""
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
@@ -158,16 +73,3 @@ def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
         if not any(request in (point.sampler, point.nfe) for point in points):
             raise ValueError(next(reason for pair, reason in skipped.items() if request in pair))
     return points, [f"no {sampler} at {nfe}: {reason}" for (sampler, nfe), reason in skipped.items()]
-
-
-def parse_metrics(text: str) -> list[str]:
-    """The metrics that "fid,kid" names, in the order of METRICS; "fid" is always among them.
-
-    Raises:
-      ValueError: for an unknown one.
-    """
-    names = split_names(text)
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"metrics={text!r} names {name!r}; there are {', '.join(METRICS)}")
-    return [name for name in METRICS if name in names or name == "fid"]

@@ -16,7 +16,7 @@ OBJECTIVES = {
 # Short names for what the papers mostly use.
 ALIASES = {"s2": "s2_10", "sa": "sa_2", "s2sa": "s2_10+sa_2"}
 
-SCHEDULES = ("linear", "cosine")
+OBJECTIVE_SCHEDULES = ("linear", "cosine")
 
 # Variance heads of a trained network (SN-, NPR-DPM), which a config file takes in the place of an objective.
 HEADS = ("sn", "npr")
@@ -30,20 +30,20 @@ def set_objective(config: ConfigDict, objective: str) -> None:
     """
     parts = [name for part in objective.split("+") for name in ALIASES.get(part, part).split("+")]
     for part in parts:
-        if part not in OBJECTIVES and part not in SCHEDULES:
+        if part not in OBJECTIVES and part not in OBJECTIVE_SCHEDULES:
             raise ValueError(
                 f"objective {objective!r} is not known; choose one of {', '.join((*OBJECTIVES, *ALIASES))}, "
-                f"join one of s2_ and one of sa_ as in s2_10+sa_2, add +{' or +'.join(SCHEDULES)}, or choose "
+                f"join one of s2_ and one of sa_ as in s2_10+sa_2, add +{' or +'.join(OBJECTIVE_SCHEDULES)}, or choose "
                 f"a variance head: {' or '.join(HEADS)}"
             )
-    kinds = ["schedule" if part in SCHEDULES else part.split("_")[0] for part in parts]
+    kinds = ["schedule" if part in OBJECTIVE_SCHEDULES else part.split("_")[0] for part in parts]
     if len(set(kinds)) < len(kinds) or ("ddpm" in kinds and {"s2", "sa"} & set(kinds)):
         raise ValueError(
             f"objective {objective!r} names parts that exclude one another; join at most one s2_, one sa_ "
             "and one schedule, or ddpm and a schedule"
         )
     for part in parts:
-        if part in SCHEDULES:
+        if part in OBJECTIVE_SCHEDULES:
             config.diffusion.schedule = part
         else:
             config.loss.update(OBJECTIVES[part])

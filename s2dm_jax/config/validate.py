@@ -11,9 +11,10 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import network_of
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import FIELDS, image_shape
-from s2dm_jax.config.evaluation_plan import FEATURES, METRICS, REFERENCES, parse_metrics, plan_evaluation
+from s2dm_jax.config.evaluation_plan import FEATURES, REFERENCES, plan_evaluation
 from s2dm_jax.config.fields import Field, allowed_choices, allowed_range, allowed_type
 from s2dm_jax.config.io import flatten
+from s2dm_jax.config.metrics import METRICS, parse_metrics
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
 from s2dm_jax.samplers.timesteps import plan_timesteps, split_timestep_spec
 

@@ -47,6 +47,10 @@ def load_digits() -> Dataset:
     return Dataset(images[train], digits.target[train], images[held_out], digits.target[held_out], 10, provenance)
 
 
+# Datasets that come with a dependency: no preparation, no cache.
+_BUNDLED = {"digits": load_digits}
+
+
 def load_dataset(config: ConfigDict) -> Dataset:
     """The dataset of a checked config, prepared first if it is not in the cache; cached images are memory-mapped.
 
@@ -55,7 +59,7 @@ def load_dataset(config: ConfigDict) -> Dataset:
     """
     folder = prepare_dataset(config)
     if folder is None:
-        return load_digits()
+        return _BUNDLED[config.data.name]()
     entry = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     train, held_out = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS)
     train_labels, held_out_labels = (np.load(folder / f"{split}_labels.npy") for split in SPLITS)

@@ -157,8 +157,8 @@ def _write_images(source, names, jobs, transform, max_invalid_fraction, writer):
                     tqdm.write(f"skipped {names[index]!r}: {reason}", file=sys.stderr)
                 if len(skipped) > max_invalid:
                     raise UserError(
-                        f"config.data.source={source}: {len(skipped)} of {len(names)} images are damaged or "
-                        f"unfit, the last {names[index]!r} ({reason}); "
+                        f"config.data.source={source}: {len(skipped)} of {len(names)} images are corrupt or "
+                        f"unsupported, the last {names[index]!r} ({reason}); "
                         f"config.data.max_invalid_fraction={max_invalid_fraction:g} allows {max_invalid}: mend "
                         "or remove them, or allow more"
                     )
@@ -183,7 +183,7 @@ def _decoded(jobs: Iterator[Job], transform: ImageTransform) -> Iterator[tuple[i
                 return decode(data, transform)
             return to_array(Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data), transform)
         except Exception as error:
-            # Whatever Pillow raises for a damaged file makes this one unfit, and no other.
+            # Whatever Pillow raises for a damaged file makes only this one invalid.
             return error
 
     def decoded_batch(jobs):

@@ -151,8 +151,8 @@ def simple_weight(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
     """Weight of L_simple at each timestep; L_skip gets the rest to 1 (S²-DMs, eq. 13); float64 [T]."""
     if not objective.has_skip:
         return np.ones(schedule.T)
-    below_edge = np.arange(schedule.T) < objective.skip_factors
-    return np.where(below_edge & (objective.skip_boundary == "plain"), 1.0, objective.tau)
+    below_boundary = np.arange(schedule.T) < objective.skip_factors
+    return np.where(below_boundary & (objective.skip_boundary == "plain"), 1.0, objective.tau)
 
 
 def skip_quadratic(schedule: NoiseSchedule, objective: Objective) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

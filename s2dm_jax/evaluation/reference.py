@@ -12,7 +12,7 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_path, cache_dir
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.progress import progress_bar
-from s2dm_jax.config.evaluation_plan import METRICS
+from s2dm_jax.config.metrics import METRICS
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch

@@ -18,7 +18,7 @@ def interpolate(
     model: Model,
     starts: Sequence[int],
     ends: Sequence[int],
-    num_pictures: int = 11,
+    num_images: int = 11,
     *,
     seed: int = 0,
     end_seed: int | None = None,
@@ -30,14 +30,14 @@ def interpolate(
     Args:
       model: what to sample from.
       starts, ends: indices, one pair for each row; a row's ends are the plain samples of its pair.
-      num_pictures: images in a row, at least 2; the weights are equally spaced, 11 gives 0, 0.1, … 1.
+      num_images: images in a row, at least 2; the weights are equally spaced, 11 gives 0, 0.1, … 1.
       seed: of the starts.
       end_seed: of the ends, by default the same.
       sampler: a sampler that draws no noise at its steps.
       **options: as for `sampler.configure_sampler`; eta stays 0.
 
     Returns:
-      uint8 [rows, num_pictures, H, W, C].
+      uint8 [rows, num_images, H, W, C].
 
     Raises:
       ValueError: for a sampler that draws noise, fewer than 2 images, or unequal numbers of ends.
@@ -47,17 +47,17 @@ def interpolate(
             f"{sampler} with eta={options.get('eta', 0)} draws noise at its steps; interpolation needs a "
             "sampler that draws none"
         )
-    if num_pictures < 2:
-        raise ValueError(f"num_pictures={num_pictures} is out of range: it must be at least 2")
+    if num_images < 2:
+        raise ValueError(f"num_images={num_images} is out of range: it must be at least 2")
     sample_fn, timesteps = model.sampler(sampler, **options)
-    weights = jnp.linspace(0, 1, num_pictures)
+    weights = jnp.linspace(0, 1, num_images)
     seeds = (seed, seed if end_seed is None else end_seed)
     rows = []
     with progress_bar(len(starts), "rows") as advance:
         for pair in zip(starts, ends, strict=True):
-            x_T = _noise_between(model.image_shape, seeds, pair, weights)  # [num_pictures, H, W, C]
+            x_T = _noise_between(model.image_shape, seeds, pair, weights)  # [num_images, H, W, C]
             # With x_T given and no noise at the steps, the indices have no effect.
-            rows.append(np.asarray(sample_fn(model.ema_params, timesteps, 0, np.arange(num_pictures), x_T=x_T)))
+            rows.append(np.asarray(sample_fn(model.ema_params, timesteps, 0, np.arange(num_images), x_T=x_T)))
             advance(1)
     return np.stack(rows)
 

@@ -25,7 +25,7 @@ class UNet:
       in_channels, out_channels: image channels in, predicted channels out.
       ch: channels of the first resolution level, a multiple of 32.
       ch_mult: channels of each resolution level as multiples of `ch`; the resolution halves between levels.
-      num_res_blocks: residual blocks per level on the way down (one more on the way up).
+      num_res_blocks: residual blocks per resolution level on the way down (one more on the way up).
       attn_resolutions: resolutions whose blocks are followed by self-attention.
       dropout: rate inside each residual block.
       resamp_with_conv: whether a convolution follows (up) or does (down) the resampling.

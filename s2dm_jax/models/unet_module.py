@@ -22,7 +22,7 @@ from s2dm_jax.models.layers import (
 
 
 class UNetModule(nnx.Module):
-    """ε-prediction network of DDIM (Song et al. 2021), also that of S²-DM and SA-DPM."""
+    """The network of DDIM (Song et al. 2021), also that of S²-DM and SA-DPM."""
 
     # `config` is a `unet.UNet`; that file imports this one.
     def __init__(self, config: Any):
@@ -73,7 +73,7 @@ class UNetModule(nnx.Module):
         self.conv_out = Conv3x3(c, config.out_channels, jnp.float32)
 
     def __call__(self, x: jax.Array, t: jax.Array, dropout_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """ε and the features that it is read from, [B, H, W, ch·ch_mult[0]]."""
+        """The network's output (ε, v or x_0) and the features that it is read from, [B, H, W, ch·ch_mult[0]]."""
         config = self.config
         levels = range(len(config.ch_mult))
         num_blocks = len(levels) * (2 * config.num_res_blocks + 1) + 2

@@ -37,20 +37,20 @@ class Weights(NamedTuple):
       network: the shape; dropout is 0 where the file does not state it.
       ema_params: nested dict of float32 arrays, the EMA; the weights themselves where there is none.
       params: the weights that training changes; `ema_params` where there are no others.
-      card: the model card (`model_card.make_card`) in a file written by s2dm_jax, with its config; else None.
+      model_card: the model card (`model_card.make_card`) in a file written by s2dm_jax, with its config; else None.
       schedule: (name, T), where the file has it.
       step: training steps so far, according to the file.
-      origin: one line: format, what was taken from it, how it was checked.
+      description: one line: format, what was taken from it, how it was checked.
       sha256: of the file, or of the file with the weights in a folder; "" for a run's folder.
     """
 
     network: UNet
     ema_params: dict
     params: dict
-    card: dict | None
+    model_card: dict | None
     schedule: tuple[str, int] | None
     step: int
-    origin: str
+    description: str
     sha256: str
 
 

@@ -46,7 +46,7 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
             f"conv_out.weight has {network.out_channels} channels, conv_in.weight {network.in_channels}: a "
             "network that predicts more than the noise cannot be used"
         )
-    inherited = from_json(json.dumps(weights.card["config"])) if weights.card else None
+    inherited = from_json(json.dumps(weights.model_card["config"])) if weights.model_card else None
     config = given or inherited or default_config()
     shape = (network.resolution, network.in_channels)
     if data or not (given or inherited):
@@ -76,7 +76,7 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
 def _check_network(config: ConfigDict, weights: Weights) -> None:
     """UserError where the config has another network or schedule than the weights state."""
     # A file without card and schedule leaves open what the network predicts.
-    names = (*_NETWORK_FIELDS, "prediction") if weights.card or weights.schedule else _NETWORK_FIELDS
+    names = (*_NETWORK_FIELDS, "prediction") if weights.model_card or weights.schedule else _NETWORK_FIELDS
     for name in names:
         value = getattr(weights.network, name)
         if config.model[name] != value:
@@ -116,7 +116,7 @@ def write_weights(
         )
     network = dataclasses.replace(weights.network, dropout=model.dropout, prediction=model.prediction)
     run = Run(config, network, weights.ema_params, weights.step, weights.params)
-    old = weights.card or {"license": "", "source": source, "metrics": None}
+    old = weights.model_card or {"license": "", "source": source, "metrics": None}
     license = license or old["license"]
     card = model_card.make_card(run, license=license, source=old["source"], metrics=old["metrics"])
     path = Path(out)

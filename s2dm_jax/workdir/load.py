@@ -141,13 +141,13 @@ def inherit_base_config(config: ConfigDict) -> ConfigDict:
         return config
     if not base_workdir:
         raise UserError(
-            f"config.variance_head.base_workdir is missing: a head ({kind}) is trained on the frozen network of "
-            "another run; give that run's workdir, --config.variance_head.base_workdir=runs/digits"
+            f"config.variance_head.base_workdir is missing: a variance head ({kind}) is trained on the frozen "
+            "network of another run; give that run's workdir, --config.variance_head.base_workdir=runs/digits"
         )
     base = read_config(base_workdir)
     if base.variance_head.kind:
         raise UserError(
-            f"config.variance_head.base_workdir={base_workdir} is the run of a head itself; give its base, "
+            f"config.variance_head.base_workdir={base_workdir} is itself the run of a variance head; give its base, "
             f"{base.variance_head.base_workdir}"
         )
     for group in ("data", "diffusion", "model"):
@@ -167,7 +167,7 @@ def load_base_params(workdir: str | os.PathLike, config: ConfigDict, *, network:
     if recorded and recorded["sha256"] != digest:
         raise UserError(
             f"{base_workdir} holds other weights at step {run.step:,} than those that "
-            f"the head in {workdir} was trained on; train the head anew in a new --workdir"
+            f"the variance head in {workdir} was trained on; train it anew in a new --workdir"
         )
     if not recorded and jax.process_index() == 0:
         recorded = {"workdir": base_workdir, "step": run.step, "sha256": digest}

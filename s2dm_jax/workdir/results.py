@@ -8,7 +8,7 @@ from pathlib import Path
 
 from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.markdown import markdown_table
-from s2dm_jax.config.evaluation_plan import METRICS, Column
+from s2dm_jax.config.metrics import METRICS, Column
 
 
 def results_cells(results: dict) -> tuple[list[str], list[list[str]]]:

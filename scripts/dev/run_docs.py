@@ -33,7 +33,7 @@ here, or a comment right above it gives the reason why not; anything else is an 
 
 Each page runs in its own folder, which looks like a clone and has the files that pages rely on: PATH, a
   folder of
-40 images; pictures.zip, an archive of them; and, except for the README, runs/digits from the README's first
+40 images; my_images.zip, an archive of them; and, except for the README, runs/digits from the README's first
 command. The diffs of a page are applied to its copy of the package first. Its Python blocks share one
 namespace; code that a block needs but does not show is in a comment above it:
 
@@ -221,15 +221,15 @@ def apply_diff(folder: Path, text: str) -> None:
             path.write_text(content.replace(old, new) if old else content + new, encoding="utf-8")
 
 
-def make_pictures(folder: Path) -> None:
-    """Writes the images that pages call PATH and pictures.zip."""
+def make_images(folder: Path) -> None:
+    """Writes the images that pages call PATH and my_images.zip."""
     import numpy as np
     from PIL import Image
 
     (folder / "PATH").mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)):
         Image.fromarray(pixels).save(folder / "PATH" / f"{i:02d}.png")
-    shutil.make_archive(str(folder / "pictures"), "zip", folder / "PATH")
+    shutil.make_archive(str(folder / "my_images"), "zip", folder / "PATH")
 
 
 def run_page(page: Path, folder: Path) -> None:
@@ -300,7 +300,7 @@ def run(pages: list[Path]) -> list[str]:
         os.environ.update({name: str(folder / name) for name in ("S2DM_JAX_DATA", "S2DM_JAX_CACHE")})
         base = folder / "base"
         make_clone(base, [])
-        make_pictures(base)
+        make_images(base)
         first = ["python", "-m", "s2dm_jax.main", "--config=configs/digits.py", "--workdir=runs/digits"]
         _run_command("first of all", first, base)
         # Fresh processes: each has its own working directory, and imports the package of its clone.
@@ -313,7 +313,7 @@ def _run_in_clone(page: Path, base: Path) -> str:
     clone = base.with_name(page.stem)
     try:
         make_clone(clone, [page])
-        for name in ("PATH", "pictures.zip"):
+        for name in ("PATH", "my_images.zip"):
             (clone / name).symlink_to(base / name)
         # A reader of the README starts without runs.
         if page != PAGES[0]:

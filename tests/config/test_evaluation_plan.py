@@ -4,7 +4,8 @@ import pytest
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import default_config
-from s2dm_jax.config.evaluation_plan import EvalPoint, parse_metrics, plan_evaluation
+from s2dm_jax.config.evaluation_plan import EvalPoint, plan_evaluation
+from s2dm_jax.config.metrics import parse_metrics
 from s2dm_jax.config.validate import check_config, check_evaluation_files
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
 

@@ -135,7 +135,7 @@ def test_arrays_of_another_kind_are_refused(cache, tmp_path, array, sentence):
     assert left_in(cache) == []
 
 
-def test_unfit_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_path, capsys):
+def test_invalid_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_path, capsys):
     bad = {
         "cat/cut.png": PICTURES["cat/00.png"][:50],
         "dog/text.jpg": b"hello",

@@ -8,7 +8,7 @@ import pytest
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import default_config
-from s2dm_jax.config.evaluation_plan import METRICS, Column, Metric
+from s2dm_jax.config.metrics import METRICS, Column, Metric
 from s2dm_jax.config.validate import check_config, check_evaluation_files
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.diffusion.objectives import skip_scale

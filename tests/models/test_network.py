@@ -7,6 +7,7 @@ from helpers import ToyNetwork, small_config
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import network_of
+from s2dm_jax.config.validate import check_config
 from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.diffusion.parameterization import PREDICTIONS, eps_fn
 from s2dm_jax.diffusion.schedule import cosine_schedule, linear_schedule
@@ -71,6 +72,13 @@ def test_every_network_of_the_table_is_what_a_config_builds():
         config = small_config(**{"model.name": name, "model.prediction": "v"})
         network = network_of(config, "float32")
         assert (network.image_shape, network.prediction, network.dropout) == ((8, 8, 1), "v", 0.1)
+
+
+def test_a_prediction_that_a_network_does_not_have_is_an_error(monkeypatch):
+    monkeypatch.setattr("s2dm_jax.config.build.network_class", lambda name: ToyNetwork)
+    network_of(small_config(), "float32")
+    with pytest.raises(UserError, match=r"config\.model\.prediction='v' is no field of ToyNetwork"):
+        check_config(small_config(**{"model.prediction": "v"}))
 
 
 @pytest.mark.parametrize("schedule", [linear_schedule(50, 1e-3, 0.2), cosine_schedule(50)], ids=["linear", "cosine"])

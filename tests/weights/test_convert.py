@@ -90,7 +90,7 @@ def test_there_and_back_to_the_bit(files, weights, name):
     assert_equal_trees(back.params, weights.params if name == "ckpt.pth" else weights.ema_params)
     folder = name == "diffusers"
     card = json.loads((files / name / "model_card.json" if folder else files / f"{name}.json").read_text())
-    assert back.card == card
+    assert back.model_card == card
     text = (files / name / "README.md" if folder else files / f"{name}.md").read_text()
     license = "not stated" if name == "sampler.npz" else "mit"
     assert (card["license"], card["data"], card["training"]["steps"]) == (license, "digits", 7)
@@ -108,7 +108,7 @@ def test_the_command_makes_a_run_of_a_checkpoint(command, files, workdir, tmp_pa
     assert_equal_trees((after.params, after.ema_params), (before.params, before.ema_params))
     # The results stay with the weights.
     command([str(tmp_path / "run"), str(tmp_path / "again.safetensors")])
-    assert read_weights(str(tmp_path / "again.safetensors")).card["metrics"]["provenance"] == {"seed": 11}
+    assert read_weights(str(tmp_path / "again.safetensors")).model_card["metrics"]["provenance"] == {"seed": 11}
 
 
 def published(seed=0, network=NETWORK):
@@ -135,10 +135,10 @@ def test_published_checkpoints_are_taken_apart(tmp_path):
         return torch_names.to_torch(weights.params), torch_names.to_torch(weights.ema_params)
 
     ddim = read([prefixed(raw), {"state": {}}, 4, 790_000, ema])
-    assert (ddim.network, ddim.step, ddim.card, ddim.schedule) == (NETWORK, 790_000, None, None)
+    assert (ddim.network, ddim.step, ddim.model_card, ddim.schedule) == (NETWORK, 790_000, None, None)
     assert_equal_trees(both(ddim), (raw, ema))
     without = read([prefixed(raw), {"state": {}}, 4, 790_000])
-    assert "no EMA" in without.origin
+    assert "no EMA" in without.description
     assert_equal_trees(both(without), (raw, raw))
     assert_equal_trees(both(read(prefixed(ema))), (ema, ema))
     heads = {"norm_out2.weight": np.ones(32, np.float32), "conv_out2.bias": np.ones(1, np.float32)}
@@ -183,7 +183,7 @@ def test_published_networks_are_known_from_their_shapes(resolution, ch_mult):
 
 def _contents(weights):
     leaves = [leaf.tobytes() for leaf in jax.tree.leaves((weights.ema_params, weights.params))]
-    return leaves, weights.network, weights.step, weights.schedule, weights.card
+    return leaves, weights.network, weights.step, weights.schedule, weights.model_card
 
 
 @pytest.mark.parametrize("name", ["ckpt.pth", "w.safetensors", "diffusers", "sampler.npz"])

@@ -88,7 +88,7 @@ def test_a_head_is_not_used_with_another_network(runs, tmp_path):
 
     recorded = json.loads((tmp_path / "head" / "base.json").read_text())
     (tmp_path / "head" / "base.json").write_text(json.dumps({**recorded, "step": 4}))
-    with pytest.raises(UserError, match="holds other weights at step 4 than those that the head"):
+    with pytest.raises(UserError, match="holds other weights at step 4 than those that the variance head"):
         load_run(str(tmp_path / "head"))
 
 
@@ -96,7 +96,7 @@ def test_bad_bases_are_refused(runs, tmp_path):
     for base, message in (
         ("", "config.variance_head.base_workdir is missing"),
         (tmp_path / "nowhere", "is not a folder"),
-        (runs / "head", "is the run of a head itself; give its base"),
+        (runs / "head", "is itself the run of a variance head; give its base"),
     ):
         with pytest.raises(UserError, match=message):
             head_config(base)
