@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.workdir.folder import checkpoint_folder
 
 # "workdir": a run's folder. "ddim", "sa_dpm", "pndm": the files of the published PyTorch codes.
 FORMATS = ("workdir", "ddim", "sa_dpm", "pndm", "safetensors", "diffusers")
@@ -17,4 +18,4 @@ def format_of(source: str, out: str) -> str:
         return "sa_dpm" if path.stem.endswith("_ema") else "ddim"
     if path.suffix == ".npz":
         raise UserError(f"{out}: an exported sampler is written by python -m s2dm_jax.main --mode=export --workdir=RUN")
-    return "diffusers" if (Path(source) / "checkpoints").is_dir() else "workdir"
+    return "diffusers" if checkpoint_folder(source).is_dir() else "workdir"

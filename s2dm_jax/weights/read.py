@@ -18,6 +18,7 @@ from s2dm_jax.config.build import build_network
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import diffusers_names, model_card, torch_names
 from s2dm_jax.weights.torch_pickle import Tensor, open_torch, read_note
+from s2dm_jax.workdir.folder import checkpoint_folder
 from s2dm_jax.workdir.load import checked_config, load_run
 
 SUMS = "SHA256SUMS"
@@ -68,7 +69,7 @@ def read_weights(path: str, *, resolution: int | None = None, digest: str = "") 
     if not place.exists():
         raise UserError(f"{path} does not exist; give a checkpoint's file, or a folder")
     try:
-        if (place / "checkpoints").is_dir():
+        if checkpoint_folder(place).is_dir():
             return _read_run(path, "a run's folder")
         if place.is_dir():
             return _read_diffusers(place, digest)

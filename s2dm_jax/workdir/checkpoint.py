@@ -20,6 +20,7 @@ import tensorstore
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.devices.distributed import any_process, barrier, is_main_process
 from s2dm_jax.devices.sharding import replicated
+from s2dm_jax.workdir.folder import checkpoint_folder
 
 State = TypeVar("State")
 
@@ -45,7 +46,7 @@ def open_checkpoints(
         )
     policy, best_fn = _policies.AnyPreservationPolicy(policies), itemgetter(best) if best else None
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=best_fn, best_mode="min")
-    return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+    return ocp.CheckpointManager(checkpoint_folder(workdir).absolute(), options=options)
 
 
 def save(

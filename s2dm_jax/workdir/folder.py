@@ -17,6 +17,16 @@ from s2dm_jax.config.io import flatten, from_json
 _LOCK = ".lock"
 
 
+def checkpoint_folder(workdir: str | os.PathLike) -> Path:
+    """Where a run's checkpoints are, each in a folder named by its step."""
+    return Path(workdir) / "checkpoints"
+
+
+def checkpoint_steps(workdir: str | os.PathLike) -> list[int]:
+    """The steps of the complete checkpoints of a run, ascending."""
+    return sorted(int(path.name) for path in checkpoint_folder(workdir).glob("*") if path.name.isdigit())
+
+
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     """Creates the folder of a run; raises a `UserError` where a run with this config cannot train."""
     path = Path(workdir)

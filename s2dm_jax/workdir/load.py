@@ -17,6 +17,7 @@ from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.config.io import from_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.workdir import exported
+from s2dm_jax.workdir.folder import checkpoint_steps
 
 if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
@@ -73,7 +74,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a config of s2dm_jax ({error}); give another run") from error
     config = checked_config(text, file)
-    if not any(folder.name.isdigit() for folder in path.glob("checkpoints/*")):
+    if not checkpoint_steps(path):
         raise _no_checkpoint(workdir)
     return config
 

@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from s2dm_jax.workdir.folder import checkpoint_folder, checkpoint_steps
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LOG_EVERY, CHECKPOINT_EVERY = 400, 10, 20
 CONFIG = f"""
@@ -62,15 +64,9 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def checkpoints(workdir: Path) -> list[int]:
-    """The steps of the complete checkpoints."""
-    folder = workdir / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-
-
 def state_digests(workdir: Path) -> dict:
     """The digest of every leaf of the final state."""
-    newest = workdir / "checkpoints" / str(STEPS)
+    newest = checkpoint_folder(workdir) / str(STEPS)
     return json.loads((newest / "about" / "metadata").read_text(encoding="utf-8"))["digests"]
 
 
@@ -94,7 +90,7 @@ def main() -> None:
 
         kills, ended = 0, 0
         while kills < arguments.kills:
-            before = checkpoints(killed)
+            before = checkpoint_steps(killed)
             process = start(killed, arguments.flags)
             try:
                 output = process.communicate(timeout=rng.uniform(0.02, 1.0) * seconds)[0]
@@ -113,7 +109,7 @@ def main() -> None:
                 ended += 1
                 killed = killed.with_name(f"killed_{ended}")
             else:
-                print(f"kill {kills} of {arguments.kills}: checkpoints {checkpoints(killed)}", flush=True)
+                print(f"kill {kills} of {arguments.kills}: checkpoints {checkpoint_steps(killed)}", flush=True)
         finish(start(killed, arguments.flags))
         check(reference, killed)
         print(f"{kills} kills: the final state is bit-identical, every resume was from the newest checkpoint")
