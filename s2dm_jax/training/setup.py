@@ -52,12 +52,13 @@ class Setup(NamedTuple):
 
 def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     """Builds and checks everything before the first long work; writes config.json."""
-    data = load_dataset(config)
-    check_features(config, data)
     network = network or build_network(config)
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     step = step_config(config, network, optimizer)
     _check(config, step.objective.terms)
+    # Preparing a dataset may take hours.
+    data = load_dataset(config)
+    check_features(config, data)
     if is_main_process():
         # First of all: a folder that holds anything without it is not taken for a run.
         write_atomic(workdir / "config.json", to_json(config))

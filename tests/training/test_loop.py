@@ -206,7 +206,13 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), a, b)
 
 
-def test_batch_that_does_not_go_into_parts_and_devices(tmp_path, monkeypatch):
+@pytest.fixture
+def no_data(monkeypatch):
+    """Preparing a dataset may take hours: what is wrong is said before."""
+    monkeypatch.setattr("s2dm_jax.training.setup.load_dataset", lambda config: pytest.fail("the dataset was prepared"))
+
+
+def test_batch_that_does_not_go_into_parts_and_devices(tmp_path, monkeypatch, no_data):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     with pytest.raises(UserError, match=r"batch_size=8 must be a multiple of 16: of the 4 devices times"):
         train(run_config(train__grad_accum_steps=4), tmp_path / "run")
@@ -221,7 +227,7 @@ def test_each_checkpoint_is_judged_by_the_steps_since_the_one_before(tmp_path):
         np.testing.assert_allclose(json.loads(path.read_text())["loss"], mean)
 
 
-def test_only_metrics_of_the_run_can_choose_a_checkpoint(tmp_path):
+def test_only_metrics_of_the_run_can_choose_a_checkpoint(tmp_path, no_data):
     sentence = "config.train.keep_best='loss_skip' is no metric of this run; choose one of nothing, loss, loss_s"
     with pytest.raises(UserError, match=re.escape(sentence)):
         train(run_config(train__keep_best="loss_skip", loss__skip=0), tmp_path / "run")
