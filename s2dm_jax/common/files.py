@@ -51,7 +51,7 @@ def atomic_path(path: str | os.PathLike, *, fsync: bool = True) -> Iterator[Path
         yield temporary
         if fsync:
             for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
-                _fsync(file)
+                flush_to_disk(file)
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():
@@ -59,7 +59,8 @@ def atomic_path(path: str | os.PathLike, *, fsync: bool = True) -> Iterator[Path
         temporary.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     # Unlike `open`, this opens folders too.
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import data_cache_dir, write_atomic
+from s2dm_jax.common.files import data_cache_dir, flush_to_disk, write_atomic
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_json
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import dataset_name, image_shape
@@ -135,16 +135,13 @@ def _finish(temporary: Path, folder: Path, description: dict, transform: ImageTr
     files = {}
     for path in sorted(temporary.glob("*.npy")):
         files[path.name] = {"sha256": digest_of_file(path), "bytes": path.stat().st_size}
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(path)
     prepared = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     provenance = {**description, **transform._asdict(), "files": files, "prepared": prepared}
     (temporary / RESULT).unlink(missing_ok=True)
     write_atomic(temporary / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
     os.rename(temporary, folder)
-    parent = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(parent)
-    os.close(parent)
+    flush_to_disk(folder.parent)
     for split, facts in provenance["splits"].items():
         print(f"{split}: {facts['count']:,} images, {folder / split}.npy", flush=True)
 

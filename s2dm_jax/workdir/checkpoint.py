@@ -20,7 +20,7 @@ import tensorstore
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.devices.distributed import any_process, barrier, is_main_process
 from s2dm_jax.devices.sharding import replicated
-from s2dm_jax.workdir.folder import checkpoint_folder
+from s2dm_jax.workdir.folder import checkpoint_folder, checkpoint_steps
 
 State = TypeVar("State")
 
@@ -84,7 +84,7 @@ def _as_user_error(manager):
         yield
     # Orbax and tensorstore raise ValueError for a write that failed as well as OSError.
     except (OSError, ValueError) as error:
-        saved = [int(p.name) for p in Path(manager.directory).iterdir() if p.name.isdigit()]
+        saved = checkpoint_steps(manager.directory.parent)
         earlier = f"step {max(saved):,}, saved before, is untouched" if saved else "none was saved before"
         raise UserError(
             f"a checkpoint could not be written to {manager.directory} ({_reason(error)}); {earlier}; "
