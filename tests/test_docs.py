@@ -336,8 +336,8 @@ config.data.name = "svhn"
 check_config(config)
 folder = Path("svhn")
 folder.mkdir()
-told = tfds_builder.run("svhn", cache.transform_of(config), folder, folder)
-assert told["source"] == "SVHN of tensorflow-datasets" and told["classes"] == ["zero", "one"]
+provenance = tfds_builder.run("svhn", cache.transform_of(config), folder, folder)
+assert provenance["source"] == "SVHN of tensorflow-datasets" and provenance["classes"] == ["zero", "one"]
 assert (np.load(folder / "train.npy") == np.full((2, 32, 32, 3), [1, 2, 3])).all()
 assert np.load(folder / "held_out_labels.npy").tolist() == [1, 0]
 """

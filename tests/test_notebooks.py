@@ -89,7 +89,7 @@ def test_fast_sampling(run):
 
 @pytest.fixture
 def colab(tmp_path):
-    """Function of a repository's address that runs the first cell as in Colab, with a pip that only tells."""
+    """Function of a repository's address that runs the first cell as in Colab, with a pip that only prints."""
     (tmp_path / "modules" / "google").mkdir(parents=True)
     for module in ("google/__init__.py", "google/colab.py"):
         (tmp_path / "modules" / module).touch()

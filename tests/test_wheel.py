@@ -50,8 +50,10 @@ def test_it_holds_the_package_and_the_configs_and_nothing_else(wheel, tmp_path):
     modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "s2dm_jax").rglob("*.py")]
     configs = [f"s2dm_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")]
     about = f"s2dm_jax-{s2dm_jax.__version__}.dist-info"
-    told = [f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")]
-    assert names_in(wheel) == sorted([*modules, *configs, *told, "s2dm_jax/py.typed"])
+    metadata_files = [
+        f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    ]
+    assert names_in(wheel) == sorted([*modules, *configs, *metadata_files, "s2dm_jax/py.typed"])
     assert names_in(build("wheel", tmp_path)) == names_in(wheel)
 
 
@@ -59,17 +61,17 @@ def test_its_metadata(wheel):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
-        told = email.message_from_bytes(archive.read(name))
-    assert told["Version"] == s2dm_jax.__version__
-    assert told["License-Expression"] == "Apache-2.0"
-    assert told.get_all("Provides-Extra") == sorted(project["optional-dependencies"])
-    needed = [one for one in told.get_all("Requires-Dist") if "extra ==" not in one]
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Version"] == s2dm_jax.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("Provides-Extra") == sorted(project["optional-dependencies"])
+    needed = [one for one in metadata.get_all("Requires-Dist") if "extra ==" not in one]
     assert len(needed) == len(project["dependencies"])
     with zipfile.ZipFile(wheel) as archive:
         (scripts,) = (archive.read(name) for name in archive.namelist() if name.endswith("/entry_points.txt"))
     assert scripts.decode().split() == ["[console_scripts]", "s2dm", "=", "s2dm_jax.main:main"]
-    assert told["Description-Content-Type"] == "text/markdown"
-    assert told.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
 
 
 def test_it_trains_in_an_empty_folder(wheel, tmp_path):

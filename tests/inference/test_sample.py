@@ -371,7 +371,7 @@ def test_bad_values_in_python(toy):
 
 
 def test_bad_command_lines(workdir, tmp_path):
-    """Told in one sentence with status 2 and nothing written."""
+    """Reported in one sentence with status 2 and nothing written."""
     run = f"--workdir={workdir}"
     shutil.copy(workdir / "config.json", tmp_path)
     before = sorted(tmp_path.rglob("*"))

@@ -63,7 +63,7 @@ def test_every_objective_at_equal_steps_and_equal_evaluations(launched, tmp_path
     compare_objectives.main(argv)
     assert len(launched) == 24
     assert table.startswith("1 of 24\n")
-    # What was done is neither done nor told again.
+    # What was done is neither repeated nor printed again.
     assert capsys.readouterr().out.strip() == table[table.index("\n|") :].strip()
 
 

@@ -108,9 +108,9 @@ def test_a_damaged_checkpoint_costs_steps_but_no_exactness(straight, tmp_path, c
     (workdir / "results.json").unlink()
     (workdir / "checkpoints" / "400" / "state" / "manifest.ocdbt").write_bytes(b"")
     train(run_config(), workdir)
-    told = capsys.readouterr()
-    assert "the checkpoint of step 400 is damaged" in told.err
-    assert "from step 300 of 400" in told.out
+    printed = capsys.readouterr()
+    assert "the checkpoint of step 400 is damaged" in printed.err
+    assert "from step 300 of 400" in printed.out
     jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
     assert (workdir / "damaged_checkpoints" / "400").is_dir()
 
@@ -135,8 +135,8 @@ def test_stop_keeps_the_last_good_checkpoint_and_skip_goes_on_from_it(tmp_path, 
         train(run_config(train__steps=200), tmp_path / "run")
     assert int(newest_state(tmp_path / "run", run_config()).step) == 100
     train(run_config(train__steps=200, train__on_nonfinite="skip"), tmp_path / "run")
-    told = capsys.readouterr().out
-    assert "skipped 1 steps whose loss or gradient is not finite (130)" in told
+    printed = capsys.readouterr().out
+    assert "skipped 1 steps whose loss or gradient is not finite (130)" in printed
     state = newest_state(tmp_path / "run", run_config())
     assert int(state.step) == 200
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -151,10 +151,10 @@ def test_no_data_come_from_the_host_while_steps_run(tmp_path, monkeypatch):
         train(run_config(), tmp_path / "run")
 
 
-def test_what_a_run_tells(straight):
+def test_what_a_run_logs(straight):
     assert [line["step"] for line in lines(straight)] == list(range(50, 401, 50))
     last = lines(straight)[-1]
-    told = {
+    expected = {
         "loss",
         "loss_simple",
         "loss_skip",
@@ -164,7 +164,7 @@ def test_what_a_run_tells(straight):
         "images_per_second",
         "eta_seconds",
     }
-    assert told | {"tflops_per_second", "peak_memory_gb"} < last.keys()
+    assert expected | {"tflops_per_second", "peak_memory_gb"} < last.keys()
     assert "mfu" not in last, "a CPU's peak is not known"
     groups = {name for name in last if "/" in name}
     assert groups == {f"loss_simple_by_t/{i}00-{i}99" for i in range(10)}
@@ -220,10 +220,10 @@ def test_batch_that_does_not_go_into_parts_and_devices(tmp_path, monkeypatch, no
 
 def test_each_checkpoint_is_judged_by_the_steps_since_the_one_before(tmp_path):
     train(run_config(train__keep_best="loss", train__max_to_keep=4), tmp_path / "run")
-    told = lines(tmp_path / "run")
-    for i in range(0, len(told), 2):
-        path = tmp_path / "run" / "checkpoints" / str(told[i + 1]["step"]) / "metrics" / "metrics"
-        mean = (told[i]["loss"] + told[i + 1]["loss"]) / 2
+    logged = lines(tmp_path / "run")
+    for i in range(0, len(logged), 2):
+        path = tmp_path / "run" / "checkpoints" / str(logged[i + 1]["step"]) / "metrics" / "metrics"
+        mean = (logged[i]["loss"] + logged[i + 1]["loss"]) / 2
         np.testing.assert_allclose(json.loads(path.read_text())["loss"], mean)
 
 

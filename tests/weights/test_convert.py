@@ -123,7 +123,7 @@ def test_published_checkpoints_are_taken_apart(tmp_path):
     raw, ema = published(1), published(2)
 
     def read(contents, **options):
-        # As torch writes it: without our note, so that nothing but the shapes tells the network.
+        # As torch writes it: without our note, so that the network follows from the shapes alone.
         write_torch(tmp_path / "a.pth", contents, "")
         with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
             for info in old.infolist():

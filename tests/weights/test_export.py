@@ -77,7 +77,7 @@ def sampler_file(workdir, tmp_path_factory):
 
 
 def run_outside(folder, lines):
-    """Runs lines of Python after docs/weights.md's loader, where nothing of ours can be imported.
+    """Runs lines of Python after docs/weights.md's loader, where s2dm_jax cannot be imported.
 
     Returns:
       The arrays that the lines put into the dict `out`.
