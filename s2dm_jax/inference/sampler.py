@@ -64,17 +64,25 @@ def configure_sampler(
       ValueError: for an unknown sampler, for values that are not allowed or contradict one another, and if what the
         sampler requires is missing.
     """
+    program, timesteps, arguments = resolve_program(network, schedule, sampler, **options)
+
+    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
+        return _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments)
+
+    return sample, timesteps
+
+
+def resolve_program(
+    network: Network, schedule: NoiseSchedule, sampler: str, **options: Any
+) -> tuple[SamplerConfig, np.ndarray, dict]:
+    """What `run_sampler` compiles, its timesteps and its arguments eta, scale, inputs, from `configure_sampler`'s."""
     spec, options = split_timestep_spec(options)
     timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
     inputs = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
     # Without noise nothing is drawn: eta 0 is a program of its own.
     eta = own.pop("eta", None) or None
     program = SamplerConfig(network, schedule, sampler, tuple(sorted(own.items())))
-
-    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
-        return _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, inputs, x_T)
-
-    return sample, timesteps
+    return program, timesteps, {"eta": eta, "scale": scale, "inputs": inputs}
 
 
 def sampler_options(sample: ConfigDict) -> dict:
@@ -212,9 +220,8 @@ def run_sampler(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_compiled(program, trajectory, params, timesteps, seed, indices, eta, scale, inputs, x_T):
-    optional = {"eta": eta, "scale": scale, "inputs": inputs, "x_T": x_T}
-    result = run_sampler(program, params, timesteps, seed, indices, **optional, return_x0=trajectory)
+def _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments):
+    result = run_sampler(program, params, timesteps, seed, indices, **arguments, x_T=x_T, return_x0=trajectory)
     if not trajectory:
         return to_uint8(result)
     x_0, predictions = result

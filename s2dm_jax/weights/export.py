@@ -22,7 +22,7 @@ from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import from_json, to_json
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.inference.noise_statistics import load_cached, statistics_folder
-from s2dm_jax.inference.sampler import SamplerConfig, resolve_sampler, run_sampler, sampler_inputs, sampler_options
+from s2dm_jax.inference.sampler import resolve_program, run_sampler, sampler_options
 from s2dm_jax.models.network import Network
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
 from s2dm_jax.samplers.timesteps import split_timestep_spec
@@ -58,11 +58,7 @@ def export_programs(
     Raises:
       ValueError: as `sampler.resolve_sampler`.
     """
-    spec, options = split_timestep_spec(options)
-    timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
-    inputs = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
-    baked_in: dict[str, Any] = {"eta": own.pop("eta", None) or None, "scale": scale, "inputs": inputs}
-    program = SamplerConfig(network, schedule, sampler, tuple(sorted(own.items())))
+    program, timesteps, baked_in = resolve_program(network, schedule, sampler, **options)
 
     def nested(weights):
         return traverse_util.unflatten_dict(weights, sep=".")
@@ -109,9 +105,8 @@ def export(config: ConfigDict, workdir: str, *, network: Network | None = None) 
     statistic = load_cached(schedule, run.ema_params, statistics_folder(workdir))
     inputs: dict[str, Any] = {"ms_eps": statistic and statistic.ms_eps, "head": run.variance_head}
     try:
-        spec, others = split_timestep_spec(options)
-        timesteps, scale, _ = resolve_sampler(schedule, spec=spec, **others, **inputs)
-        sampler_inputs(schedule, options["sampler"], scale, **inputs)
+        _, timesteps, _ = resolve_program(network, schedule, **options, **inputs)
+        _, others = split_timestep_spec(options)
     except ValueError as error:
         raise UserError(f"config.sample.{error}") from error
     try:
