@@ -7,11 +7,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from s2dm_jax.common.version import __version__
+
 
 def run_metadata(config: ConfigDict) -> dict:
     """Config, versions of the packages and commit of this code, as plain data for JSON."""
-    names = ("s2dm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    # This package's own version does not need an installation: a checkout on PYTHONPATH has none.
+    own = {"s2dm_jax": __version__, "python": platform.python_version()}
+    versions = {name: importlib.metadata.version(name) for name in names} | own
     return {"config": config.to_dict(), "versions": versions, "git_commit": _git_commit()}
 
 

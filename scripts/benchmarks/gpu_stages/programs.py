@@ -1,0 +1,139 @@
+"""Compiled train steps of the published configs, as training compiles them, ready to be timed."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+# Fields that make every config small enough for a rehearsal: 8 × 8 pixels.
+_TINY = {
+    "data.name": "digits",
+    "model.ch": 32,
+    "model.ch_mult": (1,),
+    "model.num_res_blocks": 1,
+    "model.attn_resolutions": (),
+    "train.batch_size": 4,
+}
+_NUM_IMAGES = 1024
+
+
+class TrainProgram(NamedTuple):
+    """A compiled chunk of train steps.
+
+    Attributes:
+      run: does one chunk, waits for it and returns its seconds.
+      steps: of a chunk.
+      images: of a step.
+      flops: of a step, as `models.flops.step_flops` counts them.
+      parameters: of the network.
+      trace_seconds, compile_seconds: what tracing and compiling took.
+      memory_bytes: of its arguments and temporaries, as compiled.
+      compiled: XLA's executable, for `as_text()` and `cost_analysis()`.
+    """
+
+    run: Callable[[], float]
+    steps: int
+    images: int
+    flops: int
+    parameters: int
+    trace_seconds: float
+    compile_seconds: float
+    memory_bytes: int
+    compiled: Any
+
+
+def published_config(name: str, tiny: bool, **fields: Any) -> Any:
+    """The config "configs/NAME.py:OBJECTIVE", with fields such as `{"model.remat": True}`; `tiny` makes it small."""
+    from s2dm_jax.config.io import load_config
+    from s2dm_jax.config.validate import check_config
+
+    config = load_config(name)
+    for field, value in {**(_TINY if tiny else {}), **fields}.items():
+        group, _, key = field.partition(".")
+        config[group][key] = value
+    check_config(config)
+    return config
+
+
+def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = None) -> TrainProgram:
+    """Compiles a chunk of `steps` train steps as training does, on random images that are on the device.
+
+    `options` are XLA's, beside those of training.
+    """
+    import jax
+    import numpy as np
+
+    from s2dm_jax.config.build import build_network, build_objective
+    from s2dm_jax.config.defaults import image_shape
+    from s2dm_jax.devices import sharding
+    from s2dm_jax.devices.hardware import compiler_options
+    from s2dm_jax.models.flops import step_flops
+    from s2dm_jax.models.network import num_params
+    from s2dm_jax.training.step import make_train_chunk
+    from s2dm_jax.workdir.state import init_state, make_optimizer
+
+    network, optimizer = build_network(config), make_optimizer(config.train.lr, config.train.grad_clip)
+    size, channels = image_shape(config)
+    rng = np.random.default_rng(0)
+    num_images = min(_NUM_IMAGES, 2**28 // (size * size * channels))
+    images = sharding.replicate(rng.integers(0, 256, (num_images, size, size, channels), np.uint8))
+    rows = rng.integers(0, num_images, (steps, config.train.batch_size)).astype(np.int32)
+    arguments = images, sharding.shard_batch(rows, axis=1), sharding.replicate_key(jax.random.key(0))
+    state = [sharding.replicate(init_state(network, optimizer, 0))]
+    chunk = jax.jit(
+        make_train_chunk(config, network, optimizer),
+        donate_argnums=0,
+        out_shardings=sharding.replicated(),
+        compiler_options={**compiler_options(), **(options or {})},
+    )
+    began = time.perf_counter()
+    lowered = chunk.lower(state[0], *arguments)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    ended = time.perf_counter()
+
+    def run() -> float:
+        began = time.perf_counter()
+        # The chunk donates its state, so each call takes that of the call before.
+        state[0], metrics = program(state[0], *arguments)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - began
+
+    memory = program.memory_analysis()
+    K = build_objective(config).num_timesteps_per_image
+    return TrainProgram(
+        run,
+        steps,
+        config.train.batch_size,
+        step_flops(network, config.train.batch_size, K),
+        num_params(network),
+        traced - began,
+        ended - traced,
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        program,
+    )
+
+
+def interleave(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round, after one of each that does not count; one after the other in every round, so
+    that a slow moment of the machine affects all of them.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name].append(run())
+    return seconds
+
+
+def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest ratio of two interleaved runs."""
+    ratios = [a / b for a, b in zip(seconds, base, strict=True)]
+    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    values = list(values)
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
