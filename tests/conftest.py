@@ -1,13 +1,10 @@
 """Golden values of the published PyTorch code (tests/golden/README.md); fixtures that every test may use."""
 
-import json
 import os
-from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from torch_random import initial_weights
+from published import read_golden
 
 from s2dm_jax import main
 
@@ -15,16 +12,10 @@ from s2dm_jax import main
 _QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILE}".strip()
 
-_GOLDEN = Path(__file__).parent / "golden"
-
 
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that no worker is left with one of them when the others are done."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
-
-
-def _nhwc(array):
-    return np.moveaxis(array, -3, -1) if array.ndim >= 4 else array
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,24 +38,10 @@ def _no_download():
         yield
 
 
-def _read_golden(name):
-    path = _GOLDEN / name
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    with np.load(path) as stored:
-        weights = ("grad/", "ema/")
-        arrays = {k: v if k.startswith(weights) else _nhwc(v) for k, v in stored.items()}
-    if "network" in arrays:
-        network = json.loads(str(arrays.pop("network")))
-        prefix, _ = network.pop("prefix"), network.pop("sha256")
-        arrays |= {prefix + k: v for k, v in initial_weights(**network).items()}
-    return arrays
-
-
 @pytest.fixture(scope="session")
 def golden():
     """Function of a file's name giving its arrays: images as NHWC, parameters as PyTorch has them."""
-    return _read_golden
+    return read_golden
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import numpy as np
 from s2dm_jax.config import default_config
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.io import to_json
-from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.samplers.specs import get_sampler
 from s2dm_jax.workdir import checkpoint
@@ -101,44 +99,6 @@ def final_state(workdir, config):
     return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
 
 
-def network_of(arrays, **changes):
-    """The golden file's network."""
-    c = json.loads(str(arrays["config"]))
-    shape = {
-        "resolution": c["resolution"],
-        "in_channels": c["in_channels"],
-        "out_channels": c["out_ch"],
-        "ch": c["ch"],
-        "ch_mult": tuple(c["ch_mult"]),
-        "num_res_blocks": c["num_res_blocks"],
-        "attn_resolutions": tuple(c["attn_resolutions"]),
-        "resamp_with_conv": c["resamp_with_conv"],
-    }
-    return UNet(**{**shape, **changes})
-
-
-def golden_eps(x, t):
-    """The closed-form network that the golden files were made with; NumPy in, NumPy out."""
-    xp = np if isinstance(x, np.ndarray) else jnp
-    u = t.astype(x.dtype)[:, None, None, None] + 1
-    a = xp.exp(-(1e-4 * u + 0.5 * (0.02 - 1e-4) / 1000 * u**2))
-    return xp.sqrt(1 - a) * (x - 0.2 * xp.sqrt(a)) / (0.09 * a + 1 - a) + 0.05 * xp.sin(3 * x)
-
-
-# The schedule that the golden files were made with.
-LINEAR = linear_schedule()
-
-
-def injected(noise, dtype):
-    return lambda step: jnp.asarray(noise, dtype)[step]
-
-
-def sample_golden(sampler, x_T, timesteps, dtype, **options):
-    """One compiled run of a sampler on the golden network and schedule, results as NumPy arrays."""
-    run = jax.jit(lambda x_T: sampler(golden_eps, x_T, LINEAR, timesteps, **options))
-    return jax.tree.map(np.asarray, run(np.asarray(x_T, dtype)))
-
-
 def sampler_with_noise(name, noise_fn=lambda step: jnp.sin(1.7 * step)):
     """The sampler of that name with noise, a variance head or covariances, where it requires them."""
     sampler = get_sampler(name)
@@ -179,11 +139,6 @@ def save_run(path, config, *, seed, ema_factor):
     manager = checkpoint.open_checkpoints(path)
     checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema_params=ema)))
     manager.close()
-
-
-def group(arrays, prefix):
-    """The entries of a golden file below a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def equations(jaxpr):

@@ -16,10 +16,10 @@ def run_metadata(config: ConfigDict) -> dict:
     # This package's own version does not need an installation: a checkout on PYTHONPATH has none.
     own = {"s2dm_jax": __version__, "python": platform.python_version()}
     versions = {name: importlib.metadata.version(name) for name in names} | own
-    return {"config": config.to_dict(), "versions": versions, "git_commit": _git_commit()}
+    return {"config": config.to_dict(), "versions": versions, "git_commit": git_commit()}
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this code, with "+changes" if files differ from it; None outside of a checkout."""
 
     def git(*arguments):

@@ -12,21 +12,10 @@ from s2dm_jax.common.errors import UserError
 
 def benchmark_losses(arguments):
     """Times a train step of the CIFAR-10 UNet with each objective, relative to plain training."""
-    import jax
-
     from s2dm_jax.diffusion import objectives
 
     network = cifar10_network()
-
-    class OneCallPerTimestep(type(network)):
-        def apply(self, params, x, t, dropout_key=None):
-            # The merged batch has the K timesteps of an image side by side.
-            K = len(x) // arguments.batch
-            keys = jax.random.split(dropout_key, K)
-            eps = [network.apply(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
-            return jax.numpy.stack(eps, axis=1).reshape(x.shape)
-
-    separate = OneCallPerTimestep(**vars(network))
+    separate = one_call_per_timestep(network, arguments.batch)
     cases = {
         "plain": (objectives.paper(), network),
         "skip 10": (objectives.paper(skip=10), network),
@@ -44,6 +33,21 @@ def benchmark_losses(arguments):
             steps[name], memory[name] = _compile_step(objective, network, arguments.batch)
             print(f"compiled {name}", flush=True)
     print_ratios(steps, arguments.rounds, "plain", memory)
+
+
+def one_call_per_timestep(network, batch):
+    """The network with a call for each of the K timesteps of an image, in place of one for all of them."""
+    import jax
+
+    class OneCallPerTimestep(type(network)):
+        def apply(self, params, x, t, dropout_key=None):
+            # The merged batch has the K timesteps of an image side by side.
+            K = len(x) // batch
+            keys = [None] * K if dropout_key is None else jax.random.split(dropout_key, K)
+            eps = [network.apply(params, x[k::K], t[k::K], keys[k]) for k in range(K)]
+            return jax.numpy.stack(eps, axis=1).reshape(x.shape)
+
+    return OneCallPerTimestep(**vars(network))
 
 
 def benchmark_attention(arguments):

@@ -2,52 +2,20 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, equations, group, network_of
+from helpers import TINY, equations
+from published import group, published_run
 from torch_random import sketch
 
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.objectives import NoiseSample, Term, paper, released
 from s2dm_jax.diffusion.schedule import add_noise, cosine_schedule, linear_schedule
-from s2dm_jax.training.step import StepConfig, update
-from s2dm_jax.weights import torch_names
-from s2dm_jax.workdir.state import TrainState, make_optimizer
 
 SCHEDULE = linear_schedule()
-
-
-def published_run(arrays):
-    """Five steps of the published loop: loss and gradient norm of each, then the weights in torch names."""
-    c = json.loads(str(arrays["config"]))
-    network = network_of(arrays)
-    params = torch_names.from_torch(group(arrays, "init/"), network)
-    optimizer = make_optimizer(c["lr"], c["grad_clip"])
-    if "skip_factors" in arrays:
-        objective = released(skip=int(arrays["skip_factors"]) + 1, tau=float(arrays["tau"]))
-        rest, second = arrays["e"][:, :0], arrays["e2"]
-    else:
-        objective = released(K=max(int(arrays["K"]), 1), lam=float(arrays["lam"]))
-        rest, second = np.moveaxis(arrays["e_k"], 1, 2), [None] * len(arrays["t"])
-    made_of = StepConfig(network, SCHEDULE, objective, optimizer, c["ema_rate"])
-    state = TrainState(np.int32(0), params, params, optimizer.init(params))
-
-    @jax.jit
-    def step(state, x0, sample):
-        return update(made_of, state, x0, sample, None)
-
-    history = []
-    for i, t in enumerate(arrays["t"]):
-        noise = arrays["e"][i][:, None]
-        if objective.num_timesteps_per_image > 1:
-            noise = np.concatenate([noise, rest[i]], axis=1)
-        state, metrics = step(state, arrays["x0"][i], NoiseSample(t, noise, second[i]))
-        history.append((metrics["loss"], metrics["grad_norm"]))
-    return np.array(history), torch_names.to_torch(state.params), torch_names.to_torch(state.ema_params)
 
 
 @pytest.mark.parametrize("name", ["train_ddpm.npz", "train_sa2.npz", "train_sa3.npz", "train_s2.npz"])

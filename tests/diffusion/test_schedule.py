@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from helpers import LINEAR
+from published import LINEAR
 
 from s2dm_jax.diffusion.schedule import log_alpha_bar
 

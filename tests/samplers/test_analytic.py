@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LINEAR, assert_close, golden_eps, injected
+from helpers import assert_close
+from published import LINEAR, golden_eps, injected
 
 from s2dm_jax.diffusion.schedule import SCHEDULES, linear_schedule, log_alpha_bar
 from s2dm_jax.samplers.analytic import analytic, cov_x0, npr, optimal_timesteps, reverse_coefficients, sn, step_costs

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_eps
+from published import golden_eps
 
 from s2dm_jax.samplers.common import scale_eps, scan_sampler
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LINEAR, assert_close, golden_eps, sample_golden
+from helpers import assert_close
+from published import LINEAR, golden_eps, sample_golden
 
 from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.samplers.ddim import ddim

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LINEAR, golden_eps, sampler_with_noise
+from helpers import sampler_with_noise
+from published import LINEAR, golden_eps
 
 from s2dm_jax.samplers.noise import image_keys, initial_noise, per_image_noise, slerp
 from s2dm_jax.samplers.timesteps import uniform_timesteps

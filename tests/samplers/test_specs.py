@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LINEAR, assert_close, golden_eps, sample_golden, sampler_with_noise
+from helpers import assert_close, sampler_with_noise
+from published import LINEAR, golden_eps, sample_golden
 
 from s2dm_jax.samplers.pndm import f_pndm
 from s2dm_jax.samplers.specs import SAMPLERS, check_options, nfe_of, steps_for_nfe

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LINEAR, golden_eps
+from published import LINEAR, golden_eps
 
 from s2dm_jax.samplers.ddim import ddim
 from s2dm_jax.samplers.timesteps import (

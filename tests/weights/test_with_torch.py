@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import group
+from published import group
 
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.diffusion.schedule import SCHEDULES

@@ -28,6 +28,19 @@ class Settings(NamedTuple):
     deadline: float
 
 
+def write_settings(settings: Settings) -> str:
+    """The settings as JSON."""
+    return json.dumps(settings._asdict(), default=str)
+
+
+def read_settings(text: str) -> Settings:
+    """The settings that `write_settings` wrote."""
+    values = json.loads(text)
+    for name in ("out", "scratch", "resume", "images"):
+        values[name] = values[name] and Path(values[name])
+    return Settings(**values)
+
+
 class Part(NamedTuple):
     """One measurement or check of a stage.
 

@@ -1,0 +1,79 @@
+"""The process that runs parts of a stage: `python -m gpu_stages.worker MODULE PARTS SETTINGS DESCRIPTOR`.
+
+It writes a JSON line to the file descriptor when the devices are found, and when a part starts and ends. A part that
+raises ends the process, because a device may be unusable after an error; `supervise` starts another for the rest.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from typing import Any, TextIO
+
+from gpu_stages.parts import Settings, Skip, read_settings
+
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "triton")
+
+
+def main() -> None:
+    module, names, settings, descriptor = sys.argv[1:]
+    with os.fdopen(int(descriptor), "w", encoding="utf-8") as records:
+        _run(module, names.split(","), read_settings(settings), records)
+
+
+def _run(module: str, names: list[str], settings: Settings, records: TextIO) -> None:
+    import jax
+
+    def write(event: str, **values: Any) -> None:
+        # NumPy's and JAX's scalars are written as floats.
+        records.write(json.dumps({"event": event, **values}, default=float) + "\n")
+        records.flush()
+
+    backend = jax.default_backend()
+    if backend != settings.device:
+        write("no device", reason=f"JAX {jax.__version__} finds only {backend} devices")
+        return
+    write("machine", machine=describe_machine())
+    parts = importlib.import_module(module).PARTS
+    for name in names:
+        write("start", part=name)
+        try:
+            result = parts[name].run(settings)
+        except Skip as skip:
+            write("skip", part=name, reason=str(skip))
+        else:
+            write("end", part=name, result=result)
+
+
+def describe_machine() -> dict[str, Any]:
+    """The devices, what drives them, and the versions of the packages, as plain data."""
+    import jax
+
+    versions = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "driver": _driver(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+if __name__ == "__main__":
+    main()
