@@ -22,9 +22,10 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.files import user_path
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import allowed_type, fields_help
-from s2dm_jax.config.io import load_config
+from s2dm_jax.config.io import expand_paths, load_config
 from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
 from s2dm_jax.data.cache import check_preparable, prepare_dataset
 from s2dm_jax.workdir.folder import prepare_workdir
@@ -73,13 +74,17 @@ def _help(values: flags.FlagValues) -> str:
     return f"{__doc__}\nflags:\n{own}\n\n{fields}"
 
 
-def _starting_config(values: flags.FlagValues) -> ConfigDict:
-    """The config that the command line changes: that of --config, else that of the run in --workdir."""
+def _workdir(values: flags.FlagValues) -> str:
     if not values.workdir:
         raise UserError(f"--workdir is missing; for example --mode={values.mode} --workdir=runs/digits")
-    is_run = values.mode in _GROUPS or os.path.isfile(f"{values.workdir}/config.json")
+    return str(user_path(values.workdir, "--workdir"))
+
+
+def _starting_config(values: flags.FlagValues, workdir: str) -> ConfigDict:
+    """The config that the command line changes: that of --config, else that of the run in the workdir."""
+    is_run = values.mode in _GROUPS or os.path.isfile(f"{workdir}/config.json")
     if values.config is None and is_run:
-        return read_config(values.workdir)
+        return read_config(workdir)
     if not values.config:
         raise UserError("--config is missing; for example --config=configs/digits.py --workdir=runs/digits")
     config = load_config(values.config)
@@ -144,10 +149,11 @@ def run(argv: Sequence[str]) -> None:
     if values.help:
         print(_help(values))
         return
-    config = _starting_config(values)
+    mode, workdir = values.mode, _workdir(values)
+    config = _starting_config(values, workdir)
     named = _set_fields(values, config, arguments)
+    expand_paths(config)
     _check_processes(values)
-    mode, workdir = values.mode, values.workdir
     if mode == "train":
         config = _training_config(config, named)
         check_config(config)

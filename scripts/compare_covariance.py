@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from run_once import main_command, run_once
 
-from s2dm_jax.common.cli import Parser
+from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.common.progress import iterate_with_eta
@@ -40,7 +40,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a value out of range.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument("out", metavar="DIR", help="folder for the runs and the table, new or to resume")
+    parser.add_argument(
+        "out", metavar="DIR", type=path_argument("DIR"), help="folder for the runs and the table, new or to resume"
+    )
     parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of training seeds, at least 2 (3)")
     parser.add_argument("--steps", type=int, default=500, help="train steps of sa; ddpm makes twice as many (500)")

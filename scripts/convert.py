@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from s2dm_jax.common.cli import Parser
+from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.config.io import load_config
 from s2dm_jax.weights.formats import FORMATS, format_of
@@ -35,8 +35,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a value that is not allowed.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLES)
-    parser.add_argument("source", metavar="IN", help="file or folder to read")
-    parser.add_argument("out", metavar="OUT", help="file or folder to write")
+    parser.add_argument("source", metavar="IN", type=path_argument("IN"), help="file or folder to read")
+    parser.add_argument("out", metavar="OUT", type=path_argument("OUT"), help="file or folder to write")
     parser.add_argument("--to", choices=FORMATS, default="", help="format of OUT (default: by its name)")
     parser.add_argument("--resolution", type=int, help="height and width in pixels, where the shapes leave it open")
     parser.add_argument("--digest", default="", help="the SHA-256 or MD5 that the file IN must have")
@@ -46,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         default="",
+        type=path_argument("--data"),
         help="dataset, or path of your own images, for the run's folder to continue training on",
     )
     parser.add_argument("--step", type=int, help="train steps behind the weights, for a run's folder (0)")

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from s2dm_jax.common.cli import Parser, check_matplotlib
+from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.config.defaults import dataset_name
@@ -29,8 +29,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a value out of range, a run that cannot be read, or a missing matplotlib.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a training run, one or more")
-    parser.add_argument("--out", default="estimation_gap.png", help="the .png to write (default: %(default)s)")
+    parser.add_argument(
+        "workdirs",
+        nargs="+",
+        metavar="WORKDIR",
+        type=path_argument("WORKDIR"),
+        help="folder of a training run, one or more",
+    )
+    parser.add_argument(
+        "--out",
+        default="estimation_gap.png",
+        type=path_argument("--out"),
+        help="the .png to write (default: %(default)s)",
+    )
     parser.add_argument("--start", type=int, default=300, help="timestep to noise to, at most T-1 (300)")
     parser.add_argument("--images", type=int, default=2000, help="number of images, at most all of the split (2000)")
     parser.add_argument(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from s2dm_jax.common.cli import Parser, check_matplotlib
+from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.workdir.load import read_config
 
@@ -24,9 +24,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a folder that holds no run, another suffix, or a missing matplotlib.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of an evaluated run, one or more")
-    parser.add_argument("--out", default="report.html", help="the page to write (default: %(default)s)")
-    parser.add_argument("--plot", help="also write the plot of distances to a .png or .svg")
+    parser.add_argument(
+        "workdirs",
+        nargs="+",
+        metavar="WORKDIR",
+        type=path_argument("WORKDIR"),
+        help="folder of an evaluated run, one or more",
+    )
+    parser.add_argument(
+        "--out", default="report.html", type=path_argument("--out"), help="the page to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--plot", type=path_argument("--plot"), help="also write the plot of distances to a .png or .svg"
+    )
     args = parser.parse_args(argv)
     if not args.out.endswith(".html"):
         raise UserError(f"--out={args.out} must end in .html")

@@ -24,7 +24,7 @@ from papers.sa_dpm import TABLES as SA_TABLES
 from papers.types import Model, Table, TableRow
 from run_once import print_command, run_once
 
-from s2dm_jax.common.cli import Parser, check_matplotlib
+from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.common.progress import iterate_with_eta
@@ -56,7 +56,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = Parser(_DESCRIPTION, _EXAMPLE)
     parser.add_argument("table", metavar="TABLE", nargs="?", help=f"one of {', '.join(TABLES)}; none: list them")
-    parser.add_argument("--out", default="runs/papers", help="folder for runs and tables (%(default)s)")
+    parser.add_argument(
+        "--out", default="runs/papers", type=path_argument("--out"), help="folder for runs and tables (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="training seed (0)")
     parser.add_argument(
         "--images", type=int, default=0, help="images behind each value (50,000; with --scale=digits 100)"

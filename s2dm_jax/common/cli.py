@@ -4,10 +4,11 @@ import argparse
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import user_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +19,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+def path_argument(name: str) -> Callable[[str], str]:
+    """The `type=` of an argument that is a path: as `files.user_path` reads it; `name` is for its errors."""
+    return lambda text: str(user_path(text, name))
 
 
 def check_matplotlib(purpose: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import struct
 import zipfile
@@ -33,6 +34,26 @@ def cache_dir() -> Path:
 def data_cache_dir() -> Path:
     """The cache of prepared datasets: $S2DM_JAX_DATA, or ~/.cache/s2dm_jax/data."""
     return Path(os.environ.get("S2DM_JAX_DATA") or "~/.cache/s2dm_jax/data").expanduser()
+
+
+def user_path(path: str | os.PathLike, name: str) -> Path:
+    """A path that a user wrote, with `~` for the home folder and without `..`; `name` is its flag or field.
+
+    Raises:
+      UserError: for a URL such as gs://bucket/run, and for the home folder of an unknown user.
+    """
+    written = os.fspath(path)
+    # pathlib makes one slash of two.
+    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", written):
+        raise UserError(
+            f"{name}={written} is a URL ({url[1]}:), which is not supported; give a path, such as a folder that the "
+            "bucket is mounted at"
+        )
+    expanded = os.path.expanduser(written)
+    if expanded.startswith("~"):
+        raise UserError(f"{name}={written} names the home folder of an unknown user; give the path in full")
+    # Checkpoints cannot be written through `..`; a path without it is shown as it was written.
+    return Path(expanded).resolve() if ".." in Path(expanded).parts else Path(expanded)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,9 @@ FIELDS: dict[str, Field] = {
     "data.random_flip": Field(False, doc="flip half of the training images from left to right"),
     # Resumable: the hash of the images decides whether they are the same.
     "data.source": Resumable(
-        "", doc="your own images: a folder, a .zip or .tar of one, an .npy or .npz; empty: the dataset data.name"
+        "",
+        path="path",
+        doc="your own images: a folder, a .zip or .tar of one, an .npy or .npz; empty: the dataset data.name",
     ),
     "data.resolution": Field(0, low=0, high=1024, doc="pixels of a side; 0: as the dataset data.name"),
     "data.channels": Field(0, choices=(0, 1, 3), doc="1: grey, 3: RGB; 0: as the dataset data.name"),
@@ -119,7 +121,7 @@ FIELDS: dict[str, Field] = {
         "", choices=("", *HEADS), doc="variance head to train on another run's frozen network; empty: none"
     ),
     # Resumable: the hash of the weights decides whether it is the same network.
-    "variance_head.base_workdir": Resumable("", doc="workdir of that run"),
+    "variance_head.base_workdir": Resumable("", path="path", doc="workdir of that run"),
     "variance_head.dropout": Field(False, doc="whether the frozen network's dropout is on"),
     "train.steps": Resumable(500_000, low=1, doc="optimizer steps in total"),
     "train.batch_size": Field(128, low=1, doc="global batch size, over all devices"),
@@ -162,28 +164,36 @@ FIELDS: dict[str, Field] = {
     ),
     "sample.interpolate": Resumable(0, low=0, doc="write rows of this many images between two noises instead; 0: off"),
     "sample.trajectory": Resumable(False, doc="write each step's prediction of x_0 instead"),
-    "sample.compare": Resumable("", doc="write the same noise through these workdirs (a,b,…) as well, row by row"),
+    "sample.compare": Resumable(
+        "", path="paths", doc="write the same noise through these workdirs (a,b,…) as well, row by row"
+    ),
     "eval.samplers": Resumable("ddim", doc="samplers to evaluate (a,b,…)"),
     "eval.nfe": Resumable((10, 20, 50), low=1, min_length=1, doc="NFE to evaluate each sampler at"),
     **{f"eval.{name}": field for name, field in _SHARED.items()},
     "eval.feature_extractor": Resumable(
         "auto",
+        path="path",
         doc="features to compare in: inception, classifier (trained on the dataset's labels) or your own "
         "FILE.py:function of uint8 [B, H, W, C]; auto: inception if available, classifier for the digits",
     ),
     "eval.metrics": Resumable("fid", doc=f"metrics (a,b,…): {', '.join(METRICS)}"),
     "eval.reference": Resumable(
         "auto",
+        path="path",
         doc="images to compare with: train, held_out or FILE.npz with mu and sigma; auto: train for "
         "inception, as in the papers, else held_out",
     ),
-    "eval.inception_weights": Resumable("", doc="file or URL of Inception's weights; empty: the standard ones"),
+    "eval.inception_weights": Resumable(
+        "", path="URL", doc="file or URL of Inception's weights; empty: the standard ones"
+    ),
     "eval.inception_sha256": Resumable("", doc="SHA-256 of Inception's weights; empty: that of the standard ones"),
     "eval.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to evaluate; 0: the newest"),
     "eval.num_images": Resumable(50_000, low=2, doc="images to sample for each sampler and NFE"),
     "eval.batch_size": Resumable(500, low=1, doc="images sampled at once"),
     "eval.seed": Resumable(0, low=0, high=_MAX_SEED, doc="seed of the samplers' noise"),
-    "export.path": Resumable("", doc="file to write, .npz; empty: named by the sampler, in workdir/exports"),
+    "export.path": Resumable(
+        "", path="path", doc="file to write, .npz; empty: named by the sampler, in workdir/exports"
+    ),
     "export.license": Resumable("", doc="license of the weights, for the model card"),
 }
 

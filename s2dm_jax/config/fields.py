@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Field:
       min_length: fewest entries of a tuple.
       choices: the only values allowed, or None for any.
       resumable: whether a run may resume with another value.
+      path: whether a value may be a path: "path", "paths" separated by commas, "URL" for a path or a URL, "" for none.
       type: int, float, bool, str or tuple (of int); by default that of `default`.
     """
 
@@ -27,6 +28,7 @@ class Field:
     min_length: int = 0
     choices: tuple | None = None
     resumable: bool = False
+    path: Literal["", "path", "paths", "URL"] = ""
     type: Any = None
 
     def __post_init__(self):

@@ -8,7 +8,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.config.defaults import default_config
+from s2dm_jax.common.files import user_path
+from s2dm_jax.config.defaults import FIELDS, default_config
 
 
 def config_path(name: str) -> str:
@@ -18,8 +19,10 @@ def config_path(name: str) -> str:
       UserError: where there is neither.
     """
     file, colon, objective = name.partition(":")
+    if not objective.startswith("/"):
+        file = str(user_path(file, "--config"))
     if os.path.isfile(file):
-        return name
+        return f"{file}{colon}{objective}"
     package = Path(__file__).parents[1]
     # A wheel has the configs inside the package, a clone beside it.
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
@@ -29,6 +32,21 @@ def config_path(name: str) -> str:
             f"--config={name}: there is no such file; those that come with s2dm_jax are {', '.join(packaged)}"
         )
     return f"{packaged[os.path.normpath(file)]}{colon}{objective}"
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Makes the paths in a config's fields those that `files.user_path` reads, in place.
+
+    Raises:
+      UserError: as `files.user_path`.
+    """
+    for name, value in flatten(config).items():
+        kind = FIELDS[name].path if name in FIELDS else ""
+        if not kind or not isinstance(value, str) or not value or (kind == "URL" and "://" in value):
+            continue
+        group, key = name.split(".")
+        written = value.split(",") if kind == "paths" else [value]
+        config[group][key] = ",".join(str(user_path(path.strip(), f"config.{name}")) for path in written)
 
 
 def flatten(config: ConfigDict) -> dict:

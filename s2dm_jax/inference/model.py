@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from s2dm_jax.common.files import user_path
 from s2dm_jax.config.build import build_schedule
 from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.diffusion.schedule import NoiseSchedule
@@ -110,6 +111,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, network: Networ
     Raises:
       errors.UserError: if the folder holds no run, or no such checkpoint that is complete.
     """
+    workdir = user_path(workdir, "workdir")
     run = load_run(workdir, step, network=network)
     schedule = build_schedule(run.config)
     statistic = noise_statistics.load_cached(schedule, run.ema_params, statistics_folder(workdir))

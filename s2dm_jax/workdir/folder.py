@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import fnmatch
 import os
 import socket
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ def checkpoint_steps(workdir: str | os.PathLike) -> list[int]:
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     """Creates the folder of a run; raises a `UserError` where a run with this config cannot train."""
     path = Path(workdir)
+    _check_storable(path)
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir():
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
@@ -49,6 +51,28 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         with (path / _LOCK).open(encoding="utf-8") as file:
             _lock(file, fcntl.LOCK_SH, workdir)
     return path
+
+
+def check_readable_name(workdir: str | os.PathLike) -> None:
+    """Raises a `UserError` for a path that Orbax cannot read checkpoints from: tensorstore takes a backslash for a
+    slash.
+    """
+    if "\\" in str(Path(workdir).absolute()):
+        raise UserError(
+            f"{workdir} has a backslash in its path, where checkpoints cannot be written or read; give another path, "
+            "or rename the folder"
+        )
+
+
+def _check_storable(path: Path) -> None:
+    check_readable_name(path)
+    # Orbax finds what it has written by a pattern that begins with the path.
+    for part in path.absolute().parts:
+        if not fnmatch.fnmatchcase(part, part):
+            raise UserError(
+                f"--workdir={path} has the name {part!r} in its path, whose brackets are a pattern to the library that "
+                "writes checkpoints; give a path without them"
+            )
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import user_path, write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.config.io import from_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.workdir import exported
-from s2dm_jax.workdir.folder import checkpoint_steps
+from s2dm_jax.workdir.folder import check_readable_name, checkpoint_steps
 
 if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
@@ -59,7 +59,8 @@ def checked_config(text: str, place: str | Path) -> ConfigDict:
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
     """The checked config of a run that has saved a checkpoint, or of an exported sampler; imports no jax."""
-    path = Path(workdir)
+    path = user_path(workdir, "workdir")
+    check_readable_name(path)
     if path.is_file():
         return checked_config(exported.read_header(path)["config"], path)
     if not path.is_dir():
@@ -103,8 +104,9 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "N
     `network` is what was trained, where that is not the network of the run's config.
     """
     config = read_config(workdir)
+    workdir = user_path(workdir, "workdir")
     network = network or build_network(config)
-    if Path(workdir).is_file():
+    if workdir.is_file():
         params, header = exported.read_weights(workdir, network)
         if step not in (None, header["step"]):
             raise UserError(f"{workdir} holds the weights of step {header['step']}, not of step {step}")

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import atomic_outputs, atomic_path, write_atomic
+from s2dm_jax.common.files import atomic_outputs, atomic_path, user_path, write_atomic
 
 
 def fail(*_):
@@ -89,3 +89,24 @@ def test_text_files_are_read_and_written_as_utf8(folder):
             if is_text and "encoding" not in {keyword.arg for keyword in node.keywords}:
                 without.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not without
+
+
+def test_a_users_path_is_one_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert str(user_path("~/run", "--workdir")) == str(tmp_path / "home" / "run")
+    assert str(user_path("a/../b", "--workdir")) == str(tmp_path / "b")
+    # Others are shown as they were written.
+    for written in ("runs/a", "/runs/a", "run_10:30:00", "a~b", "."):
+        assert str(user_path(written, "--workdir")) == written
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://b", "file:///tmp/x", "https://x.org/a.zip", "gs:/bucket"])
+def test_a_url_is_no_path(url):
+    with pytest.raises(UserError, match=rf"--workdir={url} is a URL"):
+        user_path(url, "--workdir")
+
+
+def test_the_home_of_nobody_is_no_path():
+    with pytest.raises(UserError, match="unknown user"):
+        user_path("~no-such-user/run", "--workdir")

@@ -4,6 +4,7 @@ written.
 
 import errno
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import build_objective
 from s2dm_jax.config.datasets import CROPS, RESIZE_FILTERS
 from s2dm_jax.config.defaults import FIELDS, SAMPLER_OPTIONS, default_config
-from s2dm_jax.config.io import from_json, load_config, to_json
+from s2dm_jax.config.io import expand_paths, from_json, load_config, to_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.data import cache
 from s2dm_jax.data.transforms import ImageTransform, crop_box, to_array
@@ -393,3 +394,32 @@ def test_a_full_disk_is_reported_in_one_sentence_and_other_failures_are_not(monk
     assert message.count("\n") == 1
     with pytest.raises(PermissionError):
         fails_with(PermissionError(errno.EACCES, "Permission denied"))
+
+
+def test_every_field_that_is_a_path_is_read_as_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fields = [name for name, field in FIELDS.items() if field.path]
+    # A field whose text speaks of a file, folder or workdir is a path.
+    words = re.compile(r"\b(file|folder|workdirs?|FILE)\b")
+    others = {"sample.output", "train.profile_steps"}
+    assert {name for name, field in FIELDS.items() if words.search(field.doc)} - others <= set(fields)
+    config = default_config()
+    for name in fields:
+        group, key = name.split(".")
+        config[group][key] = "~/a"
+    config.sample.compare = "~/a,b, ~/c"
+    expand_paths(config)
+    for name in fields:
+        group, key = name.split(".")
+        assert config[group][key].split(",")[0] == f"{tmp_path}/a", name
+    assert config.sample.compare == f"{tmp_path}/a,b,{tmp_path}/c"
+
+
+def test_urls_are_refused_where_only_a_path_can_be(monkeypatch):
+    config = default_config()
+    config.eval.inception_weights = "https://example.org/weights.pth"
+    expand_paths(config)
+    assert config.eval.inception_weights == "https://example.org/weights.pth"
+    config.data.source = "gs://bucket/images.zip"
+    with pytest.raises(UserError, match=r"config.data.source=gs://bucket/images.zip is a URL"):
+        expand_paths(config)

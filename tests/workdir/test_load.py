@@ -11,6 +11,8 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import to_json
+from s2dm_jax.inference.model import load
+from s2dm_jax.workdir.folder import prepare_workdir
 from s2dm_jax.workdir.load import load_run, read_config
 from s2dm_jax.workdir.state import init_state, make_optimizer
 
@@ -108,3 +110,28 @@ def test_estimation_gap_command_reports_user_errors_in_one_sentence(command, wor
         command([str(workdir), flag])
     assert stop.value.code == 2
     assert capsys.readouterr().err == sentence + "\n"
+
+
+@pytest.mark.parametrize("way", ["../run", "x/../run", "~/run", "."])
+def test_a_run_is_read_by_any_of_its_paths(config, tmp_path, monkeypatch, way):
+    save_run(tmp_path / "run", config, seed=0, ema_factor=0.5)
+    (tmp_path / "x").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / {"../run": "x", ".": "run"}.get(way, "."))
+    assert load(way).step == 7
+
+
+@pytest.mark.parametrize("name", ["a\\b", "[1]", "a[!b]", "x[0-9]/run"])
+def test_a_path_that_checkpoints_would_be_lost_in_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"backslash|brackets"):
+        prepare_workdir(str(tmp_path / name), default_config())
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b ü p%20 10:30 a=b #'", "a*b?", "a[b", "[]"])
+def test_a_path_that_is_not_refused_keeps_checkpoints(config, tmp_path, name):
+    path = tmp_path / name
+    prepare_workdir(str(path), config)
+    path.rmdir()
+    save_run(path, config, seed=0, ema_factor=0.5)
+    assert load_run(path).step == 7
