@@ -30,7 +30,8 @@ from s2dm_jax.data.transforms import ImageTransform
 
 PROVENANCE = "provenance.json"
 
-_FORMAT = 1
+# Part of an entry's name: another number makes new entries. Your own images, and tensorflow-datasets'.
+_SOURCE_FORMAT, _FORMAT = 2, 1
 
 
 def transform_of(config: ConfigDict) -> ImageTransform:
@@ -117,7 +118,7 @@ def _folder(config: ConfigDict) -> Path | None:
         return None
     transform = transform_of(config)
     name = Path(source).resolve().name if source else config.data.name
-    identity = [_FORMAT, fingerprint(source) if source else name, *transform]
+    identity = [_SOURCE_FORMAT if source else _FORMAT, fingerprint(source) if source else name, *transform]
     return data_cache_dir() / f"{name}-{transform.size}-{sha256_of_json(identity, digits=12)}"
 
 

@@ -21,6 +21,7 @@ class Dataset(NamedTuple):
       num_classes: number of different labels.
       provenance: content and source in one line.
       digest: SHA-256 of the file of `train`; empty for images that never change.
+      labels_digest: SHA-256 of the labels of `train`; empty likewise.
     """
 
     train: np.ndarray
@@ -30,6 +31,12 @@ class Dataset(NamedTuple):
     num_classes: int
     provenance: str
     digest: str = ""
+    labels_digest: str = ""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels are classes: two or more, and fewer than half of the images."""
+        return len(np.unique(self.train_labels)) >= 2 and 2 * self.num_classes <= len(self.train)
 
 
 def load_digits() -> Dataset:
@@ -63,11 +70,12 @@ def load_dataset(config: ConfigDict) -> Dataset:
     entry = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     train, held_out = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS)
     train_labels, held_out_labels = (np.load(folder / f"{split}_labels.npy") for split in SPLITS)
-    digest = entry["files"]["train.npy"]["sha256"]
+    digest, labels_digest = (entry["files"][f"train{kind}.npy"]["sha256"] for kind in ("", "_labels"))
+    num_classes = entry.get("num_classes", len(entry["classes"]))
     version = f" {entry['version']}" if entry["version"] else ""
     provenance = (
         f"{entry['source']}{version}, {entry['size']}×{entry['size']}×{entry['channels']}, crop "
         f"{entry['crop']}, {entry['resize']}, {len(train):,} for training, {len(held_out):,} held out, "
         f"{len(entry['skipped'])} skipped, sha256 {digest[:16]}"
     )
-    return Dataset(train, train_labels, held_out, held_out_labels, len(entry["classes"]), provenance, digest)
+    return Dataset(train, train_labels, held_out, held_out_labels, num_classes, provenance, digest, labels_digest)

@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.progress import progress_bar
-from s2dm_jax.data.sources import check_source, held_out_mask, list_images, open_array, split_and_label
+from s2dm_jax.data.sources import check_source, list_images, open_array
+from s2dm_jax.data.splits import describe_classes, held_out_mask, split_and_label
 from s2dm_jax.data.transforms import ImageTransform, decode, to_array
 
 SPLITS = ("train", "held_out")
 
 _MAX_REPORTED = 10
+_MAX_CLASSES = 1000
 _BATCH_BYTES = 2**16
 
 # (index of the image, the image [H, W, C] or the bytes of its file, or the error that reading it met)
@@ -107,30 +109,35 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
     print(f"reading the {'array' if is_array else 'list of images'} of {source} …", flush=True)
     jobs: Iterator[Job]
     if is_array:
-        count, jobs, labels = open_array(source)
+        count, jobs, values = open_array(source)
         names = [f"image {i}" for i in range(count)]
-        held_out, order = held_out_mask(count), np.arange(count)
-        classes = [str(i) for i in range(int(labels.max(initial=0)) + 1)]
+        used, held_out, order = np.ones(count, bool), held_out_mask(count), np.arange(count)
+        found, labels = np.unique(values, return_inverse=True)
+        classes = list(map(str, found))
+        print(f"split    {held_out.sum():,} of {count:,} images, drawn at random, are held out")
+        print(describe_classes(classes), flush=True)
     else:
-        names, others, jobs = list_images(source)
-        if others:
-            kinds = ", ".join(f"{n:,} × {kind!r}" for kind, n in others.most_common(5))
-            print(f"left out, for their suffix or as hidden: {kinds}", flush=True)
-        held_out, labels, classes = split_and_label(names)
+        listed = list_images(source)
+        names, jobs = listed.names, listed.files
+        for sentence in listed.left_out:
+            print(f"left out, {sentence}", flush=True)
+        used, held_out, labels, classes, description = split_and_label(names)
+        print(description, flush=True)
         order = np.argsort(np.array(names, object), kind="stable")
-    if len(names) < 2:
+    if used.sum() < 2:
         raise UserError(
-            f"config.data.source={source} holds {len(names)} images; it must hold at least 2 PNG, JPEG or WebP files"
+            f"config.data.source={source} holds {used.sum()} images; it must hold at least 2 PNG, JPEG or WebP files"
         )
+    order, jobs = order[used[order]], ((index, data) for index, data in jobs if used[index])
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    needed = len(names) * transform.size**2 * transform.channels
+    needed = int(used.sum()) * transform.size**2 * transform.channels
     if needed > free:
         raise UserError(
             f"{folder.parent} has {free:,} bytes left, and the images of {source} need {needed:,}; set "
             "S2DM_JAX_DATA to a folder with more space"
         )
     writer = SplitWriter(folder, transform, held_out, order)
-    skipped = _write_images(source, names, jobs, transform, max_invalid_fraction, writer)
+    skipped = _write_images(source, names, int(used.sum()), jobs, transform, max_invalid_fraction, writer)
     counts = writer.close(labels)
     for split, n in counts.items():
         if not n:
@@ -139,16 +146,18 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
         "source": os.path.abspath(source),
         "version": None,
         "splits": {split: {"count": n} for split, n in counts.items()},
-        "classes": classes,
+        # Labels that name every image would make a file of names.
+        "classes": classes[:_MAX_CLASSES],
+        "num_classes": len(classes),
         "skipped": skipped,
     }
 
 
-def _write_images(source, names, jobs, transform, max_invalid_fraction, writer):
-    """Decodes and writes every image; returns name and reason of each that was skipped."""
-    max_invalid = math.ceil(max_invalid_fraction * len(names))
+def _write_images(source, names, count, jobs, transform, max_invalid_fraction, writer):
+    """Decodes and writes `count` images; returns name and reason of each that was skipped."""
+    max_invalid = math.ceil(max_invalid_fraction * count)
     skipped = []
-    with progress_bar(len(names), "images") as advance:
+    with progress_bar(count, "images") as advance:
         for index, result in _decoded(jobs, transform):
             if isinstance(result, Exception):
                 reason = str(result) or type(result).__name__
@@ -157,7 +166,7 @@ def _write_images(source, names, jobs, transform, max_invalid_fraction, writer):
                     tqdm.write(f"skipped {names[index]!r}: {reason}", file=sys.stderr)
                 if len(skipped) > max_invalid:
                     raise UserError(
-                        f"config.data.source={source}: {len(skipped)} of {len(names)} images are corrupt or "
+                        f"config.data.source={source}: {len(skipped)} of {count} images are corrupt or "
                         f"unsupported, the last {names[index]!r} ({reason}); "
                         f"config.data.max_invalid_fraction={max_invalid_fraction:g} allows {max_invalid}: mend "
                         "or remove them, or allow more"
@@ -168,7 +177,7 @@ def _write_images(source, names, jobs, transform, max_invalid_fraction, writer):
     if len(skipped) > _MAX_REPORTED:
         print(f"… and {len(skipped) - _MAX_REPORTED} more, all listed in provenance.json", file=sys.stderr)
     if skipped:
-        print(f"{len(skipped)} of {len(names)} images skipped; at most {max_invalid} may be", file=sys.stderr)
+        print(f"{len(skipped)} of {count} images skipped; at most {max_invalid} may be", file=sys.stderr)
     return skipped
 
 

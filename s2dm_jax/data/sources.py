@@ -1,15 +1,19 @@
 """Users' images: a folder, a zip or tar of one, or an array, read in place; no path in them is ever written to."""
 
+import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
 import os
+import posixpath
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +28,6 @@ _SOURCE_SUFFIXES = {
 
 _MAX_BYTES = 2**28
 _NO_FILE = "a link that cannot be followed or a device, not a file"
-
-_HELD_OUT_FRACTION = 0.1
-_HELD_OUT_NAMES = {"test", "val", "valid", "validation"}
 
 
 def check_source(source: str) -> str:
@@ -47,82 +48,85 @@ def fingerprint(source: str) -> str:
     """A hash of the paths, sizes and modification times of the source's files; contents are not read."""
     path = Path(source).expanduser().resolve()
     digest = hashlib.sha256(str(path).encode())
-    for name in sorted(_walk(path)) if path.is_dir() else [""]:
+    for name in sorted(walk_folder(path).files) if path.is_dir() else [""]:
         file = path / name
         stat = file.stat() if file.exists() else file.lstat()
         digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def list_images(source: str) -> tuple[list[str], Counter, Iterator[tuple[int, bytes | Exception]]]:
-    """The image files of a folder, zip or tar.
+class ImageList(NamedTuple):
+    """The image files of a source.
 
-    Returns:
-      Relative paths with "/"; how many other files there are of each suffix, or "hidden"; an iterator of (index of the
-      path, the file's bytes or the error that reading it met).
+    Attributes:
+      names: relative paths with "/"; a folder that cannot be read is among them, with a "/" at its end.
+      left_out: what is not among them, a sentence each.
+      files: an iterator of (index of the name, the file's bytes or the error that reading it met).
+    """
+
+    names: list[str]
+    left_out: list[str]
+    files: Iterator[tuple[int, bytes | Exception]]
+
+
+def list_images(source: str) -> ImageList:
+    """The image files of a folder, zip or tar, also behind links to folders; of files of one name in an archive the
+    last.
+
+    Raises:
+      UserError: for a source that is damaged, cut short or cannot be read.
     """
     kind, path = check_source(source), Path(source)
+    left_out: list[str] = []
+    read_files: Callable[..., Iterator[tuple[int, bytes | Exception]]]
     with _as_user_error(source):
         if kind == "folder":
-            names, read_files = sorted(_walk(path)), _read_folder
+            tree = walk_folder(path)
+            if "" in tree.unreadable:
+                raise tree.unreadable[""]
+            names, read_files = sorted(tree.files), functools.partial(_read_folder, tree.unreadable)
+            names += [f"{folder}/" for folder in tree.unreadable]
+            if tree.repeated:
+                links = ", ".join(map(repr, tree.repeated[:3]))
+                left_out.append(f"{len(tree.repeated):,} link(s) to folders that are read already, such as {links}")
         elif kind == "zip":
+            _check_zip_start(path)
             with zipfile.ZipFile(path) as archive:
                 names = [member.filename.replace("\\", "/") for member in _zip_files(archive)]
             read_files = _read_zip
         else:
             names, read_files = [member.name for _, member in _tar_files(path)], _read_tar
     visible = [index for index, name in enumerate(names) if not _hidden(name)]
-    selected = [index for index in visible if names[index].lower().endswith(SUFFIXES)]
+    selected = [index for index in visible if names[index].lower().endswith((*SUFFIXES, "/"))]
+    last = {posixpath.normpath(names[index]): index for index in selected}
+    if replaced := len(selected) - len(last):
+        left_out.append(f"{replaced:,} file(s) that a later one of the same name in the archive replaces")
+        selected = sorted(last.values())
     position = {index: i for i, index in enumerate(selected)}
-    others = Counter(os.path.splitext(names[i])[1].lower() or "no suffix" for i in visible if i not in position)
+    suffixes = Counter(
+        os.path.splitext(names[i])[1].lower() or "no suffix"
+        for i in visible
+        if not names[i].lower().endswith((*SUFFIXES, "/"))
+    )
     if len(visible) < len(names):
-        others["hidden"] = len(names) - len(visible)
+        suffixes["hidden"] = len(names) - len(visible)
+    if suffixes:
+        kinds = ", ".join(f"{n:,} × {suffix!r}" for suffix, n in suffixes.most_common(5))
+        left_out.append(f"for their suffix or as hidden: {kinds}")
 
     def read():
         with _as_user_error(source):
             for index, data in read_files(source, names, position):
                 yield position[index], data
 
-    return [names[index] for index in selected], others, read()
-
-
-def split_and_label(names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Split and label of every image, from its relative path with "/".
-
-    Folders that all images share do not count. Where the rest starts with train/ and with test/, val/, valid/ or
-    validation/ alone, those are the splits; else a tenth of all, drawn with seed 0 from the sorted names, is held out.
-    The folders below are the labels, in sorted order.
-
-    Returns:
-      held_out: bool [N]; labels: int64 [N]; classes: name of each label, "." for no folder.
-    """
-    parents = [[p for p in name.split("/")[:-1] if p not in ("", ".", "..")] for name in names]
-    while all(parents) and len({parent[0] for parent in parents}) == 1:
-        parents = [parent[1:] for parent in parents]
-    tops = {parent[0].lower() if parent else "" for parent in parents}
-    if "train" in tops and len(tops) > 1 and tops <= {"train", *_HELD_OUT_NAMES}:
-        held_out = np.array([parent[0].lower() != "train" for parent in parents])
-        parents = [parent[1:] for parent in parents]
-    else:
-        held_out = np.empty(len(names), bool)
-        held_out[np.argsort(np.array(names, object), kind="stable")] = held_out_mask(len(names))
-    folders = np.array(["/".join(parent) or "." for parent in parents], object)
-    classes, labels = np.unique(folders, return_inverse=True)
-    return held_out, labels, classes.tolist()
-
-
-def held_out_mask(count: int) -> np.ndarray:
-    """Which images are held out where the source has no split: bool [count], a tenth, drawn with seed 0."""
-    mask = np.zeros(count, bool)
-    mask[np.random.default_rng(0).permutation(count)[: max(1, round(_HELD_OUT_FRACTION * count))]] = True
-    return mask
+    return ImageList([names[index] for index in selected], left_out, read())
 
 
 def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.ndarray]:
     """The images of an .npy, or of an .npz with the array `images` (or a single one) and perhaps `labels`.
 
     Returns:
-      Number of images N; an iterator of (index, uint8 [H, W, C]) that reads one at a time; labels, int64 [N].
+      Number of images N; an iterator of (index, uint8 [H, W, C]) that reads one at a time; labels, integers [N].
     """
     try:
         with _array_file(source) as (file, labels):
@@ -142,10 +146,10 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
             f"channels and at most {_MAX_BYTES:,} values"
         )
     labels = np.zeros(count, np.int64) if labels is None else labels
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"config.data.source={source} has labels {labels.dtype} {list(labels.shape)}; they must be "
-            f"integers from 0, [{count}]"
+            f"config.data.source={source} has labels {labels.dtype} {list(labels.shape)}; they must be integers, "
+            f"[{count}]"
         )
 
     def read():
@@ -157,7 +161,7 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
                     raise EOFError(f"{index} of {count} images")
                 yield index, np.frombuffer(data, np.uint8).reshape(image_shape)
 
-    return count, read(), labels.astype(np.int64)
+    return count, read(), labels
 
 
 @contextlib.contextmanager
@@ -187,11 +191,45 @@ def _array_header(file):
     return np.lib.format.read_array_header_2_0(file)
 
 
-def _walk(path: Path) -> Iterator[str]:
-    for folder, _, files in os.walk(path):
-        relative = os.path.relpath(folder, path).replace(os.sep, "/")
-        for name in files:
-            yield name if relative == "." else f"{relative}/{name}"
+class Tree(NamedTuple):
+    """What is below a folder, by relative paths with "/".
+
+    Attributes:
+      files: all of them.
+      unreadable: the folders that cannot be read, with the reason.
+      repeated: links to folders whose files are among `files` already, as those that lead back to where they are.
+    """
+
+    files: list[str]
+    unreadable: dict[str, OSError]
+    repeated: list[str]
+
+
+def walk_folder(root: Path) -> Tree:
+    """Everything below a folder; links to folders are followed after all folders, so that none is read twice."""
+    tree, seen = Tree([], {}, []), set()
+    folders, links = [""], collections.deque[str]()
+    while folders or links:
+        relative = folders.pop() if folders else links.popleft()
+        try:
+            status = (root / relative).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                tree.repeated.append(relative)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(root / relative), key=lambda entry: entry.name)
+        except OSError as error:
+            tree.unreadable[relative] = error
+            continue
+        for entry in entries:
+            name = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(name)
+            else:
+                tree.files.append(name)
+    return tree
 
 
 def _hidden(name: str) -> bool:
@@ -200,8 +238,12 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def _read_folder(source, names, selected):
+def _read_folder(unreadable, source, names, selected):
     for index in selected:
+        if names[index].endswith("/"):
+            error = unreadable[names[index][:-1]]
+            yield index, ValueError(f"{error.strerror or error}; images in this folder are left out")
+            continue
         try:
             path = Path(source, names[index])
             if not path.is_file():
@@ -212,6 +254,17 @@ def _read_folder(source, names, selected):
                 yield index, path.read_bytes()
         except OSError as error:
             yield index, error
+
+
+def _check_zip_start(path: Path) -> None:
+    """Raises a ValueError if something that is an archive too comes before the first file of a zip."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        first = min((member.header_offset for member in archive.infolist()), default=0)
+        if first and file.read(4) == b"PK\x03\x04":
+            raise ValueError(
+                f"its first {first:,} bytes are files that its table of contents does not have, as where archives are "
+                "concatenated: unpack them into one folder"
+            )
 
 
 def _zip_files(archive):
@@ -254,6 +307,15 @@ def _tar_files(path):
             archive.members = []  # type: ignore[attr-defined]
             if not member.isdir():
                 yield archive, member
+        _check_tar_end(archive)
+
+
+def _check_tar_end(archive):
+    """Raises a ValueError if more than padding follows the end of a tar."""
+    archive.fileobj.seek(archive.offset)
+    while block := archive.fileobj.read(2**20):
+        if any(block):
+            raise ValueError("more follows its end, as where archives are concatenated: unpack them into one folder")
 
 
 def _read_tar(source, names, selected):

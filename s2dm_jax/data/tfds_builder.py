@@ -21,7 +21,7 @@ from s2dm_jax.common.files import data_cache_dir
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.data.import_images import SplitWriter
-from s2dm_jax.data.sources import held_out_mask
+from s2dm_jax.data.splits import held_out_mask
 from s2dm_jax.data.transforms import ImageTransform, decode
 
 RESULT = "result.json"

@@ -80,7 +80,7 @@ def resolve_features(config: ConfigDict, labelled: bool) -> str:
 def check_features(config: ConfigDict, data: Dataset) -> None:
     """Raises as `build_features`, before a long training, where features that its config names are unavailable."""
     # What "auto" stands for is decided when it is used: it does not stop a training.
-    if config.eval.feature_extractor != "auto" and resolve_features(config, data.num_classes > 1) != "classifier":
+    if config.eval.feature_extractor != "auto" and resolve_features(config, data.labelled) != "classifier":
         build_features(config, data)
 
 
@@ -90,7 +90,7 @@ def build_features(config: ConfigDict, data: Dataset) -> Features:
     Raises:
       UserError: for unavailable weights, missing labels, or a user's function that fails.
     """
-    name = resolve_features(config, data.num_classes > 1)
+    name = resolve_features(config, data.labelled)
     if name == "inception":
         return _inception(config.eval)
     if name == "classifier":

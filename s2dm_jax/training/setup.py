@@ -62,7 +62,7 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     if is_main_process():
         # First of all: a folder that holds anything without it is not taken for a run.
         write_atomic(workdir / "config.json", to_json(config))
-        check_same_images(workdir, data.digest)
+        check_same_images(workdir, data.digest, data.labels_digest)
         (workdir / "samples").mkdir(exist_ok=True)
     batch_size = config.train.batch_size
     if config.variance_head.kind:

@@ -12,6 +12,7 @@ from typing import TextIO
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import write_atomic
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
 
@@ -115,15 +116,20 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
             )
 
 
-def check_same_images(workdir: Path, digest: str) -> None:
-    """Records the hash of a run's training images ("" if they never change), and rejects others when it resumes."""
+def check_same_images(workdir: Path, digest: str, labels_digest: str = "") -> None:
+    """Records the hashes of a run's training images and their labels, "" if they never change; rejects other ones when
+    the run resumes.
+    """
     if not digest:
         return
     path = workdir / "dataset.sha256"
-    if not path.exists():
-        path.write_text(f"{digest}\n", encoding="utf-8")
-    elif (recorded := path.read_text(encoding="utf-8").strip()) != digest:
-        raise UserError(
-            f"--workdir={workdir} was trained on images with sha256 {recorded[:16]}…, not {digest[:16]}…: "
-            "its images have changed; give the original ones, or another --workdir"
-        )
+    # Runs of before 0.3 have recorded the images alone.
+    recorded = path.read_text(encoding="utf-8").split() if path.exists() else []
+    for what, old, new in zip(("images", "labels"), recorded, (digest, labels_digest), strict=False):
+        if old != new:
+            raise UserError(
+                f"--workdir={workdir} was trained on {what} with sha256 {old[:16]}…, not {new[:16]}…: "
+                f"its {what} have changed; give the original ones, or another --workdir"
+            )
+    if len(recorded) < 2:
+        write_atomic(path, f"{digest}\n{labels_digest}\n")

@@ -1,5 +1,6 @@
 """Your own images: what is read from where, what is skipped and reported; cache entries are complete or absent."""
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from s2dm_jax.config.io import to_json
 from s2dm_jax.data import cache as dataset_cache
 from s2dm_jax.data import sources, tfds_builder
 from s2dm_jax.data.datasets import load_dataset
-from s2dm_jax.data.sources import split_and_label
+from s2dm_jax.data.splits import split_and_label
 from s2dm_jax.workdir.folder import check_same_images, prepare_workdir
 
 ROOT = Path(__file__).parents[2]
@@ -96,13 +97,139 @@ def test_folder_zip_and_tar_of_the_same_tree_give_the_same_arrays(cache, tmp_pat
     assert sorted((i.tobytes(), label) for i, label in zip(images, labels, strict=True)) == sorted(expected)
 
 
-def test_folders_named_for_splits_are_the_splits():
-    held_out, labels, classes = split_and_label(["a/train/x/1.png", "a/train/y/2.png", "a/test/y/3.png"])
-    assert (held_out.tolist(), labels.tolist(), classes) == ([False, False, True], [0, 1, 1], ["x", "y"])
-    held_out, labels, classes = split_and_label(["Train/1.png", "val/2.png", "train/3.png"])
-    assert (held_out.tolist(), classes) == ([False, True, False], ["."])
-    _, labels, classes = split_and_label(["train/1.png", "other/2.png", "3.png"])
-    assert (labels.tolist(), classes) == ([2, 1, 0], [".", "other", "train"])
+def splits_of(names):
+    """Training images, held-out images and those of neither split, by their numbers; the classes."""
+    splits = split_and_label(names)
+    numbers = np.array([int(Path(name).stem) for name in names])
+    train, held_out, neither = (
+        sorted(numbers[mask].tolist())
+        for mask in (splits.used & ~splits.held_out, splits.used & splits.held_out, ~splits.used)
+    )
+    return train, held_out, neither, splits.classes
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a/train/x/1.png", "a/train/y/2.png", "a/test/y/3.png"], ([1, 2], [3], [], ["x", "y"])),
+        (["Train/1.png", "val/2.png", "train/3.png"], ([1, 3], [2], [], ["."])),
+        (["training/x/1.png", "Testing/x/2.png", "dev/x/3.png"], ([1], [2, 3], [], ["x"])),
+        (["train2017/1.png", "val2017/2.png", "held_out/3.png"], ([1], [2, 3], [], ["."])),
+        # A stray picture, another folder, wrapped in a folder or not.
+        (["train/x/1.png", "test/x/2.png", "3.png", "unlabeled/x/4.png"], ([1], [2], [3, 4], ["x"])),
+        (["set/train/x/1.png", "set/test/x/2.png", "3.png"], ([1], [2], [3], ["x"])),
+        # Splits inside the classes.
+        (["x/train/1.png", "x/test/2.png", "y/train/3.png", "y/test/4.png"], ([1, 3], [2, 4], [], ["x", "y"])),
+        # A class that only the held-out images have.
+        (["train/x/1.png", "test/y/2.png"], ([1], [2], [], ["x", "y"])),
+    ],
+)
+def test_folders_named_for_splits_are_the_splits(names, expected):
+    assert splits_of(names) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["train/1.png", "other/2.png", "3.png"], [".", "other", "train"]),
+        (["test/1.png", "test/2.png"], ["."]),
+        (["bus/1.png", "train/2.png", "tram/3.png"], ["bus", "train", "tram"]),
+        # One class with folders of such names does not make splits of them.
+        (["a/train/1.png", "a/test/2.png", *(f"b/{i}.png" for i in range(3, 9))], ["a/test", "a/train", "b"]),
+    ],
+)
+def test_without_both_kinds_of_folders_a_tenth_is_held_out(names, classes):
+    train, held_out, neither, found = splits_of(names)
+    assert (len(train), len(held_out), neither, found) == (len(names) - 1, 1, [], classes)
+
+
+def test_the_split_and_what_it_leaves_out_are_printed(cache, tmp_path, capsys):
+    files = {f"train/{name}": data for name, data in PICTURES.items()}
+    files |= {f"test/{name}": data for name, data in list(PICTURES.items())[:3]} | {"sample.png": png(50)}
+    data = load_dataset(config_for(make_folder(tmp_path / "folder", files)))
+    assert (len(data.train), len(data.held_out)) == (20, 3)
+    out = capsys.readouterr().out
+    assert "split    train/ 20 for training, test/ 3 held out; left out, beside them: no folder 1" in out
+    assert "classes  2: cat, dog" in out
+
+
+def test_links_to_folders_are_followed_and_nothing_is_read_twice(cache, tmp_path, capsys):
+    elsewhere = make_folder(tmp_path / "elsewhere", {f"{i}.png": png(i + 50) for i in range(10)})
+    source = make_folder(tmp_path / "folder", PICTURES)
+    # Before the real folders in the order of names, behind a link, back to the start, and nowhere.
+    (source / "a").symlink_to(source / "cat")
+    (source / "birds").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(source)
+    (source / "broken").symlink_to(tmp_path / "nothing")
+    data = load_dataset(config_for(source))
+    assert (len(data.train) + len(data.held_out), data.num_classes) == (30, 3)
+    out = capsys.readouterr().out
+    assert "left out, 2 link(s) to folders that are read already, such as 'a', 'birds/again'" in out
+    assert "classes  3: birds, cat, dog" in out
+
+
+def test_a_linked_split_is_a_split(cache, tmp_path):
+    make_folder(tmp_path / "elsewhere", {f"x/{i}.png": png(i) for i in range(9)})
+    source = make_folder(tmp_path / "folder", {f"test/x/{i}.png": png(i + 20) for i in range(4)})
+    (source / "train").symlink_to(tmp_path / "elsewhere")
+    data = load_dataset(config_for(source))
+    assert (len(data.train), len(data.held_out)) == (9, 4)
+
+
+def test_a_folder_that_cannot_be_read_counts_as_invalid(cache, tmp_path, monkeypatch, capsys):
+    source, scandir = make_folder(tmp_path / "folder", PICTURES), os.scandir
+
+    def refuse(path):
+        if isinstance(path, Path) and path.name == "dog":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(sources.os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"'dog/' \(Permission denied; images in this folder are left out\)"):
+        load_dataset(config_for(source, max_invalid_fraction=0.0))
+    data = load_dataset(config_for(source, max_invalid_fraction=0.2))
+    assert (len(data.train) + len(data.held_out), data.labelled) == (10, False)
+    assert "skipped 'dog/': Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_a_file_that_is_in_an_archive_twice_is_read_once_as_it_was_last(cache, tmp_path, make, capsys):
+    path = make(tmp_path / f"some.{make.__name__[5:]}", PICTURES)
+    if make is make_zip:
+        with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("cat/00.png", png(99))
+    else:
+        with tarfile.open(path, "a") as archive:
+            member = tarfile.TarInfo("./cat/00.png")
+            member.size = len(png(99))
+            archive.addfile(member, io.BytesIO(png(99)))
+    data = load_dataset(config_for(path))
+    images = {image.tobytes() for image in (*data.train, *data.held_out)}
+    expected = {**PICTURES, "cat/00.png": png(99)}
+    assert images == {np.asarray(Image.open(io.BytesIO(file))).tobytes() for file in expected.values()}
+    assert "1 file(s) that a later one of the same name in the archive replaces" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz", "tar.xz"])
+def test_concatenated_archives_are_refused(cache, tmp_path, suffix):
+    make = make_zip if suffix == "zip" else make_tar
+    parts = [make(tmp_path / f"{n}.{suffix}", {f"{n}/{name}": data for name, data in PICTURES.items()}) for n in "ab"]
+    both = tmp_path / f"both.{suffix}"
+    both.write_bytes(parts[0].read_bytes() + parts[1].read_bytes())
+    with pytest.raises(UserError, match="concatenated: unpack them into one folder"):
+        load_dataset(config_for(both))
+
+
+def test_labels_of_any_integers_are_classes(cache, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    labels = np.array([3_000_000_000, -7] * 20)
+    np.savez(tmp_path / "images.npz", images=images, labels=labels)
+    data = load_dataset(config_for(tmp_path / "images.npz"))
+    assert (data.num_classes, data.labelled) == (2, True)
+    assert set(data.train_labels) == {0, 1}
+    for unlabelled in (np.full(40, 5), np.arange(40)):
+        np.savez(tmp_path / "images.npz", images=images, labels=unlabelled)
+        assert not load_dataset(config_for(tmp_path / "images.npz")).labelled
 
 
 def test_arrays_are_sources(cache, tmp_path):
@@ -245,16 +372,37 @@ def test_the_cache_is_used_until_source_or_treatment_change(cache, tmp_path, mon
 
 def test_a_run_resumes_with_the_same_images_from_any_path_and_with_no_others(cache, tmp_path):
     run = tmp_path / "run"
+
+    def check(config):
+        data = load_dataset(config)
+        check_same_images(run, data.digest, data.labels_digest)
+
     config = config_for(make_folder(tmp_path / "folder", PICTURES))
     prepare_workdir(run, config)
     (run / "config.json").write_text(to_json(config))
-    check_same_images(run, load_dataset(config).digest)
+    check(config)
     moved = config_for(make_zip(tmp_path / "some.zip", PICTURES))
     prepare_workdir(run, moved)
-    check_same_images(run, load_dataset(moved).digest)
+    check(moved)
     other = config_for(make_zip(tmp_path / "other.zip", {**PICTURES, "cat/00.png": png(77)}))
     with pytest.raises(UserError, match=r"its images have changed"):
-        check_same_images(run, load_dataset(other).digest)
+        check(other)
+    renamed = {name.replace("dog/05", "cat/55"): data for name, data in PICTURES.items()}
+    with pytest.raises(UserError, match=r"its (images|labels) have changed"):
+        check(config_for(make_zip(tmp_path / "renamed.zip", renamed)))
+    # What an older version recorded: the images alone.
+    digest = (run / "dataset.sha256").read_text().split()[0]
+    (run / "dataset.sha256").write_text(f"{digest}\n")
+    check(config)
+    assert len((run / "dataset.sha256").read_text().split()) == 2
+    images = np.zeros((20, 8, 8, 3), np.uint8) + np.arange(20, dtype=np.uint8)[:, None, None, None]
+    for labels in (np.arange(20) % 2, np.arange(20) % 3):
+        np.savez(tmp_path / "images.npz", images=images, labels=labels)
+        data = load_dataset(config_for(tmp_path / "images.npz"))
+        if labels.max() == 1:
+            check_same_images(tmp_path, data.digest, data.labels_digest)
+    with pytest.raises(UserError, match=r"its labels have changed"):
+        check_same_images(tmp_path, data.digest, data.labels_digest)
 
 
 def test_what_a_killed_process_left_is_made_anew(cache, tmp_path):
