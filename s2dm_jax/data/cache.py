@@ -131,6 +131,17 @@ def is_ready(folder: Path) -> bool:
         return False
 
 
+def check_hashes(folder: Path, provenance: dict) -> None:
+    """Raises a `UserError` if a file of a cache entry is not what was prepared; reads all of them."""
+    for name, facts in provenance["files"].items():
+        found = digest_of_file(folder / name)
+        if found != facts["sha256"]:
+            raise UserError(
+                f"{folder / name} has changed since it was prepared (SHA-256 {found[:16]}…, not "
+                f"{facts['sha256'][:16]}…); remove the folder {folder}, and the images are prepared again"
+            )
+
+
 def _finish(temporary: Path, folder: Path, description: dict, transform: ImageTransform) -> None:
     """Adds the provenance, flushes everything to the disk, and renames the folder to its final name."""
     files = {}

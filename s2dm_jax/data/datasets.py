@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.data.cache import PROVENANCE, prepare_dataset
+from s2dm_jax.data.cache import PROVENANCE, check_hashes, prepare_dataset
 from s2dm_jax.data.import_images import SPLITS
 
 _HELD_OUT = 500
@@ -62,12 +62,13 @@ def load_dataset(config: ConfigDict) -> Dataset:
     """The dataset of a checked config, prepared first if it is not in the cache; cached images are memory-mapped.
 
     Raises:
-      UserError: as `cache.prepare_dataset`.
+      UserError: as `cache.prepare_dataset` and `cache.check_hashes`.
     """
     folder = prepare_dataset(config)
     if folder is None:
         return _BUNDLED[config.data.name]()
     entry = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    check_hashes(folder, entry)
     train, held_out = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS)
     train_labels, held_out_labels = (np.load(folder / f"{split}_labels.npy") for split in SPLITS)
     digest, labels_digest = (entry["files"][f"train{kind}.npy"]["sha256"] for kind in ("", "_labels"))

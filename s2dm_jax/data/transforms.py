@@ -4,10 +4,24 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")
+
+# A long text in a PNG, as some image generators write, is no reason to refuse the picture; MAX_TEXT_MEMORY still holds.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+# How an image is turned upright, by the value of EXIF's orientation.
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 _CELEBA_SIZE = (178, 218)
 # Left, top, right, bottom: 128×128 around column 89, row 121 (DDIM's code, datasets/__init__.py).
@@ -65,9 +79,7 @@ def to_array(image: Image.Image, transform: ImageTransform) -> np.ndarray:
     Raises:
       ValueError: for 32-bit pixels, or an image that the crop does not fit.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = _upright(*_eight_bits(image))
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels")
     if image.has_transparency_data:
@@ -77,6 +89,37 @@ def to_array(image: Image.Image, transform: ImageTransform) -> np.ndarray:
     image = image.crop(crop_box(transform.crop, *image.size))
     image = image.resize((transform.size, transform.size), Image.Resampling[transform.resize.upper()])
     return np.asarray(image).reshape(transform.size, transform.size, transform.channels)
+
+
+def _eight_bits(image: Image.Image) -> tuple[Image.Image, int]:
+    """The image with the high bytes of 16-bit values, the value that a PNG declares transparent likewise, and its EXIF
+    orientation.
+    """
+    # Gone once the pixels are read.
+    raw_mode = "".join(str(tile.args) for tile in getattr(image, "tile", ()))
+    orientation, transparent = _orientation(image), image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+        if isinstance(transparent, int):
+            opaque = np.where(values == transparent, 0, 255).astype(np.uint8)
+            image = Image.merge("LA", [image, Image.fromarray(opaque)])
+    elif "16" in raw_mode and isinstance(transparent, tuple):
+        # Pillow keeps the high bytes of the pixels, and the whole of the transparent value.
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return image, orientation
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        # Whatever Pillow raises for a damaged EXIF block: the picture itself does not need it.
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
 
 
 def decode(data: bytes, transform: ImageTransform) -> np.ndarray:

@@ -405,6 +405,17 @@ def test_a_run_resumes_with_the_same_images_from_any_path_and_with_no_others(cac
         check_same_images(tmp_path, data.digest, data.labels_digest)
 
 
+@pytest.mark.parametrize("name", ["train.npy", "held_out_labels.npy"])
+def test_a_flipped_byte_in_the_cache_is_noticed(cache, tmp_path, name):
+    config = config_for(make_folder(tmp_path / "folder", PICTURES))
+    path = dataset_cache.prepare_dataset(config) / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} has changed since it was prepared .*; remove the folder"):
+        load_dataset(config)
+
+
 def test_what_a_killed_process_left_is_made_anew(cache, tmp_path):
     source = make_folder(tmp_path / "folder", PICTURES)
     folder = dataset_cache.prepare_dataset(config_for(source))

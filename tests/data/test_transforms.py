@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from s2dm_jax.data.transforms import ImageTransform, crop_box, decode
 
@@ -24,11 +24,13 @@ def uniform(mode, colour, size=(4, 4)):
     return Image.new(mode, size, colour)
 
 
-def png_of_16_bits(colour_type, samples):
+def png_of_16_bits(colour_type, samples, transparent=()):
     """A 4×4 PNG of 16-bit samples, one pixel repeated, written by hand: Pillow writes no colour ones."""
+    declared = [(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))] if transparent else []
     row = b"\0" + struct.pack(f">{len(samples)}H", *samples) * 4
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour_type, 0, 0, 0)),
+        *declared,
         (b"IDAT", zlib.compress(row * 4)),
         (b"IEND", b""),
     ]
@@ -58,6 +60,10 @@ KINDS = {
     "16_bits_white": (png_of_16_bits(0, [0xFFFF]), (255, 255, 255)),
     "16_bits_rgb": (png_of_16_bits(2, [0x12FF, 0x3400, 0xFFFF]), (0x12, 0x34, 0xFF)),
     "16_bits_transparent": (png_of_16_bits(6, [0, 0, 0, 0]), (255, 255, 255)),
+    "16_bits_grey_declared": (png_of_16_bits(0, [0x12FF], [0x12FF]), (255, 255, 255)),
+    "16_bits_grey_other": (png_of_16_bits(0, [0x12FF], [0x12FE]), (0x12, 0x12, 0x12)),
+    "16_bits_rgb_declared": (png_of_16_bits(2, [1, 0x3400, 0xFFFF], [1, 0x3400, 0xFFFF]), (255, 255, 255)),
+    "16_bits_rgb_other": (png_of_16_bits(2, [0x0A00, 0, 0], [0x000A, 0, 0]), (0x0A, 0, 0)),
 }
 
 
@@ -85,6 +91,31 @@ def test_exif_turns_the_picture_upright():
     exif[0x0112] = 3
     upside_down = encoded(image, exif=exif)
     assert tuple(decode(upside_down, PLAIN)[0, 0]) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow(orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(pixels), exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(decode(data, PLAIN), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0"]
+)
+def test_a_picture_with_damaged_exif_is_read(exif):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels), exif=exif), PLAIN), pixels)
+
+
+def test_a_long_text_in_a_png_is_no_reason_to_refuse_it():
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("parameters", "a" * 5_000_000, zip=True)
+    text.add_text("workflow", "b" * 5_000_000, zip=True)
+    assert tuple(decode(encoded(uniform("RGB", (1, 2, 3)), pnginfo=text), PLAIN)[0, 0]) == (1, 2, 3)
 
 
 def test_crops():
