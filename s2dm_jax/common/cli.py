@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 def path_argument(name: str) -> Callable[[str], str]:
     """The `type=` of an argument that is a path: as `files.user_path` reads it; `name` is for its errors."""
-    return lambda text: str(user_path(text, name))
+    return lambda text: str(user_path(text, name)) if text else ""
 
 
 def check_matplotlib(purpose: str) -> None:

@@ -16,7 +16,7 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
 from s2dm_jax.config.build import build_network
 from s2dm_jax.models.unet import UNet
-from s2dm_jax.weights import diffusers_names, model_card, torch_names
+from s2dm_jax.weights import diffusers_names, model_card, nesting, torch_names
 from s2dm_jax.weights.torch_pickle import Tensor, open_torch, read_note
 from s2dm_jax.workdir.folder import checkpoint_folder
 from s2dm_jax.workdir.load import checked_config, load_run
@@ -26,7 +26,6 @@ SUMS = "SHA256SUMS"
 METADATA_PREFIX = "s2dm_jax."
 
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
-_PARALLEL_PREFIX = "module."  # torch's DataParallel
 # NPR- and SN-DPM have their variance head on the same network.
 _VARIANCE_HEAD = ("norm_out2.", "conv_out2.")
 
@@ -55,12 +54,13 @@ class Weights(NamedTuple):
     sha256: str
 
 
-def read_weights(path: str, *, resolution: int | None = None, digest: str = "") -> Weights:
+def read_weights(path: str, *, resolution: int | None = None, digest: str = "", key: str = "") -> Weights:
     """The weights in a run's folder, a diffusers folder, an exported sampler, a `.safetensors` or a `.pth`.
 
     Args:
       resolution: of the images in pixels, where shapes leave it open (`torch_names.infer_network`).
       digest: SHA-256 or MD5 that the file, or the file with the weights in a folder, must have.
+      key: where the state_dict is in a file with several, as "model.ema"; "" to look for it.
 
     Raises:
       UserError: for a file that is missing, damaged, hostile, or of another network, naming the tensor and both shapes.
@@ -75,7 +75,7 @@ def read_weights(path: str, *, resolution: int | None = None, digest: str = "") 
             return _read_diffusers(place, digest)
         if place.suffix == ".npz":
             return _read_run(path, "an exported sampler, its checksums agree")
-        return _read_file(place, resolution, digest)
+        return _read_file(place, resolution, digest, key)
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
 
@@ -109,14 +109,17 @@ def _read_run(path: str, kind: str) -> Weights:
     return Weights(torch_names.as_unet(run.network), run.ema_params, run.params, card, schedule, run.step, kind, "")
 
 
-def _read_file(path: Path, resolution: int | None, digest: str) -> Weights:
+def _read_file(path: Path, resolution: int | None, digest: str, key: str) -> Weights:
     sha256 = _check_digest(path, digest)
     if path.suffix == ".safetensors":
         ema, text = _load_safetensors(path)
         params, step, has_checksums = None, 0, bool(text)
-        kind = "a safetensors file written by s2dm_jax" if text else "a safetensors file"
+        kind = "a safetensors file written by s2dm_jax"
+        if not text:
+            ema, note = nesting.strip_names(ema)
+            kind = f"a safetensors file{note}"
     else:
-        ema, params, step, kind, has_checksums = _load_torch(path)
+        ema, params, step, kind, has_checksums = _load_torch(path, key)
         text = read_note(path)
     card = schedule = None
     if text is None:
@@ -206,35 +209,36 @@ def _described(path: Path, read: Callable[[dict], Any]) -> Any:
         raise ValueError(f"{path.name} does not describe a network or schedule of s2dm_jax: {error}") from error
 
 
-def _load_torch(path: Path) -> tuple[dict, dict | None, int, str, bool]:
+def _load_torch(path: Path, key: str = "") -> tuple[dict, dict | None, int, str, bool]:
     """The arrays of `_identify` with step and kind, and whether checksums cover them."""
     with open_torch(path) as (contents, read, has_checksums):
-        ema, params, step, kind = _identify(contents)
+        ema, params, step, kind = _identify(contents, key)
         ema = {name: read(tensor) for name, tensor in ema.items()}
         params = params and {name: read(tensor) for name, tensor in params.items()}
     return ema, params, step, kind, has_checksums
 
 
-def _identify(contents: object) -> tuple[dict, dict | None, int, str]:
+def _identify(contents: object, key: str) -> tuple[dict, dict | None, int, str]:
     """EMA, weights where they are others, step and kind of a published checkpoint."""
-    if _is_state(contents):
-        return _plain(contents), None, 0, "a PyTorch state_dict"
-    if isinstance(contents, list) and contents and _is_state(contents[0]):
+    if isinstance(contents, list) and contents and _is_state(contents[0]) and not key:
         step = contents[3] if len(contents) > 3 and type(contents[3]) is int else 0
         params = _plain(contents[0])
         if len(contents) > 4 and _is_state(contents[-1]):
             return _plain(contents[-1]), params, step, "a DDIM training checkpoint, with its EMA"
         return params, None, step, "a DDIM training checkpoint; it has no EMA"
-    if isinstance(contents, dict) and _is_state(contents.get("model_dict")):
+    if isinstance(contents, dict) and _is_state(contents.get("model_dict")) and not key:
         step = contents["step"] if type(contents.get("step")) is int else 0
         params, ema = _plain(contents["model_dict"]), _ema_in_optimizer(contents)
         if ema:
             return ema, params, step, "a SA-DPM training checkpoint, with the EMA in its optimizer"
-        return params, None, step, "a SA-DPM training checkpoint; it has no EMA"
-    found = type(contents).__name__
+    found = nesting.find_state(contents, lambda value: isinstance(value, Tensor), key)
+    if found is not None:
+        others = None if found.params is None else _without_head(found.params)
+        return _without_head(found.ema), others, found.step, found.description
+    held = type(contents).__name__
     if isinstance(contents, dict):
-        found = f"a dict of {', '.join(map(str, list(contents)[:5]))}"
-    raise ValueError(f"it holds {found}, where a state_dict, DDIM's list or SA-DPM's dict with model_dict is needed")
+        held = f"a dict of {', '.join(map(str, list(contents)[:5])) or 'nothing'}"
+    raise ValueError(f"it holds {held}, where a state_dict of tensors is needed, in dicts or lists or by itself")
 
 
 def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
@@ -243,9 +247,11 @@ def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's own tensors: without DataParallel's prefix, and without a variance head."""
-    prefix = _PARALLEL_PREFIX if all(name.startswith(_PARALLEL_PREFIX) for name in state) else ""
-    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    """The network's own tensors: without prefixes, buffers, and a variance head."""
+    return _without_head(nesting.strip_names(state)[0])
+
+
+def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith(_VARIANCE_HEAD)}
 
 

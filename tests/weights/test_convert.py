@@ -119,11 +119,12 @@ def prefixed(state):
     return {f"module.{name}": value for name, value in state.items()}
 
 
-def test_published_checkpoints_are_taken_apart(tmp_path):
-    raw, ema = published(1), published(2)
+@pytest.fixture
+def read(tmp_path):
+    """A function that writes contents as torch does and reads the weights."""
 
     def read(contents, **options):
-        # As torch writes it: without our note, so that the network follows from the shapes alone.
+        # Without our note, so that the network follows from the shapes alone.
         write_torch(tmp_path / "a.pth", contents, "")
         with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
             for info in old.infolist():
@@ -131,8 +132,73 @@ def test_published_checkpoints_are_taken_apart(tmp_path):
                     new.writestr(info, old.read(info))
         return read_weights(str(tmp_path / "b.pth"), **{"resolution": 8, **options})
 
-    def both(weights):
-        return torch_names.to_torch(weights.params), torch_names.to_torch(weights.ema_params)
+    return read
+
+
+def both(weights):
+    return torch_names.to_torch(weights.params), torch_names.to_torch(weights.ema_params)
+
+
+def with_prefix(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def nested(raw, ema):
+    """Checkpoints as people have them: contents, the weights and the EMA expected, a part of the description."""
+    counter = np.zeros(1, np.float32)
+    buffers = {"betas": counter, "alphas_cumprod_prev": counter, "sqrt_recip_alphas_cumprod": counter}
+    buffers |= {"posterior_log_variance_clipped": counter, "loss_weight": counter, "a.b.num_batches_tracked": counter}
+    lucidrains = {**with_prefix("online_model.model.", raw), **with_prefix("ema_model.model.", ema), "initted": counter}
+    partly = {f"{'module.' * (i % 2)}{name}": value for i, (name, value) in enumerate(ema.items())}
+    return {
+        "torch.compile": (with_prefix("_orig_mod.", ema), ema, ema, "prefix _orig_mod. taken off"),
+        "both wrappers": (with_prefix("module._orig_mod.", ema), ema, ema, "prefix module._orig_mod. taken off"),
+        "model": (with_prefix("model.", ema), ema, ema, "prefix model. taken off"),
+        "latent diffusion": (with_prefix("model.diffusion_model.", ema), ema, ema, "model.diffusion_model. taken"),
+        "DDPM": ({**with_prefix("denoise_fn.", ema), **buffers}, ema, ema, "without the buffers a.b.num_batches_t"),
+        "single modules": (partly, ema, ema, "prefix module. taken off"),
+        "state_dict": ({"state_dict": ema, "epoch": 3}, ema, ema, "the state_dict state_dict"),
+        "timm": ({"state_dict": raw, "state_dict_ema": ema}, raw, ema, "state_dict_ema, the EMA"),
+        "ema": ({"model": with_prefix("module.", raw), "ema": ema, "optimizer": {"state": {0: raw}}}, raw, ema, "EMA"),
+        "lucidrains": (
+            {"step": 7, "model": with_prefix("model.", raw), "ema": lucidrains},
+            raw,
+            ema,
+            "ema_model.model.",
+        ),
+        "Lightning": (
+            {"state_dict": {**with_prefix("model.", raw), **with_prefix("ema_model.", ema)}, "global_step": 7},
+            ema,
+            ema,
+            "of the EMA",
+        ),
+        "deeper": ({"checkpoint": {"net": {"params": ema}}}, ema, ema, "the state_dict checkpoint.net.params"),
+        "tuple": ((ema, {"epoch": 1}), ema, ema, "the state_dict 0"),
+    }
+
+
+@pytest.mark.parametrize("name", nested({}, {}))
+def test_checkpoints_are_read_as_people_have_them(read, name):
+    contents, params, ema, description = nested(published(1), published(2))[name]
+    found = read(contents)
+    assert_equal_trees(both(found), (params, ema))
+    assert description in found.description
+    if name in ("lucidrains", "Lightning"):
+        assert found.step == 7
+
+
+def test_of_several_unknown_state_dicts_one_is_named(read):
+    raw, ema = published(1), published(2)
+    contents = {"teacher": raw, "student": {"last": ema}}
+    with pytest.raises(UserError, match=r"holds several state_dicts: teacher \(\d+ tensors\), student.last \(.*--key"):
+        read(contents)
+    assert_equal_trees(both(read(contents, key="student.last")), (ema, ema))
+    with pytest.raises(UserError, match=r"no state_dict under --key=student; there are: teacher"):
+        read(contents, key="student")
+
+
+def test_published_checkpoints_are_taken_apart(read):
+    raw, ema = published(1), published(2)
 
     ddim = read([prefixed(raw), {"state": {}}, 4, 790_000, ema])
     assert (ddim.network, ddim.step, ddim.model_card, ddim.schedule) == (NETWORK, 790_000, None, None)
@@ -155,7 +221,7 @@ def test_published_checkpoints_are_taken_apart(tmp_path):
     del optimizer["state"][0]
     assert_equal_trees(both(read(sa_dpm)), (raw, raw))
 
-    with pytest.raises(UserError, match="it holds a dict of epoch, where a state_dict, DDIM's list"):
+    with pytest.raises(UserError, match="it holds a dict of epoch, where a state_dict of tensors is needed"):
         read({"epoch": 3})
     with pytest.raises(UserError, match="the shapes do not tell the images' resolution"):
         read(raw, resolution=None)
