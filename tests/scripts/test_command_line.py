@@ -18,6 +18,7 @@ from s2dm_jax.config.io import config_path
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 COMMANDS = (
     "benchmarks/benchmark",
+    "benchmarks/gpu",
     "compare_covariance",
     "compare_objectives",
     "convert",
@@ -93,13 +94,14 @@ def test_help_of_the_main_command_lists_flags_and_fields(module):
 
 
 def test_every_command_is_among_these():
-    """Every file that is run as a program, but the workers that `benchmark.py train` starts."""
+    """Every file that is run as a program, but the workers that programs start."""
     programs = {
         path.relative_to(SCRIPTS).with_suffix("").as_posix()
         for path in SCRIPTS.rglob("*.py")
         if any(isinstance(node, ast.If) for node in ast.parse(path.read_text()).body)
     }
-    assert programs - {"benchmarks/train", "benchmarks/torch_worker"} == set(COMMANDS)
+    workers = {"benchmarks/train", "benchmarks/torch_worker", "benchmarks/gpu_stages/worker"}
+    assert programs - workers == set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["compare_covariance", "compare_objectives", "convert", "estimation_gap"])
