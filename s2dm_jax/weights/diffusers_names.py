@@ -47,6 +47,21 @@ _IN_BLOCK = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"}
 _OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+# A scheduler's options of sampling, with the value that stands for what our DDIM does.
+_SAMPLING_OPTIONS: dict[str, Any] = {
+    "clip_sample": False,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "set_alpha_to_one": True,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "final_sigmas_type": "zero",
+    "lower_order_final": True,
+    "skip_prk_steps": False,
+}
 # The schedules that both sides compute alike; others go as a list of betas.
 _BETA_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
@@ -138,6 +153,11 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
     T = config.get("num_train_timesteps", 1000)
     if type(T) is not int or T < 2:
         raise ValueError(f"its num_train_timesteps is {T!r}, where a number from 2 up is needed")
+    if config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "its rescale_betas_zero_snr is True: betas rescaled to a terminal signal-to-noise ratio of zero are none "
+            "of our schedules"
+        )
     betas, beta_schedule = config.get("trained_betas"), config.get("beta_schedule", "linear")
     named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(beta_schedule)
     ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
@@ -152,6 +172,15 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
             return name, T, predictions[prediction_type]
     described = beta_schedule if betas is None else "trained_betas"
     raise ValueError(f"its betas ({described}) are none of our schedules {', '.join(SCHEDULES)}")
+
+
+def unused_scheduler_options(config: Mapping) -> list[str]:
+    """The options of sampling in a scheduler_config.json that our samplers do not take from it, as "name=value"."""
+    return [
+        f"{name}={config[name]!r}"
+        for name, ours in _SAMPLING_OPTIONS.items()
+        if config.get(name, ours) not in (ours, None)
+    ]
 
 
 def to_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> dict[str, np.ndarray]:

@@ -159,10 +159,13 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     has_checksums = (folder / SUMS).exists()
     if has_checksums:
         _check_sums(folder)
-    # Google's checkpoints have everything in one folder.
-    unet, scheduler = (path if path.is_dir() else folder for path in (folder / "unet", folder / "scheduler"))
-    candidates = [unet / f"{_DIFFUSERS_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
-    weights = next((path for path in candidates if path.exists()), None)
+    # Google's checkpoints have everything in one folder; diffusers' training scripts have the EMA beside the weights.
+    candidates = [folder / "unet_ema", folder / "unet"]
+    unet = next((path for path in candidates if path.is_dir()), folder)
+    scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    note = "; the EMA, unet_ema, was taken" if unet == candidates[0] else ""
+    files = [unet / f"{_DIFFUSERS_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
+    weights = next((path for path in files if path.exists()), None)
     if weights is None or not (unet / "config.json").exists():
         raise ValueError(
             "it is neither a run's folder nor one of diffusers, which has a UNet2DModel's config.json and "
@@ -171,7 +174,10 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     network: UNet = _described(unet / "config.json", diffusers_names.read_unet_config)
     schedule = text = card = None
     if (scheduler / "scheduler_config.json").exists():
-        name, T, prediction = _described(scheduler / "scheduler_config.json", diffusers_names.read_scheduler_config)
+        described_by = scheduler / "scheduler_config.json"
+        name, T, prediction = _described(described_by, diffusers_names.read_scheduler_config)
+        if unused := _described(described_by, diffusers_names.unused_scheduler_options):
+            note += f"; its scheduler's options of sampling are not used: {', '.join(unused)}"
         schedule, network = (name, T), dataclasses.replace(network, prediction=prediction)
     sha256 = _check_digest(weights, digest)
     if weights.suffix == ".safetensors":
@@ -186,7 +192,7 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
             raise ValueError(f"its configs are not those that {weights.name} was written with")
     params = torch_names.from_torch(state, network)
     step = card["step"] if card else 0
-    origin = f"a diffusers folder; {_how_checked(has_checksums, digest)}"
+    origin = f"a diffusers folder{note}; {_how_checked(has_checksums, digest)}"
     return Weights(network, params, params, card, schedule, step, origin, sha256)
 
 

@@ -2,8 +2,10 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.diffusion.parameterization import PREDICTIONS
@@ -83,6 +85,25 @@ def test_every_schedule_is_known_again(name):
         diffusers_names.read_scheduler_config(config)
 
 
+def test_options_of_sampling_that_are_not_used_are_named():
+    config = diffusers_names.scheduler_config("linear", 40)
+    assert diffusers_names.unused_scheduler_options(config) == []
+    config |= {"clip_sample": True, "timestep_spacing": "trailing", "use_karras_sigmas": None}
+    assert diffusers_names.unused_scheduler_options(config) == ["clip_sample=True", "timestep_spacing='trailing'"]
+
+
+def test_the_ema_of_a_training_is_preferred(tmp_path):
+    network, params = NETWORK, (NETWORK.init(0), NETWORK.init(1))
+    for name, each in zip(("unet", "unet_ema"), params, strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(diffusers_names.unet_config(network)))
+        state = diffusers_names.to_diffusers(torch_names.to_torch(each), network)
+        save_file(state, tmp_path / name / "diffusion_pytorch_model.safetensors")
+    found = read_weights(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, found.ema_params, params[1])
+    assert "the EMA, unet_ema, was taken" in found.description
+
+
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
@@ -91,6 +112,7 @@ def test_every_schedule_is_known_again(name):
             "flow",
             "its prediction_type is 'flow', where one of epsilon, v_prediction, sample is needed",
         ),
+        ("rescale_betas_zero_snr", True, "its rescale_betas_zero_snr is True"),
         ("num_train_timesteps", 1, "its num_train_timesteps is 1, where a number from 2 up is needed"),
     ],
 )
