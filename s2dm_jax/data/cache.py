@@ -6,8 +6,6 @@ the cache, wait; a killed process leaves a temporary folder, which the next one 
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import importlib.util
 import json
 import os
@@ -21,6 +19,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import data_cache_dir, flush_to_disk, write_atomic
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_json
+from s2dm_jax.common.locks import acquire
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import dataset_name, image_shape
 from s2dm_jax.data.import_images import import_images
@@ -170,19 +169,10 @@ def _locked(path: Path, name: str) -> Iterator[None]:
             "folder"
         ) from error
     with file:
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process prepares {name}; waiting for it …", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                raise
-            raise UserError(
-                f"the file system of {path.parent} has no file locks, so that two processes could prepare "
-                "at once; set S2DM_JAX_DATA to another folder"
-            ) from error
+        fix = "set S2DM_JAX_DATA to another folder"
+        if not acquire(file, fix=fix):
+            print(f"another process prepares {name}; waiting for it …", flush=True)
+            acquire(file, fix=fix, wait=True)
         # The child process inherits the lock: no other process prepares before the child has ended.
         os.set_inheritable(file.fileno(), True)
         yield

@@ -1,7 +1,6 @@
 """The folder of a run: validated, created and locked before training."""
 
 import contextlib
-import fcntl
 import fnmatch
 import os
 import socket
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.locks import acquire
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
 
@@ -50,7 +50,7 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     if (path / _LOCK).exists():
         # Shared: processes of one run may look at the same time.
         with (path / _LOCK).open(encoding="utf-8") as file:
-            _lock(file, fcntl.LOCK_SH, workdir)
+            _lock(file, workdir, shared=True)
     return path
 
 
@@ -84,7 +84,7 @@ def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         if is_main_process():
             lock = stack.enter_context((prepare_workdir(workdir, config) / _LOCK).open("a+", encoding="utf-8"))
-            _lock(lock, fcntl.LOCK_EX, workdir)
+            _lock(lock, workdir)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
@@ -92,15 +92,13 @@ def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
         yield Path(workdir)
 
 
-def _lock(file: TextIO, kind: int, workdir: str) -> None:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+def _lock(file: TextIO, workdir: str, shared: bool = False) -> None:
+    if not acquire(file, fix="give another --workdir", shared=shared):
         file.seek(0)
         raise UserError(
             f"--workdir={workdir} is in use by {file.read() or 'another process'}, which trains there; wait "
             "until it ends, or give another --workdir"
-        ) from error
+        )
 
 
 def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
