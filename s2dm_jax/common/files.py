@@ -1,13 +1,15 @@
 """Files that are complete or absent: atomic writes, new outputs, cache folders."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import struct
+import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from s2dm_jax.common.errors import UserError
@@ -94,6 +96,32 @@ def write_atomic(path: Path, text: str) -> None:
     """Writes a text file as UTF-8 through `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, keys: Sequence[str], consequence: str) -> dict | None:
+    """The dict in a JSON file that can be made again; None if it is missing, or empty, cut short or without `keys`.
+
+    The latter, what a power failure leaves, is reported with its `consequence`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and set(keys) <= content.keys():
+        return content
+    print(f"{path} is empty or damaged; {consequence}", file=sys.stderr)
+    return None
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The lines of a log of JSON, without those that a crash has cut short."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 @contextlib.contextmanager

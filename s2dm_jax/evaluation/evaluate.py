@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import read_json, write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
@@ -260,8 +260,8 @@ def _cached(folder: Path, name: str, depends_on: dict, compute: Callable[[], dic
     label = "".join(c if c.isalnum() else "_" for c in name)
     path = folder / f"{label}_{sha256_of_json(depends_on)}.json"
     # Several processes need not see the same files, and each must take part in computing.
-    if jax.process_count() == 1 and path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))["values"]
+    if jax.process_count() == 1 and (entry := read_json(path, ("values",), "it is measured again")):
+        return entry["values"]
     began = time.monotonic()
     values = compute()
     entry = {"values": values, "seconds": time.monotonic() - began, "depends_on": depends_on}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from s2dm_jax.common.files import read_json_lines
 from s2dm_jax.common.version import __version__
 from s2dm_jax.evaluation.comparison import Evaluated, comparison_cells, plot_distances, read_evaluated
 from s2dm_jax.workdir.results import flat_provenance, results_cells
@@ -59,7 +60,7 @@ def _section(run: Evaluated) -> list[str]:
         parts.append(_figure(f"<img alt='samples' src='data:image/png;base64,{image}'>", caption))
     log = workdir / "metrics.jsonl"
     if log.exists():
-        curves = plot_losses([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()])
+        curves = plot_losses(read_json_lines(log))
         parts.append(_figure(_svg(curves), "Loss and its terms during training, logarithmic."))
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"

@@ -17,6 +17,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import read_json
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import to_json
@@ -227,10 +228,10 @@ def _log(text: str) -> None:
 
 def _finished_results(workdir: Path, config: ConfigDict) -> dict | None:
     """The results in `workdir` if they are those of this config's last step and evaluation."""
-    path = workdir / "results.json"
-    if not path.exists():
+    keys = ("step", "eval", "rows", "provenance")
+    results = read_json(workdir / "results.json", keys, "the run is evaluated again")
+    if results is None:
         return None
-    results = json.loads(path.read_text(encoding="utf-8"))
     requested = json.loads(to_json(config))["eval"]
     # Results from before a field existed were made with its default.
     made = {**json.loads(to_json(default_config()))["eval"], **results["eval"]}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from s2dm_jax.common.files import read_json
 from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.common.version import __version__
 from s2dm_jax.models.network import num_params
@@ -29,8 +30,7 @@ def card_of_run(run: Run, path: str) -> dict:
     if folder.is_file():
         return parse_card(json.dumps(exported.read_header(path).get("card")))
     card = parse_card((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
-    results = folder / "results.json"
-    metrics = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    metrics = read_json(folder / "results.json", ("step", "rows"), "the model card has no results")
     if metrics and metrics["step"] != run.step:
         # They are of other weights.
         metrics = None
@@ -49,7 +49,10 @@ def parse_card(text: str) -> dict:
             raise ValueError("its step or config is missing")
         return card
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its model card was not written by s2dm_jax ({error!r})") from error
+        raise ValueError(
+            "its model card is damaged or was not written by s2dm_jax; restore it, or remove it and a new one is made "
+            "without what it said of the weights' origin"
+        ) from error
 
 
 def make_card(run: Run, *, license: str = "", source: dict | None = None, metrics: dict | None = None) -> dict:

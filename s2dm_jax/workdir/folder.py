@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -52,6 +53,16 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         with (path / _LOCK).open(encoding="utf-8") as file:
             _lock(file, workdir, shared=True)
     return path
+
+
+def unreadable_config(place: str | os.PathLike, error: Exception) -> UserError:
+    """The error for a file that should be a run's config; a checkpoint has a copy of it."""
+    advice = "give another run"
+    if steps := checkpoint_steps(Path(place).parent):
+        copy = checkpoint_folder(Path(place).parent) / str(steps[-1]) / "about" / "metadata"
+        advice = f'restore it from the entry "config" of {copy}, or {advice}'
+    reason = "it is empty or cut short" if isinstance(error, json.JSONDecodeError) else str(error)
+    return UserError(f"{place} is not a config of s2dm_jax ({reason}); {advice}")
 
 
 def check_readable_name(workdir: str | os.PathLike) -> None:
@@ -105,7 +116,7 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     try:
         saved = flatten(from_json(saved_path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{saved_path} is not a config of s2dm_jax ({error}); give another --workdir") from error
+        raise unreadable_config(saved_path, error) from error
     for name, value in flatten(config).items():
         if not FIELDS[name].resumable and saved[name] != value:
             raise UserError(

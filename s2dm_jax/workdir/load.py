@@ -17,7 +17,7 @@ from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.config.io import from_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.workdir import exported
-from s2dm_jax.workdir.folder import check_readable_name, checkpoint_steps
+from s2dm_jax.workdir.folder import check_readable_name, checkpoint_steps, unreadable_config
 
 if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
@@ -49,7 +49,7 @@ def checked_config(text: str, place: str | Path) -> ConfigDict:
     try:
         config = from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place} is not a config of s2dm_jax ({error}); give another run") from error
+        raise unreadable_config(place, error) from error
     try:
         check_config(config)
     except UserError as error:
@@ -73,7 +73,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
             f"{workdir} holds no config.json, so it is no training run; give the --workdir of one"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a config of s2dm_jax ({error}); give another run") from error
+        raise unreadable_config(file, error) from error
     config = checked_config(text, file)
     if not checkpoint_steps(path):
         raise _no_checkpoint(workdir)
@@ -164,7 +164,13 @@ def load_base_params(workdir: str | os.PathLike, config: ConfigDict, *, network:
 
     # The workdir or the base may have moved; what counts is that the weights are the same.
     path, base_workdir = Path(workdir) / "base.json", config.variance_head.base_workdir
-    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(
+            f"{path} is empty or damaged: it says which weights of {base_workdir} the variance head belongs to; "
+            "restore it, or remove it if the base was not trained further since"
+        ) from error
     run = load_run(base_workdir, recorded.get("step"), network=network)
     digest = sha256_of_arrays(jax.tree.leaves(run.ema_params))
     if recorded and recorded["sha256"] != digest:

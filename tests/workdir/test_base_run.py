@@ -91,6 +91,10 @@ def test_a_head_is_not_used_with_another_network(runs, tmp_path):
     with pytest.raises(UserError, match="holds other weights at step 4 than those that the variance head"):
         load_run(str(tmp_path / "head"))
 
+    (tmp_path / "head" / "base.json").write_text("")
+    with pytest.raises(UserError, match=r"base.json is empty or damaged: it says which weights"):
+        load_run(str(tmp_path / "head"))
+
 
 def test_bad_bases_are_refused(runs, tmp_path):
     for base, message in (

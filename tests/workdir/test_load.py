@@ -1,6 +1,7 @@
 """Reading a run back from its folder, and the estimation-gap command that does."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -110,6 +111,18 @@ def test_estimation_gap_command_reports_user_errors_in_one_sentence(command, wor
         command([str(workdir), flag])
     assert stop.value.code == 2
     assert capsys.readouterr().err == sentence + "\n"
+
+
+def test_an_empty_config_is_one_sentence_with_the_way_out(workdir, config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    (run / "config.json").write_text("")
+    sentence = (
+        r'config.json is not a config of s2dm_jax \(it is empty or cut short\); restore it from the entry "config" of'
+    )
+    for read in (read_config, lambda path: prepare_workdir(str(path), config)):
+        with pytest.raises(UserError, match=sentence):
+            read(run)
 
 
 @pytest.mark.parametrize("way", ["../run", "x/../run", "~/run", "."])
