@@ -238,7 +238,7 @@ def _kind(module: Module, instruction: Instruction) -> str:
         return ATTENTION
     if "dot" in opcodes or target.startswith("__cublas"):
         return PRODUCT
-    if names and 2 * sum(bool(_RANDOM.search(name)) for name in names) > len(names) or _RANDOM.search(path):
+    if (names and 2 * sum(bool(_RANDOM.search(name)) for name in names) > len(names)) or _RANDOM.search(path):
         return RANDOM
     if opcodes <= _MOVES:
         return COPY

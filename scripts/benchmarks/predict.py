@@ -85,7 +85,8 @@ def summary(prediction: dict[str, Any]) -> str:
     p = prediction
     return (
         f"predicted at {p['rate_tflops']:g} TFLOP/s and {p['bandwidth_tb_per_s']:g} TB/s: {p['ms']:.2f} ms per step, "
-        f"{p['images_per_s']:,.0f} images/s, {p['share_of_rate']:.0%} of the rate; the least is {p['least_ms']:.2f} ms\n"
+        f"{p['images_per_s']:,.0f} images/s, {p['share_of_rate']:.0%} of the rate; "
+        f"the least is {p['least_ms']:.2f} ms\n"
         f"{p['short_kernels']:,} kernels are predicted below 2 µs, less than it takes to start one; at 2 µs each "
         f"{p['ms_with_launches']:.2f} ms per step"
     )
