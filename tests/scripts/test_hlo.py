@@ -1,9 +1,14 @@
 """The costs of a compiled program's kernels, on a short module whose bytes and FLOPs are counted by hand."""
 
 import hlo
+import jax
+import jax.numpy as jnp
 import kernel_costs
+import least
+import predict
 import pytest
-from kernel_costs import ATTENTION, CONVOLUTION, COPY, ELEMENTWISE, OPTIMIZER, PRODUCT, RANDOM, REDUCTION
+from jax import lax
+from kernel_costs import ATTENTION, CONVOLUTION, COPY, ELEMENTWISE, OPTIMIZER, PRODUCT, RANDOM, REDUCTION, Kernel
 
 _JVP = 'metadata={op_name="jit(chunk)/while/body/jvp()/OP"}'
 _GEMM = (
@@ -155,7 +160,7 @@ def test_costs_equal_those_by_hand(module):
 def test_program_has_the_kernels_outside_the_loop(module):
     kernels = kernel_costs.program_kernels(module)
     assert kernels.keys() == _EXPECTED.keys() | {"copy.1"}
-    assert kernels["copy.1"] == kernel_costs.Kernel("copy.1", COPY, 32, 0, 1)
+    assert kernels["copy.1"] == Kernel("copy.1", COPY, 32, 0, 1)
     assert kernels["bits"].times == 15
 
 
@@ -197,3 +202,87 @@ dim_labels=b01f_01oi->b01f"""
     module, computation, instruction = _instruction(text)
     flops = kernel_costs.instruction_flops(module, computation, instruction)
     assert flops == 2 * (2 * 2 * 2 * 16) * (3 * 3 * 8)
+
+
+def test_bytes_and_flops_agree_with_xla():
+    program = jax.jit(lambda x, w: jnp.tanh(x @ w)).lower(jnp.ones((256, 128)), jnp.ones((128, 64))).compile()
+    kernels = kernel_costs.step_kernels(hlo.parse(program.as_text()))
+    costs = program.cost_analysis()
+    assert sum(k.flops for k in kernels) == 2 * 256 * 128 * 64 == costs["flops"]
+    assert sum(k.bytes for k in kernels) == costs["bytes accessed"]
+
+
+def test_flops_of_a_compiled_step_are_three_times_those_forward():
+    def loss(weights, x):
+        y = lax.conv_general_dilated(x, weights[0], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(jnp.tanh(y.reshape(-1, 16) @ weights[1]) ** 2)
+
+    def chunk(weights, images):
+        def step(weights, x):
+            # The gradient of the image is wanted too, as inside a network.
+            grads, dx = jax.grad(loss, argnums=(0, 1))(weights, x)
+            return [w - 0.1 * g for w, g in zip(weights, grads, strict=True)], dx
+
+        return lax.scan(step, weights, images)
+
+    weights = [jnp.ones((3, 3, 8, 16)), jnp.ones((16, 24))]
+    program = jax.jit(chunk).lower(weights, jnp.ones((4, 2, 16, 16, 8))).compile()
+    module = hlo.parse(program.as_text())
+    assert hlo.step_of(module)[1] == 4
+    forward = 2 * (2 * 16 * 16 * 16) * (3 * 3 * 8) + 2 * (2 * 16 * 16) * 16 * 24
+    assert sum(k.times * k.flops for k in kernel_costs.step_kernels(module)) == 3 * forward
+
+
+def test_least_bytes_of_a_network_by_hand():
+    class Network:
+        """A convolution to 4 channels, attention over the pixels, a product."""
+
+        image_shape, dtype = (4, 4, 2), "bfloat16"
+
+        def param_shapes(self):
+            shapes = {"c": (3, 3, 2, 4), "d": (4, 4)}
+            return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+        def apply(self, params, x, t):
+            x, c, d = (a.astype(jnp.bfloat16) for a in (x, params["c"], params["d"]))
+            y = lax.conv_general_dilated(x, c, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            tokens = jax.nn.silu(y).reshape(len(x), 16, 1, 4)
+            return jax.nn.dot_product_attention(tokens, tokens, tokens) @ d
+
+    kernels = least.least_kernels(Network(), 3)
+    found = {kind: sum(k.times * k.bytes for k in kernels if k.kind == kind) for kind in kernel_costs.CLASSES}
+    image, y, c, d = 2 * 3 * 16 * 2, 2 * 3 * 16 * 4, 2 * 9 * 2 * 4, 2 * 4 * 4
+    assert found == {
+        CONVOLUTION: 3 * (image + c + y),
+        PRODUCT: 3 * (y + d + y),
+        ATTENTION: 4 * y + 8 * y,
+        # Of both: y read twice and its gradient written; the input written and its gradient read.
+        ELEMENTWISE: (3 * y + 2 * image) + (3 * y + 2 * y),
+        OPTIMIZER: (9 * 2 * 4 + 4 * 4) * (9 * 4 + 2),
+        REDUCTION: 0,
+        RANDOM: 0,
+        COPY: 0,
+    }
+    flops = {kind: sum(k.times * k.flops for k in kernels if k.kind == kind) for kind in (CONVOLUTION, ATTENTION)}
+    assert flops == {CONVOLUTION: 3 * 2 * (3 * 16 * 4) * 9 * 2, ATTENTION: 3 * 2 * (2 * 3 * 16 * 16 * 4)}
+
+
+def test_prediction_takes_the_slower_of_arithmetic_and_memory():
+    kernels = [Kernel("a", CONVOLUTION, 10, 4000, 2), Kernel("b", ELEMENTWISE, 30, 0, 1)]
+    least_kernels = [Kernel("a", CONVOLUTION, 10, 4000, 2), Kernel("b", ELEMENTWISE, 10, 0, 1)]
+    found = predict.predict(kernels, least_kernels, rate=1e6, bandwidth=1e4, images=7, flops=8000)
+    # Two of 4 ms, and one of 3 ms, of which 1 ms is needed.
+    assert (found["ms"], found["least_ms"]) == (pytest.approx(11), pytest.approx(9))
+    assert found["images_per_s"] == pytest.approx(7 / 0.011)
+    assert found["share_of_rate"] == pytest.approx(8 / 11)
+    assert found["short_kernels"] == 0
+    rows = predict.table(found).splitlines()
+    assert rows[2] == "| convolution | 2 | 0 | 0.00 | 0.00 | 8.00 | 8.00 |"
+    assert rows[-1].endswith("| 11.00 | 9.00 |")
+
+
+def test_kernels_shorter_than_their_start_are_counted():
+    kernels = [Kernel("a", COPY, 1000, 0, 3)]
+    found = predict.predict(kernels, kernels, rate=1e12, bandwidth=1e9, images=1, flops=0)
+    assert (found["short_kernels"], found["ms"]) == (3, pytest.approx(3e-3))
+    assert found["ms_with_launches"] == pytest.approx(6e-3)

@@ -35,8 +35,8 @@ _REHEARSED = 1
 _UNHEARD_OF = {"refused": {"xla_gpu_no_such_option": True}}
 _WORKERS, _MOST_ROUNDS = 6, 9
 _MARGIN_SECONDS = 5.0
-# Share of the time that is left in which compilations may begin.
-_COMPILING_SHARE = 0.5
+# Shares of the time that is left in which a compilation may begin, and is waited for; the rest is for the rounds.
+_BEGIN_SHARE, _WAIT_SHARE = 0.45, 0.75
 
 
 def measure(program: TrainProgram, settings: Settings, end: float) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def measure(program: TrainProgram, settings: Settings, end: float) -> dict[str, 
     }
     workers = 2 if settings.tiny else _WORKERS
     save = Saver(settings.out / "why_flags.json", records)
-    runs, compiling = compile_variants(program, records, save, workers, *_limits(end, program.compile_seconds))
+    runs, compiling = compile_variants(program, records, save, workers, *_limits(end))
     rounds = 2 if settings.tiny else _MOST_ROUNDS
     seconds = rounds_in_turns({"as trained": program.run, **runs}, records, rounds, end)
     base = seconds.pop("as trained", [])
@@ -71,11 +71,10 @@ def measure(program: TrainProgram, settings: Settings, end: float) -> dict[str, 
     return {**result, "summary": _summary(result)}
 
 
-def _limits(end: float, compile_seconds: float) -> tuple[float, float]:
+def _limits(end: float) -> tuple[float, float]:
     """Until when a compilation may begin, and until when it is waited for."""
     left = max(0.0, end - time.time())
-    begin_until = time.time() + _COMPILING_SHARE * left
-    return begin_until, min(end, begin_until + min(2 * compile_seconds + 5, 0.3 * left))
+    return time.time() + _BEGIN_SHARE * left, time.time() + _WAIT_SHARE * left
 
 
 class Saver(NamedTuple):

@@ -5,7 +5,7 @@ All but `record` and `read_events` works on plain events, so that tests need no 
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,11 +78,11 @@ def read_events(path: Path) -> list[Event]:
     return events
 
 
-def known_share(events: Sequence[Event], names: Iterable[str]) -> float:
+def known_share(window: Window, kernels: Mapping[str, Kernel]) -> float:
     """Share of the device time whose instruction is in the program."""
-    names = set(names)
+    events = window.events
     total = sum(e.end_ns - e.start_ns for e in events)
-    return sum(e.end_ns - e.start_ns for e in events if e.hlo_op in names) / total if total else 0.0
+    return sum(e.end_ns - e.start_ns for e in events if e.hlo_op in kernels) / total if total else 0.0
 
 
 def cut(events: Iterable[Event], chunk: int, most: int) -> Window:
