@@ -5,6 +5,7 @@ is predicted to take (`predict.py`).
 """
 
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -104,8 +105,11 @@ def benchmark_compiled(arguments) -> None:
     """Compiles a config's training for a device that this machine does not have: memory, kernels,
     collectives, and the time that a step is predicted to take.
     """
-    config = _load_config(arguments)
     target = TARGETS[arguments.target]
+    if target.platform == "gpu":
+        # Read when jax is imported. Nothing runs, and where no GPU is JAX would refuse its compiler.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    config = _load_config(arguments)
     devices = _devices(arguments, target)
     lowered, network = _lower(config, target, devices)
     K = _timesteps_per_image(config)

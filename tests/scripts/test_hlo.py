@@ -1,5 +1,9 @@
 """The costs of a compiled program's kernels, on a short module whose bytes and FLOPs are counted by hand."""
 
+import json
+from types import SimpleNamespace
+
+import compiled
 import hlo
 import jax
 import jax.numpy as jnp
@@ -7,8 +11,12 @@ import kernel_costs
 import least
 import predict
 import pytest
+from gpu_stages.programs import published_config
 from jax import lax
 from kernel_costs import ATTENTION, CONVOLUTION, COPY, ELEMENTWISE, OPTIMIZER, PRODUCT, RANDOM, REDUCTION, Kernel
+
+from s2dm_jax.config.build import build_network
+from s2dm_jax.models.flops import step_flops
 
 _JVP = 'metadata={op_name="jit(chunk)/while/body/jvp()/OP"}'
 _GEMM = (
@@ -286,3 +294,15 @@ def test_kernels_shorter_than_their_start_are_counted():
     found = predict.predict(kernels, kernels, rate=1e12, bandwidth=1e9, images=1, flops=0)
     assert (found["short_kernels"], found["ms"]) == (3, pytest.approx(3e-3))
     assert found["ms_with_launches"] == pytest.approx(6e-3)
+
+
+def test_compiled_predicts_for_a_device_s_share_of_the_batch():
+    arguments = SimpleNamespace(target="h100", config="configs/digits.py", devices=2, rate=1.0, bandwidth=None)
+    config = published_config("configs/digits.py:ddpm", tiny=True)
+    network = build_network(config)
+    found = compiled._predict(arguments, config, network, _TEXT)
+    assert (found["config"], found["batch_per_device"], found["K"]) == ("configs/digits.py", 2, 1)
+    assert (found["rate_tflops"], found["bandwidth_tb_per_s"]) == (1, 3.35)
+    assert found["step_gflop"] == step_flops(network, 2, 1) / 1e9
+    assert found["classes"][CONVOLUTION]["kernels"] == 2
+    assert json.loads(json.dumps(found)) == found
