@@ -1,11 +1,12 @@
 """Options of XLA worth a try, one by one, on a compiled chunk of train steps."""
 
+import functools
 import json
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpu_stages.parts import Settings
 from gpu_stages.programs import TrainProgram, ratio, spread
@@ -51,7 +52,7 @@ def measure(program: TrainProgram, settings: Settings, end: float) -> dict[str, 
         name: {"options": options, "status": "not reached"} for name, options in table.items()
     }
     workers = 2 if settings.tiny else _WORKERS
-    save = Saver(settings.out / "why_flags.json", records)
+    save = functools.partial(_save, settings.out / "why_flags.json", records)
     runs, compiling = compile_variants(program, records, save, workers, *_limits(end))
     rounds = 2 if settings.tiny else _MOST_ROUNDS
     seconds = rounds_in_turns({"as trained": program.run, **runs}, records, rounds, end)
@@ -77,15 +78,9 @@ def _limits(end: float) -> tuple[float, float]:
     return time.time() + _BEGIN_SHARE * left, time.time() + _WAIT_SHARE * left
 
 
-class Saver(NamedTuple):
-    """Writes the records to a file."""
-
-    path: Path
-    records: Mapping[str, dict[str, Any]]
-
-    def __call__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.records, indent=1), encoding="utf-8")
+def _save(path: Path, records: Mapping[str, dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
 def compile_variants(

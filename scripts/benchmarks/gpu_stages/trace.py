@@ -111,7 +111,7 @@ def costliest(window: Window, kernels: Mapping[str, Kernel], count: int = 20) ->
     """
     nanoseconds: defaultdict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
-    names = {}
+    names: dict[str, str] = {}
     for event in window.events:
         key = event.hlo_op or event.name
         nanoseconds[key] += event.end_ns - event.start_ns

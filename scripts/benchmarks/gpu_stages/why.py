@@ -42,7 +42,7 @@ def profile(settings: Settings) -> dict[str, Any]:
     end = _end(settings, "profile")
     compiled = program(settings.tiny)
     first = _observe(compiled.run, compiled.compiled, compiled.steps, settings)
-    found = {"known_share": trace.known_share(*first), "kernels_from": "as trained"}
+    found: dict[str, Any] = {"known_share": trace.known_share(*first), "kernels_from": "as trained"}
     if found["known_share"] >= 0.5 or settings.device == "cpu":
         return _reduce(found, first, first, settings)
     hidden = "as trained, though command buffers hide most"
