@@ -29,6 +29,8 @@ class TrainProgram(NamedTuple):
       trace_seconds, compile_seconds: what tracing and compiling took.
       memory_bytes: of its arguments and temporaries, as compiled.
       compiled: XLA's executable, for `as_text()` and `cost_analysis()`.
+      variant: compiles the chunk with more options of XLA, without tracing it again: `run` and `compiled` of that. The
+        runs of all variants take turns with one state, so only one may be in progress; several threads may compile.
     """
 
     run: Callable[[], float]
@@ -40,6 +42,7 @@ class TrainProgram(NamedTuple):
     compile_seconds: float
     memory_bytes: int
     compiled: Any
+    variant: Callable[[Mapping[str, Any]], tuple[Callable[[], float], Any]]
 
 
 def published_config(name: str, tiny: bool, **fields: Any) -> Any:
@@ -79,7 +82,11 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
     images = sharding.replicate(rng.integers(0, 256, (num_images, size, size, channels), np.uint8))
     rows = rng.integers(0, num_images, (steps, config.train.batch_size)).astype(np.int32)
     arguments = images, sharding.shard_batch(rows, axis=1), sharding.replicate_key(jax.random.key(0))
-    state = [sharding.replicate(init_state(network, optimizer, 0))]
+
+    def initial() -> Any:
+        return sharding.replicate(init_state(network, optimizer, 0))
+
+    state = [initial()]
     chunk = jax.jit(
         make_train_chunk(config, network, optimizer),
         donate_argnums=0,
@@ -92,17 +99,29 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
     program = lowered.compile()
     ended = time.perf_counter()
 
-    def run() -> float:
-        began = time.perf_counter()
-        # The chunk donates its state, so each call takes that of the call before.
-        state[0], metrics = program(state[0], *arguments)
-        jax.block_until_ready(metrics)
-        return time.perf_counter() - began
+    def runner(program: Any) -> Callable[[], float]:
+        def run() -> float:
+            began = time.perf_counter()
+            try:
+                # The chunk donates its state, so each call takes that of the call before.
+                state[0], metrics = program(state[0], *arguments)
+                jax.block_until_ready(metrics)
+            except Exception:
+                # What was donated to a program that failed is lost; the other variants go on from the start.
+                state[0] = initial()
+                raise
+            return time.perf_counter() - began
+
+        return run
+
+    def variant(options: Mapping[str, Any]) -> tuple[Callable[[], float], Any]:
+        compiled = lowered.compile(compiler_options=dict(options))
+        return runner(compiled), compiled
 
     memory = program.memory_analysis()
     K = build_objective(config).num_timesteps_per_image
     return TrainProgram(
-        run,
+        runner(program),
         steps,
         config.train.batch_size,
         step_flops(network, config.train.batch_size, K),
@@ -111,6 +130,7 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
         ended - traced,
         memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         program,
+        variant,
     )
 
 
