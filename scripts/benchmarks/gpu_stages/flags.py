@@ -44,7 +44,7 @@ def measure(program: TrainProgram, settings: Settings, end: float) -> dict[str, 
     """Compiles the variants in threads, then times those that are ready, in turns with the program itself.
 
     `end` is the `time.time()` at which it must be done. Some options may end the process: what each has come to is in
-    `why_flags.json` at all times.
+    `why_flags.json` until the result is returned.
     """
     end -= _MARGIN_SECONDS
     table = {**dict(list(FLAGS.items())[:_REHEARSED]), **_UNHEARD_OF} if settings.tiny else FLAGS
@@ -52,7 +52,8 @@ def measure(program: TrainProgram, settings: Settings, end: float) -> dict[str, 
         name: {"options": options, "status": "not reached"} for name, options in table.items()
     }
     workers = 2 if settings.tiny else _WORKERS
-    save = functools.partial(_save, settings.out / "why_flags.json", records)
+    path = settings.out / "why_flags.json"
+    save = functools.partial(_save, path, records)
     runs, compiling = compile_variants(program, records, save, workers, *_limits(end))
     rounds = 2 if settings.tiny else _MOST_ROUNDS
     seconds = rounds_in_turns({"as trained": program.run, **runs}, records, rounds, end)
@@ -68,7 +69,7 @@ def measure(program: TrainProgram, settings: Settings, end: float) -> dict[str, 
         "compiling_meanwhile": compiling,
         "as_trained_ms": spread(1e3 * s / program.steps for s in base) if base else None,
     }
-    save()
+    path.unlink(missing_ok=True)
     return {**result, "summary": _summary(result)}
 
 

@@ -50,7 +50,8 @@ def profile(settings: Settings) -> dict[str, Any]:
         return _reduce({**found, "kernels_from": f"{hidden}; no time for a second profile"}, first, first, settings)
     # The second may end the process.
     saved = json.dumps(_reduce({**found, "kernels_from": hidden}, first, first, settings), indent=1)
-    (settings.out / "why_profile.json").write_text(saved, encoding="utf-8")
+    path = settings.out / "why_profile.json"
+    path.write_text(saved, encoding="utf-8")
     try:
         second = _observe(*compiled.variant(_NO_COMMAND_BUFFERS), compiled.steps, settings)
     except Exception as error:
@@ -58,6 +59,8 @@ def profile(settings: Settings) -> dict[str, Any]:
         return _reduce(
             {**found, "kernels_from": f"{hidden}; a second profile failed: {reason}"}, first, first, settings
         )
+    finally:
+        path.unlink(missing_ok=True)
     found["known_share_second"] = trace.known_share(*second)
     return _reduce({**found, "kernels_from": "a second profile, without command buffers"}, first, second, settings)
 
