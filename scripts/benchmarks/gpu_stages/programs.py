@@ -1,5 +1,6 @@
 """Compiled train steps of the published configs, as training compiles them, ready to be timed."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ class TrainProgram(NamedTuple):
       trace_seconds, compile_seconds: what tracing and compiling took.
       memory_bytes: of its arguments and temporaries, as compiled.
       compiled: XLA's executable, for `as_text()` and `cost_analysis()`.
+      dtype: of the activations.
     """
 
     run: Callable[[], float]
@@ -40,6 +42,7 @@ class TrainProgram(NamedTuple):
     compile_seconds: float
     memory_bytes: int
     compiled: Any
+    dtype: str
 
 
 def published_config(name: str, tiny: bool, **fields: Any) -> Any:
@@ -111,17 +114,22 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
         ended - traced,
         memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         program,
+        network.dtype,
     )
 
 
-def interleave(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    runs: Mapping[str, Callable[[], float]], rounds: int, deadline: float = math.inf
+) -> dict[str, list[float]]:
     """Seconds of each run in each round, after one of each that does not count; one after the other in every round, so
-    that a slow moment of the machine affects all of them.
+    that a slow moment of the machine affects all of them. After `deadline` (`time.time()`) there are three rounds only.
     """
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for index in range(rounds):
+        if index >= 3 and time.time() > deadline:
+            break
         for name, run in runs.items():
             seconds[name].append(run())
     return seconds
