@@ -105,6 +105,12 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+def skip_ratio(alpha_bar, skip):
+    """c_t of L_skip at each timestep: √(1−α_skip)/√α_skip (S²-DMs, eq. 12), of ᾱ [T]."""
+    alpha_skip = alpha_bar / torch.cat([torch.ones_like(alpha_bar[:skip]), alpha_bar])[: len(alpha_bar)]
+    return ((1 - alpha_skip) / alpha_skip).sqrt()
+
+
 def make_step(s):
     """A function that does a train step and returns its loss, and the network's number of parameters."""
     on_gpu = s["device"] == "gpu"
@@ -119,8 +125,7 @@ def make_step(s):
     num_images = min(1024, 2**28 // math.prod(image_shape))
     images = torch.randint(0, 256, (num_images, *image_shape), dtype=torch.uint8, device=device)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
-    alpha_skip = alpha_bar / torch.cat([torch.ones(s["skip"], dtype=torch.float64), alpha_bar])[:1000]
-    skip_ratio = ((1 - alpha_skip) / alpha_skip).sqrt().float().to(device)
+    c = skip_ratio(alpha_bar, s["skip"]).float().to(device)
     alpha_bar = alpha_bar.float().to(device)
     weights, averages = list(model.parameters()), list(average.parameters())
 
@@ -139,7 +144,7 @@ def make_step(s):
         eps, noise = (value.reshape(batch, K, *image_shape) for value in (eps, noise))
         loss = (eps[:, 0] - noise[:, 0]).square().sum((1, 2, 3)).mean()
         if s["skip"]:
-            scaled = skip_ratio[t][:, None, None, None] * eps[:, 0]
+            scaled = c[t][:, None, None, None] * eps[:, 0]
             loss = s["tau"] * loss + (1 - s["tau"]) * (noise[:, 0] - scaled).square().sum((1, 2, 3)).mean()
         if K > 1:
             loss = loss + s["lam"] * ((eps - noise).sum(1).square() / K**2).sum((1, 2, 3)).mean()
