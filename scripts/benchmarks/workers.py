@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,8 +42,9 @@ class Worker:
     ):
         """Starts `script` of this folder with the settings; `errors` is a file for its stderr, else it has ours."""
         own = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(environment or {})}
-        # Neither side's worker imports the packages of the other.
-        own["PYTHONPATH"] = str(SCRIPTS.parents[1])
+        # Another interpreter does not import our packages.
+        ours = [os.environ["PYTHONPATH"]] if python == sys.executable and os.environ.get("PYTHONPATH") else []
+        own["PYTHONPATH"] = os.pathsep.join([str(SCRIPTS.parents[1]), *ours])
         if settings["device"] == "cpu":
             own["JAX_PLATFORMS"] = "cpu"
         self._process = subprocess.Popen(

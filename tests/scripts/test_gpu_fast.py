@@ -102,6 +102,21 @@ def test_objectives_are_relative_to_plain_training(settings, monkeypatch):
     assert "; K = 2 2.020× (2.020 to 2.020), 4.0 GB" in found["summary"]
 
 
+def test_what_there_is_no_time_to_compile_is_a_note(settings, monkeypatch):
+    def compiled(tiny, name, remat=False):
+        time.sleep(0.2)
+        return program(lambda: 1.0 + remat)
+
+    monkeypatch.setattr(fast, "_program", compiled)
+    monkeypatch.setattr(fast, "_ROUNDS_SECONDS", 10.0)
+    cases = {"plain": ("a",), "remat": ("a", True)}
+    found = fast._compare(settings, "step", cases, time.time() + 11)
+    assert found["programs"]["remat"]["ratio_to_plain"]["median"] == 2.0
+    found = fast._compare(settings, "step", cases, time.time() + 10.4)
+    assert list(found["programs"]) == ["plain"]
+    assert found["summary"].endswith("4.0 GB; remat: there was no time to compile it")
+
+
 def test_rounds_end_at_the_deadline_but_not_before_the_third():
     assert len(interleave({"a": lambda: 1.0}, 5)["a"]) == 5
     assert len(interleave({"a": lambda: 1.0}, 5, deadline=0.0)["a"]) == 3
@@ -159,6 +174,7 @@ def test_the_cold_start_has_an_empty_cache_and_leaves_its_entries(settings, monk
             assert not self.folder.exists() or not list(self.folder.iterdir())
 
         def ready(self, timeout):
+            assert 95 < timeout <= 100
             self.folder.mkdir(exist_ok=True)
             (self.folder / "new").touch()
             return {"compile": 30.0}
@@ -171,12 +187,19 @@ def test_the_cold_start_has_an_empty_cache_and_leaves_its_entries(settings, monk
             pass
 
     monkeypatch.setattr(fast, "Worker", Compiling)
-    fails = False
-    assert fast._cold_start(settings, "configs/cifar10.py:ddpm") == ({"compile": 30.0, "peak_bytes": 3}, {})
+    fails, name = False, "configs/cifar10.py:ddpm"
+    assert fast._cold_start(settings, name, time.time() + 200) == (
+        {"compile": 30.0, "peak_bytes": 3},
+        {},
+    )
     assert sorted(path.name for path in cache.iterdir()) == ["new", "old"]
     fails = True
-    assert fast._cold_start(settings, "configs/cifar10.py:ddpm") == (None, {"cold start": "out of memory"})
+    assert fast._cold_start(settings, name, time.time() + 200) == (
+        None,
+        {"cold start": "out of memory"},
+    )
     assert sorted(path.name for path in cache.iterdir()) == ["new", "old"]
+    assert fast._cold_start(settings, "", time.time() + 100) == (None, {"cold start": "there was no time for it"})
 
 
 def test_stages_are_read_without_jax():
