@@ -1,5 +1,6 @@
 """Compiled train steps of the published configs, as training compiles them, ready to be timed."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ class TrainProgram(NamedTuple):
       compiled: XLA's executable, for `as_text()` and `cost_analysis()`.
       variant: compiles the chunk with more options of XLA, without tracing it again: `run` and `compiled` of that. The
         runs of all variants take turns with one state, so only one may be in progress; several threads may compile.
+      dtype: of the activations.
     """
 
     run: Callable[[], float]
@@ -43,6 +45,7 @@ class TrainProgram(NamedTuple):
     memory_bytes: int
     compiled: Any
     variant: Callable[[Mapping[str, Any]], tuple[Callable[[], float], Any]]
+    dtype: str
 
 
 def published_config(name: str, tiny: bool, **fields: Any) -> Any:
@@ -131,17 +134,22 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
         memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         program,
         variant,
+        network.dtype,
     )
 
 
-def interleave(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    runs: Mapping[str, Callable[[], float]], rounds: int, deadline: float = math.inf
+) -> dict[str, list[float]]:
     """Seconds of each run in each round, after one of each that does not count; one after the other in every round, so
-    that a slow moment of the machine affects all of them.
+    that a slow moment of the machine affects all of them. After `deadline` (`time.time()`) there are three rounds only.
     """
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for index in range(rounds):
+        if index >= 3 and time.time() > deadline:
+            break
         for name, run in runs.items():
             seconds[name].append(run())
     return seconds
