@@ -27,7 +27,7 @@ STEPS = 'for line in sys.stdin:\n    print(\'{"seconds": %s, "peak_bytes": 9}\' 
 
 
 def program(run=lambda: 1.0, flops=2 * 10**12):
-    return TrainProgram(run, 50, 128, flops, 7, 1.5, 30.0, 4 * 10**9, None, "bfloat16")
+    return TrainProgram(run, 50, 128, flops, 7, 1.5, 30.0, 4 * 10**9, None, None, "bfloat16")
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def celeba64_torch(settings: Settings) -> dict[str, Any]:
 
 # A process of its own, with none of the memory that JAX does not return: PyTorch needs it.
 _FRESH = {"S2DM_JAX_BENCHMARK_PROCESS": "beside PyTorch"}
-# What each part may take; the first six are expected to take about 200 s together.
+# What each part may take; the first six are expected to take four minutes together.
 PARTS = {
     "rates": Part(rates.run, 30),
     "cifar10": Part(cifar10, 200),
