@@ -1,0 +1,137 @@
+"""Stage 4: short trainings with each objective, equal in time, and how far their samples are from real images.
+
+Every part needs --images. `evidence_weights.npz` in the folder of results has what was trained; a later run trains on
+from it, first those that were trained least.
+"""
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_stages import evidence_plan
+from gpu_stages.evidence_images import synthetic_archive
+from gpu_stages.evidence_plan import OBJECTIVES
+from gpu_stages.parts import Part, Settings, Skip
+
+# A share may end up smaller than planned, because something took longer than expected.
+_LEAST_FRACTION = 0.5
+
+
+def _images_of(settings: Settings) -> Path:
+    if settings.images:
+        return settings.images
+    if settings.tiny:
+        return synthetic_archive(settings.scratch)
+    raise Skip("it needs the images of CIFAR-10: give their archive as --images")
+
+
+def prepare(settings: Settings) -> dict[str, Any]:
+    """Reads the images while the programs are compiled, trains the classifier, measures floor, ceiling and samplers."""
+    images, size = _images_of(settings), evidence_plan.size_of(settings)
+    from gpu_stages import evidence_run
+    from s2dm_jax.models.network import num_params
+
+    run = evidence_run.open_run(settings, images, (*size.objectives, *size.nfe))
+    batch_seconds = evidence_run.measure_batches(run)
+    state = evidence_plan.read_state(settings.scratch)
+    evidence_plan.write_state(settings.scratch, state._replace(batch_seconds=batch_seconds))
+    compiled = run.compiler.seconds()
+    anchors = run.anchors._asdict()
+    timing = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in run.seconds.items())
+    slowest = max(compiled.values())
+    summary = (
+        f"{timing} (slowest program {slowest:.1f} s); classifier right on {anchors['accuracy']:.1%} of the held-out "
+        f"images; Fréchet distance of real images {anchors['floor']:.2f}, of noise {anchors['ceiling']:.2f}"
+    )
+    left = {name: trained.record["seconds"] for name, trained in run.left.objectives.items()}
+    if left:
+        summary += "; trained before: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in left.items())
+    return {
+        "images": run.provenance,
+        "parameters": num_params(run.compiler.network),
+        "fields": dict(size.fields),
+        "seconds": run.seconds,
+        "compile_seconds": {str(name): seconds for name, seconds in compiled.items()},
+        "batch_seconds": batch_seconds,
+        "eval_batch": size.eval_batch,
+        "anchors": anchors,
+        "trained_before": left,
+        "note": run.note,
+        "summary": summary + (f"; {run.note}" if run.note else ""),
+    }
+
+
+def objective(name: str, settings: Settings) -> dict[str, Any]:
+    """Trains one objective for its share of the time that is left and measures it."""
+    images, size = _images_of(settings), evidence_plan.size_of(settings)
+    if name not in size.objectives:
+        raise Skip("the rehearsal has two objectives")
+    if settings.deadline - time.time() < size.least + size.margin:
+        raise Skip("no time left")
+    from gpu_stages import evidence_run
+    from gpu_stages.evidence_train import config_of
+    from s2dm_jax.config.build import build_objective
+
+    run = evidence_run.open_run(settings, images, (name, *size.nfe))
+    run.compiler.get(name)
+    seconds = _share(name, settings, run)
+    record = evidence_run.train_objective(settings, run, images, name, seconds)
+    state = evidence_plan.read_state(settings.scratch)
+    if state.level is None:
+        evidence_plan.write_state(settings.scratch, state._replace(level=record["seconds"]))
+    missing = evidence_run.measure_objective(settings, run, name, state.batch_seconds)
+
+    records = {other: trained.record for other, trained in run.left.objectives.items()}
+    anchors = run.anchors._asdict()
+    session = record["sessions"][-1]
+    notes = evidence_plan.notes_of(records, missing)
+    summary = (
+        f"{session['seconds']:.1f} s, {record['step']:,} steps ({session['steps_per_second']:.1f}/s), "
+        f"L_simple {record['losses'][-1][2]:.2f}. "
+        + "; ".join([evidence_plan.comparison_line(records, anchors, size.nfe), *notes])
+    )
+    return {
+        "objective": name,
+        "formula": build_objective(config_of(size, name, images)).formula,
+        **record,
+        "anchors": anchors,
+        "notes": notes,
+        "comparison": {
+            other: {key: value for key, value in each.items() if key in ("step", "images", "seconds", "rows")}
+            for other, each in records.items()
+        },
+        "summary": summary,
+    }
+
+
+def _share(name: str, settings: Settings, run: Any) -> float:
+    """Seconds to train an objective, of those that are left for it and the objectives after it.
+
+    Raises:
+      Skip: if the time is better spent on others, or there is too little.
+    """
+    size, state = run.size, evidence_plan.read_state(settings.scratch)
+    waiting = size.objectives[size.objectives.index(name) :]
+    before = {each: run.left.objectives[each].record["seconds"] for each in waiting if each in run.left.objectives}
+    trained = {each: before.get(each, 0.0) for each in waiting}
+    costs = {
+        each: evidence_plan.measuring_seconds(each, size, state.batch_seconds)
+        + (0.0 if run.compiler.is_compiled(each) else size.compiling)
+        for each in waiting
+    }
+    seconds = settings.deadline - time.time() - size.margin
+    shares = evidence_plan.equal_shares(trained, costs, seconds, size.least, size.most)
+    if name not in shares:
+        others = f", which goes to {', '.join(shares)}" if shares else ""
+        raise Skip(f"trained for {trained[name]:.0f} s so far; no time left for more{others}")
+    share = shares[name] if state.level is None else min(shares[name], state.level - trained[name])
+    if share < _LEAST_FRACTION * size.least:
+        raise Skip(f"trained for {trained[name]:.0f} s so far, like the others")
+    return share
+
+
+PARTS = {
+    "prepare": Part(prepare, 150),
+    **{name: Part(functools.partial(objective, name), 400) for name in OBJECTIVES},
+}

@@ -1,0 +1,175 @@
+"""The run of the stage `evidence` in one process: everything prepared once, then an objective at a time."""
+
+import concurrent.futures
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gpu_stages import evidence_data, evidence_weights
+from gpu_stages.evidence_data import Anchors
+from gpu_stages.evidence_plan import SCALES, Size, State, has_state, size_of, write_state
+from gpu_stages.evidence_train import (
+    Compiler,
+    Measure,
+    Session,
+    config_of,
+    distance,
+    new_state_of,
+    scale_of,
+    train,
+)
+from gpu_stages.evidence_weights import Left, Trained
+from gpu_stages.parts import Settings
+from s2dm_jax.data.batches import run_keys
+from s2dm_jax.data.datasets import load_dataset
+from s2dm_jax.data.device_feed import Feed
+from s2dm_jax.devices.sharding import replicate_key
+
+_LOGGED_LOSSES = 20
+# The stage ends by force at its deadline: a distance that would take longer than what is left is not begun.
+_LAST_SECONDS = 1.0
+
+
+class Run(NamedTuple):
+    """What every objective needs.
+
+    Attributes:
+      compiler: of its programs.
+      left: what was trained so far, as in the file.
+      note: why what an earlier run left is ignored, or "".
+      seconds: that the preparation took, by what was done.
+    """
+
+    size: Size
+    compiler: Compiler
+    feed: Feed
+    measure: Measure
+    anchors: Anchors
+    left: Left
+    note: str
+    seconds: dict[str, float]
+    provenance: str
+
+
+_RUNS: dict[Path, Run] = {}
+
+
+def open_run(settings: Settings, images: Path, programs: Iterable[str | int]) -> Run:
+    """What an earlier part of this process prepared, or all of it now, with these programs compiled meanwhile."""
+    if settings.scratch not in _RUNS:
+        _RUNS[settings.scratch] = _prepare(settings, images, programs)
+    return _RUNS[settings.scratch]
+
+
+def _prepare(settings: Settings, images: Path, programs: Iterable[str | int]) -> Run:
+    size, seconds = size_of(settings), {}
+    config = config_of(size, "ddpm", images)
+    compiler, began = Compiler(size, images), time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(_timed, load_dataset, config)
+        compiling = [compiler.start(name) for name in programs]
+        data, seconds["images"] = loading.result()
+    # Nothing else runs on the device while XLA times its choices of kernels. A program that fails, fails its own part.
+    concurrent.futures.wait(compiling)
+    seconds["images and programs"] = time.perf_counter() - began
+
+    digest = evidence_data.digest_of(size, images, data)
+    begun = has_state(settings.scratch)
+    left, note = evidence_weights.read(settings.out if begun else settings.resume, digest)
+    if left is None:
+        weights, seconds["classifier"] = _timed(evidence_data.train_classifier, size, data)
+        left = Left(digest, weights, {})
+    if not begun:
+        evidence_weights.write(settings.out, left)
+        write_state(settings.scratch, State({}, None))
+    began = time.perf_counter()
+    measure = evidence_data.make_measure(config, size, data, left.classifier)
+    anchors = evidence_data.measure_anchors(measure, size, data, left.classifier)
+    seconds["anchors"] = time.perf_counter() - began
+    feed = evidence_data.feed_of(config, data)
+    return Run(size, compiler, feed, measure, anchors, left, note, seconds, data.provenance)
+
+
+def _timed(function: Any, *arguments: Any) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return function(*arguments), time.perf_counter() - began
+
+
+def measure_batches(run: Run) -> dict[str, float]:
+    """Seconds of sampling a batch and its features, by NFE as text."""
+    params = jax.tree.map(np.zeros_like, run.compiler.network.init(0))
+    seconds = {}
+    for nfe in run.size.nfe:
+        sampler, scale = run.compiler.get(nfe), scale_of(run.compiler.schedule, 0)
+        arguments = run.measure, sampler, params, scale, 2 * run.size.eval_batch, run.size.eval_batch
+        distance(*arguments)
+        seconds[str(nfe)] = _timed(distance, *arguments)[1] / 2
+    return seconds
+
+
+def train_objective(settings: Settings, run: Run, images: Path, objective: str, seconds: float) -> dict[str, Any]:
+    """Trains an objective on for so many seconds, writes its weights, and returns its record."""
+    size, config = run.size, config_of(run.size, objective, images)
+    before = run.left.objectives.get(objective)
+    state = new_state_of(config, run.compiler.network, before)
+    key = replicate_key(run_keys(config.train.seed)[1])
+    session = train(run.compiler.get(objective), run.feed, key, state, size.chunk, seconds)
+    record = _record(before, session, config.train.batch_size)
+    params, ema_params = jax.device_get((session.state.params, session.state.ema_params))
+    save(settings, run, objective, Trained(params, ema_params, record))
+    return record
+
+
+def _record(before: Trained | None, session: Session, batch_size: int) -> dict[str, Any]:
+    earlier = before.record if before else {"step": 0, "seconds": 0.0, "sessions": [], "losses": []}
+    step, seconds = int(session.state.step), earlier["seconds"] + session.seconds
+    steps = step - earlier["step"]
+    this = {
+        "device": jax.devices()[0].device_kind,
+        "first_step": earlier["step"],
+        "last_step": step,
+        "seconds": session.seconds,
+        "steps_per_second": steps / session.seconds,
+        "moments": "new",
+    }
+    every = -(-len(session.losses) // _LOGGED_LOSSES)
+    thinned = session.losses[::-1][::every][::-1]
+    losses = [[step, earlier["seconds"] + spent, loss] for step, spent, loss in thinned]
+    return {
+        "step": step,
+        "images": step * batch_size,
+        "seconds": seconds,
+        "sessions": [*earlier["sessions"], this],
+        "losses": [*earlier["losses"], *losses],
+        "rows": [],
+    }
+
+
+def save(settings: Settings, run: Run, objective: str, trained: Trained) -> None:
+    """Puts an objective into the file."""
+    run.left.objectives[objective] = trained
+    evidence_weights.write(settings.out, run.left)
+
+
+def measure_objective(settings: Settings, run: Run, objective: str, batch_seconds: dict[str, float]) -> list[str]:
+    """Adds the distances to the objective's record, while time is left; returns what was left out."""
+    trained, missing = run.left.objectives[objective], []
+    size, schedule = run.size, run.compiler.schedule
+    batches = -(-size.num_images // size.eval_batch)
+    for skip in SCALES[objective]:
+        for nfe in size.nfe:
+            expected = batches * batch_seconds.get(str(nfe), 0.0)
+            if time.time() + expected + _LAST_SECONDS > settings.deadline:
+                missing.append(f"{nfe} evaluations" + (f" scaled as skip {skip}" if skip else ""))
+                continue
+            scale, sampler = scale_of(schedule, skip), run.compiler.get(nfe)
+            found = distance(run.measure, sampler, trained.ema_params, scale, size.num_images, size.eval_batch)
+            row = {"nfe": nfe, "skip_scale": skip, "frechet_distance": found, "num_images": size.num_images}
+            trained.record["rows"].append(row)
+    save(settings, run, objective, trained)
+    return missing
