@@ -152,8 +152,7 @@ def train(
     losses: list[tuple[int, float, float]] = []
     while spent < seconds:
         began = time.perf_counter()
-        rows = feed.batches(step, steps)
-        state, metrics = chunk(state, None, rows if feed.images is None else _gather(feed.images, rows), key)
+        state, metrics = chunk(state, None, batches(feed, step, steps), key)
         # Fetching waits for the chunk.
         loss = float(np.mean(metrics["loss_simple"]))
         spent += time.perf_counter() - began
@@ -162,6 +161,12 @@ def train(
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss of the steps up to {step} is {loss}")
     return Session(state, spent, losses)
+
+
+def batches(feed: Feed, step: int, steps: int) -> jax.Array:
+    """The images of the steps from `step` on, uint8 [steps, B, H, W, C]."""
+    rows = feed.batches(step, steps)
+    return rows if feed.images is None else _gather(feed.images, rows)
 
 
 @jax.jit
@@ -181,7 +186,7 @@ def distance(
 ) -> float:
     """Fréchet distance of images that a sampler makes of weights, its output scaled by `scale` [T]."""
     params, scale = replicate((params, scale))
-    batches = sample_batches(
+    samples = sample_batches(
         lambda params, timesteps, seed, indices: sampler(params, scale, indices),
         params,
         np.empty(0),
@@ -191,7 +196,7 @@ def distance(
         progress=False,
         postprocess=measure.features.apply,
     )
-    return compute_metrics(batches, measure.features, measure.reference, METRICS)["frechet_distance"]
+    return compute_metrics(samples, measure.features, measure.reference, METRICS)["frechet_distance"]
 
 
 def scale_of(schedule: NoiseSchedule, skip: int) -> np.ndarray:
