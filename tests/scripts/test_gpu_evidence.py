@@ -61,8 +61,8 @@ def test_a_share_is_cut_at_the_most():
 
 
 def share_of(name, folder, seconds, trained, *, level=None, compiled=True):
-    """`evidence._share` of a run on a GPU, in which sampling a batch takes 0.01 s at every NFE."""
-    evidence_plan.write_state(folder, State({"10": 0.01, "20": 0.01, "50": 0.01}, level))
+    """`evidence._share` of a run on a GPU, in which sampling a batch takes 0.1 s at every NFE."""
+    evidence_plan.write_state(folder, State({"10": 0.1, "20": 0.1, "50": 0.1}, level))
     run = SimpleNamespace(
         size=SIZES["gpu"],
         compiler=SimpleNamespace(is_compiled=lambda _: compiled),
@@ -74,11 +74,14 @@ def share_of(name, folder, seconds, trained, *, level=None, compiled=True):
 def test_the_time_of_a_run_goes_to_what_was_trained_least(tmp_path):
     trained = {"ddpm": 40.0, "s2_10": 40.0}
     with pytest.raises(Skip, match=r"trained for 40 s so far; no time left for more, which goes to s2_50, sa_2"):
-        share_of("ddpm", tmp_path, 40, trained)
-    # 20 batches at three NFE of 0.01 s are 0.6 s for each, and 4 s are left over at the end.
-    assert share_of("s2_50", tmp_path, 40, trained) == pytest.approx((40 - 4 - 2 * 0.6) / 2, abs=0.1)
+        share_of("ddpm", tmp_path, 60, trained)
+    # 20 batches at three NFE of 0.1 s, a fifth longer: 7.2 s for each, as much for each of two factors, 4 s at the end.
+    assert share_of("s2_50", tmp_path, 50, trained) == pytest.approx((50 - 4 - 4 * 7.2) / 2, abs=0.1)
+    # Training comes first where there is no time for the factors, or where an objective of the run had as long.
+    assert share_of("s2_50", tmp_path, 36, trained) == pytest.approx((36 - 4 - 2 * 7.2) / 2, abs=0.1)
+    assert share_of("s2_50", tmp_path, 50, trained, level=15.0) == 15.0
     # Programs that are still to be compiled take their time as well.
-    assert share_of("s2_50", tmp_path, 140, trained, compiled=False) == pytest.approx(27.4, abs=0.1)
+    assert share_of("s2_50", tmp_path, 140, trained, compiled=False) == pytest.approx(13.6, abs=0.1)
 
 
 def test_later_objectives_get_no_more_than_the_first_of_the_run(tmp_path):
@@ -201,24 +204,28 @@ def test_the_comparison_names_scales_times_and_what_is_missing():
         return {"seconds": seconds, "sessions": [{"device": device}], "rows": found}
 
     records = {
-        "s2_10": record(30.4, "H100", (0, 10, 20.0)),
+        "s2_10": record(36.4, "H100", (0, 10, 20.0)),
         "ddpm": record(30.0, "H200", (0, 10, 22.0), (0, 20, 21.0), (10, 10, 20.5)),
     }
     line = evidence_plan.comparison_line(records, {"floor": 1.0, "ceiling": 99.0}, (10, 20))
     assert line == (
-        "Fréchet distance at 10 / 20 evaluations: ddpm (30 s) 22.00 / 21.00; ddpm scaled as skip 10 20.50 / –; "
-        "ddpm scaled as skip 50 – / –; s2_10 (30 s) 20.00 / –; real images 1.00, noise 99.00"
+        "Fréchet distance at 10 / 20 evaluations: ddpm (30 s) 22.00 / 21.00; ddpm rescaled (skip 10) 20.50 / –; "
+        "s2_10 (36 s) 20.00 / –; real images 1.00, noise 99.00"
     )
-    assert evidence_plan.notes_of(records, ["20 evaluations"]) == [
-        "no time for 20 evaluations",
+    assert evidence_plan.notes_of(records) == [
+        "not trained for equal times",
         "trained on H100 and H200, whose seconds are not comparable",
     ]
+    missing = [("s2_10", 0, 20), ("ddpm", 10, 20), ("ddpm", 50, 10), ("ddpm", 50, 20)]
+    assert evidence_plan.missing_distances(records, (10, 20)) == missing
 
 
 def test_without_images_or_time_a_part_says_so(tmp_path):
     for part in evidence.PARTS.values():
         with pytest.raises(Skip, match="--images"):
             part.run(settings_of(tmp_path, tiny=False))
+    with pytest.raises(Skip, match="nothing is trained"):
+        evidence.PARTS["distances"].run(settings_of(tmp_path, images=tmp_path / "images.tar"))
     with pytest.raises(Skip, match="no time left"):
         evidence.PARTS["ddpm"].run(settings_of(tmp_path, images=tmp_path / "images.tar", seconds=0.0))
 

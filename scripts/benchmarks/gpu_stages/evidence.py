@@ -80,28 +80,44 @@ def objective(name: str, settings: Settings) -> dict[str, Any]:
     state = evidence_plan.read_state(settings.scratch)
     if state.level is None:
         evidence_plan.write_state(settings.scratch, state._replace(level=record["seconds"]))
-    missing = evidence_run.measure_objective(settings, run, name, state.batch_seconds)
+    evidence_run.measure(settings, run, [(name, 0, nfe) for nfe in size.nfe])
 
-    records = {other: trained.record for other, trained in run.left.objectives.items()}
-    anchors = run.anchors._asdict()
-    session = record["sessions"][-1]
-    notes = evidence_plan.notes_of(records, missing)
-    summary = (
-        f"{session['seconds']:.1f} s, {record['step']:,} steps ({session['steps_per_second']:.1f}/s), "
-        f"L_simple {record['losses'][-1][2]:.2f}. "
-        + "; ".join([evidence_plan.comparison_line(records, anchors, size.nfe), *notes])
-    )
+    session, compared = record["sessions"][-1], _compared(run)
     return {
         "objective": name,
         "formula": build_objective(config_of(size, name, images)).formula,
         **record,
+        **compared,
+        "summary": f"{session['seconds']:.1f} s, {record['step']:,} steps ({session['steps_per_second']:.1f}/s), "
+        f"L_simple {record['losses'][-1][2]:.2f}. {compared['summary']}",
+    }
+
+
+def distances(settings: Settings) -> dict[str, Any]:
+    """Measures what is still missing, last of all the plain network with its output rescaled."""
+    images, size = _images_of(settings), evidence_plan.size_of(settings)
+    if not evidence_plan.has_state(settings.scratch):
+        raise Skip("nothing is trained")
+    from gpu_stages import evidence_run
+
+    run = evidence_run.open_run(settings, images, size.nfe)
+    records = {name: trained.record for name, trained in run.left.objectives.items()}
+    if not records:
+        raise Skip("nothing is trained")
+    late = evidence_run.measure(settings, run, evidence_plan.missing_distances(records, size.nfe))
+    return {"not_measured": late, **_compared(run)}
+
+
+def _compared(run: Any) -> dict[str, Any]:
+    """The objectives so far, for a part's result."""
+    records = {name: trained.record for name, trained in run.left.objectives.items()}
+    anchors, notes = run.anchors._asdict(), evidence_plan.notes_of(records)
+    shown = ("step", "images", "seconds", "rows")
+    return {
         "anchors": anchors,
         "notes": notes,
-        "comparison": {
-            other: {key: value for key, value in each.items() if key in ("step", "images", "seconds", "rows")}
-            for other, each in records.items()
-        },
-        "summary": summary,
+        "comparison": {name: {key: record[key] for key in shown} for name, record in records.items()},
+        "summary": "; ".join([evidence_plan.comparison_line(records, anchors, run.size.nfe), *notes]),
     }
 
 
@@ -115,13 +131,15 @@ def _share(name: str, settings: Settings, run: Any) -> float:
     waiting = size.objectives[size.objectives.index(name) :]
     before = {each: run.left.objectives[each].record["seconds"] for each in waiting if each in run.left.objectives}
     trained = {each: before.get(each, 0.0) for each in waiting}
-    costs = {
-        each: evidence_plan.measuring_seconds(each, size, state.batch_seconds)
-        + (0.0 if run.compiler.is_compiled(each) else size.compiling)
-        for each in waiting
-    }
+    measuring = evidence_plan.measuring_seconds(size, state.batch_seconds)
+    costs = {each: measuring + (0.0 if run.compiler.is_compiled(each) else size.compiling) for each in waiting}
     seconds = settings.deadline - time.time() - size.margin
-    shares = evidence_plan.equal_shares(trained, costs, seconds, size.least, size.most)
+    shares = {}
+    if state.level is None:
+        # Later objectives may use the time of the rescaled distances to be trained for as long as the first.
+        rescaled = measuring * sum(map(len, evidence_plan.RESCALED.values()))
+        shares = evidence_plan.equal_shares(trained, costs, seconds - rescaled, size.least, size.most)
+    shares = shares or evidence_plan.equal_shares(trained, costs, seconds, size.least, size.most)
     if name not in shares:
         others = f", which goes to {', '.join(shares)}" if shares else ""
         raise Skip(f"trained for {trained[name]:.0f} s so far; no time left for more{others}")
@@ -134,4 +152,5 @@ def _share(name: str, settings: Settings, run: Any) -> float:
 PARTS = {
     "prepare": Part(prepare, 150),
     **{name: Part(functools.partial(objective, name), 400) for name in OBJECTIVES},
+    "distances": Part(distances, 200),
 }

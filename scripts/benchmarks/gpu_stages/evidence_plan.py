@@ -9,10 +9,14 @@ from gpu_stages.parts import Settings
 
 OBJECTIVES = ("ddpm", "s2_10", "s2_50", "sa_2")
 
-# Skips whose factor (`objectives.skip_scale`) the network's output is multiplied by while sampling; 0: no factor. A
-# network trained with L_skip has learnt its factor and gets none; the plain one with a factor is its control. No factor
-# belongs to L_sa.
-SCALES = {"ddpm": (0, 10, 50), "s2_10": (0,), "s2_50": (0,), "sa_2": (0,)}
+# Skips whose factor (`objectives.skip_scale`) the output of an objective's network is multiplied by while sampling. A
+# network trained with L_skip has learnt the factor of its skip and is sampled as it is; the plain network with a factor
+# is its control. No factor belongs to L_sa.
+RESCALED = {"ddpm": (10, 50)}
+
+# The time that distances take is expected to be longer by this factor than that of their batches alone.
+_SAFETY = 1.2
+_DIFFERENT = 1.1
 
 _STATE = "evidence.json"
 
@@ -27,7 +31,7 @@ class Size(NamedTuple):
       classifier_steps: None for the library's own number.
       num_images, eval_batch, nfe: of every distance.
       least, most: seconds that an objective is trained in a run.
-      compiling, measuring: seconds expected of a program's compilation and of one scale's distances, unless measured.
+      compiling, measuring: seconds expected of a program's compilation and of distances at every NFE, unless measured.
       margin: seconds left over at the end of the stage.
     """
 
@@ -44,6 +48,11 @@ class Size(NamedTuple):
     measuring: float
     margin: float
 
+    @property
+    def num_batches(self) -> int:
+        """Of every distance."""
+        return -(-self.num_images // self.eval_batch)
+
 
 # Four networks of 825 thousand weights and their EMA take 13 MB in float16.
 _GPU = {
@@ -54,7 +63,8 @@ _GPU = {
     "model.dropout": 0.0,
     "train.batch_size": 256,
     "train.lr": 1e-3,
-    "train.ema_decay": 0.999,
+    # Averages 200 steps: a share may have no more than a thousand.
+    "train.ema_decay": 0.995,
 }
 _CPU = {**_GPU, "data.resolution": 16, "model.attn_resolutions": (8,), "train.batch_size": 32, "train.ema_decay": 0.98}
 _TINY = {
@@ -66,7 +76,7 @@ _TINY = {
     "train.ema_decay": 0.8,
 }
 SIZES = {
-    "gpu": Size(OBJECTIVES, _GPU, 100, None, 10_000, 500, (10, 20, 50), 8.0, 600.0, 40.0, 6.0, 4.0),
+    "gpu": Size(OBJECTIVES, _GPU, 50, None, 10_000, 500, (10, 20, 50), 8.0, 600.0, 40.0, 6.0, 4.0),
     "cpu": Size(OBJECTIVES, _CPU, 10, 300, 256, 64, (10, 20), 8.0, 600.0, 20.0, 12.0, 4.0),
     "tiny": Size(("ddpm", "s2_10"), _TINY, 4, 20, 32, 16, (2, 4), 0.1, 0.5, 4.0, 1.0, 0.5),
 }
@@ -101,12 +111,22 @@ def equal_shares(
     return {}
 
 
-def measuring_seconds(objective: str, size: Size, batch_seconds: Mapping[str, float]) -> float:
-    """Seconds that an objective's distances take, from those of a batch at each NFE (as text), if they are measured."""
+def measuring_seconds(size: Size, batch_seconds: Mapping[str, float]) -> float:
+    """Seconds that the distances at every NFE take, from those of a batch at each (as text), if they are measured."""
     if not batch_seconds:
-        return len(SCALES[objective]) * size.measuring
-    batches = -(-size.num_images // size.eval_batch)
-    return len(SCALES[objective]) * batches * sum(batch_seconds[str(nfe)] for nfe in size.nfe)
+        return size.measuring
+    return _SAFETY * size.num_batches * sum(batch_seconds[str(nfe)] for nfe in size.nfe)
+
+
+Distance = tuple[str, int, int]
+
+
+def missing_distances(records: Mapping[str, Mapping[str, Any]], nfe: Sequence[int]) -> list[Distance]:
+    """Objective, skip of the rescaling (0: none) and NFE of what is not measured yet, the rescaled ones last."""
+    wanted = [(name, 0) for name in records]
+    wanted += [(name, skip) for name in records for skip in RESCALED.get(name, ())]
+    found = {(name, row["skip_scale"], row["nfe"]) for name, record in records.items() for row in record["rows"]}
+    return [(*each, n) for each in wanted for n in nfe if (*each, n) not in found]
 
 
 class State(NamedTuple):
@@ -142,18 +162,21 @@ def comparison_line(records: Mapping[str, Mapping[str, Any]], anchors: Mapping[s
     for name in (name for name in OBJECTIVES if name in records):
         record = records[name]
         found = {(row["skip_scale"], row["nfe"]): row["frechet_distance"] for row in record["rows"]}
-        for skip in SCALES[name]:
+        for skip in (0, *RESCALED.get(name, ())):
             cells = [f"{found[skip, n]:.2f}" if (skip, n) in found else "–" for n in nfe]
-            label = f"{name} scaled as skip {skip}" if skip else f"{name} ({record['seconds']:.0f} s)"
-            parts.append(f"{label} {' / '.join(cells)}")
+            label = f"{name} rescaled (skip {skip})" if skip else f"{name} ({record['seconds']:.0f} s)"
+            if not skip or set(cells) != {"–"}:
+                parts.append(f"{label} {' / '.join(cells)}")
     evaluations = " / ".join(map(str, nfe))
     ends = f"real images {anchors['floor']:.2f}, noise {anchors['ceiling']:.2f}"
     return f"Fréchet distance at {evaluations} evaluations: {'; '.join(parts)}; {ends}"
 
 
-def notes_of(records: Mapping[str, Mapping[str, Any]], missing: Sequence[str]) -> list[str]:
-    """What a reader of the comparison has to know: distances left out, and seconds on different cards."""
-    notes = [f"no time for {', '.join(missing)}"] if missing else []
+def notes_of(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of the comparison has to know about the times."""
+    notes, seconds = [], [record["seconds"] for record in records.values()]
+    if max(seconds) > _DIFFERENT * min(seconds):
+        notes.append("not trained for equal times")
     devices = sorted({session["device"] for record in records.values() for session in record["sessions"]})
     if len(devices) > 1:
         notes.append(f"trained on {' and '.join(devices)}, whose seconds are not comparable")

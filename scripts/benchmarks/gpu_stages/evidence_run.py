@@ -12,7 +12,7 @@ import numpy as np
 
 from gpu_stages import evidence_data, evidence_weights
 from gpu_stages.evidence_data import Anchors
-from gpu_stages.evidence_plan import SCALES, Size, State, has_state, size_of, write_state
+from gpu_stages.evidence_plan import Distance, Size, State, has_state, read_state, size_of, write_state
 from gpu_stages.evidence_train import (
     Compiler,
     Measure,
@@ -124,7 +124,8 @@ def train_objective(settings: Settings, run: Run, images: Path, objective: str, 
     session = train(run.compiler.get(objective), run.feed, key, state, size.chunk, seconds)
     record = _record(before, session, config.train.batch_size)
     params, ema_params = jax.device_get((session.state.params, session.state.ema_params))
-    save(settings, run, objective, Trained(params, ema_params, record))
+    run.left.objectives[objective] = Trained(params, ema_params, record)
+    evidence_weights.write(settings.out, run.left)
     return record
 
 
@@ -153,26 +154,18 @@ def _record(before: Trained | None, session: Session, batch_size: int) -> dict[s
     }
 
 
-def save(settings: Settings, run: Run, objective: str, trained: Trained) -> None:
-    """Puts an objective into the file."""
-    run.left.objectives[objective] = trained
+def measure(settings: Settings, run: Run, wanted: Iterable[Distance]) -> list[Distance]:
+    """Adds distances to the records, in this order while time is left, and returns those that it did not reach."""
+    size, batch_seconds, late = run.size, read_state(settings.scratch).batch_seconds, []
+    for name, skip, nfe in wanted:
+        expected = size.num_batches * batch_seconds.get(str(nfe), 0.0)
+        if time.time() + expected + _LAST_SECONDS > settings.deadline:
+            late.append((name, skip, nfe))
+            continue
+        trained = run.left.objectives[name]
+        scale, sampler = scale_of(run.compiler.schedule, skip), run.compiler.get(nfe)
+        found = distance(run.measure, sampler, trained.ema_params, scale, size.num_images, size.eval_batch)
+        row = {"nfe": nfe, "skip_scale": skip, "frechet_distance": found, "num_images": size.num_images}
+        trained.record["rows"].append(row)
     evidence_weights.write(settings.out, run.left)
-
-
-def measure_objective(settings: Settings, run: Run, objective: str, batch_seconds: dict[str, float]) -> list[str]:
-    """Adds the distances to the objective's record, while time is left; returns what was left out."""
-    trained, missing = run.left.objectives[objective], []
-    size, schedule = run.size, run.compiler.schedule
-    num_batches = -(-size.num_images // size.eval_batch)
-    for skip in SCALES[objective]:
-        for nfe in size.nfe:
-            expected = num_batches * batch_seconds.get(str(nfe), 0.0)
-            if time.time() + expected + _LAST_SECONDS > settings.deadline:
-                missing.append(f"{nfe} evaluations" + (f" scaled as skip {skip}" if skip else ""))
-                continue
-            scale, sampler = scale_of(schedule, skip), run.compiler.get(nfe)
-            found = distance(run.measure, sampler, trained.ema_params, scale, size.num_images, size.eval_batch)
-            row = {"nfe": nfe, "skip_scale": skip, "frechet_distance": found, "num_images": size.num_images}
-            trained.record["rows"].append(row)
-    save(settings, run, objective, trained)
-    return missing
+    return late
