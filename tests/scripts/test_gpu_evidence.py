@@ -60,13 +60,13 @@ def test_a_share_is_cut_at_the_most():
     assert equal_shares(NEW, COSTS, 100.0, least=1.0, most=2.0) == dict.fromkeys(NEW, 2.0)
 
 
-def share_of(name, folder, seconds, trained, *, level=None, compiled=True):
+def share_of(name, folder, seconds, trained, *, level=None, compiled=True, rows=()):
     """`evidence._share` of a run on a GPU, in which sampling a batch takes 0.1 s at every NFE."""
     evidence_plan.write_state(folder, State({"10": 0.1, "20": 0.1, "50": 0.1}, level))
     run = SimpleNamespace(
         size=SIZES["gpu"],
         compiler=SimpleNamespace(is_compiled=lambda _: compiled),
-        left=SimpleNamespace(objectives={each: trained_of(seconds=spent) for each, spent in trained.items()}),
+        left=SimpleNamespace(objectives={each: trained_of(seconds=s, rows=rows) for each, s in trained.items()}),
     )
     return evidence._share(name, settings_of(folder, seconds=seconds), run)
 
@@ -80,6 +80,10 @@ def test_the_time_of_a_run_goes_to_what_was_trained_least(tmp_path):
     # Training comes first where there is no time for the factors, or where an objective of the run had as long.
     assert share_of("s2_50", tmp_path, 36, trained) == pytest.approx((36 - 4 - 2 * 7.2) / 2, abs=0.1)
     assert share_of("s2_50", tmp_path, 50, trained, level=15.0) == 15.0
+    # Nothing is reserved for factors that are measured, or have no network.
+    measured = [{"skip_scale": skip, "nfe": nfe} for skip in (10, 50) for nfe in (10, 20, 50)]
+    assert share_of("s2_50", tmp_path, 50, trained, rows=measured) == pytest.approx((50 - 4 - 2 * 7.2) / 2, abs=0.1)
+    assert share_of("s2_50", tmp_path, 50, {}) == pytest.approx((50 - 4 - 2 * 7.2) / 2, abs=0.1)
     # Programs that are still to be compiled take their time as well.
     assert share_of("s2_50", tmp_path, 140, trained, compiled=False) == pytest.approx(13.6, abs=0.1)
 

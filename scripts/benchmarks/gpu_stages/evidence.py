@@ -6,6 +6,7 @@ from it, first those that were trained least.
 
 import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +130,9 @@ def _share(name: str, settings: Settings, run: Any) -> float:
     """
     size, state = run.size, evidence_plan.read_state(settings.scratch)
     waiting = size.objectives[size.objectives.index(name) :]
-    before = {each: run.left.objectives[each].record["seconds"] for each in waiting if each in run.left.objectives}
-    trained = {each: before.get(each, 0.0) for each in waiting}
-    measuring = evidence_plan.measuring_seconds(size, state.batch_seconds)
-    costs = {each: measuring + (0.0 if run.compiler.is_compiled(each) else size.compiling) for each in waiting}
-    seconds = settings.deadline - time.time() - size.margin
-    shares = {}
-    if state.level is None:
-        # Later objectives may use the time of the rescaled distances to be trained for as long as the first.
-        rescaled = measuring * sum(map(len, evidence_plan.RESCALED.values()))
-        shares = evidence_plan.equal_shares(trained, costs, seconds - rescaled, size.least, size.most)
-    shares = shares or evidence_plan.equal_shares(trained, costs, seconds, size.least, size.most)
+    records = {each: trained.record for each, trained in run.left.objectives.items()}
+    trained = {each: records[each]["seconds"] if each in records else 0.0 for each in waiting}
+    shares = _shares(trained, records, settings, run, state)
     if name not in shares:
         others = f", which goes to {', '.join(shares)}" if shares else ""
         raise Skip(f"trained for {trained[name]:.0f} s so far; no time left for more{others}")
@@ -147,6 +140,24 @@ def _share(name: str, settings: Settings, run: Any) -> float:
     if share < _LEAST_FRACTION * size.least:
         raise Skip(f"trained for {trained[name]:.0f} s so far, like the others")
     return share
+
+
+def _shares(
+    trained: Mapping[str, float], records: Mapping[str, Any], settings: Settings, run: Any, state: evidence_plan.State
+) -> dict[str, float]:
+    """The shares of the objectives that are still to come, by the seconds that each was trained."""
+    size = run.size
+    measuring = evidence_plan.measuring_seconds(size, state.batch_seconds)
+    costs = {each: measuring + (0.0 if run.compiler.is_compiled(each) else size.compiling) for each in trained}
+    new = {each: {"rows": []} for each in trained}
+    rescaled = [skip for _, skip, _ in evidence_plan.missing_distances({**records, **new}, size.nfe) if skip]
+    plan = functools.partial(evidence_plan.equal_shares, trained, costs, least=size.least, most=size.most)
+    seconds = settings.deadline - time.time() - size.margin
+    shares = plan(seconds - measuring * len(rescaled) / len(size.nfe))
+    # Two objectives matter more than rescaling, and so does that later ones are trained for as long as the first.
+    if state.level is not None or len(shares) < min(2, len(trained)):
+        shares = plan(seconds)
+    return shares
 
 
 PARTS = {

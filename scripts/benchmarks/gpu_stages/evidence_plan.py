@@ -75,6 +75,7 @@ _TINY = {
     "train.batch_size": 8,
     "train.ema_decay": 0.8,
 }
+# That of a CPU is for tries by hand.
 SIZES = {
     "gpu": Size(OBJECTIVES, _GPU, 50, None, 10_000, 500, (10, 20, 50), 8.0, 600.0, 40.0, 6.0, 4.0),
     "cpu": Size(OBJECTIVES, _CPU, 10, 300, 256, 64, (10, 20), 8.0, 600.0, 20.0, 12.0, 4.0),
