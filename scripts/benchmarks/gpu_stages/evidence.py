@@ -49,7 +49,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
     if left:
         summary += "; trained before: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in left.items())
     return {
-        "images": run.provenance,
+        "images": run.images,
         "parameters": num_params(run.compiler.network),
         "fields": dict(size.fields),
         "seconds": run.seconds,

@@ -40,10 +40,14 @@ class Run(NamedTuple):
     """What every objective needs.
 
     Attributes:
+      size: of networks and measurements.
       compiler: of its programs.
+      feed: its batches.
+      measure, anchors: the features, and distances to hold others against.
       left: what was trained so far, as in the file.
       note: why what an earlier run left is ignored, or "".
       seconds: that the preparation took, by what was done.
+      images: how many, and their hash.
     """
 
     size: Size
@@ -54,7 +58,7 @@ class Run(NamedTuple):
     left: Left
     note: str
     seconds: dict[str, float]
-    provenance: str
+    images: str
 
 
 _RUNS: dict[Path, Run] = {}
@@ -95,7 +99,9 @@ def _prepare(settings: Settings, images: Path, programs: Iterable[str | int]) ->
     # Compiled now, not in the first objective's time.
     jax.block_until_ready(batches(feed, 0, size.chunk))
     seconds["anchors"] = time.perf_counter() - began
-    return Run(size, compiler, feed, measure, anchors, left, note, seconds, data.provenance)
+    # Not the data's provenance, which has the path on this machine.
+    counts = f"{len(data.train):,} for training, {len(data.held_out):,} held out, sha256 {data.digest[:16]}"
+    return Run(size, compiler, feed, measure, anchors, left, note, seconds, counts)
 
 
 def _timed(function: Any, *arguments: Any) -> tuple[Any, float]:
