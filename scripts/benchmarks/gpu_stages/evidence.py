@@ -149,7 +149,7 @@ def _shares(
     size = run.size
     measuring = evidence_plan.measuring_seconds(size, state.batch_seconds)
     costs = {each: measuring + (0.0 if run.compiler.is_compiled(each) else size.compiling) for each in trained}
-    new = {each: {"rows": []} for each in trained}
+    new: dict[str, Any] = {each: {"rows": []} for each in trained}
     rescaled = [skip for _, skip, _ in evidence_plan.missing_distances({**records, **new}, size.nfe) if skip]
     plan = functools.partial(evidence_plan.equal_shares, trained, costs, least=size.least, most=size.most)
     seconds = settings.deadline - time.time() - size.margin

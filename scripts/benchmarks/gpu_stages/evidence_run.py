@@ -34,6 +34,8 @@ from s2dm_jax.devices.sharding import replicate_key
 _LOGGED_LOSSES = 20
 # The stage ends by force at its deadline: a distance that would take longer than what is left is not begun.
 _LAST_SECONDS = 1.0
+# Of the time that is left, the most that is spent waiting for programs before anything else is done.
+_COMPILING_FRACTION = 0.4
 
 
 class Run(NamedTuple):
@@ -79,8 +81,9 @@ def _prepare(settings: Settings, images: Path, programs: Iterable[str | int]) ->
         loading = pool.submit(_timed, load_dataset, config)
         compiling = [compiler.start(name) for name in programs]
         data, seconds["images"] = loading.result()
-    # Nothing else runs on the device while XLA times its choices of kernels. A program that fails, fails its own part.
-    concurrent.futures.wait(compiling)
+    # Nothing else should run on the device while XLA times its choices of kernels. A program that is late or fails is
+    # the concern of the parts that need it.
+    concurrent.futures.wait(compiling, _COMPILING_FRACTION * max(0.0, settings.deadline - time.time()))
     seconds["images and programs"] = time.perf_counter() - began
 
     digest = evidence_data.digest_of(size, images, data)
@@ -136,7 +139,7 @@ def train_objective(settings: Settings, run: Run, images: Path, objective: str, 
 
 
 def _record(before: Trained | None, session: Session, batch_size: int) -> dict[str, Any]:
-    earlier = before.record if before else {"step": 0, "seconds": 0.0, "sessions": [], "losses": []}
+    earlier: dict[str, Any] = before.record if before else {"step": 0, "seconds": 0.0, "sessions": [], "losses": []}
     step, seconds = int(session.state.step), earlier["seconds"] + session.seconds
     steps = step - earlier["step"]
     this = {

@@ -117,7 +117,7 @@ def new_state_of(config: ConfigDict, network: Network, trained: Trained | None =
         state = new_state(network.init(config.train.seed), optimizer)
     else:
         ema = jax.tree.map(np.copy, trained.ema_params)
-        step = np.int32(trained.record["step"])
+        step = np.asarray(trained.record["step"], np.int32)
         state = new_state(trained.params, optimizer)._replace(step=step, ema_params=ema)
     return jax.device_put(state, replicated())
 

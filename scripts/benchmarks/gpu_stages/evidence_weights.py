@@ -68,9 +68,8 @@ def read(folder: Path, digest: str) -> tuple[Left | None, str]:
             return None, f"{FILE} is of another network, other settings or other images, and is ignored"
         flat = {name: np.asarray(value, np.float32) for name, value in arrays.items()}
         tree = traverse_util.unflatten_dict(flat, sep="/")
-        objectives = {
-            name: Trained(*(tree[name][part] for part in _TREES), record) for name, record in about["records"].items()
-        }
+        records = about["records"]
+        objectives = {name: Trained(tree[name]["params"], tree[name]["ema_params"], records[name]) for name in records}
         return Left(digest, tree["classifier"], objectives), ""
     except ZIP_DAMAGE as error:
         return None, f"{FILE} is damaged ({error}) and is ignored"
