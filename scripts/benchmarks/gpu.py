@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             job = Job(_module(stage), parts, settings, report, time_scale, stopping)
             processes = STAGES[stage].processes
             run_job(job, min(processes, _TINY_PROCESSES) if arguments.tiny else processes)
+    records.append_tables()
     failures = records.failures()
     print(f"\n{time.time() - began:.0f} s; summary: {arguments.out / SUMMARY}")
     print(f"not right: {', '.join(failures)}" if failures else "every part that ran is right")

@@ -96,8 +96,8 @@ def section(stages: Mapping[str, Record], machine: Record) -> str:
     lines = [
         f"### {machine['device']}, {machine['date']}",
         "",
-        f"`python scripts/benchmarks/gpu.py --seconds={machine['seconds']:g}` at commit {machine['commit'] or 'unknown'}; "
-        f"{machine['devices']} × {machine['device']}, {machine['cores']} CPU cores; {versions}; "
+        f"`python scripts/benchmarks/gpu.py --seconds={machine['seconds']:g}` "
+        f"at commit {machine['commit'] or 'unknown'}; {machine['devices']} × {machine['device']}, {machine['cores']} CPU cores; {versions}; "
         f"driver: {machine['driver'] or 'unknown'}.",
     ]
     parts = {stage: stages[stage]["parts"] if stage in stages else {} for stage in _STAGES}
@@ -191,8 +191,8 @@ def _profile(result: Record | None) -> list[str]:
     return [
         "",
         f"A CIFAR-10 step takes {result['ms_per_step']:.2f} ms in a profile of {result['steps']} steps, "
-        f"{result['predicted_ms_per_step']:.2f} as predicted from bytes and FLOPs at this card's rates; the card is busy "
-        f"{result['busy']['busy_share']:.1%} of it. Kernels from {result['kernels_from']}.",
+        f"{result['predicted_ms_per_step']:.2f} as predicted from bytes and FLOPs at this card's rates; the card is "
+        f"busy {result['busy']['busy_share']:.1%} of the time. Kernels from {result['kernels_from']}.",
         "",
         markdown_table(("class", "ms", "predicted ms", "GB", "GFLOP"), classes),
         "",
