@@ -96,9 +96,9 @@ def section(stages: Mapping[str, Record], machine: Record) -> str:
     lines = [
         f"### {machine['device']}, {machine['date']}",
         "",
-        f"`python scripts/benchmarks/gpu.py --seconds={machine['seconds']:g}` "
-        f"at commit {machine['commit'] or 'unknown'}; {machine['devices']} × {machine['device']}, {machine['cores']} CPU cores; {versions}; "
-        f"driver: {machine['driver'] or 'unknown'}.",
+        f"`python scripts/benchmarks/gpu.py --seconds={machine['seconds']:g}` at commit "
+        f"{machine['commit'] or 'unknown'}; {machine['devices']} × {machine['device']}, {machine['cores']} CPU cores; "
+        f"{versions}; driver: {machine['driver'] or 'unknown'}.",
     ]
     parts = {stage: stages[stage]["parts"] if stage in stages else {} for stage in _STAGES}
     lines += _checks(parts["right"])
