@@ -9,7 +9,7 @@ process.
   train      a train step, relative to plain PyTorch
   samplers   a DDIM scan of 10 NFE, relative to ten jitted forward calls
   evaluate   sampling with Inception features, relative to both alone; the time of FID
-  compiled   memory and kernels of a training compiled for a GPU or TPU that this machine does not have
+  compiled   memory, kernels and predicted time of a training compiled for a GPU or TPU that this machine lacks
 
 examples:
   python scripts/benchmarks/benchmark.py losses --only="K = 2" --rounds=3

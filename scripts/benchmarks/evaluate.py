@@ -3,6 +3,8 @@
 import statistics
 import time
 
+from gpu_stages.programs import ratio
+from gpu_stages.sampling import random_inception
 from steps import cifar10_network
 
 
@@ -22,16 +24,8 @@ def benchmark_evaluate(arguments) -> None:
     network = cifar10_network()
     params = jax.device_put(network.init(0))
     sampler, timesteps = configure_sampler(network, linear_schedule(), "ddim", nfe=arguments.nfe)
-    weights = {
-        name: np.float32(rng.standard_normal(shape) / np.sqrt(max(1, np.prod(shape[:-1]))))
-        for name, shape in inception.parameter_shapes().items()
-    }
-    weights = jax.device_put(weights)
-    apply = jax.jit(lambda weights, images: inception.features_and_logits(weights, images)[0])
+    features = random_inception()
     batch, count = arguments.batch, 2 * arguments.batch
-
-    def features(images):
-        return apply(weights, images)
 
     def sampled(postprocess):
         options = {"seed": 0, "num_images": count, "batch_size": batch, "progress": False}
@@ -58,9 +52,8 @@ def benchmark_evaluate(arguments) -> None:
                 seconds[name].append(time.perf_counter() - began)
     for name, times in seconds.items():
         print(f"{name:10s} {statistics.median(times) * 1e3 / count:9.1f} ms per image", flush=True)
-    laps = zip(*(seconds[name] for name in ("sampling", "features", "both")), strict=True)
-    ratio = statistics.median(both / (sampling + alone) for sampling, alone, both in laps)
-    print(f"both / sum of both alone: {ratio:.3f}", flush=True)
+    alone = [sampling + features for sampling, features in zip(seconds["sampling"], seconds["features"], strict=True)]
+    print(f"both / sum of both alone: {ratio(seconds['both'], alone)['median']:.3f}", flush=True)
 
     mixing = rng.standard_normal((2048, 2048)) / 45
     sets = [metrics.feature_statistics(rng.standard_normal((4096, 2048)) @ mixing) for _ in range(2)]

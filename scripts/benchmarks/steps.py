@@ -6,6 +6,7 @@ import time
 from unittest import mock
 
 import numpy as np
+from gpu_stages.programs import ratio
 
 from s2dm_jax.common.errors import UserError
 
@@ -183,9 +184,6 @@ def print_ratios(runs, rounds, base, notes):
             times[name].append(time.perf_counter() - began)
             cpu_times[name].append(time.process_time() - cpu_began)
     for name, seconds in times.items():
-        wall, cpu = (
-            statistics.median(t / b for t, b in zip(taken[name], taken[base], strict=True))
-            for taken in (times, cpu_times)
-        )
+        wall, cpu = (ratio(taken[name], taken[base])["median"] for taken in (times, cpu_times))
         middle = statistics.median(seconds) * 1e3
         print(f"{name:22s} {middle:9.1f} ms  {wall:5.2f}×  CPU time {cpu:5.2f}×  {notes.get(name, '')}")

@@ -49,11 +49,11 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """The UNet of the DDIM code."""
 
-    def __init__(self, resolution, ch, ch_mult, num_res_blocks, attn_resolutions, dropout):
+    def __init__(self, resolution, channels, ch, ch_mult, num_res_blocks, attn_resolutions, dropout):
         super().__init__()
         self.ch, temb = ch, 4 * ch
         self.dense = nn.Sequential(nn.Linear(ch, temb), nn.SiLU(), nn.Linear(temb, temb))
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, ch, 3, padding=1)
         c, skips = ch, [ch]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, m in enumerate(ch_mult):
@@ -80,7 +80,7 @@ class UNet(nn.Module):
                 level["resample"] = nn.Conv2d(c, c, 3, padding=1)
             self.up.append(level)
         self.norm_out = nn.GroupNorm(32, c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, channels, 3, padding=1)
 
     def forward(self, x, t):
         half = self.ch // 2
@@ -105,60 +105,87 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("settings", help="JSON, as written by train.py")
-    s = json.loads(parser.parse_args().settings)
+def skip_ratio(alpha_bar, skip):
+    """c_t of L_skip at each timestep: √(1−α_skip)/√α_skip (S²-DMs, eq. 12), of ᾱ [T]."""
+    alpha_skip = alpha_bar / torch.cat([torch.ones_like(alpha_bar[:skip]), alpha_bar])[: len(alpha_bar)]
+    return ((1 - alpha_skip) / alpha_skip).sqrt()
+
+
+def make_step(s):
+    """A function that does a train step and returns its loss, and the network's number of parameters."""
     on_gpu = s["device"] == "gpu"
     device = "cuda" if on_gpu else "cpu"
-    if not on_gpu:
-        torch.set_num_threads(s["threads"])
-    torch.manual_seed(0)
     layout = torch.channels_last if s["channels_last"] else torch.contiguous_format
-    shape = (s["resolution"], s["ch"], s["ch_mult"], s["num_res_blocks"], s["attn_resolutions"], s["dropout"])
-    model = UNet(*shape).to(device, memory_format=layout)
+    names = ("resolution", "channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")
+    model = UNet(*(s[name] for name in names)).to(device, memory_format=layout)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=on_gpu)
+    optimizer = torch.optim.Adam(model.parameters(), lr=s["lr"], fused=on_gpu)
     network = torch.compile(model) if s["compile"] else model
-    size = s["resolution"]
-    images = torch.randint(0, 256, (1024, 3, size, size), dtype=torch.uint8, device=device)
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0).float().to(device)
+    image_shape = s["channels"], s["resolution"], s["resolution"]
+    num_images = min(1024, 2**28 // math.prod(image_shape))
+    images = torch.randint(0, 256, (num_images, *image_shape), dtype=torch.uint8, device=device)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+    c = skip_ratio(alpha_bar, s["skip"]).float().to(device)
+    alpha_bar = alpha_bar.float().to(device)
     weights, averages = list(model.parameters()), list(average.parameters())
 
     def step():
         batch, K = s["batch"], s["K"]
-        x0 = images[torch.randint(0, len(images), (batch,), device=device)].float() / 127.5 - 1
-        x0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
+        x0 = images[torch.randint(0, num_images, (batch,), device=device)].float() / 127.5 - 1
+        if s["random_flip"]:
+            x0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
         t = torch.randint(0, 1000 - K + 1, (batch,), device=device)
         levels = (t[:, None] + torch.arange(K, device=device)).flatten()
-        noise = torch.randn(batch * K, 3, size, size, device=device)
+        noise = torch.randn(batch * K, *image_shape, device=device)
         a = alpha_bar[levels][:, None, None, None]
         x_t = a.sqrt() * x0.repeat_interleave(K, 0) + (1 - a).sqrt() * noise
         with torch.autocast(device, dtype=torch.bfloat16, enabled=s["dtype"] == "bfloat16"):
-            eps = network(x_t.contiguous(memory_format=layout), levels)
-        residual = (eps.float() - noise).reshape(batch, K, 3, size, size)
-        loss = residual[:, 0].square().sum((1, 2, 3)).mean()
+            eps = network(x_t.contiguous(memory_format=layout), levels).float()
+        eps, noise = (value.reshape(batch, K, *image_shape) for value in (eps, noise))
+        loss = (eps[:, 0] - noise[:, 0]).square().sum((1, 2, 3)).mean()
+        if s["skip"]:
+            scaled = c[t][:, None, None, None] * eps[:, 0]
+            loss = s["tau"] * loss + (1 - s["tau"]) * (noise[:, 0] - scaled).square().sum((1, 2, 3)).mean()
         if K > 1:
-            loss = loss + (residual.sum(1).square() / K**2).sum((1, 2, 3)).mean()
+            loss = loss + s["lam"] * ((eps - noise).sum(1).square() / K**2).sum((1, 2, 3)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        if s["grad_clip"]:
+            torch.nn.utils.clip_grad_norm_(weights, s["grad_clip"])
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1e-4)
+            torch._foreach_lerp_(averages, weights, 1 - s["ema_decay"])
         return loss
 
+    return step, sum(p.numel() for p in weights)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", help="JSON, as `workers.torch_settings` makes it")
+    s = json.loads(parser.parse_args().settings)
+    on_gpu = s["device"] == "gpu"
+    if not on_gpu:
+        torch.set_num_threads(s["threads"])
+    torch.manual_seed(0)
+    step, parameters = make_step(s)
     began = time.perf_counter()
     step().item()
-    ready = {"parameters": sum(p.numel() for p in weights), "first_step": time.perf_counter() - began}
+    ready = {"parameters": parameters, "first_step": time.perf_counter() - began}
     print(json.dumps({**ready, "version": torch.__version__}), flush=True)
+    # cuDNN measures its algorithms in the next step: the first run, which does not count, and while nothing else runs.
+    torch.backends.cudnn.benchmark = on_gpu
     for line in sys.stdin:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         for _ in range(int(line)):
             loss = step()
         # Waits for the device.
         loss.item()
-        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 COMMANDS = (
     "benchmarks/benchmark",
     "benchmarks/gpu",
+    "benchmarks/gpu_table",
     "compare_covariance",
     "compare_objectives",
     "convert",

@@ -1,5 +1,6 @@
 """Compiled train steps of the published configs, as training compiles them, ready to be timed."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,9 @@ class TrainProgram(NamedTuple):
       trace_seconds, compile_seconds: what tracing and compiling took.
       memory_bytes: of its arguments and temporaries, as compiled.
       compiled: XLA's executable, for `as_text()` and `cost_analysis()`.
+      variant: compiles the chunk with more options of XLA, without tracing it again: `run` and `compiled` of that. The
+        runs of all variants take turns with one state, so only one may be in progress; several threads may compile.
+      dtype: of the activations.
     """
 
     run: Callable[[], float]
@@ -40,6 +44,8 @@ class TrainProgram(NamedTuple):
     compile_seconds: float
     memory_bytes: int
     compiled: Any
+    variant: Callable[[Mapping[str, Any]], tuple[Callable[[], float], Any]]
+    dtype: str
 
 
 def published_config(name: str, tiny: bool, **fields: Any) -> Any:
@@ -79,7 +85,11 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
     images = sharding.replicate(rng.integers(0, 256, (num_images, size, size, channels), np.uint8))
     rows = rng.integers(0, num_images, (steps, config.train.batch_size)).astype(np.int32)
     arguments = images, sharding.shard_batch(rows, axis=1), sharding.replicate_key(jax.random.key(0))
-    state = [sharding.replicate(init_state(network, optimizer, 0))]
+
+    def initial() -> Any:
+        return sharding.replicate(init_state(network, optimizer, 0))
+
+    state = [initial()]
     chunk = jax.jit(
         make_train_chunk(config, network, optimizer),
         donate_argnums=0,
@@ -92,17 +102,29 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
     program = lowered.compile()
     ended = time.perf_counter()
 
-    def run() -> float:
-        began = time.perf_counter()
-        # The chunk donates its state, so each call takes that of the call before.
-        state[0], metrics = program(state[0], *arguments)
-        jax.block_until_ready(metrics)
-        return time.perf_counter() - began
+    def runner(program: Any) -> Callable[[], float]:
+        def run() -> float:
+            began = time.perf_counter()
+            try:
+                # The chunk donates its state, so each call takes that of the call before.
+                state[0], metrics = program(state[0], *arguments)
+                jax.block_until_ready(metrics)
+            except Exception:
+                # What was donated to a program that failed is lost; the other variants go on from the start.
+                state[0] = initial()
+                raise
+            return time.perf_counter() - began
+
+        return run
+
+    def variant(options: Mapping[str, Any]) -> tuple[Callable[[], float], Any]:
+        compiled = lowered.compile(compiler_options=dict(options))
+        return runner(compiled), compiled
 
     memory = program.memory_analysis()
     K = build_objective(config).num_timesteps_per_image
     return TrainProgram(
-        run,
+        runner(program),
         steps,
         config.train.batch_size,
         step_flops(network, config.train.batch_size, K),
@@ -111,17 +133,23 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
         ended - traced,
         memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         program,
+        variant,
+        network.dtype,
     )
 
 
-def interleave(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    runs: Mapping[str, Callable[[], float]], rounds: int, deadline: float = math.inf
+) -> dict[str, list[float]]:
     """Seconds of each run in each round, after one of each that does not count; one after the other in every round, so
-    that a slow moment of the machine affects all of them.
+    that a slow moment of the machine affects all of them. After `deadline` (`time.time()`) there are three rounds only.
     """
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for index in range(rounds):
+        if index >= 3 and time.time() > deadline:
+            break
         for name, run in runs.items():
             seconds[name].append(run())
     return seconds

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_table import section
+
 from s2dm_jax.common.files import write_atomic
 
 SUMMARY = "summary.md"
@@ -40,6 +42,14 @@ class Records:
             write_atomic(self._folder / f"{stage}.json", json.dumps(content, indent=1) + "\n")
             write_atomic(self._folder / SUMMARY, summary(self.machine, self.parts, self._stages))
             print(f"== {stage}.{name}: {_line(record)}", flush=True)
+
+    def append_tables(self) -> None:
+        """Adds the tables of `gpu_table.py` to the summary."""
+        stages = {stage: {"machine": self.machine, "parts": parts} for stage, parts in self.parts.items() if parts}
+        text = summary(self.machine, self.parts, self._stages)
+        if stages and "device" in self.machine:
+            text += f"\n{section(stages, self.machine)}"
+        write_atomic(self._folder / SUMMARY, text)
 
     def failures(self) -> list[str]:
         """The parts that were wrong, failed or timed out, as "stage.part"."""
