@@ -1,9 +1,11 @@
 """Peak rates and peak memory of the devices, and options of XLA."""
 
 import functools
+import os
 import resource
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -41,6 +43,15 @@ _PEAK_TFLOPS = {
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
+# Settings of JAX that change the numbers a program computes, and their defaults.
+_NUMERICS = {
+    "jax_default_matmul_precision": None,
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
+}
+
+
 def compiler_options(cpu_options: Mapping[str, str] = CPU_OPTIONS) -> dict[str, str]:
     """`jax.jit`'s `compiler_options` for a training step: none but on a single CPU device whose jaxlib accepts them."""
     single_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
@@ -54,6 +65,15 @@ def _accepts(options):
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+def numerics() -> dict[str, Any]:
+    """Settings of JAX and XLA in the environment that change results, where they are not the defaults."""
+    settings = {name: getattr(jax.config, name) for name in _NUMERICS}
+    found = {name: value for name, value in settings.items() if value != _NUMERICS[name]}
+    if flags := os.environ.get("XLA_FLAGS", "").split():
+        found["XLA_FLAGS"] = sorted(flags)
+    return found
 
 
 def peak_flops(dtype: str) -> float | None:

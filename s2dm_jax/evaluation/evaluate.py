@@ -27,6 +27,7 @@ from s2dm_jax.config.evaluation_plan import plan_evaluation
 from s2dm_jax.config.metrics import METRICS, parse_metrics
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
+from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.evaluation import metrics
 from s2dm_jax.evaluation.features import Features, build_features
@@ -122,6 +123,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         "s2dm_jax": __version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
+        **numerics(),
     }
 
     def row(name, nfe, depends_on, batches):

@@ -19,7 +19,7 @@ from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import replicate, shard_batch
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.models.network import Network
-from s2dm_jax.samplers.noise import initial_noise
+from s2dm_jax.samplers.noise import initial_noise, seed_key
 
 # Timesteps between two saves.
 _TIMESTEPS_PER_CHUNK = 20
@@ -112,7 +112,7 @@ def _squares(network, schedule, params, images, indices, timesteps, seed):
 
     def at_timestep(t):
         # Each timestep has its own noise: one seed of `initial_noise` for each.
-        noise_seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), t), dtype=jnp.uint32)
+        noise_seed = jax.random.bits(jax.random.fold_in(seed_key(seed), t), dtype=jnp.uint32)
         noise = initial_noise(noise_seed, indices, x0.shape[1:])
         t = jnp.full(len(x0), t)
         eps = network.eps_fn(params, schedule)(add_noise(schedule, x0, t, noise), t)

@@ -16,6 +16,7 @@ from s2dm_jax.common.files import atomic_path
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.version import __version__
+from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.inference import visualize
 from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import sampler_options
@@ -103,6 +104,7 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
         "nfe": nfe_of(options.sampler, len(timesteps[0])),
         **{name: options[name] for name in ("seed", "num_images", "interpolate", "trajectory")},
         "runs": runs,
+        **numerics(),
     }
 
 

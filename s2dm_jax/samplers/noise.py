@@ -13,17 +13,22 @@ _X_T_STREAM = np.uint32(2**32 - 1)
 _STEP_STREAM = np.uint32(2**32 - 2)
 
 
+def seed_key(seed: int | jax.Array) -> jax.Array:
+    """The key of a sampling seed, of the same generator whatever JAX_DEFAULT_PRNG_IMPL says."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def initial_noise(
     seed: int | jax.Array, indices: jax.Array | np.ndarray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
     """x_T of the images with these indices [B]: standard normal [B, H, W, C], for a `shape` (H, W, C)."""
-    stream = jax.random.fold_in(jax.random.key(seed), _X_T_STREAM)
+    stream = jax.random.fold_in(seed_key(seed), _X_T_STREAM)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(stream, i), shape, dtype))(indices)
 
 
 def image_keys(seed: int | jax.Array, indices: jax.Array | np.ndarray) -> jax.Array:
     """Keys [B] for `per_image_noise`, independent of x_T's noise."""
-    stream = jax.random.fold_in(jax.random.key(seed), _STEP_STREAM)
+    stream = jax.random.fold_in(seed_key(seed), _STEP_STREAM)
     return jax.vmap(lambda i: jax.random.fold_in(stream, i))(indices)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s2dm_jax.devices.hardware import compiler_options, peak_flops, peak_memory
+from s2dm_jax.devices.hardware import compiler_options, numerics, peak_flops, peak_memory
 from s2dm_jax.models.flops import forward_flops, step_flops
 from s2dm_jax.models.unet import UNet
 
@@ -117,3 +117,14 @@ def test_rematerialisation_changes_no_gradient():
     x = np.random.default_rng(0).standard_normal((4, 8, 8, 1), np.float32)
     plain, again = (jax.jit(gradient(n))(params, x) for n in (network, remat(network)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
+
+
+def test_settings_that_change_results_are_named(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert numerics() == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_a=2")
+    with jax.default_matmul_precision("highest"):
+        assert numerics() == {
+            "jax_default_matmul_precision": "highest",
+            "XLA_FLAGS": ["--xla_a=2", "--xla_b=1"],
+        }

@@ -68,3 +68,11 @@ def test_slerp_runs_along_the_great_circle():
     np.testing.assert_allclose(norm(between), np.tile(norm(x_a), (5, 1)), rtol=1e-5)
     np.testing.assert_allclose(angle(x_a, between[1]), angle(x_a, x_b) / 4, rtol=1e-4)
     np.testing.assert_allclose(jax.jit(slerp)(x_a, x_a, 0.3), x_a, rtol=1e-5)
+
+
+def test_another_generator_in_the_environment_changes_no_noise():
+    expected = np.asarray(initial_noise(3, np.arange(2), (4, 4, 1)))
+    keys = jax.random.key_data(image_keys(3, np.arange(2)))
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(initial_noise(3, np.arange(2), (4, 4, 1)), expected)
+        np.testing.assert_array_equal(jax.random.key_data(image_keys(3, np.arange(2))), keys)
