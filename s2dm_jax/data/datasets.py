@@ -36,7 +36,8 @@ class Dataset(NamedTuple):
     @property
     def labelled(self) -> bool:
         """Whether the labels are classes: two or more, and fewer than half of the images."""
-        return len(np.unique(self.train_labels)) >= 2 and 2 * self.num_classes <= len(self.train)
+        most = len(self.train) // 2
+        return 2 <= self.num_classes <= most and len(np.unique(self.train_labels)) > 1
 
 
 def load_digits() -> Dataset:
