@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from s2dm_jax.common.errors import UserError
+
 
 class Column(NamedTuple):
     """A column of the table of results: "title" over "value ± error".
@@ -100,3 +102,14 @@ def parse_metrics(text: str) -> list[str]:
         if name not in METRICS:
             raise ValueError(f"metrics={text!r} names {name!r}; there are {', '.join(METRICS)}")
     return [name for name in METRICS if name in names or name == "fid"]
+
+
+def check_num_images(names: list[str], num_images: int, dimensions: int) -> None:
+    """Checks the minimum that depends on the number of features; `config.validate` checks the others."""
+    for name in names:
+        needed = METRICS[name].min_images_per_feature * dimensions
+        if num_images < needed:
+            raise UserError(
+                f"config.eval.num_images={num_images} is too few for {name} in {dimensions} features, which needs "
+                f"{needed}"
+            )

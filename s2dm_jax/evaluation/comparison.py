@@ -61,11 +61,13 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
         path = Path(workdir) / "results.json"
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
-            results["rows"], results["provenance"]["metric"]
+            rows, _ = results["rows"], results["provenance"]["metric"]
         except FileNotFoundError as error:
             raise UserError(f"{workdir} has no results.json; run --mode=evaluate --workdir={workdir} first") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not readable as results ({error}); evaluate the run again") from error
+        if not all("frechet_distance" in row for row in (rows[0], rows[-1])):
+            raise UserError(f"{path} has no distance of real images or noise, as its notes say; leave out {workdir}")
         trained = {name: value for name, value in fields.items() if not FIELDS[name].resumable}
         runs.append(Evaluated(workdir, {**trained, "step": results["step"]}, results))
     for run in runs[1:]:
@@ -95,8 +97,9 @@ def series_of(runs: Sequence[Evaluated]) -> list[Series]:
             rows = [(run.workdir, row) for run in members for row in run.results["rows"] if row["name"] == sampler]
             distances = defaultdict(list)  # by NFE
             for _, row in rows:
-                distances[row["nfe"]].append(row["frechet_distance"])
-            if rows:
+                if "frechet_distance" in row:
+                    distances[row["nfe"]].append(row["frechet_distance"])
+            if distances:
                 points = [(nfe, *mean_and_spread(values)) for nfe, values in sorted(distances.items())]
                 workdirs = list(dict.fromkeys(workdir for workdir, _ in rows))
                 series.append(Series(", ".join(filter(None, (label, sampler))), workdirs, points))

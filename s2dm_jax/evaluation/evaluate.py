@@ -17,14 +17,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import read_json, write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.defaults import SAMPLER_OPTIONS
 from s2dm_jax.config.evaluation_plan import plan_evaluation
-from s2dm_jax.config.metrics import METRICS, parse_metrics
+from s2dm_jax.config.metrics import METRICS, check_num_images, parse_metrics
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import numerics
@@ -59,11 +58,17 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
     """
     requested = [METRICS[name] for name in names]
     store = any({"features", "logits"} & set(metric.requires) for metric in requested)
-    sums, stored = metrics.init_sums(features.dimensions), []
+    sums, stored, not_finite = metrics.init_sums(features.dimensions), [], 0
     for batch in batches:
+        bad = int((~np.isfinite(batch)).any(axis=1).sum())
+        not_finite += bad
+        if bad:
+            continue
         sums = metrics.update_sums(sums, batch[:, : features.dimensions])
         if store:
             stored.append(batch)
+    if not_finite:
+        return {"num_images": sums.number, "notes": [f"the features of {not_finite} images are not finite: no metrics"]}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         mean, cov = metrics.mean_and_cov(sums)
@@ -80,12 +85,17 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
         "reference_features": empty if reference.features is None else reference.features,
     }
     row: dict = {"num_images": sums.number, "notes": [str(warning.message) for warning in caught]}
-    for metric in requested:
+    for name, metric in zip(names, requested, strict=True):
         arguments = [
             inputs[name][: metric.max_images] if name.endswith(("features", "logits")) else inputs[name]
             for name in metric.requires
         ]
-        values = getattr(metrics, metric.function)(*arguments)
+        try:
+            values = getattr(metrics, metric.function)(*arguments)
+        except ValueError as error:
+            # What only the features can tell leaves a gap in the table.
+            row["notes"].append(f"no {name}: {error}")
+            continue
         row |= zip(metric.results, values if isinstance(values, tuple) else (values,), strict=True)
     return row
 
@@ -109,7 +119,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     points, skipped = plan_evaluation(model.schedule.T, options.to_dict())
     names, batch_size = parse_metrics(options.metrics), device_batch_size(options.batch_size)
     features = build_features(model.config, data)
-    _check_num_images(names, options.num_images, features)
+    check_num_images(names, options.num_images, features.dimensions)
     reference, floor_images = load_reference(model.config, data, features, names, batch_size)
     weights = sha256_of_arrays(jax.tree.leaves(model.ema_params))
     for sampler in dict.fromkeys(point.sampler for point in points):
@@ -132,7 +142,8 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         values = _cached(Path(workdir) / "evaluations" / "points", stem, {**common, **depends_on}, compute)
         if is_main_process():
             label = name if nfe is None else f"{name}, NFE {nfe}"
-            print(f"{label}: {features.distance} {values['frechet_distance']:.2f}", flush=True)
+            distance = f"{values['frechet_distance']:.2f}" if "frechet_distance" in values else "none"
+            print(f"{label}: {features.distance} {distance}", flush=True)
         return {"name": name, "nfe": nfe, **values}
 
     rows = [row("real (floor)", None, *_real(options, floor_images, features, batch_size))]
@@ -141,9 +152,11 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
         values = row(point.name + _skip_scale_name(options), point.nfe, depends_on, batches)
         rows.append({**values, "steps": depends_on["point"]["steps"]})
     rows.append(row("noise (ceiling)", None, *_noise(options, floor_images.shape[1:], features, batch_size)))
-    floor, ceiling = rows[0]["frechet_distance"], rows[-1]["frechet_distance"]
+    floor, ceiling = (rows[end].get("frechet_distance") for end in (0, -1))
     for values in rows:
-        values["normalized"] = (values["frechet_distance"] - floor) / (ceiling - floor)
+        # Constant features put noise as near as real images.
+        if floor is not None and ceiling is not None and floor != ceiling and "frechet_distance" in values:
+            values["normalized"] = (values["frechet_distance"] - floor) / (ceiling - floor)
     notes = skipped + sorted({note for values in rows for note in values.pop("notes")})
     provenance = {
         "metric": features.metric,
@@ -205,17 +218,6 @@ def _noise(options, shape, features, batch_size):
         return features.apply(to_uint8(initial_noise(options.seed, shard_batch(indices), shape)))
 
     return {"images": "noise"}, map_batches(compute, options.num_images, batch_size)
-
-
-def _check_num_images(names: list[str], num_images: int, features: Features) -> None:
-    """Checks the minimum that depends on the number of features; `config.validate` has the others."""
-    for name in names:
-        needed = METRICS[name].min_images_per_feature * features.dimensions
-        if num_images < needed:
-            raise UserError(
-                f"config.eval.num_images={num_images} is too few for {name} in {features.dimensions} "
-                f"features, which needs {needed}"
-            )
 
 
 def evaluate_run(config: ConfigDict, workdir: str) -> dict:

@@ -19,6 +19,8 @@ from s2dm_jax.devices.sharding import replicate
 from s2dm_jax.evaluation import classifier, inception, inception_weights
 
 _CLASSIFIER_SEED = 0
+# Images that a user's function is tried with.
+_TRIED = 4
 
 
 class FeaturesUnavailable(UserError):
@@ -77,11 +79,25 @@ def resolve_features(config: ConfigDict, labelled: bool) -> str:
     return "inception"
 
 
-def check_features(config: ConfigDict, data: Dataset) -> None:
-    """Raises as `build_features`, before a long training, where features that its config names are unavailable."""
-    # What "auto" stands for is decided when it is used: it does not stop a training.
-    if config.eval.feature_extractor != "auto" and resolve_features(config, data.labelled) != "classifier":
-        build_features(config, data)
+def check_features(config: ConfigDict, data: Dataset) -> tuple[str, int] | None:
+    """Name and number of the features that its config names, checked before a long training.
+
+    Returns:
+      None for "auto" where that is decided when it is used: it does not stop a training.
+
+    Raises:
+      UserError: as `build_features`, and for a user's function whose features of real images are not finite.
+    """
+    chosen = config.eval.feature_extractor
+    if chosen == "auto" and dataset_name(config) != "digits":
+        return None
+    name = resolve_features(config, data.labelled)
+    if name == "classifier":
+        return name, classifier.NUM_FEATURES
+    features = build_features(config, data)
+    if name != "inception" and not np.isfinite(features.apply(jnp.asarray(data.train[:_TRIED]))).all():
+        raise UserError(f"config.eval.feature_extractor={name!r} gives features of real images that are not finite")
+    return name, features.dimensions
 
 
 def build_features(config: ConfigDict, data: Dataset) -> Features:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_path, cache_dir
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.progress import progress_bar
@@ -18,6 +17,7 @@ from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.evaluation import metrics
 from s2dm_jax.evaluation.features import Features
+from s2dm_jax.evaluation.statistics_file import default_reference, read_statistics
 from s2dm_jax.inference.sampler import map_batches
 
 
@@ -72,13 +72,14 @@ def load_reference(
     """
     chosen = config.eval.reference
     if chosen == "auto":
-        chosen = "train" if features.name == "inception" else "held_out"
+        chosen = default_reference(features.name)
     if chosen == "train":
         images, split, floor_images = data.train, "training", data.held_out
     elif chosen == "held_out":
         images, split, floor_images = data.held_out, "held-out", data.train
     else:
-        return _reference_file(chosen, features), data.train
+        mean, cov = read_statistics(chosen, features.name, features.dimensions)
+        return Reference(mean, cov, None, {"file": chosen, "sha256": digest_of_file(Path(chosen))}), data.train
     provenance = {"images": f"{len(images)} {split} images", "sha256": sha256_of_images(images)}
     batches = image_batches(images, features, batch_size)
     if any("reference_features" in METRICS[name].requires for name in names):
@@ -99,21 +100,3 @@ def load_reference(
         with atomic_path(path) as temporary:
             np.savez(temporary, mu=mean, sigma=cov)
     return Reference(mean, cov, None, provenance), floor_images
-
-
-def _reference_file(path: str, features: Features) -> Reference:
-    try:
-        with np.load(path) as arrays:
-            mean, cov = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
-            metrics.frechet_distance(mean, cov, mean, cov)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"config.eval.reference={path!r} cannot be read ({error}); it must be an .npz with mu [D] and "
-            "sigma [D,D], as pytorch-fid writes"
-        ) from error
-    if len(mean) != features.dimensions:
-        raise UserError(
-            f"config.eval.reference={path!r} holds {len(mean)} features, config.eval.feature_extractor="
-            f"{features.name!r} makes {features.dimensions}; the numbers must be equal"
-        )
-    return Reference(mean, cov, None, {"file": path, "sha256": digest_of_file(Path(path))})

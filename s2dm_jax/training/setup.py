@@ -15,7 +15,7 @@ from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import replicate
 from s2dm_jax.diffusion.schedule import NoiseSchedule
-from s2dm_jax.evaluation.features import check_features
+from s2dm_jax.evaluation.checks import check_evaluation
 from s2dm_jax.models import variance_head
 from s2dm_jax.models.flops import forward_flops, step_flops
 from s2dm_jax.models.network import Network
@@ -58,7 +58,7 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     _check(config, step.objective.terms)
     # Preparing a dataset may take hours.
     data = load_dataset(config)
-    check_features(config, data)
+    check_evaluation(config, data)
     if is_main_process():
         # First of all: a folder that holds anything without it is not taken for a run.
         write_atomic(workdir / "config.json", to_json(config))

@@ -21,7 +21,8 @@ def results_cells(results: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in results["rows"]:
         cells = [_cell(column, row) for column in columns]
-        rows.append([row["name"], str(row["nfe"] or "–"), *cells, f"{100 * row['normalized']:.1f}"])
+        normalized = f"{100 * row['normalized']:.1f}" if "normalized" in row else "–"
+        rows.append([row["name"], str(row["nfe"] or "–"), *cells, normalized])
     return ["sampler", "NFE", *titles, "above the floor, noise = 100"], rows
 
 

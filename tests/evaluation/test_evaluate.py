@@ -16,6 +16,7 @@ from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.evaluation import evaluate as evaluation
 from s2dm_jax.evaluation import features as feature_functions
 from s2dm_jax.evaluation import metrics
+from s2dm_jax.evaluation.checks import check_evaluation
 from s2dm_jax.evaluation.features import FeaturesUnavailable, build_features, check_features
 from s2dm_jax.evaluation.metrics import feature_statistics, frechet_distance
 from s2dm_jax.evaluation.reference import image_batches, load_reference
@@ -395,9 +396,55 @@ def test_inceptions_statistics_of_a_dataset_are_computed_once(config, data, tmp_
         load_reference(config, other_images, features._replace(apply=never), ["fid"], 16)
 
 
-def test_metrics_that_need_vectors_refuse_a_reference_without(config, data):
+def test_what_a_metric_cannot_do_is_a_gap_with_its_reason(config, data):
     features = build_features(config, data)
     reference, _ = load_reference(config, data, features, ["fid"], 16)
     batches = list(image_batches(data.train, features, 50))
-    with pytest.raises(ValueError, match="must hold at least 20 vectors, got 0"):
-        evaluation.compute_metrics(batches, features, reference, ["fid", "kid"])
+    row = evaluation.compute_metrics(batches, features, reference, ["fid", "kid"])
+    assert row["frechet_distance"] > 0
+    assert "kid" not in row
+    assert any(note.startswith("no kid: features must hold at least 20 vectors") for note in row["notes"])
+    batches[0] = np.full_like(batches[0], np.nan)
+    row = evaluation.compute_metrics(batches, features, reference, ["fid", "kid"])
+    assert "frechet_distance" not in row
+    assert row["notes"] == ["the features of 50 images are not finite: no metrics"]
+
+
+def test_features_that_are_constant_leave_a_table_with_gaps(config, data, tmp_path):
+    (tmp_path / "constant.py").write_text("import jax.numpy as jnp\ndef f(x): return jnp.ones((len(x), 4))\n")
+    config.eval.feature_extractor = f"{tmp_path / 'constant.py'}:f"
+    features = build_features(config, data)
+    reference, _ = load_reference(config, data, features, ["fid"], 16)
+    row = evaluation.compute_metrics(list(image_batches(data.train, features, 50)), features, reference, ["fid"])
+    rows = [{"name": name, "nfe": None, **row} for name in ("real (floor)", "noise (ceiling)")]
+    cells = results_cells({"rows": rows, "provenance": {}})[1]
+    assert [each[-1] for each in cells] == ["–", "–"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"metrics": "fid_infinity", "num_images": 63}, "num_images=63 is too few for fid_infinity in 16 features"),
+        ({"metrics": "kid", "reference": "held_out"}, "names kid, which needs 20 images of the reference held_out"),
+        ({"reference": "other.npz"}, r"holds 3 features, config.eval.feature_extractor=.* makes 16"),
+        ({"reference": "empty.npz"}, r"reference=.*empty.npz' cannot be read"),
+        ({"reference": "text.npz"}, r"reference=.*text.npz' cannot be read \(it holds Python objects"),
+        ({"reference": "single.npy"}, r"reference=.*single.npy' cannot be read \(it is a single array\)"),
+        ({"reference": "keys.npz"}, r"reference=.*keys.npz' cannot be read \(it has no array mu\)"),
+        ({"feature_extractor": "nan.py:f"}, r"features of real images that are not finite"),
+    ],
+)
+def test_what_an_evaluation_cannot_do_is_said_before_the_training(
+    config, data, tmp_path, monkeypatch, changes, sentence
+):
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "keys.npz", mean=np.zeros(16))
+    np.save(tmp_path / "single.npy", np.zeros(16))
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "nan.py").write_text("import jax.numpy as jnp\ndef f(x): return jnp.full((len(x), 4), jnp.nan)\n")
+    monkeypatch.chdir(tmp_path)
+    config.eval.update(changes)
+    data = data._replace(held_out=data.held_out[:10], held_out_labels=data.held_out_labels[:10])
+    with pytest.raises(UserError, match=sentence):
+        check_evaluation(config, data)
