@@ -24,6 +24,8 @@ _SCHEDULES = ("linear", "cosine", "quadratic", "const", "sigmoid")
 _PREDICTIONS = ("epsilon", "v", "x0")
 _PRESETS = ("paper", "released")
 _MAX_SEED = 2**31 - 1
+# Beyond reason: what is larger is a slip of the keyboard, and would hang or end in a traceback.
+_MAX_T, _MAX_STEPS, _MAX_BATCH, _MAX_IMAGES = 100_000, 10**9, 2**20, 10**8
 
 # The keyword arguments of `inference.sampler.configure_sampler` that the groups `sample` and `eval` share.
 SAMPLER_OPTIONS: dict[str, Field] = {
@@ -82,14 +84,14 @@ FIELDS: dict[str, Field] = {
         0.4, low=0.0, high=1.0, doc="fraction of a device's memory for images; larger datasets stream from the host"
     ),
     "diffusion.schedule": Field("linear", choices=_SCHEDULES, doc="noise schedule"),
-    "diffusion.T": Field(1000, low=2, doc="number of timesteps"),
+    "diffusion.T": Field(1000, low=2, high=_MAX_T, doc="number of timesteps"),
     "model.name": Field("unet", choices=tuple(NETWORKS), doc="network"),
     "model.prediction": Field(
         "epsilon", choices=_PREDICTIONS, doc="what the network's output is: the noise, v or the clean image"
     ),
-    "model.ch": Field(128, low=32, doc="channels at the highest resolution"),
+    "model.ch": Field(128, low=32, high=4096, doc="channels at the highest resolution"),
     "model.ch_mult": Field((1, 2, 2, 2), low=1, min_length=1, doc="factor on the channels at each resolution level"),
-    "model.num_res_blocks": Field(2, low=1, doc="residual blocks per resolution level"),
+    "model.num_res_blocks": Field(2, low=1, high=64, doc="residual blocks per resolution level"),
     "model.attn_resolutions": Field((16,), low=1, doc="resolutions with self-attention, in pixels"),
     "model.dropout": Field(0.1, low=0.0, high=0.999, doc="dropout rate in the residual blocks"),
     "model.resamp_with_conv": Field(True, doc="resample with convolutions, as the published networks"),
@@ -102,7 +104,7 @@ FIELDS: dict[str, Field] = {
     "loss.preset": Field("paper", choices=_PRESETS, doc="options as in the papers or in their released code"),
     "loss.skip": Field(0, low=0, doc="skip of L_skip (S²-DMs); 0: without L_skip"),
     "loss.tau": Field(0.99, low=0.0, high=1.0, doc="weight of L_simple; L_skip gets 1 − tau"),
-    "loss.K": Field(1, low=1, doc="timesteps in the window of L_sa (SA-DPM); 1: without L_sa"),
+    "loss.K": Field(1, low=1, high=_MAX_T, doc="timesteps in the window of L_sa (SA-DPM); 1: without L_sa"),
     "loss.lam": Field(0.0, low=0.0, doc="weight λ of L_sa"),
     "loss.skip_noise": Field(
         None, type=str, choices=("shared", "independent", "expected"), doc="target noise of L_skip"
@@ -123,18 +125,20 @@ FIELDS: dict[str, Field] = {
     # Resumable: the hash of the weights decides whether it is the same network.
     "variance_head.base_workdir": Resumable("", path="path", doc="workdir of that run"),
     "variance_head.dropout": Field(False, doc="whether the frozen network's dropout is on"),
-    "train.steps": Resumable(500_000, low=1, doc="optimizer steps in total"),
-    "train.batch_size": Field(128, low=1, doc="global batch size, over all devices"),
+    "train.steps": Resumable(500_000, low=1, high=_MAX_STEPS, doc="optimizer steps in total"),
+    "train.batch_size": Field(128, low=1, high=_MAX_BATCH, doc="global batch size, over all devices"),
     "train.lr": Field(2e-4, low=1e-12, doc="learning rate of Adam"),
     "train.grad_clip": Field(1.0, low=0.0, doc="largest global norm of the gradient; 0: no clipping"),
     "train.ema_decay": Field(0.9999, low=0.0, high=1.0, doc="decay of the EMA of the weights per step"),
     "train.ema_start": Field("initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"),
     "train.seed": Field(0, low=0, high=_MAX_SEED, doc="seed of everything random in training"),
-    "train.log_every": Resumable(100, low=1, doc="steps between logged metrics"),
-    "train.sample_every": Resumable(5_000, low=1, doc="steps between saved sample grids"),
-    "train.checkpoint_every": Resumable(5_000, low=1, doc="steps between checkpoints"),
-    "train.max_to_keep": Resumable(3, low=1, doc="newest checkpoints to keep"),
-    "train.keep_period": Resumable(0, low=0, doc="also keep one checkpoint in this many steps for good; 0: none"),
+    "train.log_every": Resumable(100, low=1, high=_MAX_STEPS, doc="steps between logged metrics"),
+    "train.sample_every": Resumable(5_000, low=1, high=_MAX_STEPS, doc="steps between saved sample grids"),
+    "train.checkpoint_every": Resumable(5_000, low=1, high=_MAX_STEPS, doc="steps between checkpoints"),
+    "train.max_to_keep": Resumable(3, low=1, high=_MAX_STEPS, doc="newest checkpoints to keep"),
+    "train.keep_period": Resumable(
+        0, low=0, high=_MAX_STEPS, doc="also keep one checkpoint in this many steps for good; 0: none"
+    ),
     "train.keep_best": Resumable(
         "", doc="also keep the checkpoint with the lowest mean of this metric since the one before; empty: none"
     ),
@@ -142,27 +146,35 @@ FIELDS: dict[str, Field] = {
         "stop", choices=("stop", "skip"), doc="a loss or gradient that is not finite: stop the run or skip the step"
     ),
     "train.grad_accum_steps": Field(
-        1, low=1, doc="parts of a batch that are computed one after another; their gradients are averaged"
+        1,
+        low=1,
+        high=_MAX_BATCH,
+        doc="parts of a batch that are computed one after another; their gradients are averaged",
     ),
     "train.shard_state": Resumable(False, doc="shard weights, EMA and Adam's moments over the devices (ZeRO)"),
-    "train.profile_steps": Resumable(0, low=0, doc="steps to trace into workdir/profile; 0: none"),
+    "train.profile_steps": Resumable(0, low=0, high=_MAX_STEPS, doc="steps to trace into workdir/profile; 0: none"),
     "sample.sampler": Resumable("ddim", choices=tuple(SAMPLERS), doc="sampler"),
-    "sample.steps": Resumable(0, low=0, doc="sampling steps; 0: from nfe or timesteps"),
+    "sample.steps": Resumable(0, low=0, high=_MAX_T, doc="sampling steps; 0: from nfe or timesteps"),
     "sample.nfe": Resumable(
-        0, low=0, doc="number of network evaluations; 0: from steps or timesteps, or 10 without any of the three"
+        0,
+        low=0,
+        high=5 * _MAX_T,
+        doc="number of network evaluations; 0: from steps or timesteps, or 10 without any of the three",
     ),
     "sample.timesteps": Resumable((), doc="explicit timesteps, ascending; empty: from steps, nfe"),
     **{f"sample.{name}": field for name, field in _SHARED.items()},
-    "sample.num_images": Resumable(64, low=1, doc="images to sample"),
+    "sample.num_images": Resumable(64, low=1, high=_MAX_IMAGES, doc="images to sample"),
     "sample.seed": Resumable(0, low=0, high=_MAX_SEED, doc="seed of the sampler's noise"),
-    "sample.batch_size": Resumable(500, low=1, doc="images sampled at once"),
+    "sample.batch_size": Resumable(500, low=1, high=_MAX_BATCH, doc="images sampled at once"),
     "sample.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to sample from; 0: the newest"),
     "sample.output": Resumable(
         "grid",
         choices=("grid", "npz", "png"),
         doc="what --mode=sample writes: one PNG with all images, one .npz, or one PNG per image",
     ),
-    "sample.interpolate": Resumable(0, low=0, doc="write rows of this many images between two noises instead; 0: off"),
+    "sample.interpolate": Resumable(
+        0, low=0, high=_MAX_BATCH, doc="write rows of this many images between two noises instead; 0: off"
+    ),
     "sample.trajectory": Resumable(False, doc="write each step's prediction of x_0 instead"),
     "sample.compare": Resumable(
         "", path="paths", doc="write the same noise through these workdirs (a,b,…) as well, row by row"
@@ -188,8 +200,8 @@ FIELDS: dict[str, Field] = {
     ),
     "eval.inception_sha256": Resumable("", doc="SHA-256 of Inception's weights; empty: that of the standard ones"),
     "eval.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to evaluate; 0: the newest"),
-    "eval.num_images": Resumable(50_000, low=2, doc="images to sample for each sampler and NFE"),
-    "eval.batch_size": Resumable(500, low=1, doc="images sampled at once"),
+    "eval.num_images": Resumable(50_000, low=2, high=_MAX_IMAGES, doc="images to sample for each sampler and NFE"),
+    "eval.batch_size": Resumable(500, low=1, high=_MAX_BATCH, doc="images sampled at once"),
     "eval.seed": Resumable(0, low=0, high=_MAX_SEED, doc="seed of the samplers' noise"),
     "export.path": Resumable(
         "", path="path", doc="file to write, .npz; empty: named by the sampler, in workdir/exports"

@@ -44,7 +44,11 @@ def allowed_type(field: Field) -> str:
 
 def allowed_range(field: Field) -> str:
     """The bounds of a number's field in words, as in "at least 1"."""
-    return f"at least {field.low}" if field.high is None else f"from {field.low} to {field.high}"
+    return f"at least {field.low}" if field.high is None else f"from {field.low} to {_number(field.high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
 def allowed_choices(field: Field) -> str:

@@ -85,6 +85,13 @@ def peak_flops(dtype: str) -> float | None:
     return None
 
 
+def memory_limit() -> int:
+    """Bytes that the smallest of this host's devices can hold, or on CPU the machine."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    reported = [limit for limit in limits if limit]
+    return min(reported) if reported else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_memory() -> int:
     """The most bytes that the fullest of this host's devices held, or on CPU the process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]

@@ -14,7 +14,7 @@ def default_reference(features: str) -> str:
 
 
 def read_statistics(path: str, features: str, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and covariance [D,D], float64, in an .npz with mu and sigma, as pytorch-fid writes, for D = `dimensions`.
+    """Mean [D] and covariance [D,D], float64, of an .npz with mu and sigma, as pytorch-fid writes; D is `dimensions`.
 
     Raises:
       UserError: for a file that is none, or of other features.

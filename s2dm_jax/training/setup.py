@@ -13,17 +13,21 @@ from s2dm_jax.config.build import build_network
 from s2dm_jax.config.io import to_json
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
+from s2dm_jax.devices.hardware import memory_limit
 from s2dm_jax.devices.sharding import replicate
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.evaluation.checks import check_evaluation
 from s2dm_jax.models import variance_head
 from s2dm_jax.models.flops import forward_flops, step_flops
-from s2dm_jax.models.network import Network
+from s2dm_jax.models.network import Network, num_params
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.training.step import step_config
 from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_base_params
 from s2dm_jax.workdir.state import TrainState, init_state, make_optimizer, new_state
+
+# Of each parameter: weight, EMA and Adam's two moments in float32.
+_STATE_BYTES = 16
 
 
 class Setup(NamedTuple):
@@ -56,6 +60,7 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
     step = step_config(config, network, optimizer)
     _check(config, step.objective.terms)
+    _check_memory(config, network)
     # Preparing a dataset may take hours.
     data = load_dataset(config)
     check_evaluation(config, data)
@@ -73,6 +78,22 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
         base_params, state = None, init_state(network, optimizer, config.train.seed)
         flops = step_flops(network, batch_size, step.objective.num_timesteps_per_image)
     return Setup(config, workdir, data, network, step.schedule, optimizer, base_params, state, flops)
+
+
+def _check_memory(config: ConfigDict, network: Network) -> None:
+    """Raises a `UserError` for a network whose weights, EMA and Adam's moments alone do not fit; activations come on
+    top.
+    """
+    state, limit = _STATE_BYTES * num_params(network), memory_limit()
+    if config.train.shard_state:
+        state //= jax.device_count()
+    if state > limit:
+        model = config.model
+        raise UserError(
+            f"config.model.ch={model.ch} with ch_mult={tuple(model.ch_mult)} and num_res_blocks={model.num_res_blocks} "
+            f"is a network of {num_params(network):,} parameters, whose training state of {state / 1e9:,.0f} GB does "
+            f"not fit into {limit / 1e9:,.0f} GB; choose a smaller one"
+        )
 
 
 def _check(config: ConfigDict, terms: tuple[str, ...]) -> None:

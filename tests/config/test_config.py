@@ -53,7 +53,7 @@ BAD_COMMANDS = [
     (["--config.train.steps=many"], "config.train.steps='many' has the wrong type: it must be an integer"),
     (["--config.train.steps=1.5"], "config.train.steps='1.5' has the wrong type: it must be an integer"),
     (["--config.loss.use_tau_s=maybe"], "config.loss.use_tau_s='maybe' has the wrong type: it must be True or False"),
-    (["--config.train.steps=-5"], "config.train.steps=-5 is out of range: it must be at least 1"),
+    (["--config.train.steps=-5"], "config.train.steps=-5 is out of range: it must be from 1 to 1,000,000,000"),
     (["--config.loss.skip=1000"], "config.loss.skip=1000 must be at most 999"),
     (["--wat=1"], "Unknown command line flag 'wat'"),
     (["surplus"], "'surplus' is not a flag"),
@@ -106,7 +106,7 @@ def test_bad_config_files(tmp_path, config, sentence):
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("loss.K", 0, "config.loss.K=0 is out of range: it must be at least 1"),
+        ("loss.K", 0, "config.loss.K=0 is out of range: it must be from 1 to 100,000"),
         ("loss.K", 1001, "config.loss.K=1001 must be at most 1000"),
         ("loss.tau", 1.5, "config.loss.tau=1.5 is out of range: it must be from 0.0 to 1.0"),
         ("loss.lam", float("inf"), "config.loss.lam=inf has the wrong type: it must be a finite number"),
@@ -294,7 +294,7 @@ def test_every_field_has_a_type_and_bounds_or_choices_that_are_checked(name):
             if bound is not None:
                 outside = bound + way if field.type is int else math.nextafter(bound, math.inf * way)
                 assert f"config.{name}={outside} is out of range" in error_of(name, outside)
-                assert f"config.{name}={bound} is out of range" not in error_of(name, bound)
+                assert f"config.{name}={bound} is out of range: it must be" not in error_of(name, bound)
     else:
         assert field.type in (bool, tuple) or name in FREE_TEXT
 
