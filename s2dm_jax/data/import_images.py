@@ -5,12 +5,13 @@ import math
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from s2dm_jax.common.errors import UserError
@@ -141,7 +142,8 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
     counts = writer.close(labels)
     for split, n in counts.items():
         if not n:
-            raise UserError(f"config.data.source={source} leaves no image for the split {split}; give more images")
+            fix = "all of its images are corrupt or unsupported: mend them" if skipped else "give more images"
+            raise UserError(f"config.data.source={source} leaves no image for the split {split}; {fix}")
     return {
         "source": os.path.abspath(source),
         "version": None,
@@ -160,7 +162,7 @@ def _write_images(source, names, count, jobs, transform, max_invalid_fraction, w
     with progress_bar(count, "images") as advance:
         for index, result in _decoded(jobs, transform):
             if isinstance(result, Exception):
-                reason = str(result) or type(result).__name__
+                reason = _reason(result)
                 skipped.append([names[index], reason])
                 if len(skipped) <= _MAX_REPORTED:
                     tqdm.write(f"skipped {names[index]!r}: {reason}", file=sys.stderr)
@@ -179,6 +181,19 @@ def _write_images(source, names, count, jobs, transform, max_invalid_fraction, w
     if skipped:
         print(f"{len(skipped)} of {count} images skipped; at most {max_invalid} may be", file=sys.stderr)
     return skipped
+
+
+def _reason(error: Exception) -> str:
+    """Why an image could not be read, without the objects that libraries print."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no PNG, JPEG or WebP file"
+    if isinstance(error, zipfile.BadZipFile):
+        return "it is damaged in the archive"
+    if "password required" in str(error):
+        return "it is encrypted"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
 
 
 def _decoded(jobs: Iterator[Job], transform: ImageTransform) -> Iterator[tuple[int, np.ndarray | Exception]]:

@@ -138,6 +138,11 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
             f"config.data.source={source} holds {dtype} {list(shape)}{', in Fortran order' * fortran_order}; "
             "it must be uint8 [N, H, W] or [N, H, W, C] with values from 0 to 255"
         )
+    if len(shape) == 3 and shape[2] in (3, 4):
+        raise UserError(
+            f"config.data.source={source} holds {list(shape)}, which is one image [H, W, C] or {shape[0]} grey ones of "
+            f"{shape[1]}×{shape[2]} pixels; give [N, H, W, C]"
+        )
     count, *image_shape = (*shape, 1) if len(shape) == 3 else shape
     image_bytes = math.prod(image_shape)
     if image_shape[2] not in (1, 3, 4) or image_bytes > _MAX_BYTES:

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -252,6 +253,7 @@ def test_arrays_are_sources(cache, tmp_path):
         (np.zeros((4, 8, 8, 3), np.float32), r"holds float32 \[4, 8, 8, 3\]; it must be uint8"),
         (np.zeros((4, 3, 8, 8), np.uint8), r"images \[3, 8, 8\]; they must be \[H, W, C\]"),
         (np.zeros((8, 8), np.uint8), r"holds uint8 \[8, 8\]; it must be"),
+        (np.zeros((64, 64, 3), np.uint8), r"\[64, 64, 3\], which is one image .* or 64 grey ones"),
         (np.array([{}]), "it must be uint8"),
     ],
 )
@@ -288,6 +290,31 @@ def test_invalid_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_
     # No gap is left where an image was skipped: labels still belong to their images.
     cats = {np.asarray(Image.open(io.BytesIO(d))).tobytes() for n, d in PICTURES.items() if "cat" in n}
     assert all((i.tobytes() in cats) == (label == 0) for i, label in zip(data.train, data.train_labels, strict=True))
+
+
+def test_the_reasons_for_skipping_are_sentences(cache, tmp_path, capsys):
+    files = {**PICTURES, "cat/text.png": b"hello", "cat/cut.png": PICTURES["cat/00.png"][:60]}
+    path = make_zip(tmp_path / "some.zip", files)
+    content = bytearray(path.read_bytes())
+    # The data of one member, and the mark of encryption of another.
+    at = content.index(PICTURES["dog/03.png"][40:60])
+    content[at] ^= 1
+    entry = content.rindex(b"dog/04.png") - 46
+    content[entry + 8] |= 1
+    content[content.index(b"dog/04.png") - 30 + 6] |= 1
+    path.write_bytes(content)
+    load_dataset(config_for(path, max_invalid_fraction=0.5))
+    err = capsys.readouterr().err
+    for reason in ("no PNG, JPEG or WebP file", "it is damaged in the archive", "it is encrypted"):
+        assert reason in err
+    assert not re.search(r"0x[0-9a-f]{4}|<\w", err)
+
+
+def test_a_split_of_which_nothing_can_be_read_is_not_too_small(cache, tmp_path):
+    files = {f"train/{name}": data for name, data in PICTURES.items()} | {"test/a.png": b"no", "test/b.png": b"no"}
+    source = make_folder(tmp_path / "folder", files)
+    with pytest.raises(UserError, match="no image for the split held_out; all of its images are corrupt"):
+        load_dataset(config_for(source, max_invalid_fraction=0.5))
 
 
 def test_no_path_in_an_archive_leads_anywhere(cache, tmp_path):
