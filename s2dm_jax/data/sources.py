@@ -1,6 +1,5 @@
 """Users' images: a folder, a zip or tar of one, or an array, read in place; no path in them is ever written to."""
 
-import collections
 import contextlib
 import functools
 import hashlib
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.data.folders import walk_folder
 from s2dm_jax.data.transforms import SUFFIXES
 
 _SOURCE_SUFFIXES = {
@@ -194,47 +194,6 @@ def _array_header(file):
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
-
-
-class Tree(NamedTuple):
-    """What is below a folder, by relative paths with "/".
-
-    Attributes:
-      files: all of them.
-      unreadable: the folders that cannot be read, with the reason.
-      repeated: links to folders whose files are among `files` already, as those that lead back to where they are.
-    """
-
-    files: list[str]
-    unreadable: dict[str, OSError]
-    repeated: list[str]
-
-
-def walk_folder(root: Path) -> Tree:
-    """Everything below a folder; links to folders are followed after all folders, so that none is read twice."""
-    tree, seen = Tree([], {}, []), set()
-    folders, links = [""], collections.deque[str]()
-    while folders or links:
-        relative = folders.pop() if folders else links.popleft()
-        try:
-            status = (root / relative).stat()
-            if (status.st_dev, status.st_ino) in seen:
-                tree.repeated.append(relative)
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(root / relative), key=lambda entry: entry.name)
-        except OSError as error:
-            tree.unreadable[relative] = error
-            continue
-        for entry in entries:
-            name = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(name)
-            elif entry.is_symlink() and os.path.isdir(entry.path):
-                links.append(name)
-            else:
-                tree.files.append(name)
-    return tree
 
 
 def _hidden(name: str) -> bool:

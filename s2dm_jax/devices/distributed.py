@@ -1,7 +1,10 @@
 """Several processes as one run: finding each other, barriers, stopping together."""
 
+import hashlib
 import importlib.util
 import os
+import sys
+import time
 from collections.abc import Callable
 
 import jax
@@ -13,6 +16,8 @@ from s2dm_jax.devices.sharding import replicated, split_along
 
 # The processes leave together; they wait no longer than this for one that failed.
 _SHUTDOWN_SECONDS = 60
+# Those of one job start within minutes of each other.
+_START_SECONDS = 300
 
 # What Slurm sets in the environment of each process.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -31,11 +36,15 @@ def initialize_distributed(
     launched = bool(coordinator) or _has_companions()
     if not launched and not _on_tpu_vm():
         return
+    if launched:
+        seconds = f"for at most {_START_SECONDS} seconds"
+        print(f"waiting for the other processes of this run, {seconds} …", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator,
             num_processes=num_processes,
             process_id=process_id,
+            initialization_timeout=_START_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
@@ -80,6 +89,20 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def agrees_with_main(read: Callable[[], str], seconds: float = 0.0) -> bool:
+    """Whether what `read` returns is in every process what it is in the main one, within `seconds`."""
+    if jax.process_count() == 1:
+        return True
+
+    def digest():
+        return np.frombuffer(hashlib.sha256(read().encode()).digest(), np.uint8)
+
+    expected, until = np.asarray(multihost_utils.broadcast_one_to_all(digest())), time.monotonic() + seconds
+    while not (same := bool(np.array_equal(digest(), expected))) and time.monotonic() < until:
+        time.sleep(0.5)
+    return not any_process(not same)
 
 
 def make_stop_vote(received: list[int]) -> Callable[[], bool]:

@@ -5,6 +5,7 @@ that a resumed run continues exactly as it would have. `training/step.py` has th
 """
 
 import contextlib
+import copy
 import json
 import signal
 import time
@@ -19,11 +20,11 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import read_json
 from s2dm_jax.common.images import image_grid, save_png
-from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.defaults import FIELDS, default_config
 from s2dm_jax.config.io import to_json
 from s2dm_jax.data.batches import run_keys
 from s2dm_jax.data.device_feed import make_feed
-from s2dm_jax.devices.distributed import is_main_process, make_stop_vote
+from s2dm_jax.devices.distributed import agrees_with_main, is_main_process, make_stop_vote
 from s2dm_jax.devices.hardware import peak_flops
 from s2dm_jax.devices.sharding import replicate_key, replicated, state_shardings, unshard
 from s2dm_jax.evaluation.evaluate import evaluate, show_results
@@ -57,6 +58,8 @@ def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -
         being finite.
       SystemExit: after a signal, once the state is saved.
     """
+    if not agrees_with_main(lambda: to_json(_without_paths(config))):
+        raise UserError("the processes of this run have different configs; start all of them with the same command")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_workdir(workdir, config))
         finished = _finished_results(folder, config)
@@ -236,6 +239,16 @@ def _finished_results(workdir: Path, config: ConfigDict) -> dict | None:
     # Results from before a field existed were made with its default.
     made = {**json.loads(to_json(default_config()))["eval"], **results["eval"]}
     return results if results["step"] == config.train.steps and made == requested else None
+
+
+def _without_paths(config: ConfigDict) -> ConfigDict:
+    """The config without the paths, which may differ between hosts."""
+    config = copy.deepcopy(config)
+    for name, field in FIELDS.items():
+        if field.path:
+            group, key = name.split(".")
+            config[group][key] = ""
+    return config
 
 
 def _crossed(first: int, last: int, every: int) -> bool:

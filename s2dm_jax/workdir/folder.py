@@ -18,6 +18,8 @@ from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
 
 _LOCK = ".lock"
+# A file that one host wrote may take as long to appear on another.
+_SHARED_SECONDS = 10.0
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> Path:
@@ -90,7 +92,7 @@ def _check_storable(path: Path) -> None:
 @contextlib.contextmanager
 def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
     """`prepare_workdir`, with a lock against other runs, which the kernel releases when the main process ends."""
-    from s2dm_jax.devices.distributed import barrier, is_main_process
+    from s2dm_jax.devices.distributed import agrees_with_main, barrier, is_main_process
 
     with contextlib.ExitStack() as stack:
         if is_main_process():
@@ -100,7 +102,17 @@ def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
         barrier("workdir is locked")
+        if not agrees_with_main(lambda: _lock_text(workdir), seconds=_SHARED_SECONDS):
+            raise UserError(
+                f"--workdir={workdir} is not one folder for all processes of this run; give one on a file system that "
+                "all hosts share"
+            )
         yield Path(workdir)
+
+
+def _lock_text(workdir: str) -> str:
+    path = Path(workdir) / _LOCK
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _lock(file: TextIO, workdir: str, shared: bool = False) -> None:

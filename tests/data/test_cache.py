@@ -185,7 +185,7 @@ def test_a_folder_that_cannot_be_read_counts_as_invalid(cache, tmp_path, monkeyp
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(sources.os, "scandir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=r"'dog/' \(Permission denied; images in this folder are left out\)"):
         load_dataset(config_for(source, max_invalid_fraction=0.0))
     data = load_dataset(config_for(source, max_invalid_fraction=0.2))

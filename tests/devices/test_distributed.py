@@ -36,8 +36,8 @@ def free_port():
         return free.getsockname()[1]
 
 
-def launch(workdir, processes, *flags):
-    """The processes of one run, started together; each its own output."""
+def launch(workdir, processes, *flags, each=((), ())):
+    """The processes of one run, started together; each its own output, and its own flags after those of all."""
     config = workdir.parent / "config.py"
     config.write_text(CONFIG.format(tests=str(Path(__file__).parents[1])))
     port = free_port()
@@ -47,7 +47,7 @@ def launch(workdir, processes, *flags):
         hosts = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"]
         started.append(
             subprocess.Popen(
-                command + (hosts if processes > 1 else []),
+                [*command, *(hosts if processes > 1 else []), *each[i]],
                 cwd=ROOT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"},
                 stdout=subprocess.PIPE,
@@ -91,6 +91,27 @@ def test_two_processes_train_and_resume_like_one_and_one_takes_over(tmp_path):
     (of_two, start), (of_one, _) = state_in(two), state_in(one)
     assert int(of_two.step) == 12
     assert distance(of_two.ema_params, of_one.ema_params) < 0.01 * distance(of_one.ema_params, start.ema_params)
+
+
+def failed(processes):
+    """The errors of processes that all end with status 2 within a minute and a half."""
+    outputs = [process.communicate(timeout=90) for process in processes]
+    assert [process.returncode for process in processes] == [2] * len(processes), outputs
+    return [errors for _, errors in outputs]
+
+
+@pytest.mark.slow
+def test_processes_with_different_configs_end_with_a_sentence(tmp_path):
+    lead, other = launch(tmp_path / "run", 2, each=(["--config.train.seed=1"], ["--config.train.seed=2"]))
+    for errors in failed([lead, other]):
+        assert "error: the processes of this run have different configs" in errors
+
+
+@pytest.mark.slow
+def test_hosts_with_disks_of_their_own_end_with_a_sentence(tmp_path):
+    folders = [[f"--workdir={tmp_path / name}"] for name in ("a", "b")]
+    for errors in failed(launch(tmp_path / "run", 2, each=folders)):
+        assert "is not one folder for all processes of this run" in errors
 
 
 @pytest.mark.slow

@@ -1,0 +1,47 @@
+"""The files below a folder, also behind links, each once."""
+
+import collections
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Tree(NamedTuple):
+    """What is below a folder, by relative paths with "/".
+
+    Attributes:
+      files: all of them.
+      unreadable: the folders that cannot be read, with the reason.
+      repeated: links to folders whose files are among `files` already, as those that lead back to where they are.
+    """
+
+    files: list[str]
+    unreadable: dict[str, OSError]
+    repeated: list[str]
+
+
+def walk_folder(root: Path) -> Tree:
+    """Everything below a folder; links to folders are followed after all folders, so that none is read twice."""
+    tree, seen = Tree([], {}, []), set()
+    folders, links = [""], collections.deque[str]()
+    while folders or links:
+        relative = folders.pop() if folders else links.popleft()
+        try:
+            status = (root / relative).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                tree.repeated.append(relative)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(root / relative), key=lambda entry: entry.name)
+        except OSError as error:
+            tree.unreadable[relative] = error
+            continue
+        for entry in entries:
+            name = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(name)
+            else:
+                tree.files.append(name)
+    return tree
