@@ -218,7 +218,11 @@ def _described(path: Path, read: Callable[[dict], Any]) -> Any:
 def _load_torch(path: Path, key: str = "") -> tuple[dict, dict | None, int, str, bool]:
     """The arrays of `_identify` with step and kind, and whether checksums cover them."""
     with open_torch(path) as (contents, read, has_checksums):
-        ema, params, step, kind = _identify(contents, key)
+        try:
+            ema, params, step, kind = _identify(contents, key)
+        except ValueError as error:
+            # The file is whole: what it holds is not what is needed.
+            raise UserError(f"{path} cannot be used: {error}") from error
         ema = {name: read(tensor) for name, tensor in ema.items()}
         params = params and {name: read(tensor) for name, tensor in params.items()}
     return ema, params, step, kind, has_checksums

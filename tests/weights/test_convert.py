@@ -221,7 +221,9 @@ def test_published_checkpoints_are_taken_apart(read):
     del optimizer["state"][0]
     assert_equal_trees(both(read(sa_dpm)), (raw, raw))
 
-    with pytest.raises(UserError, match="it holds a dict of epoch, where a state_dict of tensors is needed"):
+    with pytest.raises(
+        UserError, match=r"b.pth cannot be used: it holds a dict of epoch, where a state_dict of tensors is needed"
+    ):
         read({"epoch": 3})
     with pytest.raises(UserError, match="the shapes do not tell the images' resolution"):
         read(raw, resolution=None)
