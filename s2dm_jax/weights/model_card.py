@@ -29,7 +29,7 @@ def card_of_run(run: Run, path: str) -> dict:
     folder = Path(path)
     if folder.is_file():
         return parse_card(json.dumps(exported.read_header(path).get("card")))
-    card = parse_card((folder / CARD).read_text(encoding="utf-8")) if (folder / CARD).is_file() else {}
+    card = _card_in(folder)
     metrics = read_json(folder / "results.json", ("step", "rows"), "the model card has no results")
     if metrics and metrics["step"] != run.step:
         # They are of other weights.
@@ -38,6 +38,17 @@ def card_of_run(run: Run, path: str) -> dict:
     if card and not metrics and card["weights"]["sha256"] == made["weights"]["sha256"]:
         made["metrics"] = card["metrics"]
     return parse_card(json.dumps(made))
+
+
+def _card_in(folder: Path) -> dict:
+    if not (folder / CARD).is_file():
+        return {}
+    try:
+        return parse_card((folder / CARD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; restore {CARD}, or remove it, and a new one is made without what it said of the weights' origin"
+        ) from error
 
 
 def parse_card(text: str) -> dict:
@@ -49,10 +60,7 @@ def parse_card(text: str) -> dict:
             raise ValueError("its step or config is missing")
         return card
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            "its model card is damaged or was not written by s2dm_jax; restore it, or remove it and a new one is made "
-            "without what it said of the weights' origin"
-        ) from error
+        raise ValueError("its model card is damaged or was not written by s2dm_jax") from error
 
 
 def make_card(run: Run, *, license: str = "", source: dict | None = None, metrics: dict | None = None) -> dict:

@@ -221,9 +221,7 @@ def test_published_checkpoints_are_taken_apart(read):
     del optimizer["state"][0]
     assert_equal_trees(both(read(sa_dpm)), (raw, raw))
 
-    with pytest.raises(
-        UserError, match=r"b.pth cannot be used: it holds a dict of epoch, where a state_dict of tensors is needed"
-    ):
+    with pytest.raises(UserError, match=r"b.pth cannot be used: it holds a dict of epoch, where a state_dict"):
         read({"epoch": 3})
     with pytest.raises(UserError, match="the shapes do not tell the images' resolution"):
         read(raw, resolution=None)
@@ -304,7 +302,7 @@ def test_a_safetensors_file_with_another_config_is_refused(files, tmp_path):
     metadata = {"s2dm_jax.card": "{}"}
     metadata["s2dm_jax.sha256"] = sha256_of_tensors(state, metadata)
     save_file(state, tmp_path / "a.safetensors", metadata)
-    with pytest.raises(UserError, match="model card was not written by s2dm_jax"):
+    with pytest.raises(UserError, match="model card is damaged or was not written by s2dm_jax"):
         read_weights(str(tmp_path / "a.safetensors"))
 
 
