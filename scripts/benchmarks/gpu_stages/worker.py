@@ -14,6 +14,7 @@ import sys
 from typing import Any, TextIO
 
 from gpu_stages.parts import Settings, Skip, read_settings
+from s2dm_jax.common.errors import UserError
 
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "triton")
 
@@ -25,16 +26,12 @@ def main() -> None:
 
 
 def _run(module: str, names: list[str], settings: Settings, records: TextIO) -> None:
-    import jax
-
     def write(event: str, **values: Any) -> None:
-        # NumPy's and JAX's scalars are written as floats.
-        records.write(json.dumps({"event": event, **values}, default=float) + "\n")
+        records.write(json.dumps({"event": event, **values}, default=_plain) + "\n")
         records.flush()
 
-    backend = jax.default_backend()
-    if backend != settings.device:
-        write("no device", reason=f"JAX {jax.__version__} finds only {backend} devices")
+    if reason := _no_device(settings.device):
+        write("no device", reason=reason)
         return
     write("machine", machine=describe_machine())
     parts = importlib.import_module(module).PARTS
@@ -44,8 +41,34 @@ def _run(module: str, names: list[str], settings: Settings, records: TextIO) -> 
             result = parts[name].run(settings)
         except Skip as skip:
             write("skip", part=name, reason=str(skip))
+        except UserError as error:
+            write("refused", part=name, reason=str(error))
         else:
+            if not isinstance(result, dict) or not isinstance(result.get("summary"), str):
+                raise TypeError(f"part {name} returns no dict with a summary: {result!r:.500}")
             write("end", part=name, result=result)
+
+
+def _no_device(wanted: str) -> str:
+    """Why JAX does not use the device, or ""."""
+    import jax
+
+    try:
+        found = jax.default_backend()
+    # JAX raises many kinds, an AssertionError too.
+    except Exception as error:
+        return f"JAX {jax.__version__} finds no device ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    if found == wanted:
+        return ""
+    return f"JAX {jax.__version__} finds only {found} devices; install JAX for it, or see --help"
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and JAX's arrays and scalars as JSON has them; anything else as text, rather than lose a result."""
+    try:
+        return value.tolist()
+    except Exception:
+        return str(value)
 
 
 def describe_machine() -> dict[str, Any]:
