@@ -21,7 +21,7 @@ SUMMARY = "summary.md"
 class Records:
     """The records of all stages, written to the folder as they come, from any thread.
 
-    Files that an earlier run left there are renamed, to STAGE.1.json and so on. A disk that is full later on ends no run:
+    Files that an earlier run left there are renamed, to STAGE.1.json and so on. A disk that becomes full ends no run:
     what cannot be written is printed, and written with the next record.
     """
 
