@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 # Parts that end in every way; the tables of the real stages have the same form.
 STAGE = """
-import os, signal, subprocess, sys, time
+import atexit, os, signal, subprocess, sys, threading, time
 import numpy as np
 from gpu_stages.parts import Part, Skip
 from s2dm_jax.common.errors import UserError
@@ -42,6 +42,9 @@ def refused(settings):
     raise UserError("no such image")
 
 def raises(settings):
+    # At an orderly end the process would wait, and print more.
+    threading.Thread(target=time.sleep, args=(50,)).start()
+    atexit.register(print, "after the traceback")
     for line in range(100):
         print("line", line)
     raise ValueError("out of memory")
@@ -162,6 +165,7 @@ def test_a_part_that_fails_leaves_its_last_lines_and_the_next_one_starts(fake_st
     }
     assert records["skipped"]["reason"] == "there is no PyTorch"
     assert records["refused"]["log"] == ["no such image"]
+    assert records["raises"]["seconds"] < 30
     log = records["raises"]["log"]
     assert len(log) == 40
     assert log[-1] == "ValueError: out of memory"

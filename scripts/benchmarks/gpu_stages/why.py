@@ -1,5 +1,6 @@
 """Stage "why" of `gpu.py`: where the time of the CIFAR-10 step goes, and which options of XLA change it."""
 
+import contextlib
 import functools
 import json
 import time
@@ -51,7 +52,8 @@ def profile(settings: Settings) -> dict[str, Any]:
     # The second may end the process.
     saved = json.dumps(_reduce({**found, "kernels_from": hidden}, first, first, settings), indent=1)
     path = settings.out / "why_profile.json"
-    path.write_text(saved, encoding="utf-8")
+    with contextlib.suppress(OSError):
+        path.write_text(saved, encoding="utf-8")
     try:
         second = _observe(*compiled.variant(_NO_COMMAND_BUFFERS), compiled.steps, settings)
     except Exception as error:

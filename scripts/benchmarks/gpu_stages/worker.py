@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import traceback
 from typing import Any, TextIO
 
 from gpu_stages.parts import Settings, Skip, read_settings
@@ -21,8 +22,18 @@ _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tor
 
 def main() -> None:
     module, names, settings, descriptor = sys.argv[1:]
+    status = 0
     with os.fdopen(int(descriptor), "w", encoding="utf-8") as records:
-        _run(module, names.split(","), read_settings(settings), records)
+        try:
+            _run(module, names.split(","), read_settings(settings), records)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The traceback is the last of the output: threads of a part that failed may print more at an orderly end, or
+        # never let it come.
+        os._exit(status)
 
 
 def _run(module: str, names: list[str], settings: Settings, records: TextIO) -> None:
