@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from gpu_stages import fast, rates, torch_side
@@ -100,6 +101,16 @@ def test_objectives_are_relative_to_plain_training(settings, monkeypatch):
     assert found["programs"]["L_skip"]["ratio_to_plain"]["median"] == 1.01
     assert found["programs"]["K = 2"]["ratio_to_plain"] == {"median": 2.02, "low": 2.02, "high": 2.02}
     assert "; K = 2 2.020× (2.020 to 2.020), 4.0 GB" in found["summary"]
+
+
+def test_a_program_without_its_memory_is_timed_all_the_same(settings, monkeypatch):
+    monkeypatch.setattr(step, "make_train_chunk", lambda *_: lambda state, images, rows, key: (state, rows.sum()))
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
+    compiled = compile_train(published_config("configs/cifar10.py:ddpm", tiny=True), 2)
+    monkeypatch.setattr(fast, "_program", lambda tiny, name: compiled)
+    found = fast.PARTS["objectives"].run(settings)
+    assert found["programs"]["K = 2"]["memory_bytes"] is None
+    assert "GB" not in found["summary"]
 
 
 def test_what_there_is_no_time_to_compile_is_a_note(settings, monkeypatch):
