@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 # Parts that end in every way; the tables of the real stages have the same form.
 STAGE = """
-import atexit, os, signal, subprocess, sys, threading, time
+import atexit, os, signal, subprocess, sys, time
 import numpy as np
 from gpu_stages.parts import Part, Skip
 from s2dm_jax.common.errors import UserError
@@ -42,8 +42,7 @@ def refused(settings):
     raise UserError("no such image")
 
 def raises(settings):
-    # At an orderly end the process would wait, and print more.
-    threading.Thread(target=time.sleep, args=(50,)).start()
+    # At an orderly end the process would print more.
     atexit.register(print, "after the traceback")
     for line in range(100):
         print("line", line)
@@ -74,7 +73,7 @@ def forks(settings):
     if not os.fork():
         # The child has the pipes, and a group of its own.
         os.setsid()
-        time.sleep(5)
+        time.sleep(20)
         os._exit(0)
     os._exit(3)
 
@@ -165,7 +164,6 @@ def test_a_part_that_fails_leaves_its_last_lines_and_the_next_one_starts(fake_st
     }
     assert records["skipped"]["reason"] == "there is no PyTorch"
     assert records["refused"]["log"] == ["no such image"]
-    assert records["raises"]["seconds"] < 30
     log = records["raises"]["log"]
     assert len(log) == 40
     assert log[-1] == "ValueError: out of memory"
@@ -189,10 +187,7 @@ def test_no_part_starts_after_the_stage(fake_stage):
 
 
 def test_a_part_that_misbehaves_costs_no_other(fake_stage, capsys):
-    began = time.monotonic()
     records = fake_stage(["odd", "talks", "empty", "forks", "deaf", "after"])
-    # No part that has ended is waited for as long as it may take.
-    assert time.monotonic() - began < 30
     assert {name: record.get("status") for name, record in records.items() if name != "machine"} == {
         "odd": "done",
         "talks": "done",
@@ -206,6 +201,8 @@ def test_a_part_that_misbehaves_costs_no_other(fake_stage, capsys):
     assert odd["scalar"] == 0.5
     assert odd["nan"] != odd["nan"]
     assert "no dict with a summary" in records["empty"]["log"][-1]
+    # One that has ended is not waited for, though a child keeps its pipe open.
+    assert records["forks"]["seconds"] < 15
     assert records["deaf"]["log"][-1] == "half a line"
     # Some MB of output would be too much for the log of a run.
     assert len(capsys.readouterr().out) < 500_000
