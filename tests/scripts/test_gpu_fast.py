@@ -173,6 +173,15 @@ def test_a_worker_that_fails_in_a_round_leaves_the_others(worker, monkeypatch):
     assert workers["good"].peak_bytes == 9
 
 
+def test_workers_that_hang_leave_time_for_our_rounds(worker, monkeypatch):
+    monkeypatch.setattr(torch_side, "_LEAST_SECONDS", 0.2)
+    workers = {name: worker("import time\ntime.sleep(60)\n") for name in ("first", "second")}
+    began = time.time()
+    seconds, notes = torch_side.interleave_with_torch(lambda: 2.0, workers, 5, 2, began + 0.5)
+    assert time.time() - began < 5
+    assert (seconds, list(notes)) == ({"s2dm_jax": [2.0, 2.0]}, ["first", "second"])
+
+
 def test_the_cold_start_has_an_empty_cache_and_leaves_its_entries(settings, monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
