@@ -25,13 +25,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpu_stages.parts import Part, Settings
-from gpu_stages.records import SUMMARY, Records
+from gpu_stages.records import SUMMARY, Records, say
 from gpu_stages.supervise import Job, run_job
 
 from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.data.sources import check_source, list_images
+from s2dm_jax.data.splits import split_and_label
 from s2dm_jax.workdir.metadata import git_commit
 
 
@@ -67,46 +69,61 @@ def main() -> None:
     )
     parser.add_argument("--commit", help="commit of this code, where there is no git repository to tell it")
     arguments = parser.parse_args()
-    # A time limit of the caller's ends the workers too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Where the locale has no ×, as ?.
+    sys.stdout.reconfigure(errors="replace")
+    # A time limit of the caller's, or a terminal that is closed, ends the workers too.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit)
     with report_user_errors():
         sys.exit(run(arguments))
+
+
+def _exit(number: int, _: Any) -> None:
+    # What follows, such as a second one, must not keep the workers from being ended.
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the stages and returns the exit status: 1 if a part was wrong, failed or timed out."""
     began = time.time()
     selected = select_parts(arguments.only)
-    _check(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    _check(arguments, "evidence" in selected)
     about = {
         "date": datetime.date.today().isoformat(),
         "commit": arguments.commit or git_commit(),
         "seconds": arguments.seconds,
         "tiny": arguments.tiny,
     }
-    records = Records(arguments.out, {stage: list(parts) for stage, parts in selected.items()}, about)
-    stopping = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="s2dm_jax_gpu_") as scratch:
-        for stage, parts in selected.items():
-            settings = Settings(
-                device=arguments.device,
-                tiny=arguments.tiny,
-                out=arguments.out.resolve(),
-                scratch=Path(scratch),
-                resume=(arguments.resume or arguments.out).resolve(),
-                images=arguments.images and arguments.images.resolve(),
-                deadline=began + STAGES[stage].until * arguments.seconds,
-            )
-            time_scale = 1.0 if arguments.tiny else arguments.seconds / _USUAL_SECONDS
-            report = functools.partial(records.add, stage)
-            job = Job(_module(stage), parts, settings, report, time_scale, stopping)
-            processes = STAGES[stage].processes
-            run_job(job, min(processes, _TINY_PROCESSES) if arguments.tiny else processes)
-    records.append_tables()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        records = Records(arguments.out, {stage: list(parts) for stage, parts in selected.items()}, about)
+    except OSError as error:
+        raise UserError(f"--out={arguments.out} cannot be written ({error.strerror}); give another folder") from error
+    stopping, found = threading.Event(), threading.Event()
+    # A process that was killed may still write into it.
+    with tempfile.TemporaryDirectory(prefix="s2dm_jax_gpu_", ignore_cleanup_errors=True) as scratch:
+        try:
+            for stage, parts in selected.items():
+                settings = Settings(
+                    device=arguments.device,
+                    tiny=arguments.tiny,
+                    out=arguments.out.resolve(),
+                    scratch=Path(scratch),
+                    resume=(arguments.resume or arguments.out).resolve(),
+                    images=arguments.images and arguments.images.resolve(),
+                    deadline=began + STAGES[stage].until * arguments.seconds,
+                )
+                time_scale = 1.0 if arguments.tiny else arguments.seconds / _USUAL_SECONDS
+                report = functools.partial(records.add, stage)
+                job = Job(_module(stage), parts, settings, report, time_scale, stopping, found)
+                processes = STAGES[stage].processes
+                run_job(job, min(processes, _TINY_PROCESSES) if arguments.tiny else processes)
+        finally:
+            records.append_tables()
     failures = records.failures()
-    print(f"\n{time.time() - began:.0f} s; summary: {arguments.out / SUMMARY}")
-    print(f"not right: {', '.join(failures)}" if failures else "every part that ran is right")
+    say(f"\n{time.time() - began:.0f} s; summary: {arguments.out / SUMMARY}\n")
+    say(f"not right: {', '.join(failures)}\n" if failures else "every part that ran is right\n")
     return 1 if failures else 0
 
 
@@ -128,7 +145,7 @@ def _module(stage: str) -> str:
     return f"gpu_stages.{stage}"
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, uses_images: bool) -> None:
     """Raises a `UserError` for options that would fail only after minutes."""
     if not arguments.seconds > 0:
         raise UserError(f"--seconds={arguments.seconds:g} is out of range; it must be above 0")
@@ -140,6 +157,22 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--resume={arguments.resume} is not a folder; give the --out of an earlier run")
     if arguments.device == "cpu" and not arguments.tiny:
         raise UserError("--device=cpu needs --tiny: the full networks take hours on a CPU")
+    if arguments.images and uses_images:
+        check_images(arguments.images)
+
+
+def check_images(images: Path) -> None:
+    """Raises a `UserError` for images without classes, or none; it reads the names in an archive."""
+    source = str(images)
+    try:
+        if check_source(source) == "array":
+            return
+        names = list_images(source).names
+    except UserError as error:
+        raise UserError(str(error).replace("config.data.source", "--images")) from error
+    if len(split_and_label(names).classes if names else ()) < 2:
+        found = f"{len(names):,} images without folders by class" if names else "no images"
+        raise UserError(f"--images={images} has {found}; give CIFAR-10's, such as train/cat/1.jpg and test/cat/1.jpg")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with report_user_errors():
         stages = read_stages(arguments.folder)
-        machine = next(iter(stages.values()))["machine"]
+        machine = next(record["machine"] for record in stages.values() if "device" in record["machine"])
         text = section(stages, {**machine, "commit": arguments.commit or machine["commit"]})
         if arguments.page == "-":
             print(text, end="")
@@ -72,6 +72,8 @@ def read_stages(folder: Path) -> dict[str, Record]:
         )
     if any(record["machine"].get("tiny") for record in stages.values()):
         raise UserError(f"{folder} is of a rehearsal (--tiny), whose figures mean nothing")
+    if not any("device" in record["machine"] for record in stages.values()):
+        raise UserError(f"{folder} is of a run that found no device in time; run gpu.py again")
     return stages
 
 

@@ -1,5 +1,6 @@
 """The processes that do train steps for a timing, `train.py` and `torch_worker.py`, and what they are started with."""
 
+import contextlib
 import json
 import os
 import queue
@@ -53,10 +54,11 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         self._errors = errors
-        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._report: dict[str, Any] | None = None
         self.peak_bytes: int | None = None
         threading.Thread(target=self._read, daemon=True).start()
@@ -96,7 +98,8 @@ class Worker:
         for line in self._process.stdout:
             # Libraries may print other lines.
             if line.startswith("{"):
-                self._lines.put(line)
+                with contextlib.suppress(ValueError):
+                    self._lines.put(json.loads(line))
         self._lines.put(None)
 
     def _answer(self, timeout):
@@ -109,7 +112,7 @@ class Worker:
             self._lines.put(None)  # So that the next question fails as well.
             self._process.wait()
             raise WorkerFailed(self, self._last_error() or f"it ended with status {self._process.returncode}")
-        return json.loads(line)
+        return line
 
     def _last_error(self):
         if self._errors is None:

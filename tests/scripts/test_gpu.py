@@ -1,124 +1,21 @@
-"""The command for a GPU: failures, time boxes, records; and its rehearsal on CPU."""
+"""The command for a GPU: options, images, records, interruptions."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
-import threading
-import time
+import tarfile
 from pathlib import Path
 
 import pytest
+from gpu import check_images
 from gpu_stages.parts import Settings, read_settings, result_of, write_settings
 from gpu_stages.records import Records
-from gpu_stages.supervise import Job, run_job
 
 from s2dm_jax.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-
-# Parts that end in every way; the tables of the real stages have the same form.
-STAGE = """
-import os, subprocess, sys, time
-from gpu_stages.parts import Part, Skip
-
-def good(settings):
-    return {"summary": "good", "process": os.getpid(), "flags": os.environ.get("NAME")}
-
-def wrong(settings):
-    return {"summary": "an error of 1.0", "passed": False}
-
-def skipped(settings):
-    raise Skip("there is no PyTorch")
-
-def raises(settings):
-    for line in range(100):
-        print("line", line)
-    raise ValueError("out of memory")
-
-def killed(settings):
-    print("last words")
-    os.kill(os.getpid(), 9)
-
-def hangs(settings):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    print("child", child.pid)
-    time.sleep(600)
-
-NAMES = (good, wrong, skipped, raises, killed, hangs)
-PARTS = {function.__name__: Part(function, 60) for function in NAMES}
-PARTS["hangs"] = Part(hangs, 1)
-PARTS["after"] = Part(good, 60)
-PARTS["elsewhere"] = Part(good, 60, {"NAME": "value"})
-"""
-
-
-@pytest.fixture
-def fake_stage(tmp_path, monkeypatch):
-    """A function that runs parts of the made-up stage and returns their records."""
-    (tmp_path / "fake_stage.py").write_text(textwrap.dedent(STAGE))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    namespace = {}
-    exec(STAGE, namespace)
-
-    def run(names, *, seconds=120.0, device="cpu", processes=1):
-        scratch = tmp_path / "scratch"
-        scratch.mkdir()
-        settings = Settings(device, True, tmp_path, scratch, tmp_path, None, time.time() + seconds)
-        parts = {name: namespace["PARTS"][name] for name in names}
-        records = {}
-        job = Job("fake_stage", parts, settings, records.__setitem__, 1.0, threading.Event())
-        run_job(job, processes)
-        return records
-
-    return run
-
-
-def test_a_part_that_fails_leaves_its_last_lines_and_the_next_one_starts(fake_stage):
-    records = fake_stage(["good", "wrong", "skipped", "raises", "killed", "hangs", "after", "elsewhere"])
-    machine = records.pop("machine")
-    assert machine["device"] == "cpu"
-    assert machine["versions"].keys() >= {"jax", "python"}
-    statuses = {name: record["status"] for name, record in records.items()}
-    assert statuses == {
-        "good": "done",
-        "wrong": "wrong",
-        "skipped": "skipped",
-        "raises": "failed",
-        "killed": "failed",
-        "hangs": "timed out",
-        "after": "done",
-        "elsewhere": "done",
-    }
-    assert records["skipped"]["reason"] == "there is no PyTorch"
-    log = records["raises"]["log"]
-    assert len(log) == 40
-    assert log[-1] == "ValueError: out of memory"
-    assert "last words" in records["killed"]["log"]
-    # What a part that is too late has started ends with it.
-    child = next(line for line in records["hangs"]["log"] if line.startswith("child"))
-    assert not Path(f"/proc/{child.split()[1]}").exists() or sys.platform == "darwin"
-    assert records["after"]["result"]["process"] != records["good"]["result"]["process"]
-    assert records["elsewhere"]["result"]["flags"] == "value"
-    assert records["elsewhere"]["result"]["process"] != records["after"]["result"]["process"]
-
-
-def test_parts_that_run_at_once_have_processes_of_their_own(fake_stage):
-    records = fake_stage(["good", "after"], processes=2)
-    assert records["good"]["result"]["process"] != records["after"]["result"]["process"]
-
-
-def test_no_part_starts_after_the_stage(fake_stage):
-    records = fake_stage(["good", "after"], seconds=-1)
-    assert [record["status"] for record in records.values()] == ["not run", "not run"]
-
-
-def test_a_missing_device_is_one_sentence(fake_stage, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    with pytest.raises(UserError, match=r"--device=gpu: JAX .* finds only cpu devices"):
-        fake_stage(["good"], device="gpu")
 
 
 def test_settings_survive_the_way_to_the_worker(tmp_path):
@@ -149,6 +46,66 @@ def test_records_are_whole_after_every_part_and_keep_those_of_an_earlier_run(tmp
     assert (tmp_path / "summary.1.md").exists()
 
 
+def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, capsys):
+    records = Records(tmp_path, {"right": ["a", "b"]}, {"date": "2026-11-26"})
+    done = {"status": "done", "seconds": 1.0, "summary": "fine", "result": {"summary": "fine", "value": 1.5}}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        records.add("right", "a", done)
+        records.append_tables()
+    assert '"value": 1.5' in capsys.readouterr().out
+    records.add("right", "b", done)
+    assert result_of(tmp_path, "right", "a")["value"] == 1.5
+
+
+def test_what_a_part_left_unfinished_is_in_its_record(tmp_path):
+    (tmp_path / "why_flags.json").write_text("of an earlier run")
+    records = Records(tmp_path, {"why": ["flags"]}, {})
+    (tmp_path / "why_flags.json").write_text('{"option": "compiled"}')
+    records.add("why", "flags", {"status": "failed", "seconds": 3.0, "log": []})
+    stored = json.loads((tmp_path / "why.json").read_text())
+    assert stored["parts"]["flags"]["unfinished"] == {"option": "compiled"}
+    # Few files come back from a machine that is lent.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["summary.md", "why.json", "why_flags.1.json"]
+
+
+def test_tables_that_fail_leave_the_summary(tmp_path):
+    records = Records(tmp_path, {"fast": ["cifar10"]}, {})
+    records.add("fast", "machine", {"device": "H100"})
+    result = {"summary": "fine", "programs": {"s2dm_jax": {}}}
+    records.add("fast", "cifar10", {"status": "done", "seconds": 1.0, "summary": "fine", "result": result})
+    records.append_tables()
+    assert "- cifar10: fine (1 s)" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_reader_that_leaves_ends_no_run():
+    script = "from gpu_stages.records import say\nfor _ in range(3): say('line\\n')\nprint('more')"
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts/benchmarks'}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_images_without_classes_are_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("no image")
+    with pytest.raises(UserError, match=r"--images=.*text\.txt is no folder"):
+        check_images(tmp_path / "text.txt")
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    with pytest.raises(UserError, match=r"has no images"):
+        check_images(tmp_path / "empty.tar")
+    (tmp_path / "cut.tar.xz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"--images=.*cut\.tar\.xz"):
+        check_images(tmp_path / "cut.tar.xz")
+    for name in ("flat/1.jpg", "flat/2.jpg", "classes/train/cat/1.jpg", "classes/train/dog/2.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"2 images without folders by class"):
+        check_images(tmp_path / "flat")
+    check_images(tmp_path / "classes")
+
+
 def gpu(*arguments, **options):
     command = [sys.executable, "scripts/benchmarks/gpu.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
@@ -162,6 +119,7 @@ def gpu(*arguments, **options):
         (["--images=nowhere.tar"], "--images=nowhere.tar does not exist"),
         (["--resume=nowhere"], "--resume=nowhere is not a folder"),
         (["--device=cpu"], "--device=cpu needs --tiny"),
+        (["--out=/dev/null/out"], "--out=/dev/null/out cannot be written (Not a directory)"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(tmp_path, arguments, message):

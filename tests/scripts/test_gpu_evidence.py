@@ -126,6 +126,13 @@ def test_a_file_of_something_else_is_ignored_with_a_note(tmp_path):
     assert "damaged" in note
 
 
+def test_a_file_of_something_else_stays(tmp_path):
+    evidence_weights.set_aside(tmp_path)
+    evidence_weights.write(tmp_path, Left("digest", {}, {}))
+    evidence_weights.set_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["evidence_weights.1.npz"]
+
+
 def test_the_digest_depends_on_network_objectives_and_images_alone(tmp_path):
     from gpu_stages.evidence_data import digest_of
 

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from gpu_stages import fast, rates, torch_side
@@ -102,6 +103,16 @@ def test_objectives_are_relative_to_plain_training(settings, monkeypatch):
     assert "; K = 2 2.020× (2.020 to 2.020), 4.0 GB" in found["summary"]
 
 
+def test_a_program_without_its_memory_is_timed_all_the_same(settings, monkeypatch):
+    monkeypatch.setattr(step, "make_train_chunk", lambda *_: lambda state, images, rows, key: (state, rows.sum()))
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
+    compiled = compile_train(published_config("configs/cifar10.py:ddpm", tiny=True), 2)
+    monkeypatch.setattr(fast, "_program", lambda tiny, name: compiled)
+    found = fast.PARTS["objectives"].run(settings)
+    assert found["programs"]["K = 2"]["memory_bytes"] is None
+    assert "GB" not in found["summary"]
+
+
 def test_what_there_is_no_time_to_compile_is_a_note(settings, monkeypatch):
     def compiled(tiny, name, remat=False):
         time.sleep(0.2)
@@ -160,6 +171,15 @@ def test_a_worker_that_fails_in_a_round_leaves_the_others(worker, monkeypatch):
     assert notes == {"dies": "MemoryError: out of memory", "hangs": "no answer within 1 s"}
     assert list(workers) == ["good"]
     assert workers["good"].peak_bytes == 9
+
+
+def test_workers_that_hang_leave_time_for_our_rounds(worker, monkeypatch):
+    monkeypatch.setattr(torch_side, "_LEAST_SECONDS", 0.2)
+    workers = {name: worker("import time\ntime.sleep(60)\n") for name in ("first", "second")}
+    began = time.time()
+    seconds, notes = torch_side.interleave_with_torch(lambda: 2.0, workers, 5, 2, began + 0.5)
+    assert time.time() - began < 5
+    assert (seconds, list(notes)) == ({"s2dm_jax": [2.0, 2.0]}, ["first", "second"])
 
 
 def test_the_cold_start_has_an_empty_cache_and_leaves_its_entries(settings, monkeypatch, tmp_path):

@@ -130,6 +130,10 @@ def test_what_is_no_run_is_refused(tmp_path):
     write(tmp_path, tiny=True)
     with pytest.raises(UserError, match="is of a rehearsal"):
         read_stages(tmp_path)
+    for stage in STAGES:
+        (tmp_path / f"{stage}.json").write_text('{"machine": {"commit": null}, "parts": {}}')
+    with pytest.raises(UserError, match="found no device in time"):
+        read_stages(tmp_path)
     (tmp_path / "fast.json").write_text("")
     with pytest.raises(UserError, match=r"fast.json is empty or damaged"):
         read_stages(tmp_path)

@@ -202,6 +202,21 @@ def test_trace_without_events_is_a_failure(monkeypatch, tmp_path):
         why.profile(_settings(tmp_path))
 
 
+def test_kernels_are_found_without_the_text_of_the_program(monkeypatch, tmp_path):
+    def lost():
+        raise NotImplementedError("a program from the cache")
+
+    program = _program(None)
+    program.compiled.as_text = lost
+    monkeypatch.setattr(why, "program", lambda tiny: program)
+    events = [Event("kernel", 100 * step, 100 * step + 60, "dot.1") for step in range(3)]
+    monkeypatch.setattr(trace, "record", lambda run, folder: events)
+    found = why.profile(_settings(tmp_path, deadline=1.0))
+    assert [kernel["op"] for kernel in found["kernels"]] == ["dot.1"]
+    assert found["kernels_from"].endswith("no time for a second profile")
+    assert "costliest `dot.1` 100.0%" in found["summary"]
+
+
 def test_flags_are_measured_refused_or_not_reached(monkeypatch, tmp_path):
     table = {"first": {"a": 1}, "unknown": {"b": 1}, "breaks": {"c": 1}, "last": {"d": 1}}
     monkeypatch.setattr(flags, "FLAGS", table)

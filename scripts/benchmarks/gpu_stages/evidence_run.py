@@ -93,6 +93,8 @@ def _prepare(settings: Settings, images: Path, programs: Iterable[str | int]) ->
         weights, seconds["classifier"] = _timed(evidence_data.train_classifier, size, data)
         left = Left(digest, weights, {})
     if not begun:
+        if note or settings.resume != settings.out:
+            evidence_weights.set_aside(settings.out)
         evidence_weights.write(settings.out, left)
         write_state(settings.scratch, State({}, None))
     began = time.perf_counter()

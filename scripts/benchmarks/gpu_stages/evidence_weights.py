@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
+from gpu_stages.records import free_name
 from s2dm_jax.common.files import ZIP_DAMAGE, atomic_path
 
 FILE = "evidence_weights.npz"
@@ -53,6 +54,13 @@ def write(folder: Path, left: Left) -> None:
             arrays |= {f"{objective}/{tree}/{name}": np.asarray(value, np.float16) for name, value in flat.items()}
     with atomic_path(folder / FILE) as temporary:
         np.savez(temporary, **arrays)
+
+
+def set_aside(folder: Path) -> None:
+    """Renames the file of a folder, if there is one: weights of something else may have taken a long time."""
+    path = folder / FILE
+    if path.exists():
+        path.rename(free_name(path))
 
 
 def read(folder: Path, digest: str) -> tuple[Left | None, str]:

@@ -105,7 +105,9 @@ def _compare(settings: Settings, title: str, cases: Mapping[str, tuple], stop_at
     line = f"{title}, batch {found[base]['batch']}, {found[base]['dtype']}: {in_words(found[base])}"
     for name in others:
         found[name][f"ratio_to_{base}"] = ratio(seconds[name], seconds[base])
-        line += f"; {name} {times(found[name][f'ratio_to_{base}'])}, {found[name]['memory_bytes'] / 1e9:.1f} GB"
+        memory = found[name]["memory_bytes"]
+        line += f"; {name} {times(found[name][f'ratio_to_{base}'])}"
+        line += "" if memory is None else f", {memory / 1e9:.1f} GB"
     notes = dict.fromkeys(cases.keys() - programs.keys(), "there was no time to compile it")
     return {"summary": line + _in_words(notes), "programs": found, "notes": notes}
 

@@ -67,7 +67,8 @@ def result_of(folder: Path, stage: str, part: str) -> dict[str, Any] | None:
     The file is {"stage", "machine", "parts": {PART: {"status", "seconds", "summary", "result"}}}.
     """
     try:
-        record = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        parts = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))["parts"]
+        return parts[part].get("result") if part in parts else None
+    # Also a file that somebody else wrote.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record["parts"].get(part, {}).get("result")

@@ -28,7 +28,7 @@ class TrainProgram(NamedTuple):
       flops: of a step, as `models.flops.step_flops` counts them.
       parameters: of the network.
       trace_seconds, compile_seconds: what tracing and compiling took.
-      memory_bytes: of its arguments and temporaries, as compiled.
+      memory_bytes: of its arguments and temporaries, as compiled; None where XLA does not tell.
       compiled: XLA's executable, for `as_text()` and `cost_analysis()`.
       variant: compiles the chunk with more options of XLA, without tracing it again: `run` and `compiled` of that. The
         runs of all variants take turns with one state, so only one may be in progress; several threads may compile.
@@ -42,7 +42,7 @@ class TrainProgram(NamedTuple):
     parameters: int
     trace_seconds: float
     compile_seconds: float
-    memory_bytes: int
+    memory_bytes: int | None
     compiled: Any
     variant: Callable[[Mapping[str, Any]], tuple[Callable[[], float], Any]]
     dtype: str
@@ -121,7 +121,6 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
         compiled = lowered.compile(compiler_options=dict(options))
         return runner(compiled), compiled
 
-    memory = program.memory_analysis()
     K = build_objective(config).num_timesteps_per_image
     return TrainProgram(
         runner(program),
@@ -131,11 +130,21 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
         num_params(network),
         traced - began,
         ended - traced,
-        memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        _memory_bytes(program),
         program,
         variant,
         network.dtype,
     )
+
+
+def _memory_bytes(program: Any) -> int | None:
+    # A program that comes from the compilation cache need not have it, and its time matters more.
+    try:
+        memory = program.memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    except Exception as error:
+        print(f"XLA does not tell the memory of a program: {error!r}")
+        return None
 
 
 def interleave(

@@ -11,20 +11,28 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from gpu_stages.parts import Part, Settings, write_settings
+from gpu_stages.records import say
 from s2dm_jax.common.errors import UserError
 
 _BENCHMARKS = Path(__file__).resolve().parents[1]
-_TAIL_LINES = 40
+_TAIL_LINES, _LONGEST_LINE = 40, 2000
+# What is shown of a process's output: a log of the whole run should stay below 16 MiB.
+_SHOWN_CHARACTERS = 200_000
 # A process has as long to import JAX and to find the devices, and as long to end by itself.
 _STARTUP_SECONDS, _EXIT_SECONDS = 60.0, 5.0
+# A process that does not find the device is started again: one of several that start at once may fail by chance.
+_STARTS = 2
 # An interruption of `gpu.py` is noticed within this time.
 _POLL_SECONDS = 0.5
+# The children of a process that is killed are waited for: not longer, since nobody may collect them in a container.
+_CHILDREN_SECONDS = 2.0
 
 
 class Job(NamedTuple):
@@ -39,6 +47,7 @@ class Job(NamedTuple):
         false), "skipped", "failed", "timed out" or "not run". The name "machine" comes with the machine's description.
       time_scale: a factor on the parts' time boxes.
       stopping: set by an interruption.
+      found: set once a process of any stage has found the device.
     """
 
     module: str
@@ -47,6 +56,11 @@ class Job(NamedTuple):
     report: Callable[[str, dict[str, Any]], None]
     time_scale: float
     stopping: threading.Event
+    found: threading.Event
+
+
+class _NoDevice(Exception):
+    """A process did not find the device; the message is the reason."""
 
 
 class _Worker(NamedTuple):
@@ -60,17 +74,43 @@ def run_job(job: Job, processes: int = 1) -> None:
     """Runs the parts, with `processes` above 1 as many at once, each in a process of its own.
 
     Raises:
-      UserError: if JAX does not find the device.
+      UserError: if none of the processes finds the device.
     """
     if processes > 1:
         groups = [[name] for name in job.parts]
     else:
         same_environment = itertools.groupby(job.parts, lambda name: dict(job.parts[name].environment))
         groups = [list(names) for _, names in same_environment]
+    # Groups that are run at once, and the reasons of those that did not find the device.
+    running, lost = min(processes, len(groups)), []
+
+    def give_up(name: str, reason: str) -> None:
+        lost.append(reason)
+        while not job.found.wait(_POLL_SECONDS) and time.time() < job.settings.deadline:
+            if len(lost) >= running:
+                # No other thread starts with a further group.
+                job.stopping.set()
+                raise UserError(f"--device={job.settings.device}: {reason}")
+            if job.stopping.is_set():
+                return
+        job.report(name, {"status": "failed", "seconds": 0.0, "log": [reason]})
 
     def run_group(names: list[str]) -> None:
+        starts = 0
         while names and not job.stopping.is_set():
-            names = _run_process(job, names)
+            try:
+                names, starts = _run_process(job, names), 0
+            except _NoDevice as error:
+                starts += 1
+                if starts == _STARTS:
+                    give_up(names[0], str(error))
+                    names, starts = names[1:], 0
+            except Exception:
+                # No fault of this program may cost the parts that follow.
+                log = traceback.format_exc().splitlines()[-_TAIL_LINES:]
+                for name in names[:1]:
+                    job.report(name, {"status": "failed", "seconds": 0.0, "log": log})
+                names, starts = names[1:], 0
 
     with ThreadPoolExecutor(processes) as pool:
         try:
@@ -82,56 +122,86 @@ def run_job(job: Job, processes: int = 1) -> None:
 
 
 def _run_process(job: Job, names: list[str]) -> list[str]:
-    """Runs parts in one process until one does not end well, and returns the names of those that are left."""
+    """Runs parts in one process until one does not end well, and returns the names of those that are left.
+
+    Those that are reported are taken off `names` at once: they are not run again, whatever happens.
+    """
     if time.time() >= job.settings.deadline:
         for name in names:
             job.report(name, {"status": "not run", "seconds": 0.0, "reason": "no time was left"})
         return []
-    worker, left = _start(job, names), list(names)
+    worker = _start(job, names)
     try:
-        status, seconds = _follow(job, worker, left)
+        status, seconds = _follow(job, worker, names)
     finally:
         _stop(worker)
-    if left and status:
-        job.report(left.pop(0), {"status": status, "seconds": seconds, "log": list(worker.tail)})
-    return left
+    if names and status:
+        job.report(names[0], {"status": status, "seconds": seconds, "log": list(worker.tail)})
+        del names[0]
+    return names
 
 
 def _follow(job: Job, worker: _Worker, left: list[str]) -> tuple[str, float]:
-    """Reports the parts that end, and takes them off `left`, until the process ends or is too late.
+    """Reports the parts that end, and takes them off `left`, until none is left or the process ends or is too late.
 
     Returns how the first of those that are left ended, "" if it did not, and its seconds.
+
+    Raises:
+      _NoDevice: if the process ends or is too late before it has found the device.
     """
-    began, limit = time.time(), time.time() + _STARTUP_SECONDS
-    while not job.stopping.is_set():
-        try:
-            record = worker.records.get(timeout=_POLL_SECONDS)
-        except queue.Empty:
-            if time.time() > min(limit, job.settings.deadline):
-                return "timed out", time.time() - began
-            continue
+    began, limit, found = time.time(), time.time() + _STARTUP_SECONDS, False
+    while left and not job.stopping.is_set():
+        record = _next_record(worker)
+        if record is _NONE_YET:
+            if time.time() <= min(limit, job.settings.deadline):
+                continue
+            if not found and time.time() > limit:
+                raise _NoDevice(f"JAX has not found a device after {_STARTUP_SECONDS:.0f} s")
+            return "timed out", time.time() - began
         if record is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 # Its traceback may still be on its way.
                 worker.process.wait(_EXIT_SECONDS)
-            return "failed" if left else "", time.time() - began
+            if not found:
+                worker.reader.join(_EXIT_SECONDS)
+                last = worker.tail[-1] if worker.tail else f"status {worker.process.returncode}"
+                raise _NoDevice(f"the process that looks for it ends with: {last}")
+            return "failed", time.time() - began
         event = record["event"]
         if event == "no device":
-            raise UserError(f"--device={job.settings.device}: {record['reason']}; install JAX for it, or see --help")
+            raise _NoDevice(record["reason"])
         if event == "machine":
+            found = True
+            job.found.set()
             job.report("machine", record["machine"])
         elif event == "start":
             began = time.time()
             limit = began + job.time_scale * job.parts[record["part"]].seconds
         else:
-            job.report(left.pop(0), _record(record, time.time() - began))
+            job.report(left[0], _record(record, time.time() - began))
+            del left[0]
             began, limit = time.time(), time.time() + _STARTUP_SECONDS
+    # One that has nothing left to do is not waited for: threads of XLA that still compile can hold it.
     return "", 0.0
+
+
+_NONE_YET: dict[str, Any] = {}
+
+
+def _next_record(worker: _Worker) -> dict[str, Any] | None:
+    """What the process has written, `_NONE_YET`, or None if it has ended, also where a child keeps its pipe open."""
+    ended = worker.process.poll() is not None
+    try:
+        return worker.records.get(timeout=_POLL_SECONDS)
+    except queue.Empty:
+        return None if ended else _NONE_YET
 
 
 def _record(event: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     if event["event"] == "skip":
         return {"status": "skipped", "seconds": seconds, "reason": event["reason"]}
+    if event["event"] == "refused":
+        return {"status": "failed", "seconds": seconds, "log": [event["reason"]]}
     result = event["result"]
     status = "done" if result.get("passed", True) else "wrong"
     return {"status": status, "seconds": seconds, "summary": result["summary"], "result": result}
@@ -146,7 +216,7 @@ def _start(job: Job, names: Sequence[str]) -> _Worker:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         pass_fds=[writing],
         # A group of its own, so that its children, such as PyTorch's workers, end with it.
@@ -190,9 +260,13 @@ def _read_records(stream: TextIO, records: queue.Queue) -> None:
 
 
 def _echo(stream: TextIO, tail: collections.deque) -> None:
-    for line in stream:
+    shown = 0
+    # A longer line comes in pieces; what comes after the last line is read when the process ends.
+    while line := stream.readline(_LONGEST_LINE):
         tail.append(line.rstrip("\n"))
-        print(line, end="", flush=True)
+        if shown <= _SHOWN_CHARACTERS:
+            shown += len(line)
+            say(line if shown <= _SHOWN_CHARACTERS else "… what else this process prints is not shown\n")
 
 
 def _stop(worker: _Worker) -> None:
@@ -202,4 +276,10 @@ def _stop(worker: _Worker) -> None:
             os.killpg(worker.process.pid, number)
             worker.process.wait(_EXIT_SECONDS)
     worker.process.wait()
+    # Children that are killed take a moment to return the device's memory, which the next process may need.
+    until = time.monotonic() + _CHILDREN_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.killpg(worker.process.pid, 0)
+            time.sleep(0.02)
     worker.reader.join(_EXIT_SECONDS)

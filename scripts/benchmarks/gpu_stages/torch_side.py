@@ -16,7 +16,7 @@ from gpu_stages.programs import interleave
 # Whether PyTorch compiles the network.
 VARIANTS = {"torch.compile": True, "torch eager": False}
 # What a worker may take for the steps of a round; in the first cuDNN measures its algorithms.
-_MOST_SECONDS = 40.0
+_MOST_SECONDS, _LEAST_SECONDS = 40.0, 5.0
 
 
 @contextmanager
@@ -53,10 +53,19 @@ def wait_until_ready(workers: dict[str, Worker], parameters: int, stop_at: float
 def interleave_with_torch(
     ours: Callable[[], float], workers: dict[str, Worker], steps: int, rounds: int, deadline: float
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of "s2dm_jax", our run, and of `steps` of each worker, by `interleave`, and what failed, with reasons."""
+    """Seconds of "s2dm_jax", our run, and of `steps` of each worker, by `interleave`, and what failed, with reasons.
+
+    Workers that hang one after the other leave time for our own rounds: they are waited for until `deadline` at most,
+    but `_LEAST_SECONDS` each. 0 is that of a rehearsal, which waits.
+    """
     notes: dict[str, str] = {}
+
+    def run(worker: Worker) -> float:
+        left = deadline - time.time() if deadline else _MOST_SECONDS
+        return worker.run(steps, min(_MOST_SECONDS, max(_LEAST_SECONDS, left)))
+
     while True:
-        runs = {name: functools.partial(worker.run, steps, _MOST_SECONDS) for name, worker in workers.items()}
+        runs = {name: functools.partial(run, worker) for name, worker in workers.items()}
         try:
             return interleave({"s2dm_jax": ours, **runs}, rounds, deadline), notes
         except WorkerFailed as failure:

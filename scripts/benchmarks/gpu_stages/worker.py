@@ -11,30 +11,38 @@ import os
 import platform
 import subprocess
 import sys
+import traceback
 from typing import Any, TextIO
 
 from gpu_stages.parts import Settings, Skip, read_settings
+from s2dm_jax.common.errors import UserError
 
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "triton")
 
 
 def main() -> None:
     module, names, settings, descriptor = sys.argv[1:]
+    status = 0
     with os.fdopen(int(descriptor), "w", encoding="utf-8") as records:
-        _run(module, names.split(","), read_settings(settings), records)
+        try:
+            _run(module, names.split(","), read_settings(settings), records)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The traceback is the last of the output: threads of a part that failed may print more at an orderly end, or
+        # never let it come.
+        os._exit(status)
 
 
 def _run(module: str, names: list[str], settings: Settings, records: TextIO) -> None:
-    import jax
-
     def write(event: str, **values: Any) -> None:
-        # NumPy's and JAX's scalars are written as floats.
-        records.write(json.dumps({"event": event, **values}, default=float) + "\n")
+        records.write(json.dumps({"event": event, **values}, default=_plain) + "\n")
         records.flush()
 
-    backend = jax.default_backend()
-    if backend != settings.device:
-        write("no device", reason=f"JAX {jax.__version__} finds only {backend} devices")
+    if reason := _no_device(settings.device):
+        write("no device", reason=reason)
         return
     write("machine", machine=describe_machine())
     parts = importlib.import_module(module).PARTS
@@ -44,8 +52,34 @@ def _run(module: str, names: list[str], settings: Settings, records: TextIO) -> 
             result = parts[name].run(settings)
         except Skip as skip:
             write("skip", part=name, reason=str(skip))
+        except UserError as error:
+            write("refused", part=name, reason=str(error))
         else:
+            if not isinstance(result, dict) or not isinstance(result.get("summary"), str):
+                raise TypeError(f"part {name} returns no dict with a summary: {result!r:.500}")
             write("end", part=name, result=result)
+
+
+def _no_device(wanted: str) -> str:
+    """Why JAX does not use the device, or ""."""
+    import jax
+
+    try:
+        found = jax.default_backend()
+    # JAX raises many kinds, an AssertionError too.
+    except Exception as error:
+        return f"JAX {jax.__version__} finds no device ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    if found == wanted:
+        return ""
+    return f"JAX {jax.__version__} finds only {found} devices; install JAX for it, or see --help"
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and JAX's arrays and scalars as JSON has them; anything else as text, rather than lose a result."""
+    try:
+        return value.tolist()
+    except Exception:
+        return str(value)
 
 
 def describe_machine() -> dict[str, Any]:
