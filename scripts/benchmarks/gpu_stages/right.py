@@ -1,100 +1,24 @@
 """Stage 1: what a device computes is right. Each part compares and returns {"passed", "summary", errors}.
 
-Comparisons with the published numbers are in float32 at the highest precision, with the tolerances of the tests.
+`right_published` compares with the published numbers.
 """
 
 import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from gpu_stages.comparison import TESTS, add_tests_to_path, bounded, flat, largest_error, norm_error, published_module
 from gpu_stages.parts import Part, Settings
 from gpu_stages.programs import published_config
+from gpu_stages.right_published import check_network, check_samplers, check_training
 
-# The golden files, and what reads them.
-_TESTS = Path(__file__).resolve().parents[3] / "tests"
 # Bounds on relative errors.
-_NETWORK_BOUNDS = {"out": 1e-4, "loss": 1e-4, "grad_norm": 1e-4, "grad": 1e-3}
-_TRAINING_BOUNDS = {"loss": 1e-3, "grad_norm": 1e-3, "update": 0.01}
-_SAMPLER_BOUNDS = {"float32": 1e-3, "float64": 1e-5}
 _BFLOAT16_BOUND = 0.05
 _SAME_MATHEMATICS_BOUND = 1e-5
 _EXPORTED_BOUND = 1e-4
 _GREY_LEVELS = 1
-
-
-def check_network(settings: Settings) -> dict[str, Any]:
-    """The UNet: outputs, the DDIM loss and its gradients."""
-    import jax
-    import numpy as np
-
-    published = _published()
-    errors = {}
-    with jax.default_matmul_precision("highest"):
-        for name in ("unet_a", "unet_b")[: 1 if settings.tiny else None]:
-            arrays = published.read_golden(f"{name}.npz")
-            answers = published.network_answers(arrays)
-            errors[name] = {key: _error(answers[key], arrays[key]) for key in ("out", "loss", "grad_norm")}
-            expected = published.group(arrays, "grad/")
-            errors[name]["grad"] = float(np.max([_error(answers["grads"][key], expected[key]) for key in expected]))
-    return _bounded("UNet against the published code", errors, _NETWORK_BOUNDS)
-
-
-def check_training(settings: Settings) -> dict[str, Any]:
-    """Five steps of the published training loops: losses, gradient norms, how far the weights moved."""
-    import jax
-    import numpy as np
-
-    published = _published()
-    from torch_random import sketch
-
-    errors = {}
-    with jax.default_matmul_precision("highest"):
-        for name in ("train_ddpm", "train_sa2", "train_sa3", "train_s2")[: 1 if settings.tiny else None]:
-            arrays = published.read_golden(f"{name}.npz")
-            history, params, _ = published.published_run(arrays)
-            init, expected = published.group(arrays, "init/"), arrays["final_sketch"]
-            moved = sketch({key: params[key].astype(np.float64) - init[key] for key in init})
-            errors[name] = {
-                "loss": float(np.max(np.abs(history[:, 0] / arrays["loss"] - 1))),
-                "grad_norm": float(np.max(np.abs(history[:, 1] / arrays["grad_norm"] - 1))),
-                "update": float(np.linalg.norm(moved - expected) / np.linalg.norm(expected)),
-            }
-    return _bounded("five training steps of the published loops", errors, _TRAINING_BOUNDS)
-
-
-def check_samplers(settings: Settings) -> dict[str, Any]:
-    """DDIM, DDPM and PNDM with the golden files' closed-form network."""
-    import jax
-    import jax.numpy as jnp
-
-    published = _published()
-    from s2dm_jax.samplers.ddim import ddim, ddpm
-    from s2dm_jax.samplers.pndm import f_pndm, s_pndm
-
-    files = {name: published.read_golden(f"{name}.npz") for name in ("ddim", "ddpm", "pndm")}
-    cases: dict[str, tuple] = {
-        "ddim/uniform_10_eta0.0": (ddim, {"eta": 0.0}),
-        "ddim/quad_20_eta0.0": (ddim, {"eta": 0.0}),
-        "ddim/uniform_10_eta1.0": (ddim, {"eta": 1.0}),
-        "ddpm/10": (ddpm, {}),
-        "pndm/F-PNDM_10": (f_pndm, {}),
-        "pndm/S-PNDM_10": (s_pndm, {}),
-    }
-    errors: dict[str, dict[str, float]] = {}
-    for case, (sampler, options) in list(cases.items())[:: 3 if settings.tiny else 1]:
-        file, _, key = case.partition("/")
-        arrays, errors[case] = files[file], {}
-        for dtype in _SAMPLER_BOUNDS:
-            with jax.enable_x64(dtype == "float64"):
-                noise = arrays.get(f"{key}/noise")
-                drawn = {} if noise is None else {"noise_fn": published.injected(jnp.asarray(noise), dtype)}
-                x = published.sample_golden(sampler, arrays["x_T"], arrays[f"{key}/seq"], dtype, **options, **drawn)
-            errors[case][dtype] = _error(x, arrays[f"{key}/x"])
-    return _bounded("DDIM, DDPM, PNDM against the published code", errors, _SAMPLER_BOUNDS)
 
 
 def check_bfloat16(settings: Settings) -> dict[str, Any]:
@@ -128,7 +52,7 @@ def check_bfloat16(settings: Settings) -> dict[str, Any]:
     difference = np.sqrt(sum(np.sum(np.square(rounded[name] - exact[name])) for name in exact))
     norms = {name: float(np.linalg.norm(exact[name])) for name in exact}
     # The gradient of a key's bias is zero in exact arithmetic: its relative error says nothing.
-    errors = {name: _norm_error(rounded[name], exact[name]) for name in exact if norms[name] > 1e-5 * whole}
+    errors = {name: norm_error(rounded[name], exact[name]) for name in exact if norms[name] > 1e-5 * whole}
     worst = sorted(errors, key=lambda name: -errors[name])[:10]
     total, median = float(difference / whole), float(np.median(list(errors.values())))
     summary = f"gradients in bfloat16 against float32: relative error {total:.2%} of the whole, "
@@ -171,9 +95,9 @@ def check_timesteps(settings: Settings) -> dict[str, Any]:
             (loss, grads), (loss_1, grads_1) = (
                 answers(each, objective, sample) for each in (network, one_call_per_timestep(network, batch))
             )
-            errors[f"K={K}"] = {"loss": _error(loss, loss_1), "grad": _norm_error(_flat(grads), _flat(grads_1))}
+            errors[f"K={K}"] = {"loss": largest_error(loss, loss_1), "grad": norm_error(flat(grads), flat(grads_1))}
     bounds = dict.fromkeys(("loss", "grad"), _SAME_MATHEMATICS_BOUND)
-    return _bounded("K timesteps of an image in one call against K calls", errors, bounds)
+    return bounded("K timesteps of an image in one call against K calls", errors, bounds)
 
 
 def check_resume(settings: Settings) -> dict[str, Any]:
@@ -181,7 +105,7 @@ def check_resume(settings: Settings) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    _add_tests_to_path()
+    add_tests_to_path()
     from helpers import small_config
 
     from s2dm_jax.training.loop import TrainingLoop
@@ -234,7 +158,7 @@ def check_exported(settings: Settings) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    _add_tests_to_path()
+    add_tests_to_path()
     from helpers import save_run
 
     from s2dm_jax.inference.sampler import resolve_program, run_sampler
@@ -256,7 +180,7 @@ def check_exported(settings: Settings) -> dict[str, Any]:
     output = settings.scratch / "exported.npy"
     command = [sys.executable, "-c", _RUN_EXPORTED, config.export.path, str(output)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": _without_checkout()})
-    error = _error(np.load(output), expected)
+    error = largest_error(np.load(output), expected)
     summary = f"an exported sampler, run without s2dm_jax, differs from the run by {error:.1e} of the largest value"
     return {"passed": error <= _EXPORTED_BOUND, "summary": summary, "error": error}
 
@@ -277,7 +201,7 @@ assert not {"s2dm_jax", "flax"} & set(sys.modules)
 
 def _without_checkout() -> str:
     """PYTHONPATH without this project."""
-    here = ("", ".", str(_TESTS.parent))
+    here = ("", ".", str(TESTS.parent))
     return os.pathsep.join(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in here)
 
 
@@ -291,51 +215,7 @@ def _denoiser(settings: Settings, dtype: str) -> tuple[Any, dict, Any]:
     """A network whose samples are images: the golden files' closed form and a tenth of the CIFAR-10 UNet's output."""
     config = published_config("configs/cifar10.py:ddpm", settings.tiny, **{"model.dtype": dtype})
     network, schedule = _network_and_schedule(config)
-    return _published().PerturbedClosedForm(network), network.init(0), schedule
-
-
-def _bounded(title: str, errors: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]) -> dict[str, Any]:
-    """A check's result: the largest relative error of each kind, beside its bound."""
-    import numpy as np
-
-    # The largest of numbers with a NaN is NaN, which is within no bound.
-    largest = {kind: float(np.max([values[kind] for values in errors.values()])) for kind in bounds}
-    passed = all(largest[kind] <= bound for kind, bound in bounds.items())
-    parts = [f"{kind} {largest[kind]:.1e} (bound {bound:.0e})" for kind, bound in bounds.items()]
-    return {"passed": passed, "summary": f"{title}: relative errors {', '.join(parts)}", "errors": errors}
-
-
-def _error(actual: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest value."""
-    import numpy as np
-
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
-
-
-def _norm_error(actual: Any, expected: Any) -> float:
-    import numpy as np
-
-    return float(np.linalg.norm(np.ravel(actual - expected)) / np.linalg.norm(np.ravel(expected)))
-
-
-def _flat(tree: Any) -> Any:
-    import jax
-    import numpy as np
-
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _add_tests_to_path() -> None:
-    if str(_TESTS) not in sys.path:
-        sys.path.append(str(_TESTS))
-
-
-def _published() -> Any:
-    _add_tests_to_path()
-    import published
-
-    return published
+    return published_module().PerturbedClosedForm(network), network.init(0), schedule
 
 
 PARTS = {
