@@ -8,8 +8,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gpu import check_images
+from gpu_stages.comparison import bounded, largest_error, norm_error
 from gpu_stages.parts import Settings, read_settings, result_of, write_settings
 from gpu_stages.records import Records
 
@@ -143,3 +145,17 @@ def test_an_interrupted_run_ends_its_workers_and_keeps_what_is_done(tmp_path):
     assert result_of(tmp_path, "right", "samplers")["passed"]
     workers = subprocess.run(["pgrep", "-f", f"gpu_stages.worker.*{tmp_path}"], capture_output=True)
     assert not workers.stdout
+
+
+def test_a_check_beyond_its_bound_is_wrong():
+    errors, bounds = (
+        {"a": {"loss": 1e-6, "grad": 2e-4}, "b": {"loss": 2e-6, "grad": 1e-5}},
+        {"loss": 1e-5, "grad": 1e-3},
+    )
+    right = bounded("title", errors, bounds)
+    assert right["passed"]
+    assert right["summary"] == "title: relative errors loss 2.0e-06 (bound 1e-05), grad 2.0e-04 (bound 1e-03)"
+    for wrong in (1e-2, float("nan")):
+        assert not bounded("title", {**errors, "c": {"loss": 0.0, "grad": wrong}}, bounds)["passed"]
+    assert largest_error([1.0, 2.0], [1.0, 4.0]) == 0.5
+    assert norm_error(np.array([3.0, 0.0]), np.array([0.0, 4.0])) == 1.25
