@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.common.files import user_path
+from s2dm_jax.config.command_line import check_values, drop_foreign_options, reset_fields
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import allowed_type, fields_help
 from s2dm_jax.config.io import expand_paths, load_config
@@ -85,6 +86,11 @@ def _starting_config(values: flags.FlagValues, workdir: str) -> ConfigDict:
     is_run = values.mode in _GROUPS or os.path.isfile(f"{workdir}/config.json")
     if values.config is None and is_run:
         return read_config(workdir)
+    if values.config is None and os.path.isfile(workdir):
+        raise UserError(
+            f"--workdir={workdir} is a file, which cannot be trained; an exported sampler can be used with "
+            "--mode=sample and --mode=evaluate"
+        )
     if not values.config:
         raise UserError("--config is missing; for example --config=configs/digits.py --workdir=runs/digits")
     config = load_config(values.config)
@@ -99,6 +105,7 @@ def _set_fields(values: flags.FlagValues, config: ConfigDict, arguments: list[st
         if field and field[1] not in FIELDS:
             (close,) = difflib.get_close_matches(field[1], FIELDS, n=1, cutoff=0)
             raise UserError(f"config.{field[1]} is not a field of a config; did you mean config.{close}?")
+    arguments, reset = reset_fields(config, arguments)
     # The file's name has been read: the config itself takes the place of its flag.
     delattr(values, "config")
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
@@ -106,10 +113,12 @@ def _set_fields(values: flags.FlagValues, config: ConfigDict, arguments: list[st
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags start with -- (see --help)")
     flag: Any = values["config"]
-    named = list(flag.override_values)
+    named = [*flag.override_values, *reset]
     if steps := [name for name in _STEP_FIELDS if f"sample.{name}" in named]:
         others = [name for name in _STEP_FIELDS if name not in steps]
         config.sample.update({name: FIELDS[f"sample.{name}"].default for name in others})
+    for note in drop_foreign_options(config, named):
+        print(f"note: {note}", file=sys.stderr)
     return named
 
 
@@ -145,6 +154,7 @@ def run(argv: Sequence[str]) -> None:
       UserError: for a wrong flag, config or folder.
     """
     values = _define_flags()
+    check_values(argv, ("config", "workdir", "mode", "coordinator_address", "num_processes", "process_id"))
     arguments = _parse(values, argv, known_only=True)
     if values.help:
         print(_help(values))
@@ -208,14 +218,18 @@ def _training_config(config: ConfigDict, named: Iterable[str]) -> ConfigDict:
 
 def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir: str) -> ConfigDict:
     """The run's own config with the groups of `config` that the mode may change, checked."""
-    groups = _GROUPS[mode]
-    for name in named:
+    groups, named = _GROUPS[mode], set(named)
+    own = read_config(workdir)
+    # The images may have moved; their hashes are compared before they are used.
+    if mode in ("sample", "evaluate") and "data.source" in named and own.data.source and config.data.source:
+        own.data.source = config.data.source
+        named.remove("data.source")
+    for name in sorted(named):
         if name.split(".")[0] not in groups:
             raise UserError(
                 f"--config.{name} cannot be changed with --mode={mode}, which takes it from the run; only "
                 f"{' and '.join(f'--config.{group}.*' for group in groups)} can"
             )
-    own = read_config(workdir)
     for group in groups:
         own[group] = config[group]
     check_config(own)

@@ -35,6 +35,7 @@ from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import map_batches, sample_batches
 from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.samplers.specs import SAMPLERS
+from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.results import results_table, write_results
 
 _CPU_BATCH = 16
@@ -220,7 +221,9 @@ def evaluate_run(config: ConfigDict, workdir: str) -> dict:
     """`--mode=evaluate`: evaluates a run by the group `eval` of its checked config, writes and prints the table."""
     model = load(workdir, config.eval.checkpoint_step or None)._replace(config=config)
     print(f"run      {workdir}, EMA at step {model.step:,}", flush=True)
-    results = evaluate(model, load_dataset(config), workdir)
+    data = load_dataset(config)
+    check_same_images(workdir, data.digest, data.labels_digest, record=False)
+    results = evaluate(model, data, workdir)
     show_results(workdir, results)
     return results
 

@@ -18,6 +18,7 @@ from s2dm_jax.inference.sampler import configure_sampler, sample_batches, sample
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.specs import SAMPLERS
+from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_run
 
 
@@ -91,7 +92,9 @@ class Model(NamedTuple):
         statistic = noise_statistics.load_cached(self.schedule, self.ema_params, folder, count)
         if statistic is None:
             print(f"estimating the mean square of ε at {self.schedule.T:,} timesteps, {count:,} images …")
-            images = load_dataset(self.config).train
+            data = load_dataset(self.config)
+            check_same_images(workdir, data.digest, data.labels_digest, record=False)
+            images = data.train
             statistic = noise_statistics.estimate_noise_statistics(
                 self.network, self.schedule, self.ema_params, images, folder, num_images=count, batch_size=batch_size
             )

@@ -60,9 +60,7 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     data = load_dataset(config)
     check_features(config, data)
     if is_main_process():
-        # First of all: a folder that holds anything without it is not taken for a run.
-        write_atomic(workdir / "config.json", to_json(config))
-        check_same_images(workdir, data.digest, data.labels_digest)
+        save_config(config, workdir, data)
         (workdir / "samples").mkdir(exist_ok=True)
     batch_size = config.train.batch_size
     if config.variance_head.kind:
@@ -73,6 +71,14 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
         base_params, state = None, init_state(network, optimizer, config.train.seed)
         flops = step_flops(network, batch_size, step.objective.num_timesteps_per_image)
     return Setup(config, workdir, data, network, step.schedule, optimizer, base_params, state, flops)
+
+
+def save_config(config: ConfigDict, workdir: Path, data: Dataset) -> None:
+    """Writes config.json and the hashes of the images; raises a `UserError` if the run was trained on other ones."""
+    check_same_images(workdir, data.digest, data.labels_digest, record=False)
+    # Before the hashes: a folder that holds anything without it is not taken for a run.
+    write_atomic(workdir / "config.json", to_json(config))
+    check_same_images(workdir, data.digest, data.labels_digest)
 
 
 def _check(config: ConfigDict, terms: tuple[str, ...]) -> None:

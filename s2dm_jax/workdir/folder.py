@@ -123,15 +123,21 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
                 "give another --workdir or the same config"
             )
+    old, new = saved["data.source"], config.data.source
+    if bool(old) != bool(new):
+        raise UserError(
+            f"--workdir={workdir} belongs to a run with config.data.source={old!r}, not {new!r}; give another "
+            "--workdir or the same images"
+        )
 
 
-def check_same_images(workdir: Path, digest: str, labels_digest: str = "") -> None:
+def check_same_images(workdir: str | os.PathLike, digest: str, labels_digest: str = "", *, record: bool = True) -> None:
     """Records the hashes of a run's training images and their labels, "" if they never change; rejects other ones when
-    the run resumes.
+    the run resumes, or is read with `record=False`.
     """
     if not digest:
         return
-    path = workdir / "dataset.sha256"
+    path = Path(workdir) / "dataset.sha256"
     # Runs of before 0.3 have recorded the images alone.
     recorded = path.read_text(encoding="utf-8").split() if path.exists() else []
     for what, old, new in zip(("images", "labels"), recorded, (digest, labels_digest), strict=False):
@@ -140,5 +146,5 @@ def check_same_images(workdir: Path, digest: str, labels_digest: str = "") -> No
                 f"--workdir={workdir} was trained on {what} with sha256 {old[:16]}…, not {new[:16]}…: "
                 f"its {what} have changed; give the original ones, or another --workdir"
             )
-    if len(recorded) < 2:
+    if record and len(recorded) < 2:
         write_atomic(path, f"{digest}\n{labels_digest}\n")
