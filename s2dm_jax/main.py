@@ -16,20 +16,21 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import user_path
+from s2dm_jax.common.files import check_writable, user_path
 from s2dm_jax.config.command_line import check_values, drop_foreign_options, reset_fields
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import allowed_type, fields_help
 from s2dm_jax.config.io import expand_paths, load_config
 from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
 from s2dm_jax.data.cache import check_preparable, prepare_dataset
-from s2dm_jax.workdir.folder import prepare_workdir
+from s2dm_jax.workdir.folder import evaluation_folder, output_folder, prepare_workdir
 from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
 
 # Three ways to set the number of sampling steps: one on the command line replaces another in the config.
@@ -47,9 +48,11 @@ def _define_flags() -> flags.FlagValues:
         "Train a run, sample from one (config.sample), evaluate one (config.eval), or export its sampler as one file "
         "(config.sample, config.export)"
     )
+    out = "Folder for what the modes sample, evaluate and export write, where it shall not be in the run's own"
     address = "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods"
     flags.DEFINE_string("config", None, config, values)
     flags.DEFINE_string("workdir", "", "Folder of the run; a run that is already there is resumed", values)
+    flags.DEFINE_string("out", "", out, values)
     flags.DEFINE_enum("mode", "train", ["train", *_GROUPS], mode, values)
     flags.DEFINE_string("coordinator_address", None, address, values)
     flags.DEFINE_integer("num_processes", None, "Several hosts: number of processes", 1, flag_values=values)
@@ -79,6 +82,24 @@ def _workdir(values: flags.FlagValues) -> str:
     if not values.workdir:
         raise UserError(f"--workdir is missing; for example --mode={values.mode} --workdir=runs/digits")
     return str(user_path(values.workdir, "--workdir"))
+
+
+def _out(values: flags.FlagValues) -> str:
+    if values.out and values.mode == "train":
+        raise UserError(f"--out={values.out} does not go with --mode=train, which writes to --workdir")
+    return str(user_path(values.out, "--out")) if values.out else ""
+
+
+def _outputs(mode: str, config: ConfigDict, workdir: str, out: str) -> list[Path]:
+    """The folders that a mode writes to."""
+    if mode == "sample":
+        return [output_folder(workdir, out, "samples")]
+    if mode == "evaluate":
+        run = evaluation_folder(workdir, out)
+        return [run, run / "evaluations", run / "evaluations" / "points"]
+    if config.export.path and out:
+        raise UserError(f"--out={out} does not go with config.export.path={config.export.path}; give one of the two")
+    return [Path(config.export.path).parent if config.export.path else output_folder(workdir, out, "exports")]
 
 
 def _starting_config(values: flags.FlagValues, workdir: str) -> ConfigDict:
@@ -154,12 +175,12 @@ def run(argv: Sequence[str]) -> None:
       UserError: for a wrong flag, config or folder.
     """
     values = _define_flags()
-    check_values(argv, ("config", "workdir", "mode", "coordinator_address", "num_processes", "process_id"))
+    check_values(argv, ("config", "workdir", "out", "mode", "coordinator_address", "num_processes", "process_id"))
     arguments = _parse(values, argv, known_only=True)
     if values.help:
         print(_help(values))
         return
-    mode, workdir = values.mode, _workdir(values)
+    mode, workdir, out = values.mode, _workdir(values), _out(values)
     config = _starting_config(values, workdir)
     named = _set_fields(values, config, arguments)
     expand_paths(config)
@@ -173,6 +194,7 @@ def run(argv: Sequence[str]) -> None:
         prepare_dataset(config)
     else:
         config = _config_of_run(config, named, mode, workdir)
+        check_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
     # Orbax logs with a traceback what it also raises, and what it raises is reported in one sentence.
     logging.set_verbosity(logging.FATAL)
     # A second start finds the compiled programs and takes seconds; the user's own settings win.
@@ -194,15 +216,15 @@ def run(argv: Sequence[str]) -> None:
     elif mode == "evaluate":
         from s2dm_jax.evaluation.evaluate import evaluate_run
 
-        evaluate_run(config, workdir)
+        evaluate_run(config, workdir, out)
     elif mode == "sample":
         from s2dm_jax.inference.sample import sample
 
-        sample(config, workdir)
+        sample(config, workdir, out)
     else:
         from s2dm_jax.weights.export import export
 
-        export(config, workdir)
+        export(config, workdir, out)
 
 
 def _training_config(config: ConfigDict, named: Iterable[str]) -> ConfigDict:

@@ -7,9 +7,10 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from s2dm_jax.common.errors import UserError
@@ -56,6 +57,30 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
         raise UserError(f"{name}={written} names the home folder of an unknown user; give the path in full")
     # Checkpoints cannot be written through `..`; a path without it is shown as it was written.
     return Path(expanded).resolve() if ".." in Path(expanded).parts else Path(expanded)
+
+
+def why_not_writable(place: str | os.PathLike) -> str:
+    """Why a file cannot be appended to, or no file can be made in a folder, or where it will be; "" where it works.
+
+    Tries it, and leaves nothing: the mode of a folder says nothing about a file system that is read-only.
+    """
+    path = Path(place).absolute()
+    existing = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    try:
+        if existing == path and path.is_file():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def check_writable(places: Iterable[str | os.PathLike], advice: str) -> None:
+    """Raises a `UserError` that ends in `advice` if one of the files or folders fails `why_not_writable`."""
+    for place in places:
+        if reason := why_not_writable(place):
+            raise UserError(f"{place} cannot be written to ({reason}); {advice}")
 
 
 @contextlib.contextmanager

@@ -12,12 +12,26 @@ from typing import TextIO
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import check_writable, write_atomic
 from s2dm_jax.common.locks import acquire
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
 
 _LOCK = ".lock"
+
+# What a training appends to, overwrites, or makes files in.
+_WRITTEN = (
+    _LOCK,
+    "metrics.jsonl",
+    "parameters.txt",
+    "samples",
+    "tensorboard",
+    "profile",
+    "checkpoints",
+    "damaged_checkpoints",
+    "evaluations",
+    "evaluations/points",
+)
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> Path:
@@ -27,7 +41,30 @@ def checkpoint_folder(workdir: str | os.PathLike) -> Path:
 
 def checkpoint_steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of the complete checkpoints of a run, ascending."""
-    return sorted(int(path.name) for path in checkpoint_folder(workdir).glob("*") if path.name.isdigit())
+    try:
+        names = os.listdir(checkpoint_folder(workdir))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{checkpoint_folder(workdir)} cannot be read ({error.strerror}); get the permission to, or give another "
+            "run"
+        ) from error
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def output_folder(workdir: str | os.PathLike, out: str, name: str) -> Path:
+    """Where a mode writes: `out`, else the folder `name` of the run; of an exported sampler, one beside its file."""
+    path = Path(workdir)
+    if out:
+        return Path(out)
+    return path.with_name(f"{path.stem}_{name}") if path.is_file() else path / name
+
+
+def evaluation_folder(workdir: str | os.PathLike, out: str) -> Path:
+    """Where results go: `out`, else the run's folder; of an exported sampler, a folder beside its file."""
+    path = Path(workdir)
+    return output_folder(path, out, "evaluation") if out or path.is_file() else path
 
 
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
@@ -39,6 +76,8 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not writable; give another path")
+    if existing == path:
+        _check_permissions(path)
     saved_path = path / "config.json"
     if saved_path.exists():
         _check_same_run(saved_path, workdir, config)
@@ -55,8 +94,20 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     return path
 
 
+def _check_permissions(path: Path) -> None:
+    """Raises a `UserError` unless everything that a training writes can be written: some may be another user's."""
+    if not os.access(path, os.R_OK):
+        raise UserError(f"--workdir={path} cannot be used: it cannot be listed; give another path")
+    steps = [checkpoint_folder(path) / str(step) for step in checkpoint_steps(path)]
+    places = [path / name for name in _WRITTEN]
+    existing = [place for place in (path, *places, *steps) if place.exists()]
+    check_writable(existing, "get the permission to, or give another --workdir")
+
+
 def unreadable_config(place: str | os.PathLike, error: Exception) -> UserError:
     """The error for a file that should be a run's config; a checkpoint has a copy of it."""
+    if isinstance(error, OSError):
+        return UserError(f"{place} cannot be read ({error.strerror}); get the permission to, or give another run")
     advice = "give another run"
     if steps := checkpoint_steps(Path(place).parent):
         copy = checkpoint_folder(Path(place).parent) / str(steps[-1]) / "about" / "metadata"
@@ -115,7 +166,7 @@ def _lock(file: TextIO, workdir: str, shared: bool = False) -> None:
 def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     try:
         saved = flatten(from_json(saved_path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise unreadable_config(saved_path, error) from error
     for name, value in flatten(config).items():
         if not FIELDS[name].resumable and saved[name] != value:
