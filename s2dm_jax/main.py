@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.common.files import check_writable, user_path
+from s2dm_jax.common.jax_environment import check_xla_flags, set_compilation_cache
 from s2dm_jax.config.command_line import check_values, drop_foreign_options, reset_fields
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import allowed_type, fields_help
@@ -185,6 +186,7 @@ def run(argv: Sequence[str]) -> None:
     named = _set_fields(values, config, arguments)
     expand_paths(config)
     _check_processes(values)
+    check_xla_flags()
     if mode == "train":
         config = _training_config(config, named)
         check_config(config)
@@ -198,8 +200,7 @@ def run(argv: Sequence[str]) -> None:
     # Orbax logs with a traceback what it also raises, and what it raises is reported in one sentence.
     logging.set_verbosity(logging.FATAL)
     # A second start finds the compiled programs and takes seconds; the user's own settings win.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/s2dm_jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    set_compilation_cache()
 
     # jax takes seconds to import: user errors are reported before.
     if mode in ("train", "evaluate"):
@@ -209,9 +210,11 @@ def run(argv: Sequence[str]) -> None:
         set_cpu_device_count(config.train.batch_size // (values.num_processes or 1))
     if mode == "train":
         from s2dm_jax.devices.distributed import initialize_distributed
+        from s2dm_jax.devices.hardware import check_devices
         from s2dm_jax.training.loop import train
 
         initialize_distributed(values.coordinator_address, values.num_processes, values.process_id)
+        check_devices()
         train(config, workdir)
     elif mode == "evaluate":
         from s2dm_jax.evaluation.evaluate import evaluate_run

@@ -1,11 +1,14 @@
 """Peak rates and peak memory of the devices, and options of XLA."""
 
 import functools
+import os
 import resource
 import sys
 from collections.abc import Mapping
 
 import jax
+
+from s2dm_jax.common.errors import UserError
 
 # Dense bfloat16 (V100, T4: float16) TFLOP/s of the makers' data sheets. The first prefix of a device's name counts.
 _PEAK_TFLOPS = {
@@ -39,6 +42,22 @@ _PEAK_TFLOPS = {
 # weights' gradients, without its sums a step takes half as long again. With this, several devices of one CPU compute
 # some images wrongly after some iterations of a loop (jaxlib 0.10.2; `tests/devices/test_sharding.py`).
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+def check_devices() -> None:
+    """Raises a `UserError` if JAX_PLATFORMS names a platform that this machine, or this installation of JAX, lacks."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    try:
+        jax.devices()
+    # Where the plugin of CUDA is missing, jax asserts that it is not.
+    except (RuntimeError, AssertionError) as error:
+        if not platforms:
+            raise
+        reason = str(error).partition("(set JAX_PLATFORMS")[0].strip() or "its plugin is not installed"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} names a platform that cannot be used here ({reason}); unset it, or set "
+            "JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def compiler_options(cpu_options: Mapping[str, str] = CPU_OPTIONS) -> dict[str, str]:

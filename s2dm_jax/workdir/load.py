@@ -103,7 +103,10 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "N
 
     `network` is what was trained, where that is not the network of the run's config.
     """
+    from s2dm_jax.devices.hardware import check_devices
+
     config = read_config(workdir)
+    check_devices()
     workdir = user_path(workdir, "workdir")
     network = network or build_network(config)
     if workdir.is_file():
