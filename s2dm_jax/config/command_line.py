@@ -11,6 +11,8 @@ from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.metrics import split_names
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
 
+# The defaults of optional fields.
+_NOTHING = (None, "", ())
 _FIELD = re.compile(r"--?config\.([^=]*)(=?)(.*)", re.DOTALL)
 
 
@@ -28,7 +30,8 @@ def check_values(arguments: Sequence[str], names: Iterable[str]) -> None:
 
 
 def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sets to None, in place, the optional fields that the command line gives as `=None` or `=none`.
+    """Sets back, in place, the optional fields that the command line gives as `=None` or `=none`: to None, or to the
+    empty text or list that is their default.
 
     Returns:
       The arguments without those of these fields, and the names of the fields. The last of several values counts.
@@ -36,7 +39,7 @@ def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str
     values: dict[str, list[tuple[int, int, str]]] = {}
     for index, argument in enumerate(arguments):
         match = _FIELD.fullmatch(argument)
-        if match and match[1] in FIELDS and FIELDS[match[1]].default is None:
+        if match and match[1] in FIELDS and FIELDS[match[1]].default in _NOTHING:
             separate = not match[2] and index + 1 < len(arguments) and arguments[index + 1].lower() == "none"
             value = arguments[index + 1] if separate else match[3]
             values.setdefault(match[1], []).append((index, index + 1 + separate, value.lower()))
@@ -45,7 +48,7 @@ def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str
     for name, given in values.items():
         if given[-1][2] == "none":
             group, key = name.split(".")
-            config[group][key] = None
+            config[group][key] = FIELDS[name].default
             reset.append(name)
         for first, end, value in given:
             if name in reset or value == "none":

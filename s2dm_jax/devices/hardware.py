@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.jax_environment import check_xla_flags
 
 # Dense bfloat16 (V100, T4: float16) TFLOP/s of the makers' data sheets. The first prefix of a device's name counts.
 _PEAK_TFLOPS = {
@@ -45,7 +46,10 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDU
 
 
 def check_devices() -> None:
-    """Raises a `UserError` if JAX_PLATFORMS names a platform that this machine, or this installation of JAX, lacks."""
+    """Raises a `UserError` if JAX_PLATFORMS names a platform that this machine, or this installation of JAX, lacks, or
+    as `check_xla_flags`; to call before the first computation.
+    """
+    check_xla_flags()
     platforms = os.environ.get("JAX_PLATFORMS")
     try:
         jax.devices()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import atomic_path
+from s2dm_jax.common.files import atomic_path, check_writable
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.version import __version__
@@ -77,6 +77,7 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
         _write_npz(path, models[0].batches(options), shape, json.dumps(provenance))
     else:
         path.mkdir(exist_ok=True)
+        check_writable([path], "give --out=DIR to write elsewhere")
         for index, image in enumerate(itertools.chain.from_iterable(models[0].batches(options))):
             save_png(path / f"{index:06d}.png", image)
     print(f"wrote    {path} in {time.monotonic() - began:.1f} s, compilation included")

@@ -15,8 +15,8 @@ from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.training.loop import train
 from s2dm_jax.workdir.folder import check_same_images, prepare_workdir
 
-OPTIONAL = [name for name, field in FIELDS.items() if field.default is None]
-VALUES = {int: 1, float: 1.5, bool: True}
+OPTIONAL = [name for name, field in FIELDS.items() if field.default in (None, "", ())]
+VALUES = {int: 1, float: 1.5, bool: True, str: "words", tuple: (1, 2)}
 
 
 @pytest.fixture
@@ -44,14 +44,14 @@ def test_a_flag_without_its_value_does_not_take_the_next_flag(arguments):
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_each_optional_field_is_set_back_by_none(name):
     field = FIELDS[name]
-    value = (field.choices or [VALUES.get(field.type)])[0]
+    value = (field.choices or [VALUES[field.type]])[-1]
     config = small_config(**{name: value})
     group, key = name.split(".")
     kept = ["--config.train.steps=3", "--workdir", "None"]
     for spelling in ([f"--config.{name}=None"], [f"-config.{name}=none"], [f"--config.{name}", "None"]):
         config[group][key] = value
         assert reset_fields(config, [kept[0], f"--config.{name}={value}", *spelling, *kept[1:]]) == (kept, [name])
-        assert config[group][key] is None
+        assert config[group][key] == field.default
     last = [f"--config.{name}={value}"]
     assert reset_fields(config, [f"--config.{name}=None", *last]) == (last, [])
 
