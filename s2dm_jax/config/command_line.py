@@ -30,8 +30,9 @@ def check_values(arguments: Sequence[str], names: Iterable[str]) -> None:
 
 
 def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sets back, in place, the optional fields that the command line gives as `=None` or `=none`: to None, or to the
-    empty text or list that is their default.
+    """Sets back, in place, the optional fields that the command line gives as `=None`, `=none` or `=`.
+
+    They become None, or the empty text or list that is their default.
 
     Returns:
       The arguments without those of these fields, and the names of the fields. The last of several values counts.
@@ -42,6 +43,8 @@ def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str
         if match and match[1] in FIELDS and FIELDS[match[1]].default in _NOTHING:
             separate = not match[2] and index + 1 < len(arguments) and arguments[index + 1].lower() == "none"
             value = arguments[index + 1] if separate else match[3]
+            if match[2] and not value:
+                value = "none"
             values.setdefault(match[1], []).append((index, index + 1 + separate, value.lower()))
     dropped: set[int] = set()
     reset = []

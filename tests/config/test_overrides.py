@@ -48,7 +48,12 @@ def test_each_optional_field_is_set_back_by_none(name):
     config = small_config(**{name: value})
     group, key = name.split(".")
     kept = ["--config.train.steps=3", "--workdir", "None"]
-    for spelling in ([f"--config.{name}=None"], [f"-config.{name}=none"], [f"--config.{name}", "None"]):
+    for spelling in (
+        [f"--config.{name}=None"],
+        [f"-config.{name}=none"],
+        [f"--config.{name}", "None"],
+        [f"--config.{name}="],
+    ):
         config[group][key] = value
         assert reset_fields(config, [kept[0], f"--config.{name}={value}", *spelling, *kept[1:]]) == (kept, [name])
         assert config[group][key] == field.default
