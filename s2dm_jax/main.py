@@ -16,19 +16,22 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import user_path
+from s2dm_jax.common.files import check_writable, user_path
+from s2dm_jax.common.jax_environment import check_xla_flags, set_compilation_cache
+from s2dm_jax.config.command_line import check_values, drop_foreign_options, reset_fields
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import allowed_type, fields_help
 from s2dm_jax.config.io import expand_paths, load_config
 from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
 from s2dm_jax.data.cache import check_preparable, prepare_dataset
-from s2dm_jax.workdir.folder import prepare_workdir
+from s2dm_jax.workdir.folder import evaluation_folder, output_folder, prepare_workdir
 from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
 
 # Three ways to set the number of sampling steps: one on the command line replaces another in the config.
@@ -46,9 +49,11 @@ def _define_flags() -> flags.FlagValues:
         "Train a run, sample from one (config.sample), evaluate one (config.eval), or export its sampler as one file "
         "(config.sample, config.export)"
     )
+    out = "Folder for what the modes sample, evaluate and export write, where it shall not be in the run's own"
     address = "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods"
     flags.DEFINE_string("config", None, config, values)
     flags.DEFINE_string("workdir", "", "Folder of the run; a run that is already there is resumed", values)
+    flags.DEFINE_string("out", "", out, values)
     flags.DEFINE_enum("mode", "train", ["train", *_GROUPS], mode, values)
     flags.DEFINE_string("coordinator_address", None, address, values)
     flags.DEFINE_integer("num_processes", None, "Several hosts: number of processes", 1, flag_values=values)
@@ -80,11 +85,34 @@ def _workdir(values: flags.FlagValues) -> str:
     return str(user_path(values.workdir, "--workdir"))
 
 
+def _out(values: flags.FlagValues) -> str:
+    if values.out and values.mode == "train":
+        raise UserError(f"--out={values.out} does not go with --mode=train, which writes to --workdir")
+    return str(user_path(values.out, "--out")) if values.out else ""
+
+
+def _outputs(mode: str, config: ConfigDict, workdir: str, out: str) -> list[Path]:
+    """The folders that a mode writes to."""
+    if mode == "sample":
+        return [output_folder(workdir, out, "samples")]
+    if mode == "evaluate":
+        run = evaluation_folder(workdir, out)
+        return [run, run / "evaluations", run / "evaluations" / "points"]
+    if config.export.path and out:
+        raise UserError(f"--out={out} does not go with config.export.path={config.export.path}; give one of the two")
+    return [Path(config.export.path).parent if config.export.path else output_folder(workdir, out, "exports")]
+
+
 def _starting_config(values: flags.FlagValues, workdir: str) -> ConfigDict:
     """The config that the command line changes: that of --config, else that of the run in the workdir."""
     is_run = values.mode in _GROUPS or os.path.isfile(f"{workdir}/config.json")
     if values.config is None and is_run:
         return read_config(workdir)
+    if values.config is None and os.path.isfile(workdir):
+        raise UserError(
+            f"--workdir={workdir} is a file, which cannot be trained; an exported sampler can be used with "
+            "--mode=sample and --mode=evaluate"
+        )
     if not values.config:
         raise UserError("--config is missing; for example --config=configs/digits.py --workdir=runs/digits")
     config = load_config(values.config)
@@ -99,6 +127,7 @@ def _set_fields(values: flags.FlagValues, config: ConfigDict, arguments: list[st
         if field and field[1] not in FIELDS:
             (close,) = difflib.get_close_matches(field[1], FIELDS, n=1, cutoff=0)
             raise UserError(f"config.{field[1]} is not a field of a config; did you mean config.{close}?")
+    arguments, reset = reset_fields(config, arguments)
     # The file's name has been read: the config itself takes the place of its flag.
     delattr(values, "config")
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
@@ -106,10 +135,12 @@ def _set_fields(values: flags.FlagValues, config: ConfigDict, arguments: list[st
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags start with -- (see --help)")
     flag: Any = values["config"]
-    named = list(flag.override_values)
+    named = [*flag.override_values, *reset]
     if steps := [name for name in _STEP_FIELDS if f"sample.{name}" in named]:
         others = [name for name in _STEP_FIELDS if name not in steps]
         config.sample.update({name: FIELDS[f"sample.{name}"].default for name in others})
+    for note in drop_foreign_options(config, named):
+        print(f"note: {note}", file=sys.stderr)
     return named
 
 
@@ -145,15 +176,17 @@ def run(argv: Sequence[str]) -> None:
       UserError: for a wrong flag, config or folder.
     """
     values = _define_flags()
+    check_values(argv, ("config", "workdir", "out", "mode", "coordinator_address", "num_processes", "process_id"))
     arguments = _parse(values, argv, known_only=True)
     if values.help:
         print(_help(values))
         return
-    mode, workdir = values.mode, _workdir(values)
+    mode, workdir, out = values.mode, _workdir(values), _out(values)
     config = _starting_config(values, workdir)
     named = _set_fields(values, config, arguments)
     expand_paths(config)
     _check_processes(values)
+    check_xla_flags()
     if mode == "train":
         config = _training_config(config, named)
         check_config(config)
@@ -163,11 +196,11 @@ def run(argv: Sequence[str]) -> None:
         prepare_dataset(config)
     else:
         config = _config_of_run(config, named, mode, workdir)
+        check_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
     # Orbax logs with a traceback what it also raises, and what it raises is reported in one sentence.
     logging.set_verbosity(logging.FATAL)
     # A second start finds the compiled programs and takes seconds; the user's own settings win.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/s2dm_jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    set_compilation_cache()
 
     # jax takes seconds to import: user errors are reported before.
     if mode in ("train", "evaluate"):
@@ -177,22 +210,24 @@ def run(argv: Sequence[str]) -> None:
         set_cpu_device_count(config.train.batch_size // (values.num_processes or 1))
     if mode == "train":
         from s2dm_jax.devices.distributed import initialize_distributed
+        from s2dm_jax.devices.hardware import check_devices
         from s2dm_jax.training.loop import train
 
         initialize_distributed(values.coordinator_address, values.num_processes, values.process_id)
+        check_devices()
         train(config, workdir)
     elif mode == "evaluate":
         from s2dm_jax.evaluation.evaluate import evaluate_run
 
-        evaluate_run(config, workdir)
+        evaluate_run(config, workdir, out)
     elif mode == "sample":
         from s2dm_jax.inference.sample import sample
 
-        sample(config, workdir)
+        sample(config, workdir, out)
     else:
         from s2dm_jax.weights.export import export
 
-        export(config, workdir)
+        export(config, workdir, out)
 
 
 def _training_config(config: ConfigDict, named: Iterable[str]) -> ConfigDict:
@@ -208,14 +243,18 @@ def _training_config(config: ConfigDict, named: Iterable[str]) -> ConfigDict:
 
 def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir: str) -> ConfigDict:
     """The run's own config with the groups of `config` that the mode may change, checked."""
-    groups = _GROUPS[mode]
-    for name in named:
+    groups, named = _GROUPS[mode], set(named)
+    own = read_config(workdir)
+    # The images may have moved; their hashes are compared before they are used.
+    if mode in ("sample", "evaluate") and "data.source" in named and own.data.source and config.data.source:
+        own.data.source = config.data.source
+        named.remove("data.source")
+    for name in sorted(named):
         if name.split(".")[0] not in groups:
             raise UserError(
                 f"--config.{name} cannot be changed with --mode={mode}, which takes it from the run; only "
                 f"{' and '.join(f'--config.{group}.*' for group in groups)} can"
             )
-    own = read_config(workdir)
     for group in groups:
         own[group] = config[group]
     check_config(own)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.files import check_writable
 from s2dm_jax.config.io import load_config
 from s2dm_jax.weights.formats import FORMATS, format_of
 
@@ -61,6 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"{args.source} does not exist; give the file of a checkpoint, or a folder")
     if os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
         raise UserError(f"{args.out} already exists and would be overwritten; give another name, or remove it")
+    check_writable([Path(args.out).absolute().parent], "give another place for OUT")
     args.to = args.to or format_of(args.source, args.out)
     return args
 

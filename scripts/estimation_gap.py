@@ -7,7 +7,7 @@ from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
-from s2dm_jax.common.files import atomic_path, write_atomic
+from s2dm_jax.common.files import atomic_path, check_writable, write_atomic
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.workdir.load import load_run, read_config
 
@@ -153,6 +153,7 @@ def run(argv: list[str] | None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={args.out}: its folder cannot be created ({error.strerror})") from error
+    check_writable([out.parent], "give another --out")
     curves, schedules = [], {}
     for workdir in args.workdirs:
         print(f"{workdir}: denoising from t = {args.start} …", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.files import check_writable
 from s2dm_jax.workdir.load import read_config
 
 _DESCRIPTION = """\
@@ -47,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for path in filter(None, (args.out, args.plot)):
         if not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: its folder does not exist")
+        check_writable([Path(path).absolute().parent], "give another --out or --plot")
     check_matplotlib("the page")
     return args
 

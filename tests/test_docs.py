@@ -104,7 +104,7 @@ def checked(monkeypatch, tmp_path, command_line):
     for folder in ("configs", "scripts", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     for module, work in ((sample, "sample"), (export, "export"), (evaluate, "evaluate_run")):
-        monkeypatch.setattr(module, work, lambda config, workdir: None)
+        monkeypatch.setattr(module, work, lambda config, workdir, out: None)
     for module, function in (
         (main, "prepare_dataset"),
         (main, "check_preparable"),

@@ -50,7 +50,7 @@ NO_JAX = [
     "main",
 ]
 MAX_LINES = 350
-LONGEST_CHAIN = 11
+LONGEST_CHAIN = 12
 
 
 def imported(path, *, only_at_start=False):

@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from s2dm_jax.common.process import set_up_process
+
 
 class UserError(Exception):
     """An error of the user's, described in one sentence; `main` prints it and exits with status 2."""
@@ -11,7 +13,8 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turns a `UserError` into one sentence on stderr and exit status 2."""
+    """Turns a `UserError` into one sentence on stderr and exit status 2; sets up the process (`set_up_process`)."""
+    set_up_process()
     try:
         yield
     except UserError as error:

@@ -7,9 +7,10 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from s2dm_jax.common.errors import UserError
@@ -30,19 +31,32 @@ ZIP_DAMAGE = (
 
 def cache_dir() -> Path:
     """The cache of Inception weights and dataset statistics: $S2DM_JAX_CACHE, or ~/.cache/s2dm_jax."""
-    return Path(os.environ.get("S2DM_JAX_CACHE") or "~/.cache/s2dm_jax").expanduser()
+    return environment_path("S2DM_JAX_CACHE", "~/.cache/s2dm_jax")
 
 
 def data_cache_dir() -> Path:
     """The cache of prepared datasets: $S2DM_JAX_DATA, or ~/.cache/s2dm_jax/data."""
-    return Path(os.environ.get("S2DM_JAX_DATA") or "~/.cache/s2dm_jax/data").expanduser()
+    return environment_path("S2DM_JAX_DATA", "~/.cache/s2dm_jax/data")
+
+
+def environment_path(variable: str, default: str) -> Path:
+    """The folder in an environment variable, or the default, with `~` for the home folder.
+
+    Raises:
+      UserError: if there is no home folder, as for a container's user without an entry and HOME.
+    """
+    expanded = os.path.expanduser(os.environ.get(variable) or default)
+    if expanded.startswith("~"):
+        raise UserError(f"{expanded} cannot be found: HOME is not set; set HOME, or {variable} to a folder")
+    return Path(expanded)
 
 
 def user_path(path: str | os.PathLike, name: str) -> Path:
     """A path that a user wrote, with `~` for the home folder and without `..`; `name` is its flag or field.
 
     Raises:
-      UserError: for a URL such as gs://bucket/run, and for the home folder of an unknown user.
+      UserError: for a URL such as gs://bucket/run, for the home folder of an unknown user, and for a name that is not
+        UTF-8, which checkpoints cannot have.
     """
     written = os.fspath(path)
     # pathlib makes one slash of two.
@@ -54,8 +68,39 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
     expanded = os.path.expanduser(written)
     if expanded.startswith("~"):
         raise UserError(f"{name}={written} names the home folder of an unknown user; give the path in full")
+    try:
+        os.path.abspath(expanded).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name}={written} is not UTF-8, or the locale is not: give a path in UTF-8, and set PYTHONUTF8=1 or "
+            "LC_ALL=C.UTF-8"
+        ) from error
     # Checkpoints cannot be written through `..`; a path without it is shown as it was written.
     return Path(expanded).resolve() if ".." in Path(expanded).parts else Path(expanded)
+
+
+def why_not_writable(place: str | os.PathLike) -> str:
+    """Why a file cannot be appended to, or no file can be made in a folder, or where it will be; "" where it works.
+
+    Tries it, and leaves nothing: the mode of a folder says nothing about a file system that is read-only.
+    """
+    path = Path(place).absolute()
+    existing = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    try:
+        if existing == path and path.is_file():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def check_writable(places: Iterable[str | os.PathLike], advice: str) -> None:
+    """Raises a `UserError` that ends in `advice` if one of the files or folders fails `why_not_writable`."""
+    for place in places:
+        if reason := why_not_writable(place):
+            raise UserError(f"{place} cannot be written to ({reason}); {advice}")
 
 
 @contextlib.contextmanager

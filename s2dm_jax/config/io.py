@@ -5,7 +5,7 @@ import os
 import runpy
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path
@@ -81,12 +81,45 @@ def load_config(name: str) -> ConfigDict:
       UserError: where there is no such file, and for whatever the file raises.
     """
     path, *objective = config_path(name).split(":", 1)
+    if path.endswith(".json"):
+        return _load_json(name, path, objective)
     try:
-        config = runpy.run_path(path)["get_config"](*objective)
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"--config={name} defines no function get_config; see configs/digits.py for one that does")
+        config = get_config(*objective)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"--config={name}: {error}") from error
+    except SystemExit as error:
+        raise UserError(f"--config={name} ends the program, by sys.exit({error.code!r}); it must not") from error
     except Exception as error:
         raise UserError(f"--config={name} failed with {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={name}: get_config must return a ConfigDict, not {type(config).__name__}")
-    return config
+        returned = "nothing" if config is None else f"a {type(config).__name__}"
+        raise UserError(
+            f"--config={name}: get_config returns {returned}; it must return a ConfigDict, from "
+            "s2dm_jax.config.default_config()"
+        )
+    # A FrozenConfigDict too can then be changed on the command line.
+    return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+
+
+def _load_json(name: str, path: str, objective: list[str]) -> ConfigDict:
+    """The config in a JSON file, such as a run's config.json; fields that it has not get their default."""
+    if objective:
+        raise UserError(f"--config={name}: a .json file has no objectives; give it without :{objective[0]}")
+    try:
+        return from_json(Path(path).read_text(encoding="utf-8"))
+    except KeyError as error:
+        # ConfigDict repeats the name in a sentence, with others that are close.
+        reason = f"{str(error.args[0]).splitlines()[0]} is not a field"
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error)
+    except AttributeError:
+        reason = "it is no object of groups of fields"
+    raise UserError(
+        f"--config={name} is not the config of a run as JSON ({reason}); give a config.json, or a Python file such as "
+        "configs/digits.py"
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import data_cache_dir
+from s2dm_jax.common.files import data_cache_dir, environment_path
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.data.import_images import SplitWriter
@@ -61,8 +61,7 @@ def tfds_command(request: str) -> list[str]:
 
 def manual_folder() -> Path:
     """Where tensorflow-datasets looks for manually downloaded files: its own default place."""
-    root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(root).expanduser() / "downloads" / "manual"
+    return environment_path("TFDS_DATA_DIR", "~/tensorflow_datasets") / "downloads" / "manual"
 
 
 def build(name: str, folder: Path) -> Any:

@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.jax_environment import check_xla_flags
+
 # Dense bfloat16 (V100, T4: float16) TFLOP/s of the makers' data sheets. The first prefix of a device's name counts.
 _PEAK_TFLOPS = {
     "NVIDIA GB200": 2500,
@@ -50,6 +53,25 @@ _NUMERICS = {
     "jax_random_seed_offset": 0,
     "jax_enable_x64": False,
 }
+
+
+def check_devices() -> None:
+    """Raises a `UserError` if JAX_PLATFORMS names a platform that this machine, or this installation of JAX, lacks, or
+    as `check_xla_flags`; to call before the first computation.
+    """
+    check_xla_flags()
+    platforms = os.environ.get("JAX_PLATFORMS")
+    try:
+        jax.devices()
+    # Where the plugin of CUDA is missing, jax asserts that it is not.
+    except (RuntimeError, AssertionError) as error:
+        if not platforms:
+            raise
+        reason = str(error).partition("(set JAX_PLATFORMS")[0].strip() or "its plugin is not installed"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} names a platform that cannot be used here ({reason}); unset it, or set "
+            "JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def compiler_options(cpu_options: Mapping[str, str] = CPU_OPTIONS) -> dict[str, str]:

@@ -35,6 +35,7 @@ from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import map_batches, sample_batches
 from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.samplers.specs import SAMPLERS
+from s2dm_jax.workdir.folder import check_same_images, evaluation_folder
 from s2dm_jax.workdir.results import results_table, write_results
 
 _CPU_BATCH = 16
@@ -100,12 +101,12 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
     return row
 
 
-def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
+def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str | os.PathLike = "") -> dict:
     """Samples `model.config.eval.num_images` images at every point of the plan and compares them.
 
     Two anchors are measured in the same way: as many real images outside the reference (the floor), and the noise x_T
     that sampling starts from (the ceiling). `normalized` is 0 at the former and 1 at the latter. The numbers of each
-    row are cached in `workdir`/evaluations/points. The model's config must be checked.
+    row are cached in `workdir`/evaluations/points, or in those of `out`. The model's config must be checked.
 
     Returns:
       {"step", "eval": the config's group, "rows": a dict per row of the table, with "name", "nfe",
@@ -123,7 +124,8 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     reference, floor_images = load_reference(model.config, data, features, names, batch_size)
     weights = sha256_of_arrays(jax.tree.leaves(model.ema_params))
     for sampler in dict.fromkeys(point.sampler for point in points):
-        model = model.with_noise_statistics(workdir, sampler, options.noise_stat_images, options.batch_size)
+        statistics = sampler, options.noise_stat_images, options.batch_size, out
+        model = model.with_noise_statistics(workdir, *statistics)
     common = {
         "features": features.provenance,
         "reference": reference.provenance,
@@ -139,7 +141,8 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike) -> dict:
     def row(name, nfe, depends_on, batches):
         stem = name if nfe is None else f"{name}_nfe{nfe}"
         compute = functools.partial(compute_metrics, batches, features, reference, names)
-        values = _cached(Path(workdir) / "evaluations" / "points", stem, {**common, **depends_on}, compute)
+        folders = [Path(place) / "evaluations" / "points" for place in (out, workdir) if str(place)]
+        values = _cached(folders, stem, {**common, **depends_on}, compute)
         if is_main_process():
             label = name if nfe is None else f"{name}, NFE {nfe}"
             distance = f"{values['frechet_distance']:.2f}" if "frechet_distance" in values else "none"
@@ -220,12 +223,18 @@ def _noise(options, shape, features, batch_size):
     return {"images": "noise"}, map_batches(compute, options.num_images, batch_size)
 
 
-def evaluate_run(config: ConfigDict, workdir: str) -> dict:
-    """`--mode=evaluate`: evaluates a run by the group `eval` of its checked config, writes and prints the table."""
+def evaluate_run(config: ConfigDict, workdir: str, out: str = "") -> dict:
+    """`--mode=evaluate`: evaluates a run by the group `eval` of its checked config, writes and prints the table.
+
+    `out` is the folder to write to in place of `workdir`.
+    """
     model = load(workdir, config.eval.checkpoint_step or None)._replace(config=config)
     print(f"run      {workdir}, EMA at step {model.step:,}", flush=True)
-    results = evaluate(model, load_dataset(config), workdir)
-    show_results(workdir, results)
+    data = load_dataset(config)
+    check_same_images(workdir, data.digest, data.labels_digest, record=False)
+    folder = evaluation_folder(workdir, out)
+    results = evaluate(model, data, workdir, folder)
+    show_results(folder, results)
     return results
 
 
@@ -259,17 +268,20 @@ def _sampler_note(options: ConfigDict) -> str:
     return "last step to the clean image, no clipping but what a sampler's name says" + (scaled if skip else "")
 
 
-def _cached(folder: Path, name: str, depends_on: dict, compute: Callable[[], dict]) -> dict:
-    """The result of `compute`, or that of an earlier call with the same `depends_on`."""
+def _cached(folders: list[Path], name: str, depends_on: dict, compute: Callable[[], dict]) -> dict:
+    """The result of `compute`, or that of an earlier call with the same `depends_on`, from one of the folders; the
+    first is written to.
+    """
     label = "".join(c if c.isalnum() else "_" for c in name)
-    path = folder / f"{label}_{sha256_of_json(depends_on)}.json"
-    # Several processes need not see the same files, and each must take part in computing.
-    if jax.process_count() == 1 and (entry := read_json(path, ("values",), "it is measured again")):
-        return entry["values"]
+    paths = [folder / f"{label}_{sha256_of_json(depends_on)}.json" for folder in folders]
+    for path in paths:
+        # Several processes need not see the same files, and each must take part in computing.
+        if jax.process_count() == 1 and (entry := read_json(path, ("values",), "it is measured again")):
+            return entry["values"]
     began = time.monotonic()
     values = compute()
     entry = {"values": values, "seconds": time.monotonic() - began, "depends_on": depends_on}
     if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(entry, indent=1) + "\n")
+        folders[0].mkdir(parents=True, exist_ok=True)
+        write_atomic(paths[0], json.dumps(entry, indent=1) + "\n")
     return values

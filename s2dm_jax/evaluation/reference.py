@@ -1,5 +1,6 @@
 """What samples are compared with: real images in the chosen features, or a file of statistics."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,17 +87,21 @@ def load_reference(
         vectors = np.concatenate([batch[:, : features.dimensions] for batch in batches])
         return Reference(*metrics.feature_statistics(vectors), vectors, provenance), floor_images
     # Inception's statistics of a dataset take minutes.
-    cached = features.name == "inception"
-    path = cache_dir() / "statistics" / f"{sha256_of_json({**features.provenance, **provenance})}.npz"
-    if cached and jax.process_count() == 1 and path.exists():
+    path = None
+    if features.name == "inception":
+        path = cache_dir() / "statistics" / f"{sha256_of_json({**features.provenance, **provenance})}.npz"
+    if path and jax.process_count() == 1 and path.exists():
         with np.load(path) as arrays:
             return Reference(arrays["mu"], arrays["sigma"], None, provenance), floor_images
     sums = metrics.init_sums(features.dimensions)
     for batch in batches:
         sums = metrics.update_sums(sums, batch[:, : features.dimensions])
     mean, cov = metrics.mean_and_cov(sums)
-    if cached and is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            np.savez(temporary, mu=mean, sigma=cov)
+    if path and is_main_process():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                np.savez(temporary, mu=mean, sigma=cov)
+        except OSError as error:
+            print(f"the statistics could not be cached in {path.parent} ({error.strerror})", file=sys.stderr)
     return Reference(mean, cov, None, provenance), floor_images

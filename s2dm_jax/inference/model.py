@@ -1,6 +1,7 @@
 """A trained run as a `Model` to sample from."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import user_path
+from s2dm_jax.common.files import user_path, why_not_writable
 from s2dm_jax.config.build import build_schedule
 from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.diffusion.schedule import NoiseSchedule
@@ -18,6 +19,7 @@ from s2dm_jax.inference.sampler import configure_sampler, sample_batches, sample
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.specs import SAMPLERS
+from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_run
 
 
@@ -81,17 +83,26 @@ class Model(NamedTuple):
         sizes = {"num_images": sample.num_images, "batch_size": sample.batch_size}
         return sample_batches(sample_fn, self.ema_params, timesteps, seed=sample.seed, progress=progress, **sizes)
 
-    def with_noise_statistics(self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int) -> "Model":
+    def with_noise_statistics(
+        self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int, out: str | os.PathLike = ""
+    ) -> "Model":
         """The model with Analytic-DPM's statistic where `sampler` requires it, over `count` training images per
-        timestep: the one cached in `workdir`, or estimated now.
+        timestep: the one cached in `workdir` or `out`, or estimated now, and cached in `out` where `workdir` cannot be
+        written to.
         """
         if SAMPLERS[sampler].requires != "ms_eps":
             return self
-        folder = statistics_folder(workdir)
-        statistic = noise_statistics.load_cached(self.schedule, self.ema_params, folder, count)
+        folder, statistic = statistics_folder(workdir), None
+        if out and (reason := why_not_writable(folder)):
+            statistic = noise_statistics.load_cached(self.schedule, self.ema_params, folder, count)
+            print(f"{folder} cannot be written to ({reason}): the statistic is cached in {out}", file=sys.stderr)
+            folder = statistics_folder(out)
+        statistic = statistic or noise_statistics.load_cached(self.schedule, self.ema_params, folder, count)
         if statistic is None:
             print(f"estimating the mean square of ε at {self.schedule.T:,} timesteps, {count:,} images …")
-            images = load_dataset(self.config).train
+            data = load_dataset(self.config)
+            check_same_images(workdir, data.digest, data.labels_digest, record=False)
+            images = data.train
             statistic = noise_statistics.estimate_noise_statistics(
                 self.network, self.schedule, self.ema_params, images, folder, num_images=count, batch_size=batch_size
             )

@@ -20,14 +20,15 @@ from s2dm_jax.devices.sharding import replicate, shard_batch
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.models.network import Network
 from s2dm_jax.samplers.noise import initial_noise, seed_key
+from s2dm_jax.workdir.folder import output_folder
 
 # Timesteps between two saves.
 _TIMESTEPS_PER_CHUNK = 20
 
 
 def statistics_folder(workdir: str | os.PathLike) -> Path:
-    """The folder of a run's statistics."""
-    return Path(workdir) / "ms_eps"
+    """The folder of a run's statistics, or of an exported sampler's, beside its file."""
+    return output_folder(workdir, "", "ms_eps")
 
 
 class NoiseStatistics(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import atomic_path
+from s2dm_jax.common.files import atomic_path, check_writable
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.version import __version__
@@ -21,13 +21,14 @@ from s2dm_jax.inference import visualize
 from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import sampler_options
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
+from s2dm_jax.workdir.folder import output_folder
 from s2dm_jax.workdir.load import check_compared_runs
 
 _MAX_COLUMNS = 20
 
 
-def sample(config: ConfigDict, workdir: str) -> Path:
-    """Samples from the run in `workdir` and writes to `workdir`/samples; of an exported sampler, beside its file.
+def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
+    """Samples from the run in `workdir` and writes to `out`, by default `workdir`/samples (`folder.output_folder`).
 
     A file's name holds sampler, NFE and seed, and ends in a hash of all that the images depend on: a file is only
     overwritten by the same images. Returns the file, or for output "png" the folder.
@@ -39,10 +40,15 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     workdirs = [workdir, *check_compared_runs(config)]
     # The newest of the others: their steps need not be those of this run.
     steps = [options.checkpoint_step or None, *[None] * (len(workdirs) - 1)]
-    models = [
-        load(folder, step).with_noise_statistics(folder, sampler, options.noise_stat_images, options.batch_size)
-        for folder, step in zip(workdirs, steps, strict=True)
-    ]
+    parent = output_folder(workdir, out, "samples")
+    models: list[Model] = []
+    for folder, step in zip(workdirs, steps, strict=True):
+        model = load(folder, step)
+        if not models:
+            # Its images may have moved.
+            model = model._replace(config=config)
+        statistics = sampler, options.noise_stat_images, options.batch_size, parent
+        models.append(model.with_noise_statistics(folder, *statistics))
     settings = _settings(options, models)
     nfe, device = settings["nfe"], jax.devices()[0].device_kind
     for folder, model in zip(workdirs, models, strict=True):
@@ -53,8 +59,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
     digest = sha256_of_json(settings, digits=8)
     kind = "".join(f"_{name}" for name in ("interpolate", "trajectory", "compare") if options[name])
     run = Path(workdir)
-    parent = run / "samples" if run.is_dir() else run.with_name(f"{run.stem}_samples")
-    parent.mkdir(exist_ok=True)
+    parent.mkdir(parents=True, exist_ok=True)
     path = parent / f"{sampler}_nfe{nfe}_seed{options.seed}{kind}_{digest}"
     if kind or options.output == "grid":
         path = path.with_name(f"{path.name}.png")
@@ -73,6 +78,7 @@ def sample(config: ConfigDict, workdir: str) -> Path:
         _write_npz(path, models[0].batches(options), shape, json.dumps(provenance))
     else:
         path.mkdir(exist_ok=True)
+        check_writable([path], "give --out=DIR to write elsewhere")
         for index, image in enumerate(itertools.chain.from_iterable(models[0].batches(options))):
             save_png(path / f"{index:06d}.png", image)
     print(f"wrote    {path} in {time.monotonic() - began:.1f} s, compilation included")

@@ -23,6 +23,7 @@ from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.config.defaults import FIELDS, default_config
 from s2dm_jax.config.io import to_json
 from s2dm_jax.data.batches import run_keys
+from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.data.device_feed import make_feed
 from s2dm_jax.devices.distributed import agrees_with_main, is_main_process, make_stop_vote
 from s2dm_jax.devices.hardware import peak_flops
@@ -33,7 +34,7 @@ from s2dm_jax.inference.model import Model
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.training.failures import check_finite, install_signal_handlers
-from s2dm_jax.training.setup import Setup, set_up
+from s2dm_jax.training.setup import Setup, save_config, set_up
 from s2dm_jax.training.step import jit_step, make_train_chunk
 from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, run_summary
 from s2dm_jax.workdir import checkpoint
@@ -64,6 +65,9 @@ def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -
         folder = stack.enter_context(open_workdir(workdir, config))
         finished = _finished_results(folder, config)
         if finished:
+            if config.data.source and is_main_process():
+                # The images may have moved since.
+                save_config(config, folder, load_dataset(config))
             _log(f"{folder} is finished: {config.train.steps:,} steps trained and evaluated\n")
             _log(results_table(finished))
             return

@@ -65,9 +65,7 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     data = load_dataset(config)
     check_evaluation(config, data)
     if is_main_process():
-        # First of all: a folder that holds anything without it is not taken for a run.
-        write_atomic(workdir / "config.json", to_json(config))
-        check_same_images(workdir, data.digest, data.labels_digest)
+        save_config(config, workdir, data)
         (workdir / "samples").mkdir(exist_ok=True)
     batch_size = config.train.batch_size
     if config.variance_head.kind:
@@ -94,6 +92,14 @@ def _check_memory(config: ConfigDict, network: Network) -> None:
             f"is a network of {num_params(network):,} parameters, whose training state of {state / 1e9:,.0f} GB does "
             f"not fit into {limit / 1e9:,.0f} GB; choose a smaller one"
         )
+
+
+def save_config(config: ConfigDict, workdir: Path, data: Dataset) -> None:
+    """Writes config.json and the hashes of the images; raises a `UserError` if the run was trained on other ones."""
+    check_same_images(workdir, data.digest, data.labels_digest, record=False)
+    # Before the hashes: a folder that holds anything without it is not taken for a run.
+    write_atomic(workdir / "config.json", to_json(config))
+    check_same_images(workdir, data.digest, data.labels_digest)
 
 
 def _check(config: ConfigDict, terms: tuple[str, ...]) -> None:

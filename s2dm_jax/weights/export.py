@@ -28,6 +28,7 @@ from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
 from s2dm_jax.samplers.timesteps import split_timestep_spec
 from s2dm_jax.weights import model_card
 from s2dm_jax.workdir.exported import FORMAT, WEIGHTS
+from s2dm_jax.workdir.folder import output_folder
 from s2dm_jax.workdir.load import Run, load_run
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -88,11 +89,13 @@ def export_programs(
     }
 
 
-def export(config: ConfigDict, workdir: str, *, network: Network | None = None) -> Path:
+def export(config: ConfigDict, workdir: str, out: str = "", *, network: Network | None = None) -> Path:
     """Writes a run's sampler with its EMA as one file, its model card beside it, for `--mode=export`.
 
     Args:
       config: the run's, checked, with the groups `sample` and `export` as requested.
+      out: the folder to write to, by default `workdir`/exports (`folder.output_folder`); config.export.path is the
+        file.
       network: what was trained, where that is not the network that the config names.
     """
     run = load_run(workdir, network=network)
@@ -102,7 +105,10 @@ def export(config: ConfigDict, workdir: str, *, network: Network | None = None) 
         config.model.dtype = "float32"
     network = network or build_network(config)
     options = sampler_options(config.sample)
-    statistic = load_cached(schedule, run.ema_params, statistics_folder(workdir))
+    folder = output_folder(workdir, out, "exports")
+    # Where the run cannot be written to, sampling has left the statistic in the folder of --out.
+    found = [load_cached(schedule, run.ema_params, statistics_folder(place)) for place in (workdir, folder)]
+    statistic = found[0] or found[1]
     inputs: dict[str, Any] = {"ms_eps": statistic and statistic.ms_eps, "head": run.variance_head}
     try:
         _, timesteps, _ = resolve_program(network, schedule, **options, **inputs)
@@ -126,7 +132,7 @@ def export(config: ConfigDict, workdir: str, *, network: Network | None = None) 
     }
     # As in the names of images: other settings or weights make another file.
     digest = sha256_of_json([card["sampler"], card["weights"]], digits=8)
-    path = Path(config.export.path or Path(workdir) / "exports" / f"{sampler}_nfe{nfe}_{digest}.npz")
+    path = Path(config.export.path or folder / f"{sampler}_nfe{nfe}_{digest}.npz")
     with atomic_outputs(path, *model_card.card_paths(path)) as (file, *card_files):
         print(f"exporting {sampler} at {nfe:,} NFE for {', '.join(PLATFORMS)} …", flush=True)
         programs = export_programs(network, schedule, **options, **inputs)

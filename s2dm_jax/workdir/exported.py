@@ -66,6 +66,8 @@ def _as_user_error(path: str | os.PathLike) -> Iterator[None]:
     """Turns what a damaged file, or one of another kind, makes the readers raise into a `UserError`."""
     try:
         yield
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); get the permission to") from error
     except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
         message = str(error).strip().partition("\n")[0][:120] or type(error).__name__
         raise UserError(

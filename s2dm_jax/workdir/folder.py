@@ -12,7 +12,7 @@ from typing import TextIO
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import check_writable, write_atomic
 from s2dm_jax.common.locks import acquire
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
@@ -20,6 +20,20 @@ from s2dm_jax.config.io import flatten, from_json
 _LOCK = ".lock"
 # A file that one host wrote may take as long to appear on another.
 _SHARED_SECONDS = 10.0
+
+# What a training appends to, overwrites, or makes files in.
+_WRITTEN = (
+    _LOCK,
+    "metrics.jsonl",
+    "parameters.txt",
+    "samples",
+    "tensorboard",
+    "profile",
+    "checkpoints",
+    "damaged_checkpoints",
+    "evaluations",
+    "evaluations/points",
+)
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> Path:
@@ -29,7 +43,30 @@ def checkpoint_folder(workdir: str | os.PathLike) -> Path:
 
 def checkpoint_steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of the complete checkpoints of a run, ascending."""
-    return sorted(int(path.name) for path in checkpoint_folder(workdir).glob("*") if path.name.isdigit())
+    try:
+        names = os.listdir(checkpoint_folder(workdir))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{checkpoint_folder(workdir)} cannot be read ({error.strerror}); get the permission to, or give another "
+            "run"
+        ) from error
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def output_folder(workdir: str | os.PathLike, out: str, name: str) -> Path:
+    """Where a mode writes: `out`, else the folder `name` of the run; of an exported sampler, one beside its file."""
+    path = Path(workdir)
+    if out:
+        return Path(out)
+    return path.with_name(f"{path.stem}_{name}") if path.is_file() else path / name
+
+
+def evaluation_folder(workdir: str | os.PathLike, out: str) -> Path:
+    """Where results go: `out`, else the run's folder; of an exported sampler, a folder beside its file."""
+    path = Path(workdir)
+    return output_folder(path, out, "evaluation") if out or path.is_file() else path
 
 
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
@@ -41,6 +78,8 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not writable; give another path")
+    if existing == path:
+        _check_permissions(path)
     saved_path = path / "config.json"
     if saved_path.exists():
         _check_same_run(saved_path, workdir, config)
@@ -57,8 +96,20 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     return path
 
 
+def _check_permissions(path: Path) -> None:
+    """Raises a `UserError` unless everything that a training writes can be written: some may be another user's."""
+    if not os.access(path, os.R_OK):
+        raise UserError(f"--workdir={path} cannot be used: it cannot be listed; give another path")
+    steps = [checkpoint_folder(path) / str(step) for step in checkpoint_steps(path)]
+    places = [path / name for name in _WRITTEN]
+    existing = [place for place in (path, *places, *steps) if place.exists()]
+    check_writable(existing, "get the permission to, or give another --workdir")
+
+
 def unreadable_config(place: str | os.PathLike, error: Exception) -> UserError:
     """The error for a file that should be a run's config; a checkpoint has a copy of it."""
+    if isinstance(error, OSError):
+        return UserError(f"{place} cannot be read ({error.strerror}); get the permission to, or give another run")
     advice = "give another run"
     if steps := checkpoint_steps(Path(place).parent):
         copy = checkpoint_folder(Path(place).parent) / str(steps[-1]) / "about" / "metadata"
@@ -127,7 +178,7 @@ def _lock(file: TextIO, workdir: str, shared: bool = False) -> None:
 def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     try:
         saved = flatten(from_json(saved_path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise unreadable_config(saved_path, error) from error
     for name, value in flatten(config).items():
         if not FIELDS[name].resumable and saved[name] != value:
@@ -135,15 +186,21 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
                 "give another --workdir or the same config"
             )
+    old, new = saved["data.source"], config.data.source
+    if bool(old) != bool(new):
+        raise UserError(
+            f"--workdir={workdir} belongs to a run with config.data.source={old!r}, not {new!r}; give another "
+            "--workdir or the same images"
+        )
 
 
-def check_same_images(workdir: Path, digest: str, labels_digest: str = "") -> None:
+def check_same_images(workdir: str | os.PathLike, digest: str, labels_digest: str = "", *, record: bool = True) -> None:
     """Records the hashes of a run's training images and their labels, "" if they never change; rejects other ones when
-    the run resumes.
+    the run resumes, or is read with `record=False`.
     """
     if not digest:
         return
-    path = workdir / "dataset.sha256"
+    path = Path(workdir) / "dataset.sha256"
     # Runs of before 0.3 have recorded the images alone.
     recorded = path.read_text(encoding="utf-8").split() if path.exists() else []
     for what, old, new in zip(("images", "labels"), recorded, (digest, labels_digest), strict=False):
@@ -152,5 +209,5 @@ def check_same_images(workdir: Path, digest: str, labels_digest: str = "") -> No
                 f"--workdir={workdir} was trained on {what} with sha256 {old[:16]}…, not {new[:16]}…: "
                 f"its {what} have changed; give the original ones, or another --workdir"
             )
-    if len(recorded) < 2:
+    if record and len(recorded) < 2:
         write_atomic(path, f"{digest}\n{labels_digest}\n")

@@ -103,7 +103,10 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "N
 
     `network` is what was trained, where that is not the network of the run's config.
     """
+    from s2dm_jax.devices.hardware import check_devices
+
     config = read_config(workdir)
+    check_devices()
     workdir = user_path(workdir, "workdir")
     network = network or build_network(config)
     if workdir.is_file():
@@ -128,7 +131,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "N
         raise _no_checkpoint(workdir)
     if not kind:
         return Run(config, network, state.ema_params, int(state.step), state.params)
-    base_params = load_base_params(workdir, config, network=network)
+    base_params = load_base_params(workdir, config, network=network, record=False)
     head = variance_head.Head(kind, state.ema_params)
     return Run(config, network, base_params, int(state.step), state.params, head)
 
@@ -158,8 +161,13 @@ def inherit_base_config(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def load_base_params(workdir: str | os.PathLike, config: ConfigDict, *, network: "Network | None" = None) -> dict:
-    """The EMA of the base network of the variance head in `workdir`, at the step recorded when its training began."""
+def load_base_params(
+    workdir: str | os.PathLike, config: ConfigDict, *, network: "Network | None" = None, record: bool = True
+) -> dict:
+    """The EMA of the base network of the variance head in `workdir`, at the step recorded when its training began.
+
+    `record`: whether to record the step where none is.
+    """
     import jax
 
     # The workdir or the base may have moved; what counts is that the weights are the same.
@@ -178,7 +186,7 @@ def load_base_params(workdir: str | os.PathLike, config: ConfigDict, *, network:
             f"{base_workdir} holds other weights at step {run.step:,} than those that "
             f"the variance head in {workdir} was trained on; train it anew in a new --workdir"
         )
-    if not recorded and jax.process_index() == 0:
+    if record and not recorded and jax.process_index() == 0:
         recorded = {"workdir": base_workdir, "step": run.step, "sha256": digest}
         write_atomic(path, json.dumps(recorded, indent=1) + "\n")
     return run.ema_params

@@ -54,7 +54,7 @@ def flat_provenance(provenance: dict) -> dict[str, str]:
 def write_results(workdir: str | os.PathLike, results: dict, name: str) -> Path:
     """Writes `workdir`/evaluations/NAME.json and .md, the same as `workdir`/results.json and .md; returns the first."""
     folder, provenance = Path(workdir) / "evaluations", results["provenance"]
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [results_table(results), f"{provenance['metric']}.", ""]
     lines += [f"- {key}: {value}" for key, value in flat_provenance(provenance).items()]
     for stem in (folder / name, Path(workdir) / "results"):

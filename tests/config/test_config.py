@@ -174,8 +174,10 @@ def test_one_way_to_set_the_sampling_steps_replaces_another(monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ("return None", ": get_config must return a ConfigDict, not NoneType"),
-        ("return {'train': 1}", ": get_config must return a ConfigDict, not dict"),
+        ("return None", ": get_config returns nothing; it must return a ConfigDict"),
+        ("return {'train': 1}", ": get_config returns a dict; it must return a ConfigDict"),
+        ("import sys; sys.exit(5)", " ends the program, by sys.exit(5)"),
+        ("from s2dm_jax.common.errors import UserError; raise UserError('as written')", "as written"),
         ("return 1 / 0", " failed with ZeroDivisionError: division by zero"),
         ("from ml_collections import ConfigDict; return ConfigDict()", "config.data.channels is missing"),
     ],
@@ -185,7 +187,7 @@ def test_config_files_that_return_no_config(tmp_path, body, sentence):
     path.write_text(f"def get_config():\n    {body}\n")
     with pytest.raises(UserError) as error:
         main.run(["main", f"--workdir={tmp_path / 'run'}", f"--config={path}", "--config.train.steps=3"])
-    start = "" if sentence.startswith("config.") else f"--config={path}"
+    start = f"--config={path}" if sentence[0] in ": " else ""
     assert str(error.value).startswith(start + sentence)
 
 
@@ -350,9 +352,11 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_run_resumes_with_another_value_of_resumable_fields_alone(tmp_path, name):
     """The sampler, the evaluation and the length of a run may change, the trained weights' fields not."""
-    saved = default_config()
+    saved, changed = default_config(), default_config()
+    # Own images may move, but do not take the place of a dataset's.
+    saved.data.source = changed.data.source = "images"
     (tmp_path / "config.json").write_text(to_json(saved))
-    field, changed, (group, key) = FIELDS[name], default_config(), name.split(".")
+    field, (group, key) = FIELDS[name], name.split(".")
     other = {int: 7, float: 0.123, bool: not field.default, str: "other", tuple: (7,)}[field.type]
     assert other != field.default
     changed[group][key] = other

@@ -217,3 +217,15 @@ def test_the_command_line_takes_a_packaged_config_in_both_spellings(tmp_path, mo
         sentence = "error: --config=configs/digits.py:sq: objective 'sq' is not known; choose one of ddpm, s2"
         assert capsys.readouterr().err.startswith(sentence)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["report", "estimation_gap", "convert"])
+def test_a_command_that_cannot_write_does_not_begin(workdir, monkeypatch, capsys, name):
+    out = f"/proc/self/task/made{'.png' if name == 'estimation_gap' else '.html'}"
+    with pytest.raises(SystemExit) as stop:
+        load_file(SCRIPTS / f"{name}.py").main([str(workdir), out if name == "convert" else f"--out={out}"])
+    assert stop.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert "/proc/self/task cannot be written to (" in output.err

@@ -1,0 +1,127 @@
+"""What is set right before any work: the output's encoding, JAX's settings, XLA's flags, caches without a home."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, save_run, small_config
+
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import cache_dir, data_cache_dir, user_path
+from s2dm_jax.common.jax_environment import check_xla_flags, set_compilation_cache
+from s2dm_jax.common.process import set_up_process
+from s2dm_jax.data.tfds_builder import manual_folder
+from s2dm_jax.devices.hardware import check_devices
+from s2dm_jax.inference.sample import sample
+
+# Each of them has changed or stopped a run.
+SETTINGS = {
+    "JAX_ENABLE_X64": "1",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_DEBUG_NANS": "True",
+    "JAX_DISABLE_JIT": "1",
+    "JAX_CHECK_TRACER_LEAKS": "1",
+    "JAX_TRANSFER_GUARD": "disallow",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+}
+
+
+def run(*command, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, timeout=300)
+
+
+def test_the_same_images_whatever_the_environment_says(tmp_path):
+    config = small_config(**{"sample.output": "npz", "sample.num_images": 2})
+    save_run(tmp_path / "run", config, seed=0, ema_factor=1)
+    expected = sample(config, str(tmp_path / "run"))
+    command = ["-m", "s2dm_jax.main", "--mode=sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path}"]
+    done = run(*command, PYTHONIOENCODING="ascii", **SETTINGS)
+    assert done.returncode == 0, done.stderr
+    notes = done.stderr.decode().splitlines()
+    assert [note.split(" is ignored")[0] for note in notes] == [f"note: {k}={v}" for k, v in SETTINGS.items()]
+    with np.load(expected) as one, np.load(tmp_path / expected.name) as other:
+        np.testing.assert_array_equal(one["images"], other["images"])
+
+
+def test_settings_that_change_nothing_are_not_mentioned(monkeypatch, capsys):
+    neutral = {"JAX_ENABLE_X64": "False", "JAX_NUMPY_RANK_PROMOTION": "allow", "JAX_THREEFRY_PARTITIONABLE": "1"}
+    for name, value in neutral.items():
+        monkeypatch.setenv(name, value)
+    set_up_process()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_no_character_ends_the_work(encoding):
+    code = "from s2dm_jax.common.errors import report_user_errors, UserError\n"
+    code += "with report_user_errors():\n    print('τ ≤ 1', flush=True)\n    raise UserError('8 × 8 – τ')\n"
+    done = run("-c", code, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (2, b"? ? 1\n")
+    assert done.stderr == "error: 8 × 8 – τ\n".encode(encoding, errors="replace")
+
+
+def test_flags_that_xla_would_abort_on_are_named(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_no_such_flag=1")
+    with pytest.raises(UserError, match=r"^XLA_FLAGS=.* does not have: --xla_no_such_flag=1; remove"):
+        check_xla_flags()
+    monkeypatch.setattr("s2dm_jax.common.jax_environment._refused_flags", lambda: pytest.fail("not needed"))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_gpu_deterministic_ops=true")
+    check_xla_flags()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "its plugin is not installed"),
+        (RuntimeError("no libtpu (set JAX_PLATFORMS='' to …)"), "no libtpu"),
+    ],
+)
+def test_a_platform_that_is_not_here_is_named(monkeypatch, error, reason):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match=rf"^JAX_PLATFORMS=cuda names a platform that cannot be used here \({reason}\)"):
+        check_devices()
+    # No mistake of the user's.
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(type(error)):
+        check_devices()
+
+
+def test_without_a_home_there_is_no_cache_of_programs_and_data_needs_a_folder(monkeypatch, capsys):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "S2DM_JAX_CACHE", "S2DM_JAX_DATA", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    set_compilation_cache()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    assert "~/.cache/s2dm_jax (HOME is not set); JAX_COMPILATION_CACHE_DIR=DIR" in capsys.readouterr().err
+    for function, name in ((cache_dir, "S2DM_JAX_CACHE"), (data_cache_dir, "S2DM_JAX_DATA"), (manual_folder, "TFDS_")):
+        with pytest.raises(UserError, match=f"HOME is not set; set HOME, or {name}"):
+            function()
+
+
+def test_a_cache_of_programs_that_is_read_only_is_only_read(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/programs")
+    set_compilation_cache()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "programs")
+    assert capsys.readouterr().err == ""
+    Path(tmp_path / "programs").symlink_to("/proc/self/task")
+    set_compilation_cache()
+    assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "1e9"
+    assert "are not cached in" in capsys.readouterr().err
+
+
+def test_a_path_that_is_not_utf_8_is_refused():
+    with pytest.raises(UserError, match=r"is not UTF-8, or the locale is not: .* set PYTHONUTF8=1"):
+        user_path(os.fsdecode(b"runs/\xfc"), "--workdir")
+    assert user_path("runs/ü", "--workdir") == Path("runs/ü")

@@ -1,0 +1,131 @@
+"""How the command line changes a config: values after a space, None, options of another sampler, moved images."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import save_run, small_config
+
+from s2dm_jax import main
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.command_line import check_values, reset_fields
+from s2dm_jax.config.defaults import FIELDS
+from s2dm_jax.config.io import from_json, load_config, to_json
+from s2dm_jax.data.datasets import load_dataset
+from s2dm_jax.training.loop import train
+from s2dm_jax.workdir.folder import check_same_images, prepare_workdir
+
+OPTIONAL = [name for name, field in FIELDS.items() if field.default in (None, "", ())]
+VALUES = {int: 1, float: 1.5, bool: True, str: "words", tuple: (1, 2)}
+
+
+@pytest.fixture
+def config_of(monkeypatch):
+    """Function of arguments: the config that `--mode=sample`, or another mode, would go to work with."""
+
+    def run(*arguments, mode="sample"):
+        found = []
+        module = {"sample": "inference.sample.sample", "evaluate": "evaluation.evaluate.evaluate_run"}[mode]
+        monkeypatch.setattr(f"s2dm_jax.{module}", lambda config, *_, **__: found.append(config))
+        monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
+        main.run(["main", f"--mode={mode}", *arguments])
+        return found[0]
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [["--workdir", "--mode=train"], ["--config.train.steps", "--workdir=a"]])
+def test_a_flag_without_its_value_does_not_take_the_next_flag(arguments):
+    with pytest.raises(UserError, match=f"^{arguments[0]} has no value: it is followed by {arguments[1]}"):
+        main.run(["main", *arguments])
+    check_values(["--workdir", "help", "--config.sample.clip_x0", "--mode", "sample"], ["workdir", "mode"])
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_each_optional_field_is_set_back_by_none(name):
+    field = FIELDS[name]
+    value = (field.choices or [VALUES[field.type]])[-1]
+    config = small_config(**{name: value})
+    group, key = name.split(".")
+    kept = ["--config.train.steps=3", "--workdir", "None"]
+    for spelling in (
+        [f"--config.{name}=None"],
+        [f"-config.{name}=none"],
+        [f"--config.{name}", "None"],
+        [f"--config.{name}="],
+    ):
+        config[group][key] = value
+        assert reset_fields(config, [kept[0], f"--config.{name}={value}", *spelling, *kept[1:]]) == (kept, [name])
+        assert config[group][key] == field.default
+    last = [f"--config.{name}={value}"]
+    assert reset_fields(config, [f"--config.{name}=None", *last]) == (last, [])
+
+
+def test_what_a_run_brought_can_be_undone(tmp_path, config_of, capsys):
+    run = f"--workdir={tmp_path / 'run'}"
+    changes = {"sample.sampler": "ddpm", "sample.variance": "small", "sample.skip_scale": 2, "sample.eta": 0.0}
+    changes |= {"eval.samplers": "ddim,ddpm", "eval.variance": "small", "eval.eta": 0.5}
+    save_run(tmp_path / "run", small_config(**changes), seed=0, ema_factor=1)
+    assert config_of(run, "--config.sample.variance=None").sample.variance is None
+    assert capsys.readouterr().err == ""
+    # Dropped with a note where the run brought it, kept where the sampler has it.
+    sample = config_of(run, "--config.sample.sampler=ddim").sample
+    assert (sample.variance, sample.skip_scale) == (None, 2)
+    assert capsys.readouterr().err == "note: config.sample.variance='small' is no option of ddim: None is used\n"
+    group = config_of(run, "--config.eval.samplers=ddpm", mode="evaluate").eval
+    assert (group.variance, group.eta) == ("small", 0.0)
+    assert capsys.readouterr().err == "note: config.eval.eta=0.5 is no option of ddpm: 0.0 is used\n"
+    # Refused where the user gives it.
+    with pytest.raises(UserError, match=r"config\.sample\.variance='large' is no option of ddim"):
+        config_of(run, "--config.sample.sampler=ddim", "--config.sample.variance=large")
+
+
+def test_a_config_can_be_the_json_of_a_run(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(small_config()))
+    assert load_config(str(path)) == small_config()
+    for text, reason in (("[1]", "it is no object of groups"), ('{"trian": {"steps": 3}}', "'trian' is not a field")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"config.json is not the config of a run as JSON .{reason}"):
+            load_config(str(path))
+    with pytest.raises(UserError, match=r"a \.json file has no objectives"):
+        load_config(f"{path}:s2")
+    path = tmp_path / "none.py"
+    path.write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"none\.py defines no function get_config"):
+        load_config(str(path))
+
+
+def test_an_exported_file_is_no_run_to_train(tmp_path):
+    (tmp_path / "a.npz").touch()
+    with pytest.raises(UserError, match=r"a\.npz is a file, which cannot be trained"):
+        main.run(["main", f"--workdir={tmp_path / 'a.npz'}"])
+
+
+def test_a_finished_run_can_be_told_that_its_images_moved(tmp_path, monkeypatch, config_of, capsys):
+    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path / "cache"))
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    for name, values in (("old", images), ("new", images), ("other", 255 - images)):
+        np.savez(tmp_path / f"{name}.npz", images=values, labels=np.arange(40) % 2)
+    old, new, other = (str(tmp_path / f"{name}.npz") for name in ("old", "new", "other"))
+    run, config = tmp_path / "run", small_config(**{"data.source": old})
+    save_run(run, config, seed=0, ema_factor=1)
+    data = load_dataset(config)
+    check_same_images(run, data.digest, data.labels_digest)
+    results = {"step": config.train.steps, "eval": json.loads(to_json(config))["eval"], "rows": []}
+    (run / "results.json").write_text(json.dumps({**results, "provenance": {}}))
+    (tmp_path / "old.npz").unlink()
+    for mode in ("sample", "evaluate"):
+        moved = config_of(f"--workdir={run}", f"--config.data.source={new}", mode=mode)
+        assert (moved.data.source, moved.train) == (new, config.train)
+    # Trained to its end: nothing is left to do but to record the place.
+    train(moved, str(run))
+    assert "is finished" in capsys.readouterr().out
+    assert from_json((run / "config.json").read_text()).data.source == new
+    moved.data.source = other
+    with pytest.raises(UserError, match="its images have changed"):
+        train(moved, str(run))
+    assert from_json((run / "config.json").read_text()).data.source == new
+    moved.data.source = ""
+    with pytest.raises(UserError, match=r"belongs to a run with config\.data\.source="):
+        prepare_workdir(str(run), moved)
