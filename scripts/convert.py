@@ -6,6 +6,7 @@ from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.io import load_config
 from s2dm_jax.weights.formats import FORMATS, format_of
 
@@ -111,8 +112,8 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; user errors are one sentence on stderr and exit status 2."""
-    with report_user_errors():
+    """Entry point; user errors and signals are one sentence on stderr and exit status 2 or 128 + signal."""
+    with end_on_signal("nothing was written; run the same command again"), report_user_errors():
         run(argv)
 
 

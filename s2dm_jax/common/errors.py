@@ -1,19 +1,74 @@
 """`UserError`: an error of the user's, reported in one sentence."""
 
 import contextlib
+import errno
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from s2dm_jax.common.streams import droppable_output
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class UserError(Exception):
     """An error of the user's, described in one sentence; `main` prints it and exits with status 2."""
 
 
+class UnfinishedWrite(UserError):
+    """A checkpoint that could not be written: Orbax's threads may wait for it, so the process ends without them."""
+
+
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turns a `UserError` into one sentence on stderr and exit status 2."""
+    """Turns a `UserError`, and an `OSError` for a full disk or a lack of rights, into a sentence and exit status 2."""
+    with droppable_output():
+        try:
+            yield
+        except UserError as error:
+            _exit_with(error)
+        except OSError as error:
+            sentence = _sentence(error)
+            if not sentence:
+                raise
+            _exit_with(UserError(sentence))
+
+
+def _exit_with(error: UserError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, UnfinishedWrite):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+    sys.exit(2)
+
+
+def _sentence(error: OSError) -> str:
+    """The sentence for an error of a file system; "" for any other, which is a fault of the program."""
+    if error.errno in _FULL:
+        where = f" at {error.filename}" if error.filename else ""
+        return (
+            f"writing failed{where} ({error.strerror}); what was written before is untouched; free some space, and run "
+            "the same command again"
+        )
+    if error.errno in _FORBIDDEN and error.filename:
+        return (
+            f"{error.filename} cannot be read or written ({error.strerror}); change its permissions, or give another "
+            "path"
+        )
+    return ""
+
+
+@contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Gives an `OSError` that names no file, or one at `temporary`, the name of the file or folder being written."""
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        unnamed = error.errno is not None and error.filename is None
+        if unnamed or (error.filename and temporary and Path(error.filename).is_relative_to(temporary)):
+            error.filename = str(path)
+        raise

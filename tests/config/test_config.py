@@ -390,8 +390,11 @@ def test_a_full_disk_is_reported_in_one_sentence_and_other_failures_are_not(monk
         fails_with(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"))
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: writing failed at runs/a/metrics.jsonl (No space left on device); the check")
+    assert message.startswith("error: writing failed at runs/a/metrics.jsonl (No space left on device); what was ")
     assert message.count("\n") == 1
+    with pytest.raises(SystemExit):
+        fails_with(PermissionError(errno.EACCES, "Permission denied", "runs/a/metrics.jsonl"))
+    assert "error: runs/a/metrics.jsonl cannot be read or written (Permission denied)" in capsys.readouterr().err
     with pytest.raises(PermissionError):
         fails_with(PermissionError(errno.EACCES, "Permission denied"))
 
