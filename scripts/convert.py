@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from absl import logging
+
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.common.signals import end_on_signal
@@ -70,6 +72,8 @@ def run(argv: list[str] | None) -> None:
     """Reads, checks and writes weights, and prints what they are."""
     args = parse(argv)
     given_config = load_config(args.config) if args.config else None
+    # Orbax logs with a traceback what it also raises.
+    logging.set_verbosity(logging.FATAL)
 
     from s2dm_jax.config.defaults import dataset_name
     from s2dm_jax.weights.read import read_weights

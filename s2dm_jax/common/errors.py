@@ -1,4 +1,4 @@
-"""`UserError`: an error of the user's, reported in one sentence."""
+"""What a command reports: `UserError` in one sentence, a full disk likewise, and nothing where nobody reads it."""
 
 import contextlib
 import errno
@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
-
-from s2dm_jax.common.streams import droppable_output
+from typing import Any, NoReturn, TextIO
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A pipe without a reader (`| head`), a terminal that was closed.
+_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)
 
 
 class UserError(Exception):
@@ -25,7 +25,7 @@ class UnfinishedWrite(UserError):
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
     """Turns a `UserError`, and an `OSError` for a full disk or a lack of rights, into a sentence and exit status 2."""
-    with droppable_output():
+    with _droppable_output():
         try:
             yield
         except UserError as error:
@@ -72,3 +72,48 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if unnamed or (error.filename and temporary and Path(error.filename).is_relative_to(temporary)):
             error.filename = str(path)
         raise
+
+
+class _Droppable:
+    """A text stream; once its reader is gone, what is written is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (*_GONE, *_FULL):
+                raise
+            # What is in the buffer goes there too, at the latest when Python ends.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+            if error.errno not in _GONE and self._stream is not sys.__stderr__:
+                print(f"the output cannot be written ({error.strerror}) and is dropped from here on", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _droppable_output() -> Iterator[None]:
+    """For the block, what cannot be written to stdout or stderr, as after `| head`, is dropped without an error."""
+    output, error = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Droppable(output), _Droppable(error)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        sys.stdout, sys.stderr = output, error

@@ -5,6 +5,7 @@ Orbax silently restores corrupted bytes: a digest of every leaf is saved with ea
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import sys
@@ -38,6 +39,7 @@ def open_checkpoints(
       keep_period: also preserves one checkpoint in this many steps for good; 0 for none.
       best: also preserves the checkpoint where this metric was lowest; "" for none.
     """
+    _drop_reports_to_closed_loops()
     policies = [_policies.LatestN(max_to_keep)]
     if keep_period:
         policies.append(_policies.EveryNSteps(keep_period, exact_interval=False))
@@ -48,6 +50,24 @@ def open_checkpoints(
     policy, best_fn = _policies.AnyPreservationPolicy(policies), itemgetter(best) if best else None
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=best_fn, best_mode="min")
     return ocp.CheckpointManager(checkpoint_folder(workdir).absolute(), options=options)
+
+
+@functools.cache
+def _drop_reports_to_closed_loops() -> None:
+    """Leaves out tracebacks that tell nothing, hundreds of them where a save fails.
+
+    Orbax closes its event loop at the first array that cannot be written, and raises that error; tensorstore then
+    reports the other arrays to the closed loop, and prints a traceback for each through `sys.unraisablehook`.
+    """
+    report = sys.unraisablehook
+
+    def unraisablehook(unraisable):
+        outermost = unraisable.exc_traceback.tb_frame.f_code.co_name if unraisable.exc_traceback else ""
+        # Anything else has more below it than the function of asyncio that tensorstore calls.
+        if not (unraisable.exc_type is RuntimeError and outermost == "call_soon_threadsafe"):
+            report(unraisable)
+
+    sys.unraisablehook = unraisablehook
 
 
 def save(
