@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax.common.errors import UserError, report_user_errors
 from s2dm_jax.common.files import user_path
-from s2dm_jax.common.signals import end_on_signal, signal_advice
+from s2dm_jax.common.signals import end_on_signal, install_handlers, signal_advice
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import allowed_type, fields_help
 from s2dm_jax.config.io import expand_paths, load_config
@@ -195,6 +195,7 @@ def _start(values: flags.FlagValues, config: ConfigDict, workdir: str) -> None:
         from s2dm_jax.training.loop import train
 
         initialize_distributed(values.coordinator_address, values.num_processes, values.process_id)
+        install_handlers()
         train(config, workdir)
     elif mode == "evaluate":
         from s2dm_jax.evaluation.evaluate import evaluate_run

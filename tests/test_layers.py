@@ -30,6 +30,7 @@ NO_JAX = [
     "common.errors",
     "common.files",
     "common.progress",
+    "common.signals",
     "config",
     "config.build",
     "config.fields",

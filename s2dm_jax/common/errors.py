@@ -18,6 +18,10 @@ class UserError(Exception):
     """An error of the user's, described in one sentence; `main` prints it and exits with status 2."""
 
 
+class WriteError(OSError):
+    """An error of the file system at a file that was being written, whose name it has."""
+
+
 class UnfinishedWrite(UserError):
     """A checkpoint that could not be written: Orbax's threads may wait for it, so the process ends without them."""
 
@@ -48,12 +52,14 @@ def _exit_with(error: UserError) -> NoReturn:
 
 def _sentence(error: OSError) -> str:
     """The sentence for an error of a file system; "" for any other, which is a fault of the program."""
+    where = f" at {error.filename}" if error.filename else ""
     if error.errno in _FULL:
-        where = f" at {error.filename}" if error.filename else ""
         return (
             f"writing failed{where} ({error.strerror}); what was written before is untouched; free some space, and run "
             "the same command again"
         )
+    if isinstance(error, WriteError):
+        return f"writing failed{where} ({error.strerror}); mend that, and run the same command again"
     if error.errno in _FORBIDDEN and error.filename:
         return (
             f"{error.filename} cannot be read or written ({error.strerror}); change its permissions, or give another "
@@ -64,13 +70,13 @@ def _sentence(error: OSError) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Gives an `OSError` that names no file, or one at `temporary`, the name of the file or folder being written."""
+    """Makes an `OSError` that names no file, or one at `temporary`, a `WriteError` with the name of what is written."""
     try:
         yield
     except OSError as error:
         unnamed = error.errno is not None and error.filename is None
         if unnamed or (error.filename and temporary and Path(error.filename).is_relative_to(temporary)):
-            error.filename = str(path)
+            raise WriteError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -76,11 +76,10 @@ def deferred(sentence: Callable[[], str], child: subprocess.Popen | None = None)
     A signal just before the end of the block is in the list after it. `child` receives the first signal as well.
     """
     global _deferral
-    # Again also inside of `end_on_signal`: jax.distributed takes SIGTERM for itself.
     with contextlib.ExitStack() as stack:
         if _advice is None:
             stack.enter_context(end_on_signal("what was under way is lost"))
-        _install_handlers()
+        install_handlers()
         _deferral = _Deferral(sentence, child)
         received = _deferral.received
         try:
@@ -100,8 +99,9 @@ def removed_on_signal(path: Path) -> Iterator[None]:
         _temporary.discard(path)
 
 
-def _install_handlers() -> None:
-    if threading.current_thread() is not threading.main_thread():
+def install_handlers() -> None:
+    """Installs the handlers of `end_on_signal` again, after jax.distributed took SIGTERM for itself."""
+    if _advice is None or threading.current_thread() is not threading.main_thread():
         return
     for number in _SIGNALS:
         # nohup ignores SIGHUP on purpose.
@@ -121,7 +121,7 @@ def _watched() -> Iterator[None]:
     watcher = threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True)
     watcher.start()
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    _install_handlers()
+    install_handlers()
     try:
         yield
     finally:
