@@ -40,6 +40,30 @@ with end_on_signal("the training is saved"):
     time.sleep({after})
 """
 
+# `python -m s2dm_jax.main` while it prepares images.
+PREPARING = """
+import sys, time
+from s2dm_jax import main
+main.prepare_dataset = lambda config: (print("busy", flush=True), time.sleep(60))
+sys.argv = ["main", "--config=configs/digits.py", f"--workdir={sys.argv[1]}/run"]
+main.main()
+"""
+# The evaluation at the end of a training.
+EVALUATING = """
+import os, sys, time, types
+from s2dm_jax.common.signals import end_on_signal
+from s2dm_jax.config import default_config
+from s2dm_jax.training import loop
+def evaluate(*_):
+    print("busy", flush=True)
+    time.sleep(60)
+loop.evaluate, loop._log = evaluate, lambda text: None
+run = types.SimpleNamespace(config=default_config(), workdir=None, setup=types.SimpleNamespace(data=None))
+run._model = lambda: None
+with end_on_signal("no step was trained"):
+    loop.TrainingLoop.evaluate(run)
+"""
+
 
 def start(code, *arguments):
     process = subprocess.Popen(
@@ -62,6 +86,20 @@ def test_a_signal_ends_a_busy_process_at_once_and_leaves_no_temporary_file(tmp_p
     assert process.returncode == 128 + number
     assert errors == f"stopped by {number.name}; run it again\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (PREPARING, "run the same command again"),
+        (EVALUATING, "the training is saved, and the same command evaluates it"),
+    ],
+)
+def test_what_is_left_to_do_is_said(tmp_path, code, advice):
+    process = start(code, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, f"stopped by SIGTERM; {advice}\n")
 
 
 def test_the_first_signal_waits_for_what_is_saved_even_if_it_comes_twice():
