@@ -1,9 +1,11 @@
 """Checkpoints: damage of every kind is noticed, valid ones are found, failed saves lose nothing."""
 
+import asyncio
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -195,6 +197,24 @@ def test_a_save_that_fails_ends_the_process_in_one_sentence(tmp_path, fault, rea
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(rf"error: a checkpoint could not be written to .*{reason}.*\n", done.stderr)
     assert done.stdout == "saved\n"
+
+
+def test_only_reports_to_a_closed_event_loop_are_left_out(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    checkpoint._drop_reports_to_closed_loops.__wrapped__()
+    closed = asyncio.new_event_loop()
+    closed.close()
+    with pytest.raises(RuntimeError, match="Event loop is closed") as error:
+        closed.call_soon_threadsafe(print)
+    # tensorstore calls the function from C++: there is no frame of Python above it.
+    inner = error.value.__traceback__.tb_next
+    report = types.SimpleNamespace(exc_type=RuntimeError, exc_value=error.value, exc_traceback=inner)
+    sys.unraisablehook(report)
+    assert reported == []
+    report.exc_traceback = error.value.__traceback__
+    sys.unraisablehook(report)
+    assert reported == [report]
 
 
 def test_a_checkpoint_that_was_removed_meanwhile_is_not_taken_for_saved(tmp_path):
