@@ -11,7 +11,6 @@ flag, --config.GROUP.FIELD=VALUE.
 """
 
 import difflib
-import errno
 import os
 import re
 import sys
@@ -22,9 +21,11 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import check_writable, user_path
 from s2dm_jax.common.jax_environment import check_xla_flags, set_compilation_cache
+from s2dm_jax.common.report import report_user_errors
+from s2dm_jax.common.signals import end_on_signal, install_handlers, signal_advice
 from s2dm_jax.config.command_line import check_values, drop_foreign_options, reset_fields
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import allowed_type, fields_help
@@ -39,6 +40,14 @@ _STEP_FIELDS = ("steps", "nfe", "timesteps")
 
 # The groups of a run's config that a mode may change.
 _GROUPS = {"sample": ("sample",), "evaluate": ("eval",), "export": ("sample", "export")}
+
+# What is said after a signal that ends the command; `training/loop.py` has its own from the first step on.
+_AFTER_SIGNAL = {
+    "train": "no new step was trained; run the same command again",
+    "sample": "no file was left half-written; run the same command again",
+    "evaluate": "the rows measured so far are cached, and the same command measures the others",
+    "export": "nothing was exported; run the same command again",
+}
 
 
 def _define_flags() -> flags.FlagValues:
@@ -197,6 +206,13 @@ def run(argv: Sequence[str]) -> None:
     else:
         config = _config_of_run(config, named, mode, workdir)
         check_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
+    with signal_advice(_AFTER_SIGNAL[mode]):
+        _start(values, config, workdir, out)
+
+
+def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str) -> None:
+    """Does what --mode says with checked values."""
+    mode = values.mode
     # Orbax logs with a traceback what it also raises, and what it raises is reported in one sentence.
     logging.set_verbosity(logging.FATAL)
     # A second start finds the compiled programs and takes seconds; the user's own settings win.
@@ -214,6 +230,7 @@ def run(argv: Sequence[str]) -> None:
         from s2dm_jax.training.loop import train
 
         initialize_distributed(values.coordinator_address, values.num_processes, values.process_id)
+        install_handlers()
         check_devices()
         train(config, workdir)
     elif mode == "evaluate":
@@ -265,19 +282,10 @@ def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir:
     return own
 
 
-@report_user_errors()
 def main() -> None:
-    """Entry point: a user error, and a full disk, become one sentence and exit status 2."""
-    try:
+    """Entry point: a user error, a full disk or a signal becomes one sentence and exit status 2 or 128 + signal."""
+    with end_on_signal("run the same command again"), report_user_errors():
         run(sys.argv)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        raise UserError(
-            f"writing failed{where} ({error.strerror}); the checkpoints are untouched; free some space, and "
-            "the same command resumes the run"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ from typing import NamedTuple
 from run_once import main_command, run_once
 
 from s2dm_jax.common.cli import Parser, path_argument
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.common.progress import iterate_with_eta
+from s2dm_jax.common.report import report_user_errors
+from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.io import config_path
 
 _DESCRIPTION = """\
@@ -141,8 +144,8 @@ def differences(args: argparse.Namespace, results: dict[Variant, list[dict]]) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; user errors are one sentence on stderr and exit status 2."""
-    with report_user_errors():
+    """Entry point; user errors and signals are one sentence on stderr and exit status 2 or 128 + signal."""
+    with end_on_signal("finished runs are stored, and the same command resumes"), report_user_errors():
         args = parse(argv)
         runs = [(seed, variant) for seed in range(args.seeds) for variant in variants(args)]
         results = {}
@@ -154,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         floor, *_, ceiling = (row["frechet_distance"] for row in last["rows"])
         text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n\n"
         text += differences(args, results) + "\n"
-        (Path(args.out) / "table.md").write_text(text, encoding="utf-8")
+        write_atomic(Path(args.out) / "table.md", text)
         print(f"\n{text}")
 
 

@@ -4,9 +4,13 @@ import argparse
 import os
 from pathlib import Path
 
+from absl import logging
+
 from s2dm_jax.common.cli import Parser, path_argument
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import check_writable
+from s2dm_jax.common.report import report_user_errors
+from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.io import load_config
 from s2dm_jax.weights.formats import FORMATS, format_of
 
@@ -71,6 +75,8 @@ def run(argv: list[str] | None) -> None:
     """Reads, checks and writes weights, and prints what they are."""
     args = parse(argv)
     given_config = load_config(args.config) if args.config else None
+    # Orbax logs with a traceback what it also raises.
+    logging.set_verbosity(logging.FATAL)
 
     from s2dm_jax.config.defaults import dataset_name
     from s2dm_jax.weights.read import read_weights
@@ -113,8 +119,8 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; user errors are one sentence on stderr and exit status 2."""
-    with report_user_errors():
+    """Entry point; user errors and signals are one sentence on stderr and exit status 2 or 128 + signal."""
+    with end_on_signal("nothing was written; run the same command again"), report_user_errors():
         run(argv)
 
 

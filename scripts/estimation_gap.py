@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_path, check_writable, write_atomic
+from s2dm_jax.common.report import report_user_errors
+from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.workdir.load import load_run, read_config
 
@@ -167,8 +169,8 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; user errors are one sentence on stderr and exit status 2."""
-    with report_user_errors():
+    """Entry point; user errors and signals are one sentence on stderr and exit status 2 or 128 + signal."""
+    with end_on_signal("run the same command again"), report_user_errors():
         run(argv)
 
 

@@ -4,8 +4,10 @@ import argparse
 from pathlib import Path
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import check_writable
+from s2dm_jax.common.report import report_user_errors
+from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.workdir.load import read_config
 
 _DESCRIPTION = """\
@@ -54,8 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; user errors are one sentence on stderr and exit status 2."""
-    with report_user_errors():
+    """Entry point; user errors and signals are one sentence on stderr and exit status 2 or 128 + signal."""
+    with end_on_signal("run the same command again"), report_user_errors():
         args = parse(argv)
         from s2dm_jax.common.files import atomic_path, write_atomic
         from s2dm_jax.evaluation.comparison import plot_distances, read_evaluated

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shlex
 import shutil
-import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,12 @@ from papers.sa_dpm import TABLES as SA_TABLES
 from papers.types import Model, Table, TableRow
 from run_once import print_command, run_once
 
-from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument, run_command
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.common.progress import iterate_with_eta
+from s2dm_jax.common.report import report_user_errors
+from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.io import from_json
 
 if TYPE_CHECKING:
@@ -234,13 +236,13 @@ def reproduce(args: argparse.Namespace) -> None:
         print(f"\n{text}\ntable: {path}")
     for command in image_commands(table, args) if table.kind in _IMAGE_KINDS else []:
         print_command(command)
-        if subprocess.run(command).returncode:
+        if run_command(command, sys.stdout):
             raise UserError("the command above failed and reports why; fix that and rerun to resume")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; user errors are one sentence on stderr and exit status 2."""
-    with report_user_errors():
+    """Entry point; user errors and signals are one sentence on stderr and exit status 2 or 128 + signal."""
+    with end_on_signal("finished runs are stored, and the same command resumes"), report_user_errors():
         args = parse(argv)
         if args.table:
             reproduce(args)

@@ -1,8 +1,10 @@
 """What several test files share: small configs and networks, runs that were never trained, comparisons."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +121,17 @@ def sampler_with_noise(name, noise_fn=lambda step: jnp.sin(1.7 * step)):
 def assert_close(actual, expected, rtol):
     # Relative to the largest value: a pixel near 0 has no relative precision of its own.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+@contextlib.contextmanager
+def full_disk(size=4096):
+    """For the block, no file may grow beyond `size` bytes: writing more fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def load_file(path):

@@ -30,6 +30,7 @@ NO_JAX = [
     "common.errors",
     "common.files",
     "common.progress",
+    "common.signals",
     "config",
     "config.build",
     "config.fields",
@@ -50,7 +51,7 @@ NO_JAX = [
     "main",
 ]
 MAX_LINES = 350
-LONGEST_CHAIN = 12
+LONGEST_CHAIN = 11
 
 
 def imported(path, *, only_at_start=False):

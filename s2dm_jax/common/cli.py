@@ -5,10 +5,11 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path
+from s2dm_jax.common.signals import deferred
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +33,15 @@ def check_matplotlib(purpose: str) -> None:
         raise UserError(f"{purpose} needs matplotlib; install it with pip install 's2dm_jax[plot]'")
 
 
-def run_command(command: Sequence[str]) -> int:
-    """Runs another command of s2dm_jax, all its output on stderr, and returns its exit status."""
-    return subprocess.run(command, stdout=sys.stderr).returncode
+def run_command(command: Sequence[str], output: TextIO | None = None) -> int:
+    """Runs another command of s2dm_jax and returns its exit status; its output goes to `output`, or stderr.
+
+    Raises:
+      SystemExit: after a signal, which the command receives too, once the command has saved and ended.
+    """
+    child = subprocess.Popen(command, stdout=output or sys.stderr)
+    with child, deferred(lambda: "waiting until the command above has ended; again to stop at once", child) as received:
+        status = child.wait()
+    if received:
+        raise SystemExit(128 + received[0])
+    return status

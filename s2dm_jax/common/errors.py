@@ -1,22 +1,29 @@
-"""`UserError`: an error of the user's, reported in one sentence."""
+"""The errors of a command: the user's, and those of the file system where something is written."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
-
-from s2dm_jax.common.process import set_up_process
+from pathlib import Path
 
 
 class UserError(Exception):
     """An error of the user's, described in one sentence; `main` prints it and exits with status 2."""
 
 
+class WriteError(OSError):
+    """An error of the file system at a file that was being written, whose name it has."""
+
+
+class UnfinishedWrite(UserError):
+    """A checkpoint that could not be written: Orbax's threads may wait for it, so the process ends without them."""
+
+
 @contextlib.contextmanager
-def report_user_errors() -> Iterator[None]:
-    """Turns a `UserError` into one sentence on stderr and exit status 2; sets up the process (`set_up_process`)."""
-    set_up_process()
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Makes an `OSError` that names no file, or one at `temporary`, a `WriteError` with the name of what is written."""
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        unnamed = error.errno is not None and error.filename is None
+        if unnamed or (error.filename and temporary and Path(error.filename).is_relative_to(temporary)):
+            raise WriteError(error.errno, error.strerror, str(path)) from error
+        raise

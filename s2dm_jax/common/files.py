@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.errors import UserError, naming
+from s2dm_jax.common.signals import removed_on_signal
 
 # What zipfile raises for a file that is cut short or has flipped bits.
 ZIP_DAMAGE = (
@@ -107,24 +108,26 @@ def check_writable(places: Iterable[str | os.PathLike], advice: str) -> None:
 def atomic_path(path: str | os.PathLike, *, fsync: bool = True) -> Iterator[Path]:
     """A temporary name to write to, a file or a folder, that replaces `path` at the end of the block.
 
-    At any moment, also after a crash, `path` is complete: what it was before, or what was written. After an exception
-    the temporary file is gone. The name is hidden, in the folder of `path`, which exists, with the same suffix.
+    At any moment, also after a crash, `path` is complete: what it was before, or what was written. After an exception,
+    or a signal that ends a command, the temporary file is gone. The name is hidden, in the folder of `path`, which
+    exists, with the same suffix.
 
     Args:
       fsync: whether to wait for the disk, without which a power failure can leave an empty file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        if fsync:
-            for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
-                flush_to_disk(file)
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+    with naming(path, temporary), removed_on_signal(temporary):
+        try:
+            yield temporary
+            if fsync:
+                for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+                    flush_to_disk(file)
+            os.replace(temporary, path)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            temporary.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:

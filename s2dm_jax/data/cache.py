@@ -20,6 +20,7 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import data_cache_dir, flush_to_disk, write_atomic
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_json
 from s2dm_jax.common.locks import acquire
+from s2dm_jax.common.signals import removed_on_signal, signal_advice
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import dataset_name, image_shape
 from s2dm_jax.data.import_images import import_images
@@ -56,10 +57,9 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
     if folder is None or is_ready(folder):
         return folder
     check_preparable(config)
-    source = os.path.expanduser(config.data.source)
-    name, transform = dataset_name(config), transform_of(config)
+    name = dataset_name(config)
     # One lock for all crops of a dataset: they share the downloads of tensorflow-datasets.
-    lock = folder.name if source else name
+    lock = folder.name if config.data.source else name
     with _locked(data_cache_dir() / f"{lock}.lock", name):
         if is_ready(folder):
             return folder
@@ -68,23 +68,28 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
             if leftover.exists():
                 shutil.rmtree(leftover)
         temporary.mkdir()
-        try:
-            if source:
-                description = import_images(source, transform, config.data.max_invalid_fraction, temporary)
-            else:
-                description = run_tfds(name, transform, temporary)
-            _finish(temporary, folder, description, transform)
-        except KeyboardInterrupt:
-            print(f"\nstopped; {name} was not prepared, and the same command starts over", file=sys.stderr)
-            raise SystemExit(130) from None
-        except OSError as error:
-            raise UserError(
-                f"preparing {name} in {data_cache_dir()} failed ({error.strerror or error}); set S2DM_JAX_DATA to a "
-                "folder with enough space"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        stopped = f"{name} was not prepared, and the same command starts over"
+        with removed_on_signal(temporary), signal_advice(stopped):
+            _prepare(config, name, temporary, folder)
     return folder
+
+
+def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> None:
+    transform = transform_of(config)
+    try:
+        if config.data.source:
+            source = os.path.expanduser(config.data.source)
+            description = import_images(source, transform, config.data.max_invalid_fraction, temporary)
+        else:
+            description = run_tfds(name, transform, temporary)
+        _finish(temporary, folder, description, transform)
+    except OSError as error:
+        raise UserError(
+            f"preparing {name} in {data_cache_dir()} failed ({error.strerror or error}); set S2DM_JAX_DATA to a "
+            "folder with enough space"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_preparable(config: ConfigDict) -> None:

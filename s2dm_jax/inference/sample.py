@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import json
+import shutil
 import time
 import zipfile
 from collections.abc import Iterable
@@ -77,10 +78,14 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
         }
         _write_npz(path, models[0].batches(options), shape, json.dumps(provenance))
     else:
-        path.mkdir(exist_ok=True)
-        check_writable([path], "give --out=DIR to write elsewhere")
-        for index, image in enumerate(itertools.chain.from_iterable(models[0].batches(options))):
-            save_png(path / f"{index:06d}.png", image)
+        check_writable([path.parent], "give --out=DIR to write elsewhere")
+        with atomic_path(path, fsync=False) as temporary:
+            temporary.mkdir()
+            for index, image in enumerate(itertools.chain.from_iterable(models[0].batches(options))):
+                save_png(temporary / f"{index:06d}.png", image)
+            if path.is_dir():
+                # The same images: a folder is only replaced by a rename where it is empty.
+                shutil.rmtree(path)
     print(f"wrote    {path} in {time.monotonic() - began:.1f} s, compilation included")
     return path
 

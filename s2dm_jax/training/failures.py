@@ -1,6 +1,4 @@
-"""What can stop a run: signals, and losses that are not finite."""
-
-import signal
+"""What can stop a run: losses that are not finite."""
 
 import numpy as np
 
@@ -8,20 +6,6 @@ from s2dm_jax.common.errors import UserError
 
 # So many steps without one finite loss: the weights are lost, skipping will not mend them.
 _MAX_SKIPPED_IN_A_ROW = 100
-
-
-def install_signal_handlers() -> list[int]:
-    """Turns the first SIGINT or SIGTERM into an entry of the list returned; the next acts as usual."""
-    received = []
-
-    def handler(number, _):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after the steps under way; again to stop at once", flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return received
 
 
 def check_finite(finite: np.ndarray, first: int, on_nonfinite: str, saved: int | None, in_a_row: int) -> int:

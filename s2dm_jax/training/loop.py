@@ -9,6 +9,7 @@ import copy
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import read_json
+from s2dm_jax.common.files import read_json, write_atomic
 from s2dm_jax.common.images import image_grid, save_png
+from s2dm_jax.common.signals import deferred, signal_advice
 from s2dm_jax.config.defaults import FIELDS, default_config
 from s2dm_jax.config.io import to_json
 from s2dm_jax.data.batches import run_keys
 from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.data.device_feed import make_feed
-from s2dm_jax.devices.distributed import agrees_with_main, is_main_process, make_stop_vote
+from s2dm_jax.devices.distributed import agrees_with_main, any_process, is_main_process, make_stop_vote
 from s2dm_jax.devices.hardware import peak_flops
 from s2dm_jax.devices.sharding import replicate_key, replicated, state_shardings, unshard
 from s2dm_jax.evaluation.evaluate import evaluate, show_results
@@ -33,7 +35,7 @@ from s2dm_jax.evaluation.features import FeaturesUnavailable
 from s2dm_jax.inference.model import Model
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
-from s2dm_jax.training.failures import check_finite, install_signal_handlers
+from s2dm_jax.training.failures import check_finite
 from s2dm_jax.training.setup import Setup, save_config, set_up
 from s2dm_jax.training.step import jit_step, make_train_chunk
 from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, run_summary
@@ -98,7 +100,7 @@ class TrainingLoop:
         params = unshard(self.state.params)
         if is_main_process():
             overview = parameter_overview.get_parameter_overview(params)
-            (workdir / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
+            write_atomic(workdir / "parameters.txt", overview + "\n")
         _log(run_summary(config, setup.network, setup.data.provenance, self.step))
 
         # The data, and the compiled program of one chunk.
@@ -120,16 +122,36 @@ class TrainingLoop:
         self.profile = Profile(workdir, self.step, train.profile_steps)
         for opened in (self.writer, self.progress, self.profile):
             stack.callback(opened.close)
-        self.signals = install_signal_handlers()
         self.metadata = run_metadata(config)
         self.saved = self.manager.latest_step()
         self.pending: tuple | None = None
         self.skipped = 0
         self.since_save: list[dict[str, float]] = []
+        self.seconds_per_step: float | None = None
 
     def run(self) -> None:
-        """Trains until the last step, or until a signal: then saves the state and raises SystemExit."""
-        train, stop = self.config.train, make_stop_vote(self.signals)
+        """Trains until the last step or a signal, and saves the state; raises SystemExit after a signal."""
+        with deferred(self._stopping) as received:
+            self._train(make_stop_vote(received))
+            self._log_pending()
+            self.progress.close()
+            if self.saved != self.step:
+                self._save()
+            checkpoint.finish(self.manager)
+        unfinished = self.step < self.config.train.steps
+        if unfinished or any_process(bool(received)):
+            saved = f"step {self.step:,} of {self.config.train.steps:,}, saved in {self.workdir}"
+            _log(f"stopped at {saved}; run the same command to {'resume' if unfinished else 'evaluate it'}")
+            raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
+
+    def _stopping(self) -> str:
+        """What a signal's first line says."""
+        seconds = (self.seconds_per_step or 0) * self.config.train.log_every
+        duration = f", which takes about {max(1, round(seconds)):,} s" if seconds else ""
+        return f"stopping after the steps under way{duration}; again to stop at once"
+
+    def _train(self, stop: Callable[[], bool]) -> None:
+        train = self.config.train
         while self.step < train.steps and not stop():
             # One chunk of steps: all that they need is on the devices.
             length = self._next_length()
@@ -156,21 +178,13 @@ class TrainingLoop:
                         self._save_samples()
                     if save_now:
                         self._save()
-        self._log_pending()
-        self.progress.close()
-        if self.step < train.steps:
-            self._save()
-            checkpoint.finish(self.manager)
-            saved = f"step {self.step:,} of {train.steps:,}, saved in {self.workdir}"
-            _log(f"stopped at {saved}; run the same command to resume")
-            raise SystemExit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
-        checkpoint.finish(self.manager)
 
     def evaluate(self) -> None:
         """Evaluates the trained run and leaves the results in its folder."""
         _log(f"evaluating with {self.config.eval.num_images:,} images …")
         try:
-            results = evaluate(self._model(), self.setup.data, self.workdir)
+            with signal_advice("the training is saved, and the same command evaluates it"):
+                results = evaluate(self._model(), self.setup.data, self.workdir)
         except FeaturesUnavailable as error:
             _log(f"trained {self.config.train.steps:,} steps; no distance to real images is measured: {error}")
         else:
@@ -200,7 +214,9 @@ class TrainingLoop:
         self.skipped = check_finite(finite, first, self.config.train.on_nonfinite, self.saved, self.skipped)
         means = aggregate_metrics(metrics, finite, self.setup.schedule.T)
         self.since_save.append(means)
-        self.writer.scalars(last, {**means, **self.progress.update(last, means.get("loss", np.nan))})
+        speed = self.progress.update(last, means.get("loss", np.nan))
+        self.seconds_per_step = speed["seconds_per_step"]
+        self.writer.scalars(last, {**means, **speed})
 
     def _model(self) -> Model:
         """The run so far, to sample from."""

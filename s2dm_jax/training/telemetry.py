@@ -11,8 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from s2dm_jax.common.errors import naming
 from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.progress import ProgressDisplay
 from s2dm_jax.common.version import __version__
@@ -40,6 +43,38 @@ def run_summary(config: ConfigDict, network: Network, provenance: str, step: int
     return "\n".join(lines)
 
 
+_SECONDS_BETWEEN_FLUSHES = 30.0
+
+
+class _Events:
+    """Appends to a file of TensorBoard events.
+
+    tensorboardX's own `SummaryWriter` writes in a thread, whose errors are printed and lost, and waits forever for it
+    once it has failed.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        """Opens a new file; TensorBoard then hides what other files of the folder have from `purge_step` on, if > 0."""
+        self._folder, self._flushed = folder, time.monotonic()
+        folder.mkdir(exist_ok=True)
+        with naming(folder):
+            self._file = EventsWriter(str(folder / "events"))
+        if purge_step:
+            self.add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        with naming(self._folder):
+            self._file.write_event(event)
+            if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with naming(self._folder):
+            self._file.close()
+
+
 class MetricWriter:
     """Appends scalars to `metrics.jsonl` and TensorBoard events in `workdir`, images to the latter.
 
@@ -51,31 +86,32 @@ class MetricWriter:
         self._writes = is_main_process()
         if not self._writes:
             return
-        path = workdir / "metrics.jsonl"
+        self._path = path = workdir / "metrics.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             write_atomic(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= resume_step))
         self._lines = path.open("a", encoding="utf-8")
-        purge = {"purge_step": resume_step + 1} if resume_step else {}
-        self._events = SummaryWriter(str(workdir / "tensorboard"), **purge)
+        self._events = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else 0)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records `values` after `step` steps."""
         if not self._writes:
             return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        with naming(self._path):
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._events.add(Event(step=step, summary=summary.scalar(name, value)))
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Records an image, uint8 [H, W, C]."""
         if self._writes:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            self._events.add(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
 
     def close(self) -> None:
         if self._writes:
-            self._lines.close()
+            with naming(self._path):
+                self._lines.close()
             self._events.close()
 
 

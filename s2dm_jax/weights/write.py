@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from s2dm_jax.common.errors import UserError
@@ -182,7 +185,13 @@ def _save_safetensors(path: Path, state: dict, card: dict) -> None:
     # transformers and diffusers require "format"; the digest covers all the rest.
     metadata = {"format": "pt", f"{METADATA_PREFIX}card": json.dumps(card)}
     metadata[f"{METADATA_PREFIX}sha256"] = sha256_of_tensors(state, metadata)
-    save_file(state, path, metadata)
+    try:
+        save_file(state, path, metadata)
+    except SafetensorError as error:
+        # What is wrong with the tensors was checked before: this is the file system's error, "… (os error 28)".
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _ddim_checkpoint(run: Run, ema: dict) -> list:

@@ -4,6 +4,8 @@ Orbax silently restores corrupted bytes: a digest of every leaf is saved with ea
 """
 
 import contextlib
+import errno
+import functools
 import json
 import os
 import sys
@@ -17,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.errors import UnfinishedWrite, UserError
 from s2dm_jax.devices.distributed import any_process, barrier, is_main_process
 from s2dm_jax.devices.sharding import replicated
 from s2dm_jax.workdir.folder import checkpoint_folder, checkpoint_steps
@@ -37,6 +39,7 @@ def open_checkpoints(
       keep_period: also preserves one checkpoint in this many steps for good; 0 for none.
       best: also preserves the checkpoint where this metric was lowest; "" for none.
     """
+    _drop_reports_to_closed_loops()
     policies = [_policies.LatestN(max_to_keep)]
     if keep_period:
         policies.append(_policies.EveryNSteps(keep_period, exact_interval=False))
@@ -49,10 +52,28 @@ def open_checkpoints(
     return ocp.CheckpointManager(checkpoint_folder(workdir).absolute(), options=options)
 
 
+@functools.cache
+def _drop_reports_to_closed_loops() -> None:
+    """Leaves out tracebacks that tell nothing, hundreds of them where a save fails.
+
+    Orbax closes its event loop at the first array that cannot be written, and raises that error; tensorstore then
+    reports the other arrays to the closed loop, and prints a traceback for each through `sys.unraisablehook`.
+    """
+    report = sys.unraisablehook
+
+    def unraisablehook(unraisable):
+        outermost = unraisable.exc_traceback.tb_frame.f_code.co_name if unraisable.exc_traceback else ""
+        # Anything else has more below it than the function of asyncio that tensorstore calls.
+        if not (unraisable.exc_type is RuntimeError and outermost == "call_soon_threadsafe"):
+            report(unraisable)
+
+    sys.unraisablehook = unraisablehook
+
+
 def save(
     manager: ocp.CheckpointManager, step: int, state: State, metadata: dict | None = None, metrics: dict | None = None
 ) -> None:
-    """Starts saving `state`, unless `step` is saved already; raises a `UserError` if the save before this one failed.
+    """Starts saving `state`, unless `step` is saved already; raises as `finish` if the save before this one failed.
 
     Args:
       metadata: saved with the state, as JSON.
@@ -67,9 +88,16 @@ def save(
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until what `save` started is on the disk; raises a `UserError` if it could not be written."""
+    """Waits until what `save` started is on the disk.
+
+    Raises:
+      UnfinishedWrite: if it could not be written, or was removed since.
+    """
     with _as_user_error(manager):
         manager.wait_until_finished()
+        # Orbax does not notice that its folder was removed or replaced.
+        if (step := manager.latest_step()) is not None and not (Path(manager.directory) / str(step)).is_dir():
+            raise FileNotFoundError(errno.ENOENT, "it was removed while it was written", str(step))
 
 
 def close(manager: ocp.CheckpointManager) -> None:
@@ -86,9 +114,9 @@ def _as_user_error(manager):
     except (OSError, ValueError) as error:
         saved = checkpoint_steps(manager.directory.parent)
         earlier = f"step {max(saved):,}, saved before, is untouched" if saved else "none was saved before"
-        raise UserError(
+        raise UnfinishedWrite(
             f"a checkpoint could not be written to {manager.directory} ({_reason(error)}); {earlier}; "
-            "free space or repair the disk, and the same command resumes from there"
+            "free some space, or repair the disk or its permissions, and the same command resumes from there"
         ) from error
 
 

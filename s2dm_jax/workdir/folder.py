@@ -11,7 +11,7 @@ from typing import TextIO
 
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.errors import UserError, naming
 from s2dm_jax.common.files import check_writable, write_atomic
 from s2dm_jax.common.locks import acquire
 from s2dm_jax.config.defaults import FIELDS
@@ -80,6 +80,10 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not writable; give another path")
     if existing == path:
         _check_permissions(path)
+    checkpoints = checkpoint_folder(path)
+    if checkpoints.exists() and not (checkpoints.is_dir() and os.access(checkpoints, os.W_OK | os.X_OK)):
+        what = "not writable" if checkpoints.is_dir() else "not a folder"
+        raise UserError(f"--workdir={workdir} cannot be used: {checkpoints} is {what}; mend that, or give another path")
     saved_path = path / "config.json"
     if saved_path.exists():
         _check_same_run(saved_path, workdir, config)
@@ -149,9 +153,10 @@ def open_workdir(workdir: str, config: ConfigDict) -> Iterator[Path]:
         if is_main_process():
             lock = stack.enter_context((prepare_workdir(workdir, config) / _LOCK).open("a+", encoding="utf-8"))
             _lock(lock, workdir)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            with naming(Path(lock.name)):
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+                lock.flush()
         barrier("workdir is locked")
         if not agrees_with_main(lambda: _lock_text(workdir), seconds=_SHARED_SECONDS):
             raise UserError(

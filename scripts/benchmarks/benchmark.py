@@ -44,7 +44,8 @@ from steps import (
     print_ratios,
 )
 
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.report import report_user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 

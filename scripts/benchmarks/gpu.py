@@ -31,7 +31,8 @@ from gpu_stages.parts import Part, Settings
 from gpu_stages.records import SUMMARY, Records, say
 from gpu_stages.supervise import Job, run_job
 
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.data.sources import check_source, list_images
 from s2dm_jax.data.splits import split_and_label
 from s2dm_jax.workdir.metadata import git_commit

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.markdown import markdown_table
+from s2dm_jax.common.report import report_user_errors
 
 _PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 _BEGIN, _END = "<!-- gpu tables -->\n", "<!-- end of gpu tables -->\n"

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from markdown_it import MarkdownIt
 
 from s2dm_jax.common.cli import Parser
-from s2dm_jax.common.errors import report_user_errors
+from s2dm_jax.common.report import report_user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

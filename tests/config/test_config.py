@@ -379,7 +379,11 @@ def test_workdirs_that_cannot_be_used(tmp_path):
     (tmp_path / "other" / "config.json").write_text('{"half": ')
     with pytest.raises(UserError, match=r"config\.json is not a config of s2dm_jax"):
         prepare_workdir(tmp_path / "other", small_config())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"third/checkpoints is not a folder; mend that, or give another path"):
+        prepare_workdir(tmp_path / "third", small_config())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other", "third"]
 
 
 def test_a_full_disk_is_reported_in_one_sentence_and_other_failures_are_not(monkeypatch, capsys):
@@ -394,8 +398,11 @@ def test_a_full_disk_is_reported_in_one_sentence_and_other_failures_are_not(monk
         fails_with(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"))
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: writing failed at runs/a/metrics.jsonl (No space left on device); the check")
+    assert message.startswith("error: writing failed at runs/a/metrics.jsonl (No space left on device); what was ")
     assert message.count("\n") == 1
+    with pytest.raises(SystemExit):
+        fails_with(PermissionError(errno.EACCES, "Permission denied", "runs/a/metrics.jsonl"))
+    assert "error: runs/a/metrics.jsonl cannot be read or written (Permission denied)" in capsys.readouterr().err
     with pytest.raises(PermissionError):
         fails_with(PermissionError(errno.EACCES, "Permission denied"))
 

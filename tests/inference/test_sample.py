@@ -417,3 +417,23 @@ def test_importing_the_package_imports_no_jax():
     code = "import sys, s2dm_jax, s2dm_jax.config.defaults; print('jax' in sys.modules, callable(s2dm_jax.load))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == "False True\n", done.stderr
+
+
+def test_a_folder_of_images_is_complete_or_absent(workdir, toy, monkeypatch):
+    config = small_config(output="png", batch_size=2, seed=77)
+    batches = Model.batches
+
+    def fails_later(*arguments):
+        yield next(iter(batches(*arguments)))
+        raise OSError(28, "No space left on device")
+
+    before = sorted((workdir / "samples").glob("*"))
+    monkeypatch.setattr(Model, "batches", fails_later)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        sample(config, str(workdir))
+    monkeypatch.setattr(Model, "batches", batches)
+    assert sorted((workdir / "samples").glob("*")) == before
+    folder = sample(config, str(workdir))
+    assert str(folder) == error.value.filename
+    assert sample(config, str(workdir)) == folder
+    assert len(list(folder.iterdir())) == 4

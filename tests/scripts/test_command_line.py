@@ -11,7 +11,8 @@ import pytest
 from helpers import load_file, save_run
 
 from s2dm_jax.common.cli import run_command
-from s2dm_jax.common.errors import UserError, report_user_errors
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.config.defaults import FIELDS, default_config
 from s2dm_jax.config.io import config_path
 

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers import load_file
@@ -30,9 +29,9 @@ def launched(monkeypatch):
         workdir.mkdir(parents=True, exist_ok=True)
         nfe = [int(each) for each in flags["config.eval.nfe"].split(",")]
         (workdir / "results.json").write_text(json.dumps({"eval": {"nfe": nfe}, "rows": rows}))
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("run_once.run_command", run)
     monkeypatch.chdir(PATH.parents[1])
     return commands
 

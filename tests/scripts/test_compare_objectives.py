@@ -5,7 +5,6 @@ statistics.
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers import load_file
@@ -30,9 +29,9 @@ def launched(monkeypatch, tmp_path):
         workdir = Path(flags["workdir"])
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "results.json").write_text(json.dumps({"eval": {"nfe": [5]}, "rows": rows}))
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("run_once.run_command", run)
     monkeypatch.chdir(PATH.parents[1])
     return commands
 

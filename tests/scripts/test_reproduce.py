@@ -97,7 +97,8 @@ def test_every_command_on_the_digits_is_one_that_the_program_takes(tmp_path):
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce.subprocess, "run", None)
+    monkeypatch.setattr(reproduce, "run_command", None)
+    monkeypatch.setattr("run_once.run_command", None)
     reproduce.main(["s2-table1", "--dry-run", f"--out={tmp_path / 'out'}"])
     said = capsys.readouterr().out
     # 3 forwards · 2 · 6.222 G · 128 · (600,000 + 200,000 more + 600,000) at 790 TFLOP/s.
@@ -112,7 +113,7 @@ def launched(monkeypatch, tmp_path):
     """Replaces the program by one whose distances are evaluations / 10; lists the commands."""
     commands = []
 
-    def run(command, **_):
+    def run(command, output=None):
         commands.append(command)
         given = fields(command)
         workdir = Path(given["workdir"])
@@ -121,9 +122,10 @@ def launched(monkeypatch, tmp_path):
             rows = [{"nfe": int(nfe), "frechet_distance": int(nfe) / 10} for nfe in given["config.eval.nfe"].split(",")]
             provenance = {"metric": "a distance", "num_images": 100}
             (workdir / "results.json").write_text(json.dumps({"rows": rows, "provenance": provenance}))
-        return reproduce.subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "run_command", run)
+    monkeypatch.setattr("run_once.run_command", run)
     return commands
 
 

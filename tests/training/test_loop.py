@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ToyNetwork, small_config
+from helpers import ToyNetwork, full_disk, small_config
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.data import device_feed
@@ -231,3 +233,46 @@ def test_only_metrics_of_the_run_can_choose_a_checkpoint(tmp_path, no_data):
     sentence = "config.train.keep_best='loss_skip' is no metric of this run; choose one of nothing, loss, loss_s"
     with pytest.raises(UserError, match=re.escape(sentence)):
         train(run_config(train__keep_best="loss_skip", loss__skip=0), tmp_path / "run")
+
+
+class StopsAt(telemetry.Progress):
+    """Sends this process a signal when it shows the last step."""
+
+    def update(self, step, loss):
+        if step == 400:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().update(step, loss)
+
+
+def test_a_signal_at_the_end_keeps_the_training_and_puts_off_the_evaluation(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(loop, "Progress", StopsAt)
+    with pytest.raises(SystemExit) as stop:
+        train(run_config(), tmp_path / "run")
+    assert stop.value.code == 128 + signal.SIGTERM
+    printed = capfd.readouterr()
+    assert (
+        f"stopped at step 400 of 400, saved in {tmp_path / 'run'}; run the same command to evaluate it" in printed.out
+    )
+    assert re.search(
+        r"^stopping after the steps under way(, which takes about \d s)?; again to stop at once$", printed.err
+    )
+    assert int(newest_state(tmp_path / "run", run_config()).step) == 400
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+NUMBERS = {f"loss/{i}": 1.0 for i in range(10_000)}
+PIXELS = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("metrics.jsonl", lambda writer: writer.scalars(1, NUMBERS)),
+        ("tensorboard", lambda writer: writer.image(1, "noise", PIXELS)),
+    ],
+)
+def test_telemetry_on_a_full_disk_names_its_file_and_does_not_wait(tmp_path, name, write):
+    writer = telemetry.MetricWriter(tmp_path, 0)
+    with full_disk(100_000), pytest.raises(OSError, match="File too large") as error:
+        write(writer)
+    assert error.value.filename == str(tmp_path / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import load_file, save_run
+from helpers import full_disk, load_file, save_run
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -20,7 +20,7 @@ from s2dm_jax.common.hashing import sha256_of_tensors
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import from_json
 from s2dm_jax.models.unet import UNet
-from s2dm_jax.weights import torch_names, write
+from s2dm_jax.weights import torch_names
 from s2dm_jax.weights.export import export
 from s2dm_jax.weights.read import read_weights
 from s2dm_jax.weights.torch_pickle import write_torch
@@ -323,12 +323,10 @@ def test_nothing_is_overwritten_or_half_written(command, files, tmp_path, monkey
     fails(tmp_path / "a.pth2", "--resolution=0 is out of range", "--resolution=0")
     fails(tmp_path / "c.safetensors", "must end in .pth", "--to=ddim")
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(write, "save_file", full)
-    fails(tmp_path / "c.safetensors", "c.safetensors cannot be written (No space left on device)")
-    fails(tmp_path / "d", "d cannot be written (No space left on device)", "--to=diffusers")
+    with full_disk():
+        fails(tmp_path / "c.safetensors", "c.safetensors cannot be written (File too large)")
+        fails(tmp_path / "c.pth", "c.pth cannot be written (File too large)")
+        fails(tmp_path / "d", "d cannot be written (File too large)", "--to=diffusers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b.pth.md"]
     assert (tmp_path / "a.pth").read_text() == (tmp_path / "b.pth.md").read_text() == "mine"
 

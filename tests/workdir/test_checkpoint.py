@@ -1,18 +1,44 @@
 """Checkpoints: damage of every kind is noticed, valid ones are found, failed saves lose nothing."""
 
-import resource
+import asyncio
+import re
 import shutil
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers import ROOT, full_disk
 
-from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.errors import UnfinishedWrite, UserError
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.metadata import run_metadata
+
+# A hundred arrays, of which Orbax reports the first that fails; its threads wait for others.
+FAILING = """
+import resource, shutil, sys
+from pathlib import Path
+import jax, numpy as np
+from absl import logging
+from s2dm_jax.common.report import report_user_errors
+from s2dm_jax.workdir import checkpoint
+logging.set_verbosity(logging.FATAL)
+state = {str(i): np.ones((40, 50), np.float32) * i for i in range(100)}
+folder = Path(sys.argv[1]) / "checkpoints"
+with report_user_errors():
+    manager = checkpoint.open_checkpoints(sys.argv[1])
+    checkpoint.save(manager, 1, jax.device_put(state))
+    checkpoint.finish(manager)
+    print("saved")
+    FAULT
+    checkpoint.save(manager, 2, jax.device_put(state))
+    checkpoint.finish(manager)
+"""
 
 
 def state_of(step):
@@ -142,19 +168,60 @@ def test_last_every_and_best_are_kept(tmp_path):
 
 def test_a_disk_that_takes_no_more_loses_nothing(tmp_path):
     manager = save_all(tmp_path, [1], max_to_keep=1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
+    with full_disk():
         checkpoint.save(manager, 2, jax.device_put(state_of(2)))
-        with pytest.raises(UserError, match=r"could not be written to .*step 1, saved before, is untouched"):
+        with pytest.raises(UnfinishedWrite, match=r"could not be written to .*step 1, saved before, is untouched"):
             checkpoint.finish(manager)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     manager = checkpoint.open_checkpoints(tmp_path)
     assert_state(checkpoint.restore_latest(manager, state_of(0)), 1)
     checkpoint.save(manager, 2, jax.device_put(state_of(2)))
     checkpoint.close(manager)
     assert_state(checkpoint.restore_latest(checkpoint.open_checkpoints(tmp_path), state_of(0)), 2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))", "File too large"),
+        ("shutil.rmtree(folder); folder.touch()", "Not a directory"),
+    ],
+)
+def test_a_save_that_fails_ends_the_process_in_one_sentence(tmp_path, fault, reason):
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING.replace("FAULT", fault), str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(rf"error: a checkpoint could not be written to .*{reason}.*\n", done.stderr)
+    assert done.stdout == "saved\n"
+
+
+def test_only_reports_to_a_closed_event_loop_are_left_out(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    checkpoint._drop_reports_to_closed_loops.__wrapped__()
+    closed = asyncio.new_event_loop()
+    closed.close()
+    with pytest.raises(RuntimeError, match="Event loop is closed") as error:
+        closed.call_soon_threadsafe(print)
+    # tensorstore calls the function from C++: there is no frame of Python above it.
+    inner = error.value.__traceback__.tb_next
+    report = types.SimpleNamespace(exc_type=RuntimeError, exc_value=error.value, exc_traceback=inner)
+    sys.unraisablehook(report)
+    assert reported == []
+    report.exc_traceback = error.value.__traceback__
+    sys.unraisablehook(report)
+    assert reported == [report]
+
+
+def test_a_checkpoint_that_was_removed_meanwhile_is_not_taken_for_saved(tmp_path):
+    manager = save_all(tmp_path, [1])
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    with pytest.raises(UnfinishedWrite, match="it was removed while it was written: 1"):
+        checkpoint.finish(manager)
 
 
 def test_checkpoints_of_the_first_version_are_read(tmp_path):
