@@ -59,7 +59,8 @@ def test_settings_that_change_nothing_are_not_mentioned(monkeypatch, capsys):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_no_character_ends_the_work(encoding):
-    code = "from s2dm_jax.common.errors import report_user_errors, UserError\n"
+    code = "from s2dm_jax.common.errors import UserError\n"
+    code += "from s2dm_jax.common.report import report_user_errors\n"
     code += "with report_user_errors():\n    print('τ ≤ 1', flush=True)\n    raise UserError('8 × 8 – τ')\n"
     done = run("-c", code, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stdout) == (2, b"? ? 1\n")
