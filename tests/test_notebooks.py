@@ -69,6 +69,7 @@ def test_quickstart(run):
     assert distance["unipc, timestep_spacing quadratic"] < 30
 
 
+@pytest.mark.slow
 def test_compare_objectives(run):
     rows, measured, theory = run("compare_objectives", "results, smaller.tolist(), expected[times].tolist()")
     distance = {name: of_run[1]["frechet_distance"] for name, of_run in rows.items()}

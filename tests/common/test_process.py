@@ -36,6 +36,7 @@ def run(*command, **environment):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_same_images_whatever_the_environment_says(tmp_path):
     config = small_config(**{"sample.output": "npz", "sample.num_images": 2})
     save_run(tmp_path / "run", config, seed=0, ema_factor=1)

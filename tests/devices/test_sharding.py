@@ -95,6 +95,7 @@ np.testing.assert_allclose(losses(20), losses(1), rtol=1e-4)
 """
 
 
+@pytest.mark.slow
 def test_steps_in_a_loop_on_two_devices_are_those_done_one_by_one():
     """With options that are faster on one device, XLA computes the 10th step wrongly on two."""
     # As users compile: the quick compilation of the other tests does not show it.
