@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.io import from_json
