@@ -152,13 +152,3 @@ def save_run(path, config, *, seed, ema_factor):
     manager = checkpoint.open_checkpoints(path)
     checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema_params=ema)))
     manager.close()
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)

@@ -1,6 +1,7 @@
 """Model FLOPs: two for each multiply-add of matrix products and convolutions."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,12 +13,7 @@ from s2dm_jax.models.network import Network
 
 def forward_flops(network: Network) -> int:
     """FLOPs of one image's forward pass through the network as published; nothing else is counted."""
-    x = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.float32)
-    with plain_ops():
-        # A function of its own: JAX would reuse what it has traced of `network.apply` itself.
-        program = jax.make_jaxpr(lambda *inputs: network.apply(*inputs))(network.param_shapes(), x, t)
-    return _count_flops(program.jaxpr)
+    return sum(map(product_flops, forward_products(network, 1)))
 
 
 def step_flops(network: Network, batch_size: int, num_timesteps_per_image: int) -> int:
@@ -25,19 +21,32 @@ def step_flops(network: Network, batch_size: int, num_timesteps_per_image: int) 
     return 3 * forward_flops(network) * batch_size * num_timesteps_per_image
 
 
-def _count_flops(jaxpr: Any) -> int:
-    total = 0
+def forward_products(network: Network, batch_size: int) -> list[Any]:
+    """The equations of the convolutions and matrix products of a batch's forward pass, in order."""
+    x = jax.ShapeDtypeStruct((batch_size, *network.image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    with plain_ops():
+        # A function of its own: JAX would reuse what it has traced of `network.apply` itself.
+        program = jax.make_jaxpr(lambda *inputs: network.apply(*inputs))(network.param_shapes(), x, t)
+    return [e for e in equations(program.jaxpr) if e.primitive.name in ("conv_general_dilated", "dot_general")]
+
+
+def product_flops(equation: Any) -> int:
+    """FLOPs of the equation of a convolution or a matrix product."""
+    first, second = (v.aval.shape for v in equation.invars)
+    size = math.prod(equation.outvars[0].aval.shape)
+    if equation.primitive.name == "conv_general_dilated":
+        return 2 * size * math.prod(second[:-1])  # [KH, KW, I, O]
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return 2 * size * math.prod(first[axis] for axis in contracted)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, each before those inside it."""
     for equation in jaxpr.eqns:
-        shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
-        if equation.primitive.name == "conv_general_dilated":
-            kernel, out = shapes[1], shapes[2]  # [KH, KW, I, O], [B, H, W, O]
-            total += 2 * math.prod(out[:3]) * math.prod(kernel)
-        elif equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2 * math.prod(shapes[2]) * math.prod(shapes[0][axis] for axis in contracted)
+        yield equation
         parameters = list(equation.params.values())
         for inner in jax.tree.leaves(parameters, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                total += _count_flops(inner)
-    return total
+                yield from equations(inner)

@@ -22,17 +22,12 @@ def least_kernels(network: Any, batch_size: int) -> list[Kernel]:
 
     With K timesteps of an image, each counts.
     """
-    import jax
     import jax.numpy as jnp
 
-    from s2dm_jax.models.cpu_ops import plain_ops
+    from s2dm_jax.models.flops import forward_products
     from s2dm_jax.models.network import num_params
 
-    x = jax.ShapeDtypeStruct((batch_size, *network.image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
-    with plain_ops():
-        program = jax.make_jaxpr(lambda *inputs: network.apply(*inputs))(network.param_shapes(), x, t)
-    found = _find_products(program.jaxpr)
+    found = forward_products(network, batch_size)
     attention = [equation for equation in found if _is_attention(equation)]
     products = [equation for equation in found if not _is_attention(equation)]
     weights = num_params(network)
@@ -45,33 +40,9 @@ def least_kernels(network: Any, batch_size: int) -> list[Kernel]:
     ]
 
 
-def _find_products(jaxpr: Any) -> list[Any]:
-    import jax
-
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
-            found.append(equation)
-        parameters = list(equation.params.values())
-        for inner in jax.tree.leaves(parameters, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                found += _find_products(inner)
-    return found
-
-
 def _is_attention(equation: Any) -> bool:
     """Whether both factors of a product are activations: it is batched. The two of an attention follow each other."""
     return equation.primitive.name == "dot_general" and bool(equation.params["dimension_numbers"][1][0])
-
-
-def _flops(equation: Any) -> int:
-    first, second = (v.aval.shape for v in equation.invars)
-    size = math.prod(equation.outvars[0].aval.shape)
-    if equation.primitive.name == "conv_general_dilated":
-        return 2 * size * math.prod(second[:-1])  # [KH, KW, I, O]
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    return 2 * size * math.prod(first[axis] for axis in contracted)
 
 
 def _bytes(variable: Any) -> int:
@@ -79,10 +50,12 @@ def _bytes(variable: Any) -> int:
 
 
 def _product_kernels(equation: Any) -> list[Kernel]:
+    from s2dm_jax.models.flops import product_flops
+
     kind = CONVOLUTION if equation.primitive.name == "conv_general_dilated" else PRODUCT
     moved = sum(_bytes(v) for v in (*equation.invars, *equation.outvars))
     # Each gradient moves three arrays of the same sizes.
-    return [Kernel(equation.primitive.name, kind, moved, _flops(equation), times=3)]
+    return [Kernel(equation.primitive.name, kind, moved, product_flops(equation), times=3)]
 
 
 def _group_kernels(products: list[Any]) -> list[Kernel]:
@@ -95,8 +68,10 @@ def _group_kernels(products: list[Any]) -> list[Kernel]:
 
 
 def _attention_kernels(scores: Any, weighted: Any) -> list[Kernel]:
+    from s2dm_jax.models.flops import product_flops
+
     queries_and_keys = sum(_bytes(v) for v in scores.invars)  # as many as values and output
-    flops = _flops(scores) + _flops(weighted)
+    flops = product_flops(scores) + product_flops(weighted)
     return [
         Kernel("attention", ATTENTION, 2 * queries_and_keys, flops, 1),
         Kernel("attention backward", ATTENTION, 4 * queries_and_keys, 2 * flops, 1),

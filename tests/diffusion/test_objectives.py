@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, equations
+from helpers import TINY
 from published import group, published_run
 from torch_random import sketch
 
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.objectives import NoiseSample, Term, paper, released
 from s2dm_jax.diffusion.schedule import add_noise, cosine_schedule, linear_schedule
+from s2dm_jax.models.flops import equations
 
 SCHEDULE = linear_schedule()
 

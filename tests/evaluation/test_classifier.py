@@ -1,12 +1,12 @@
 import jax
 import numpy as np
 import pytest
-from helpers import equations
 from sklearn.datasets import load_digits
 
 from s2dm_jax.evaluation import classifier
 from s2dm_jax.evaluation.classifier import accuracy, features_and_logits, train_classifier
 from s2dm_jax.evaluation.metrics import feature_statistics, frechet_distance
+from s2dm_jax.models.flops import equations
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import equations
 from jax import lax
 
 from s2dm_jax.models import cpu_ops
 from s2dm_jax.models.cpu_ops import conv2d, matmul, upsample_conv2d
+from s2dm_jax.models.flops import equations
 
 CASES = [
     # kernel, stride, pad, height, width

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import TINY, equations
+from helpers import TINY
 from published import group, network_answers, network_of
 
+from s2dm_jax.models.flops import equations
 from s2dm_jax.models.network import num_params
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names
