@@ -81,9 +81,10 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     if existing == path:
         _check_permissions(path)
     checkpoints = checkpoint_folder(path)
-    if checkpoints.exists() and not (checkpoints.is_dir() and os.access(checkpoints, os.W_OK | os.X_OK)):
-        what = "not writable" if checkpoints.is_dir() else "not a folder"
-        raise UserError(f"--workdir={workdir} cannot be used: {checkpoints} is {what}; mend that, or give another path")
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise UserError(
+            f"--workdir={workdir} cannot be used: {checkpoints} is not a folder; mend that, or give another path"
+        )
     saved_path = path / "config.json"
     if saved_path.exists():
         _check_same_run(saved_path, workdir, config)
