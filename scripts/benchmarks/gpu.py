@@ -70,8 +70,6 @@ def main() -> None:
     )
     parser.add_argument("--commit", help="commit of this code, where there is no git repository to tell it")
     arguments = parser.parse_args()
-    # Where the locale has no ×, as ?.
-    sys.stdout.reconfigure(errors="replace")
     # A time limit of the caller's, or a terminal that is closed, ends the workers too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
