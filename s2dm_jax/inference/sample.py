@@ -78,7 +78,7 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
         }
         _write_npz(path, models[0].batches(options), shape, json.dumps(provenance))
     else:
-        check_writable([path.parent], "give --out=DIR to write elsewhere")
+        check_writable([path], "give --out=DIR to write elsewhere")
         with atomic_path(path, fsync=False) as temporary:
             temporary.mkdir()
             for index, image in enumerate(itertools.chain.from_iterable(models[0].batches(options))):
