@@ -213,7 +213,7 @@ def _flags(result: Record | None) -> list[str]:
             name,
             " ".join(f"`{option}={value}`" for option, value in record["options"].items()),
             f"{record['ratio']['median']:.3f} ({record['ratio']['low']:.3f} to {record['ratio']['high']:.3f})"
-            if "ratio" in record
+            if record["status"] == "measured"
             else record["status"],
         )
         for name, record in result["flags"].items()

@@ -13,7 +13,7 @@ from typing import Any
 from gpu_stages import evidence_plan
 from gpu_stages.evidence_images import synthetic_archive
 from gpu_stages.evidence_plan import OBJECTIVES
-from gpu_stages.parts import Part, Settings, Skip
+from gpu_stages.parts import UNTUNED, Part, Settings, Skip
 
 # A share may end up smaller than planned, because something took longer than expected.
 _LEAST_FRACTION = 0.5
@@ -161,7 +161,7 @@ def _shares(
 
 
 PARTS = {
-    "prepare": Part(prepare, 150),
-    **{name: Part(functools.partial(objective, name), 400) for name in OBJECTIVES},
-    "distances": Part(distances, 200),
+    "prepare": Part(prepare, 150, UNTUNED),
+    **{name: Part(functools.partial(objective, name), 400, UNTUNED) for name in OBJECTIVES},
+    "distances": Part(distances, 200, UNTUNED),
 }

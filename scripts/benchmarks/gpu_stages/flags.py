@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages.parts import Settings
-from gpu_stages.programs import TrainProgram, ratio, spread
+from gpu_stages.programs import ChunkRun, TrainProgram, differing_loss, ratio, spread
 
 _CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION"
 # Names of jaxlib 0.11.2, in the order in which they are tried; those of which most is hoped come first.
@@ -35,7 +35,8 @@ FLAGS: dict[str, dict[str, Any]] = {
 # So many are tried in a rehearsal, and one that no jaxlib has.
 _REHEARSED = 1
 _UNHEARD_OF = {"refused": {"xla_gpu_no_such_option": True}}
-_WORKERS, _MOST_ROUNDS = 6, 9
+# A compilation keeps several cores busy: more at once would all end too late.
+_WORKERS, _MOST_ROUNDS = 3, 9
 _MARGIN_SECONDS = 5.0
 # Shares of the time that is left in which a compilation may begin, and is waited for; the rest is for the rounds.
 _BEGIN_SHARE, _WAIT_SHARE = 0.45, 0.75
@@ -61,7 +62,9 @@ def measure(program: TrainProgram, settings: Settings, end: float) -> dict[str, 
     base = seconds.pop("as trained", [])
     for name, taken in seconds.items():
         if taken and records[name]["status"] == "compiled":
-            records[name].update(status="measured", ratio=ratio(taken, base[: len(taken)]))
+            wrong = differing_loss(runs[name].losses, program.run.losses)
+            status = f"wrong: {wrong}" if wrong else "measured"
+            records[name].update(status=status, ratio=ratio(taken, base[: len(taken)]))
     result = {
         "flags": records,
         "rounds": len(base),
@@ -94,12 +97,12 @@ def compile_variants(
     workers: int,
     begin_until: float,
     wait_until: float,
-) -> tuple[dict[str, Callable[[], float]], list[str]]:
+) -> tuple[dict[str, ChunkRun], list[str]]:
     """Runs of the variants that were compiled in time, and the names of those that still compile.
 
     The status of each record becomes "compiled", "refused: …" or "still compiling", or stays "not reached".
     """
-    runs: dict[str, Callable[[], float]] = {}
+    runs: dict[str, ChunkRun] = {}
     todo, lock = iter(records), threading.Lock()
 
     def work() -> None:

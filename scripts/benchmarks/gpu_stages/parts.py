@@ -41,6 +41,11 @@ def read_settings(text: str) -> Settings:
     return Settings(**values)
 
 
+# Trying which kernels are fastest takes most of a compilation on a GPU, and a stage may compile a dozen programs at
+# once. Programs that are timed are tuned.
+UNTUNED = {"XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"}
+
+
 class Part(NamedTuple):
     """One measurement or check of a stage.
 

@@ -18,11 +18,45 @@ _TINY = {
 _NUM_IMAGES = 1024
 
 
+class ChunkRun:
+    """A call does one chunk of a compiled program, waits for it and returns its seconds.
+
+    All variants of a program take turns with one state, which every call donates. The first call of each begins at the
+    initial state, so that what variants compute can be compared.
+
+    Attributes:
+      losses: of the steps of the first call; empty before it.
+    """
+
+    def __init__(self, program: Any, state: list[Any], initial: Callable[[], Any], arguments: tuple):
+        self._program, self._state, self._initial, self._arguments = program, state, initial, arguments
+        self.losses: list[float] = []
+
+    def __call__(self) -> float:
+        import jax
+        import numpy as np
+
+        if not self.losses:
+            self._state[0] = jax.block_until_ready(self._initial())
+        began = time.perf_counter()
+        try:
+            self._state[0], metrics = self._program(self._state[0], *self._arguments)
+            jax.block_until_ready(metrics)
+        except Exception:
+            # What was donated to a program that failed is lost; the other variants go on from the start.
+            self._state[0] = self._initial()
+            raise
+        seconds = time.perf_counter() - began
+        if not self.losses:
+            self.losses = np.asarray(metrics["loss"], float).tolist()
+        return seconds
+
+
 class TrainProgram(NamedTuple):
     """A compiled chunk of train steps.
 
     Attributes:
-      run: does one chunk, waits for it and returns its seconds.
+      run: does one chunk.
       steps: of a chunk.
       images: of a step.
       flops: of a step, as `models.flops.step_flops` counts them.
@@ -35,7 +69,7 @@ class TrainProgram(NamedTuple):
       dtype: of the activations.
     """
 
-    run: Callable[[], float]
+    run: ChunkRun
     steps: int
     images: int
     flops: int
@@ -44,7 +78,7 @@ class TrainProgram(NamedTuple):
     compile_seconds: float
     memory_bytes: int | None
     compiled: Any
-    variant: Callable[[Mapping[str, Any]], tuple[Callable[[], float], Any]]
+    variant: Callable[[Mapping[str, Any]], tuple[ChunkRun, Any]]
     dtype: str
 
 
@@ -102,28 +136,13 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
     program = lowered.compile()
     ended = time.perf_counter()
 
-    def runner(program: Any) -> Callable[[], float]:
-        def run() -> float:
-            began = time.perf_counter()
-            try:
-                # The chunk donates its state, so each call takes that of the call before.
-                state[0], metrics = program(state[0], *arguments)
-                jax.block_until_ready(metrics)
-            except Exception:
-                # What was donated to a program that failed is lost; the other variants go on from the start.
-                state[0] = initial()
-                raise
-            return time.perf_counter() - began
-
-        return run
-
-    def variant(options: Mapping[str, Any]) -> tuple[Callable[[], float], Any]:
+    def variant(options: Mapping[str, Any]) -> tuple[ChunkRun, Any]:
         compiled = lowered.compile(compiler_options=dict(options))
-        return runner(compiled), compiled
+        return ChunkRun(compiled, state, initial, arguments), compiled
 
     K = build_objective(config).num_timesteps_per_image
     return TrainProgram(
-        runner(program),
+        ChunkRun(program, state, initial, arguments),
         steps,
         config.train.batch_size,
         step_flops(network, config.train.batch_size, K),
@@ -162,6 +181,14 @@ def interleave(
         for name, run in runs.items():
             seconds[name].append(run())
     return seconds
+
+
+def differing_loss(losses: Sequence[float], expected: Sequence[float], tolerance: float = 0.02) -> str:
+    """The first step whose loss differs by more than a relative `tolerance` from what is expected; "" if none does."""
+    for step, (loss, right) in enumerate(zip(losses, expected, strict=False)):
+        if not abs(loss - right) <= tolerance * abs(right):
+            return f"the loss of step {step} is {loss:,.5g}, not {right:,.5g}"
+    return ""
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 All but `record` and `read_events` works on plain events, so that tests need no device.
 """
 
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -76,6 +77,19 @@ def read_events(path: Path) -> list[Event]:
                 end = event.start_ns + event.duration_ns
                 events.append(Event(event.name, event.start_ns, end, str(stats.get("hlo_op", ""))))
     return events
+
+
+def resolved(events: Iterable[Event], kernels: Mapping[str, Kernel]) -> list[Event]:
+    """Events of a command buffer with the instruction that their kernel was made for, where it is named after one.
+
+    A command buffer stands for many kernels. XLA names those that it generates itself after their instruction, with an
+    underscore for each sign that is not allowed in a kernel's name; a library's, such as cuBLAS's, stay as they are.
+    """
+    made_for = {re.sub(r"\W", "_", name): name for name in kernels}
+    return [
+        event if event.hlo_op in kernels else event._replace(hlo_op=made_for.get(event.name, event.hlo_op))
+        for event in events
+    ]
 
 
 def known_share(window: Window, kernels: Mapping[str, Kernel]) -> float:

@@ -78,7 +78,7 @@ def _observe(run: Callable[[], float], executable: Any, steps: int, settings: Se
         # Kernels without their bytes and FLOPs are better than none.
         traceback.print_exc()
         kernels, contained = {}, set()
-    events = [event for event in events if event.hlo_op not in contained]
+    events = [event for event in trace.resolved(events, kernels) if event.hlo_op not in contained]
     if not events:
         raise RuntimeError("the profiler's trace has no events of the device; is CUPTI there?")
     return Observed(trace.cut(events, steps, PROFILED), kernels)
