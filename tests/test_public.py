@@ -26,7 +26,9 @@ PUBLIC = {
     "models.unet": ["UNet"],
     "models.variance_head": ["VarianceHead"],
     "samplers.specs": ["SAMPLERS", "get_sampler"],
-    "samplers.timesteps": ["uniform_timesteps", "quadratic_timesteps", "linspace_timesteps"],
+    "samplers.timesteps": [
+        *(f"{name}_timesteps" for name in ("uniform", "quadratic", "linspace", "trailing", "log_snr", "karras")),
+    ],
     "samplers.ddim": ["ddim", "ddpm"],
     "samplers.pndm": ["f_pndm", "s_pndm"],
     "samplers.multistep": ["deis", "dpmpp_2m", "unipc"],

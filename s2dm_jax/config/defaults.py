@@ -34,6 +34,9 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     ),
     "eta": Resumable(0.0, low=0.0, high=1.0, doc="DDIM's noise: 0 is deterministic, 1 has DDPM's posterior variance"),
     "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0"),
+    "raw_eps": Resumable(
+        None, type=bool, doc="keep DDIM's ε as predicted where x_0 is clipped, as Analytic-DPM's code"
+    ),
     "variance": Resumable(None, type=str, choices=OPTIONS["variance"], doc="variance of DDPM's steps"),
     "pndm_convention": Resumable(
         None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM reads at a timestep"

@@ -56,6 +56,12 @@ class NoiseSchedule:
         """float64 [T+1]: logarithm of `alpha_bar_with_x0`, from 0 down."""
         return np.concatenate([[0.0], np.cumsum(np.log1p(-self.beta))])
 
+    @functools.cached_property
+    def log_snr(self) -> np.ndarray:
+        """float64 [T]: λ = log(alpha/sigma), half the log of the signal-to-noise ratio (Lu et al. 2022), descending."""
+        log_ab = self.log_alpha_bar_with_x0[1:]
+        return (log_ab - np.log(-np.expm1(log_ab))) / 2
+
 
 def extract(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
     """`table[t]` on the device, in the dtype and with as many axes as `like`, whose leading axes are those of t."""

@@ -122,7 +122,7 @@ def resolve_sampler(
       ValueError: for an unknown sampler, and for values that are not allowed or contradict one another.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    timesteps = plan_timesteps(schedule.T, sampler, spec, **options)
+    timesteps = plan_timesteps(schedule.T, sampler, spec, log_snr=schedule.log_snr, **options)
     if spec.timestep_spacing == "optimal" and not len(spec.timesteps):
         if ms_eps is None:
             raise ValueError(

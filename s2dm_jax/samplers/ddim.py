@@ -19,6 +19,7 @@ def ddim(
     eta: float | jax.Array = 0.0,
     noise_fn: NoiseFn | None = None,
     clip_x0: bool = False,
+    raw_eps: bool = False,
     return_x0: bool = False,
 ) -> SamplerOutput:
     """DDIM (Song et al. 2020, eq. 12 and 16; `generalized_steps` of its code). Contract: `s2dm_jax.samplers`.
@@ -26,9 +27,11 @@ def ddim(
     Args:
       eta: 0 is deterministic, 1 has the posterior variance of DDPM; may be traced.
       noise_fn: needed unless eta is 0.
-      clip_x0: also makes the step's ε agree with the clipped prediction.
+      clip_x0: also makes the step's ε agree with the clipped prediction, unless `raw_eps`.
+      raw_eps: whether ε stays the network's where the prediction is clipped, as in Analytic-DPM's DDIM (Bao et al.
+        2022a, `clip_denoised` of its code), which SA-DPM's DDIM results come from; needs clip_x0.
     """
-    check_concrete_options("ddim", eta=eta)
+    check_concrete_options("ddim", eta=eta, clip_x0=clip_x0, raw_eps=raw_eps)
     if not isinstance(eta, jax.core.Tracer) and eta == 0:
         noise_fn = None
     elif noise_fn is None:
@@ -50,7 +53,8 @@ def ddim(
         x0 = predict_x0(x, eps, signal, sigma)
         if clip_x0:
             x0 = jnp.clip(x0, -1, 1)
-            eps = (x - signal * x0) / sigma
+            if not raw_eps:
+                eps = (x - signal * x0) / sigma
         # Move to the next timestep along the predicted noise, a part of which is replaced by fresh noise.
         x = signal_next * x0 + sigma_eps * eps
         if noise_fn is not None:

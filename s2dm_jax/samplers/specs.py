@@ -31,7 +31,7 @@ class SamplerSpec(NamedTuple):
 _OPTIMAL = ("mean", "eta", "clip_pixel", "clip_x0")
 
 SAMPLERS = {
-    "ddim": SamplerSpec("ddim", ("eta", "clip_x0")),
+    "ddim": SamplerSpec("ddim", ("eta", "clip_x0", "raw_eps")),
     "ddpm": SamplerSpec("ddim", ("variance", "clip_x0"), stochastic=True),
     "f_pndm": SamplerSpec("pndm", ("pndm_convention",), extra_evaluations=9, min_steps=4),
     "s_pndm": SamplerSpec("pndm", ("pndm_convention",), extra_evaluations=1, min_steps=2),
@@ -46,6 +46,7 @@ SAMPLERS = {
 # The choices of each option; None: any number above 0. eta is apart: 0 suits every sampler.
 OPTIONS: dict[str, tuple | None] = {
     "clip_x0": (False, True),
+    "raw_eps": (False, True),
     "variance": ("large", "small"),
     "pndm_convention": ("corrected", "published"),
     "order": (1, 2, 3),
@@ -104,6 +105,8 @@ def check_options(sampler: str, **options: Any) -> None:
         if name not in spec.options and not (name == "eta" and value == 0):
             owners = ", ".join(other for other, spec in SAMPLERS.items() if name in spec.options)
             raise ValueError(f"{name}={value!r} is no option of {sampler}, only of {owners}")
+    if options.get("raw_eps") and not options.get("clip_x0"):
+        raise ValueError("raw_eps=True does nothing without clip_x0=True: without clipping ε is the network's")
     if options.get("eta") and "mean" in spec.options and options.get("mean", "ddpm") == "ddpm":
         raise ValueError(f"eta={options['eta']} is no option of mean='ddpm', only of mean='ddim'")
 

@@ -56,16 +56,13 @@ def uniform_timesteps(T: int, steps: int) -> np.ndarray:
 def quadratic_timesteps(T: int, steps: int) -> np.ndarray:
     """Timesteps dense near the image, "quad" of the DDIM code: ⌊linspace(0, √(0.8T), steps)²⌋, int32 [steps].
 
+    Where that repeats a timestep, from 30 steps on at T = 1000, the next one takes its place (`_distinct`).
+
     Raises:
-      ValueError: unless 1 <= steps <= T, and where rounding would repeat a timestep.
+      ValueError: unless 1 <= steps <= T.
     """
     check_steps(T, steps)
-    timesteps = (np.linspace(0, np.sqrt(T * 0.8), steps) ** 2).astype(np.int32)
-    if len(np.unique(timesteps)) < steps:
-        raise ValueError(
-            f"steps={steps} repeats a timestep in quadratic spacing over T={T}; use fewer steps or uniform spacing"
-        )
-    return timesteps
+    return _distinct(T, np.linspace(0, np.sqrt(T * 0.8), steps) ** 2)
 
 
 def linspace_timesteps(T: int, steps: int) -> np.ndarray:
@@ -80,8 +77,80 @@ def linspace_timesteps(T: int, steps: int) -> np.ndarray:
     return (np.round(1 + np.arange(steps) * (T - 1) / (steps - 1)) - 1).astype(np.int32)
 
 
-SPACING_FUNCTIONS = {"uniform": uniform_timesteps, "quadratic": quadratic_timesteps, "linspace": linspace_timesteps}
-SPACINGS = (*SPACING_FUNCTIONS, "optimal")
+def trailing_timesteps(T: int, steps: int) -> np.ndarray:
+    """Equally spaced timesteps from T−1 down (Lin et al. 2024, table 2): round(k·T/steps) − 1, k = 1 … steps.
+
+    Returns:
+      int32 [steps], ascending.
+
+    Raises:
+      ValueError: unless 1 <= steps <= T.
+    """
+    check_steps(T, steps)
+    return (np.round(np.arange(1, steps + 1) * T / steps) - 1).astype(np.int32)
+
+
+def log_snr_timesteps(log_snr: np.ndarray, steps: int) -> np.ndarray:
+    """Timesteps equally spaced in λ = log(alpha/sigma) from T−1 to 0 (Lu et al. 2022, "logSNR" of DPM-Solver's code).
+
+    Args:
+      log_snr: λ of each timestep, float [T], descending.
+      steps: 1 to T.
+
+    Returns:
+      int32 [steps], ascending; distinct where equal spacing in λ is finer than the timesteps (`_distinct`).
+
+    Raises:
+      ValueError: unless 1 <= steps <= T.
+    """
+    check_steps(len(log_snr), steps)
+    return _nearest(log_snr, np.linspace(log_snr[-1], log_snr[0], steps))
+
+
+def karras_timesteps(log_snr: np.ndarray, steps: int) -> np.ndarray:
+    """Timesteps equally spaced in σ^(1/7), σ = sigma/alpha = e^(−λ) (Karras et al. 2022, eq. 5, ρ = 7).
+
+    Args:
+      log_snr: λ of each timestep, float [T], descending.
+      steps: 1 to T.
+
+    Returns:
+      int32 [steps], ascending; distinct, as in `log_snr_timesteps`.
+
+    Raises:
+      ValueError: unless 1 <= steps <= T.
+    """
+    check_steps(len(log_snr), steps)
+    roots = np.linspace(np.exp(-log_snr[-1] / _RHO), np.exp(-log_snr[0] / _RHO), steps)
+    return _nearest(log_snr, -_RHO * np.log(roots))
+
+
+def _nearest(log_snr: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The timesteps nearest to values of λ, ascending in λ: int32 [steps], ascending in t."""
+    timesteps = np.interp(wanted, log_snr[::-1], np.arange(len(log_snr))[::-1])
+    return _distinct(len(log_snr), np.round(timesteps)[::-1])
+
+
+def _distinct(T: int, timesteps: np.ndarray) -> np.ndarray:
+    """⌊timesteps⌋, float [steps] in [0, T), ascending; one that repeats another moves to the next that is free above,
+    or below where there is none above. int32 [steps].
+    """
+    steps = len(timesteps)
+    rank = np.arange(steps)
+    # t − rank of distinct timesteps does not descend; the last one leaves room for none above T − 1.
+    return (np.minimum(np.maximum.accumulate(np.floor(timesteps) - rank), T - steps) + rank).astype(np.int32)
+
+
+_RHO = 7
+SPACING_FUNCTIONS = {
+    "uniform": uniform_timesteps,
+    "quadratic": quadratic_timesteps,
+    "linspace": linspace_timesteps,
+    "trailing": trailing_timesteps,
+}
+# Functions of λ at each timestep in the place of T.
+LOG_SNR_SPACINGS = {"logsnr": log_snr_timesteps, "karras": karras_timesteps}
+SPACINGS = (*SPACING_FUNCTIONS, *LOG_SNR_SPACINGS, "optimal")
 
 
 def check_timesteps(T: int, timesteps: ArrayLike) -> np.ndarray:
@@ -108,8 +177,13 @@ def check_published_pndm(T: int, last: int) -> None:
         )
 
 
-def plan_timesteps(T: int, sampler: str, spec: TimestepSpec, **options: Any) -> np.ndarray:
+def plan_timesteps(
+    T: int, sampler: str, spec: TimestepSpec, *, log_snr: np.ndarray | None = None, **options: Any
+) -> np.ndarray:
     """The timesteps int32 [S], ascending, that a sampler with these options visits, once all of them are checked.
+
+    `log_snr` is the schedule's λ at each timestep, float [T]; without it the spacings of LOG_SNR_SPACINGS, which end at
+    T−1 as "trailing" does, are checked as that.
 
     Raises:
       ValueError: as `check_options`; for an unknown spacing, a number of steps that the sampler, the spacing or T does
@@ -125,7 +199,7 @@ def plan_timesteps(T: int, sampler: str, spec: TimestepSpec, **options: Any) -> 
                 f"steps={spec.steps} contradicts timesteps, which are {len(timesteps)}; give one of the two"
             )
     else:
-        timesteps = _spaced_timesteps(T, sampler, spec)
+        timesteps = _spaced_timesteps(T, sampler, spec, log_snr)
     nfe = nfe_of(sampler, len(timesteps))
     if spec.nfe and spec.nfe != nfe:
         source = "timesteps" if len(spec.timesteps) else f"steps={spec.steps}"
@@ -138,13 +212,17 @@ def plan_timesteps(T: int, sampler: str, spec: TimestepSpec, **options: Any) -> 
     return timesteps
 
 
-def _spaced_timesteps(T: int, sampler: str, spec: TimestepSpec) -> np.ndarray:
-    spacing = "uniform" if spec.timestep_spacing == "optimal" else spec.timestep_spacing
-    if spec.steps:
-        return SPACING_FUNCTIONS[spacing](T, spec.steps)
+def _spaced_timesteps(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray | None) -> np.ndarray:
     nfe = spec.nfe or DEFAULT_NFE
-    steps = steps_for_nfe(sampler, nfe)
+    steps = spec.steps or steps_for_nfe(sampler, nfe)
     try:
+        if spec.timestep_spacing in LOG_SNR_SPACINGS and log_snr is not None:
+            return LOG_SNR_SPACINGS[spec.timestep_spacing](log_snr, steps)
+        spacing = {"optimal": "uniform", **dict.fromkeys(LOG_SNR_SPACINGS, "trailing")}.get(
+            spec.timestep_spacing, spec.timestep_spacing
+        )
         return SPACING_FUNCTIONS[spacing](T, steps)
     except ValueError as error:
+        if spec.steps:
+            raise
         raise ValueError(f"nfe={nfe} is not possible: {error}") from error

@@ -326,8 +326,8 @@ BAD = [
         "config.sample.timestep_spacing='cosine' is not known; choose one of uniform, quadratic",
     ),
     (
-        {"timestep_spacing": "quadratic", "nfe": 19},
-        "config.sample.nfe=19 is not possible: steps=19 repeats a timestep",
+        {"timestep_spacing": "linspace", "nfe": 1},
+        "config.sample.nfe=1 is not possible: steps=1 is too few for linspace",
     ),
     ({"clip_x0": True, "sampler": "unipc"}, "config.sample.clip_x0=True is no option of unipc, only of ddim"),
     ({"order": 4, "sampler": "deis"}, "config.sample.order=4 is not known; choose one of 1, 2, 3"),

@@ -72,15 +72,17 @@ def test_ddim_takes_a_traced_eta(golden):
     assert_close(run(0.5), arrays[f"{case}/x"], 1e-3)
 
 
-def test_ddim_clips_x0_and_keeps_the_noise_that_agrees():
+@pytest.mark.parametrize("raw_eps", [False, True])
+def test_ddim_clips_x0_and_keeps_the_noise_that_agrees_or_the_predicted_one(raw_eps):
     x_T = np.array([-9.0, 0.0, 2.0, 9.0]).reshape(1, 2, 2, 1)
     with jax.enable_x64(True):
         _, free = sample_golden(ddim, x_T, [99, 499, 999], "float64", return_x0=True)
-        x_0, x0 = sample_golden(ddim, x_T, [99, 499, 999], "float64", clip_x0=True, return_x0=True)
+        x_0, x0 = sample_golden(ddim, x_T, [99, 499, 999], "float64", clip_x0=True, raw_eps=raw_eps, return_x0=True)
         assert np.abs(free[0]).max() > 1
         np.testing.assert_allclose(x0[0], np.clip(free[0], -1, 1))
         a, a_next = LINEAR.alpha_bar[999], LINEAR.alpha_bar[499]
-        x_1 = np.sqrt(a_next) * x0[0] + np.sqrt((1 - a_next) / (1 - a)) * (x_T - np.sqrt(a) * x0[0])
+        clipped = free[0] if raw_eps else x0[0]
+        x_1 = np.sqrt(a_next) * x0[0] + np.sqrt((1 - a_next) / (1 - a)) * (x_T - np.sqrt(a) * clipped)
         eps = golden_eps(np.asarray(x_1), np.array([499.0]))
         np.testing.assert_allclose(x0[1], np.clip((x_1 - np.sqrt(1 - a_next) * eps) / np.sqrt(a_next), -1, 1))
     np.testing.assert_array_equal(x_0, x0[-1])

@@ -41,6 +41,7 @@ def test_budgets_become_steps():
         ("ddim", {"order": 2}, "order=2 is no option of ddim, only of deis"),
         ("ddpm", {"variance": "medium"}, "variance='medium' is not allowed: 'large' or 'small'"),
         ("analytic", {"clip_pixel": 0.0}, "clip_pixel=0.0 is not allowed: a number above 0, or inf"),
+        ("ddim", {"raw_eps": True}, "raw_eps=True does nothing without clip_x0=True"),
         ("ddim", {"clip": True}, "clip=True is no option of a sampler; there are eta, clip_x0"),
     ],
 )

@@ -6,24 +6,67 @@ import numpy as np
 import pytest
 from published import LINEAR, golden_eps
 
+from s2dm_jax.diffusion.schedule import cosine_schedule, linear_schedule
 from s2dm_jax.samplers.ddim import ddim
 from s2dm_jax.samplers.timesteps import (
+    LOG_SNR_SPACINGS,
     SPACING_FUNCTIONS,
     TimestepSpec,
     check_timesteps,
+    karras_timesteps,
+    log_snr_timesteps,
     plan_timesteps,
+    quadratic_timesteps,
     split_timestep_spec,
+    trailing_timesteps,
 )
 
 
-@pytest.mark.parametrize("name", SPACING_FUNCTIONS)
-def test_spacings_have_exactly_the_requested_steps(name):
-    for steps in (2, 7, 10, 20):
-        timesteps = SPACING_FUNCTIONS[name](1000, steps)
-        assert len(timesteps) == steps
-        np.testing.assert_array_equal(check_timesteps(1000, timesteps), timesteps)
-    with pytest.raises(ValueError, match="steps=1001 is out of range"):
-        SPACING_FUNCTIONS[name](1000, 1001)
+@pytest.mark.parametrize("schedule", [LINEAR, cosine_schedule(), linear_schedule(50)])
+@pytest.mark.parametrize("name", [*SPACING_FUNCTIONS, *LOG_SNR_SPACINGS])
+def test_spacings_have_exactly_the_requested_steps(name, schedule):
+    T = schedule.T
+
+    def spaced(steps):
+        return plan_timesteps(T, "ddim", TimestepSpec(steps, timestep_spacing=name), log_snr=schedule.log_snr)
+
+    for steps in range(1 + (name == "linspace"), T + 1):
+        timesteps = spaced(steps)
+        assert (len(timesteps), timesteps.dtype) == (steps, np.int32)
+        np.testing.assert_array_equal(check_timesteps(T, timesteps), timesteps)
+    np.testing.assert_array_equal(timesteps, np.arange(T))
+    with pytest.raises(ValueError, match=f"steps={T + 1} is out of range"):
+        spaced(T + 1)
+
+
+def test_quadratic_spacing_is_the_published_one_until_that_repeats_a_timestep():
+    for steps in range(1, 30):
+        published = (np.linspace(0, np.sqrt(800), steps) ** 2).astype(int)
+        np.testing.assert_array_equal(quadratic_timesteps(1000, steps), published)
+    # ⌊linspace(0, √800, 30)²⌋ begins with 0, 0, 3, 8.
+    assert quadratic_timesteps(1000, 30)[:5].tolist() == [0, 1, 3, 8, 15]
+    # Beyond 0.8·T they move only where there are too few below.
+    assert quadratic_timesteps(1000, 700)[-1] == 800
+
+
+def test_timesteps_are_equally_spaced_in_the_signal_to_noise_ratio():
+    log_snr = LINEAR.log_snr
+    for function, values in ((log_snr_timesteps, log_snr), (karras_timesteps, np.exp(-log_snr / 7))):
+        timesteps = function(log_snr, 10)
+        nearest = np.abs(values[:, None] - np.linspace(values[0], values[-1], 10)).argmin(0)
+        assert (timesteps[0], timesteps[-1]) == (0, 999)
+        assert np.abs(timesteps - nearest).max() <= 1
+        assert function(log_snr, 1).tolist() == [999]
+
+
+def test_trailing_timesteps_end_at_the_noisiest():
+    assert trailing_timesteps(1000, 4).tolist() == [249, 499, 749, 999]
+    assert trailing_timesteps(1000, 3).tolist() == [332, 666, 999]
+
+
+def test_log_snr_is_half_the_log_of_the_ratio():
+    alpha_bar = LINEAR.alpha_bar
+    np.testing.assert_allclose(LINEAR.log_snr, np.log(alpha_bar / (1 - alpha_bar)) / 2, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
