@@ -28,8 +28,8 @@ def ddim(
       eta: 0 is deterministic, 1 has the posterior variance of DDPM; may be traced.
       noise_fn: needed unless eta is 0.
       clip_x0: also makes the step's ε agree with the clipped prediction, unless `raw_eps`.
-      raw_eps: whether ε stays the network's where the prediction is clipped, as in Analytic-DPM's DDIM (Bao et al.
-        2022a, `clip_denoised` of its code), which SA-DPM's DDIM results come from; needs clip_x0.
+      raw_eps: whether ε stays the network's where the prediction is clipped, as in the plain DDIM of Analytic-DPM's
+        code (Bao et al. 2022a), which SA-DPM's CelebA results come from; needs clip_x0.
     """
     check_concrete_options("ddim", eta=eta, clip_x0=clip_x0, raw_eps=raw_eps)
     if not isinstance(eta, jax.core.Tracer) and eta == 0:

@@ -14,7 +14,8 @@ class SamplerSpec(NamedTuple):
     Attributes:
       module: file of this folder that defines the function of the sampler's name.
       options: keyword arguments that not every sampler has: "eta" and names of OPTIONS.
-      extra_evaluations: network evaluations beyond one per step.
+      evaluations_per_step, extra_evaluations: S steps make S·evaluations_per_step + extra_evaluations calls of the
+        network.
       min_steps: smallest number of steps.
       stochastic: draws noise at every step, whatever the options.
       requires: input besides the weights: "ms_eps" (Analytic-DPM's statistic), or a variance head's kind ("sn", "npr").
@@ -22,6 +23,7 @@ class SamplerSpec(NamedTuple):
 
     module: str
     options: tuple[str, ...] = ()
+    evaluations_per_step: int = 1
     extra_evaluations: int = 0
     min_steps: int = 1
     stochastic: bool = False
@@ -37,7 +39,9 @@ SAMPLERS = {
     "s_pndm": SamplerSpec("pndm", ("pndm_convention",), extra_evaluations=1, min_steps=2),
     "deis": SamplerSpec("multistep", ("order",)),
     "dpmpp_2m": SamplerSpec("multistep"),
+    "dpmpp_3m": SamplerSpec("multistep"),
     "unipc": SamplerSpec("multistep"),
+    "heun": SamplerSpec("heun", evaluations_per_step=2, extra_evaluations=-1),
     "analytic": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="ms_eps"),
     "sn": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="sn"),
     "npr": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="npr"),
@@ -73,7 +77,7 @@ def get_sampler(name: str) -> Callable[..., Any]:
 
 
 def nfe_of(sampler: str, steps: int) -> int:
-    """Calls of the network that a sampler makes: S + 9 for F-PNDM, S + 1 for S-PNDM, else S.
+    """Calls of the network that a sampler makes: S + 9 for F-PNDM, S + 1 for S-PNDM, 2S − 1 for Heun, else S.
 
     Raises:
       ValueError: for an unknown sampler, or fewer steps than its smallest number.
@@ -81,16 +85,23 @@ def nfe_of(sampler: str, steps: int) -> int:
     spec = spec_of(sampler)
     if steps < spec.min_steps:
         raise ValueError(f"steps={steps} is too few for {sampler}: it needs at least {spec.min_steps}")
-    return steps + spec.extra_evaluations
+    return steps * spec.evaluations_per_step + spec.extra_evaluations
 
 
 def steps_for_nfe(sampler: str, nfe: int) -> int:
-    """The number of steps for which the sampler makes `nfe` evaluations, the inverse of `nfe_of`; the same errors."""
+    """The number of steps for which the sampler makes `nfe` evaluations, the inverse of `nfe_of`.
+
+    Raises:
+      ValueError: as `nfe_of`, and where no number of steps makes so many evaluations.
+    """
     spec = spec_of(sampler)
-    fewest = spec.min_steps + spec.extra_evaluations
+    fewest = nfe_of(sampler, spec.min_steps)
     if nfe < fewest:
         raise ValueError(f"nfe={nfe} is too few for {sampler}: its fewest steps make {fewest} evaluations")
-    return nfe - spec.extra_evaluations
+    steps, left = divmod(nfe - spec.extra_evaluations, spec.evaluations_per_step)
+    if left:
+        raise ValueError(f"nfe={nfe} is no number of evaluations of {sampler}: {steps} steps make {nfe - left}")
+    return steps
 
 
 def check_options(sampler: str, **options: Any) -> None:

@@ -11,7 +11,8 @@ from published import LINEAR, golden_eps, sample_golden
 
 from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.samplers.ddim import ddim
-from s2dm_jax.samplers.multistep import deis, dpmpp_2m, unipc
+from s2dm_jax.samplers.heun import heun
+from s2dm_jax.samplers.multistep import deis, dpmpp_2m, dpmpp_3m, unipc
 from s2dm_jax.samplers.pndm import f_pndm, s_pndm
 from s2dm_jax.samplers.timesteps import uniform_timesteps
 
@@ -43,6 +44,8 @@ def exact_flow(x, t, t_next):
         (s_pndm, 2, True),
         (f_pndm, 2, True),
         (dpmpp_2m, 2, True),
+        (heun, 2, True),
+        (dpmpp_3m, 3, False),
         (functools.partial(deis, order=2), 2, False),
         (functools.partial(deis, order=3), 3, False),
         (unipc, 3, False),
@@ -58,7 +61,7 @@ def test_convergence_order_on_gaussian_data(sampler, order, ends_at_clean):
     x_T = np.array([-1.5, -0.3, 0.7, 2.0]).reshape(1, 2, 2, 1)
     errors = []
     with jax.enable_x64(True):
-        for steps in (32, 64):
+        for steps in (64, 128):
             if ends_at_clean:
                 timesteps = FINE.T * np.arange(1, steps + 1) ** 2 // steps**2 - 1
                 expected = exact_flow(x_T, FINE.T - 1, -1)

@@ -20,10 +20,12 @@ CLIPPING = ("ddpm", "analytic", "sn", "npr")
 def test_budgets_become_steps():
     assert [steps_for_nfe(name, 20) for name in ("ddim", "f_pndm", "s_pndm", "unipc")] == [20, 11, 19, 20]
     for name in SAMPLERS:
-        for nfe in range(13, 30):
+        for nfe in range(13, 30, SAMPLERS[name].evaluations_per_step):
             assert nfe_of(name, steps_for_nfe(name, nfe)) == nfe
     with pytest.raises(ValueError, match="nfe=12 is too few for f_pndm: its fewest steps make 13 evaluations"):
         steps_for_nfe("f_pndm", 12)
+    with pytest.raises(ValueError, match="nfe=20 is no number of evaluations of heun: 10 steps make 19"):
+        steps_for_nfe("heun", 20)
     with pytest.raises(ValueError, match="steps=3 is too few for f_pndm: it needs at least 4"):
         nfe_of("f_pndm", 3)
     with pytest.raises(ValueError, match="sampler='euler' is not one of ddim, ddpm, "):
@@ -82,7 +84,7 @@ def test_a_sampler_is_one_small_program(name):
     assert np.abs(np.asarray(first) - second).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["ddpm", "f_pndm", "deis", "unipc"])
+@pytest.mark.parametrize("name", ["ddpm", "f_pndm", "deis", "dpmpp_3m", "unipc", "heun"])
 def test_a_thousand_steps_in_float32(name):
     """No coefficient loses its digits where neighbouring timesteps are close: float32 agrees with float64."""
     x_T = np.random.default_rng(0).standard_normal((1, 2, 2, 1))
