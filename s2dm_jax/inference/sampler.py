@@ -49,7 +49,8 @@ def configure_sampler(
     program per sampler, S and B; other weights, timesteps, seeds, eta above 0 or scales compile nothing. Two keyword
     arguments make another program: `x_T` [B, H, W, C] to start from instead of the indices' own noise, and
     `trajectory=True` for uint8 [B, S, H, W, C], the prediction of x_0 at each timestep, the noisiest first, with the
-    image itself in place of the last.
+    image itself in place of the last. With `counts=True` the result is a pair of these and int32 [B, 2]: how many
+    values of each image are 0 or 255, and how many are not finite.
 
     Args:
       network: the network that the weights belong to.
@@ -66,8 +67,9 @@ def configure_sampler(
     """
     program, timesteps, arguments = resolve_program(network, schedule, sampler, **options)
 
-    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
-        return _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments)
+    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False, counts=False):
+        images, counted = _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments)
+        return (images, counted) if counts else images
 
     return sample, timesteps
 
@@ -222,10 +224,13 @@ def run_sampler(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments):
     result = run_sampler(program, params, timesteps, seed, indices, **arguments, x_T=x_T, return_x0=trajectory)
-    if not trajectory:
-        return to_uint8(result)
-    x_0, predictions = result
-    return to_uint8(jnp.moveaxis(predictions.at[-1].set(x_0), 0, 1))  # [S, B, H, W, C] → [B, S, H, W, C]
+    x_0 = result[0] if trajectory else result
+    images = to_uint8(x_0)
+    counts = jnp.stack([((images == 0) | (images == 255)).sum((1, 2, 3)), (~jnp.isfinite(x_0)).sum((1, 2, 3))], 1)
+    if trajectory:
+        predictions = result[1]
+        images = to_uint8(jnp.moveaxis(predictions.at[-1].set(x_0), 0, 1))  # [S, B, H, W, C] → [B, S, H, W, C]
+    return images, counts
 
 
 def sample_batches(
@@ -238,6 +243,7 @@ def sample_batches(
     batch_size: int,
     progress: bool = True,
     postprocess: Callable[[jax.Array], jax.Array] | None = None,
+    counts: list[np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Images 0 … num_images−1 of a seed, a batch at a time.
 
@@ -248,6 +254,8 @@ def sample_batches(
       batch_size: images per batch; the memory needed is that of two batches.
       progress: whether to show progress.
       postprocess: a function of the images, on the device; its result takes their place.
+      counts: a list that int32 [B, 2] of each batch is appended to, once it is yielded: the values of each image that
+        are 0 or 255, and those that are not finite.
 
     Yields:
       uint8 [B, H, W, C] with B = batch_size, in the last batch the remainder.
@@ -257,19 +265,24 @@ def sample_batches(
     """
 
     def compute(indices):
-        images = sample_fn(params, timesteps, seed, shard_batch(indices))
-        return postprocess(images) if postprocess else images
+        wanted = {} if counts is None else {"counts": True}
+        result = sample_fn(params, timesteps, seed, shard_batch(indices), **wanted)
+        images, counted = (result, None) if counts is None else result
+        return (postprocess(images) if postprocess else images), counted
 
-    return map_batches(compute, num_images, batch_size, progress)
+    for batch, counted in map_batches(compute, num_images, batch_size, progress):
+        if counts is not None:
+            counts.append(counted)
+        yield batch
 
 
 def map_batches(
-    compute: Callable[[np.ndarray], jax.Array], num_images: int, batch_size: int, progress: bool = True
-) -> Iterator[np.ndarray]:
+    compute: Callable[[np.ndarray], Any], num_images: int, batch_size: int, progress: bool = True
+) -> Iterator[Any]:
     """`compute` of the indices 0 … num_images−1, a batch at a time on the host; its arguments are `sample_batches`'s.
 
-    `compute` is a function of indices int [B] → array [B, …] on the device; B is the same in every call, so that one
-    program serves, and the results for indices from num_images on are dropped.
+    `compute` is a function of indices int [B] → array [B, …] on the device, or a tuple of them; B is the same in every
+    call, so that one program serves, and the results for indices from num_images on are dropped.
     """
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
@@ -281,7 +294,7 @@ def map_batches(
         for first in firsts[1:]:
             computing = compute(first + np.arange(batch_size))
             # The previous batch is fetched while this one is computed.
-            yield to_host(pending)
+            yield jax.tree.map(to_host, pending)
             advance(batch_size)
             pending = computing
-        yield to_host(pending)[: num_images - firsts[-1]]
+        yield jax.tree.map(lambda array: to_host(array)[: num_images - firsts[-1]], pending)
