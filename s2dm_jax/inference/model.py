@@ -2,10 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ from s2dm_jax.data.datasets import load_dataset, saturation_at_hand
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.inference import noise_statistics
 from s2dm_jax.inference.noise_statistics import statistics_folder
-from s2dm_jax.inference.sampler import configure_sampler, sample_batches, sampler_options
+from s2dm_jax.inference.sampler import CompiledSampler, configure_sampler, sample_batches, sampler_options
 from s2dm_jax.inference.saturation import Ends, Fault, Report, ends_of, fault_of, sampling_in_words, warn
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
@@ -53,7 +52,7 @@ class Model(NamedTuple):
         """(H, W, C)."""
         return self.network.image_shape
 
-    def sampler(self, sampler: str = "ddim", **options: Any) -> tuple[Callable[..., jax.Array], np.ndarray]:
+    def sampler(self, sampler: str = "ddim", **options: Any) -> tuple[CompiledSampler, np.ndarray]:
         """`configure_sampler` for this model: a compiled function that gives uint8 images [B, H, W, C], and the
         timesteps int32 [S] to call it with.
         """

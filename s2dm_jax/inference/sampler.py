@@ -3,6 +3,7 @@
 Image i of a seed depends on (seed, i) alone, not on the batch or the order that it is sampled in.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -40,17 +41,49 @@ class SamplerConfig(NamedTuple):
     options: tuple
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledSampler:
+    """A function (params, timesteps [S], seed, indices [B]) → uint8 images; `configure_sampler` describes it."""
+
+    program: SamplerConfig
+    arguments: dict
+
+    def __call__(
+        self,
+        params: dict,
+        timesteps: np.ndarray,
+        seed: int,
+        indices: np.ndarray | jax.Array,
+        *,
+        x_T: jax.Array | None = None,
+        trajectory: bool = False,
+    ) -> jax.Array:
+        return self.with_counts(params, timesteps, seed, indices, x_T=x_T, trajectory=trajectory)[0]
+
+    def with_counts(
+        self,
+        params: dict,
+        timesteps: np.ndarray,
+        seed: int,
+        indices: np.ndarray | jax.Array,
+        *,
+        x_T: jax.Array | None = None,
+        trajectory: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The images, and int32 [B, 2]: how many values of each are 0 or 255, and how many are not finite."""
+        return _run_compiled(self.program, trajectory, params, timesteps, seed, indices, x_T, self.arguments)
+
+
 def configure_sampler(
     network: Network, schedule: NoiseSchedule, sampler: str = "ddim", **options: Any
-) -> tuple[Callable[..., jax.Array], np.ndarray]:
+) -> tuple[CompiledSampler, np.ndarray]:
     """A compiled sampler and the timesteps that it visits, from the user's sampling options.
 
     The sampler is a function of (params, timesteps [S], seed, indices [B]) → uint8 images [B, H, W, C]. There is one
     program per sampler, S and B; other weights, timesteps, seeds, eta above 0 or scales compile nothing. Two keyword
     arguments make another program: `x_T` [B, H, W, C] to start from instead of the indices' own noise, and
     `trajectory=True` for uint8 [B, S, H, W, C], the prediction of x_0 at each timestep, the noisiest first, with the
-    image itself in place of the last. With `counts=True` the result is a pair of these and int32 [B, 2]: how many
-    values of each image are 0 or 255, and how many are not finite.
+    image itself in place of the last.
 
     Args:
       network: the network that the weights belong to.
@@ -67,11 +100,7 @@ def configure_sampler(
     """
     program, timesteps, arguments = resolve_program(network, schedule, sampler, **options)
 
-    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False, counts=False):
-        images, counted = _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments)
-        return (images, counted) if counts else images
-
-    return sample, timesteps
+    return CompiledSampler(program, arguments), timesteps
 
 
 def resolve_program(
@@ -226,11 +255,15 @@ def _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, ar
     result = run_sampler(program, params, timesteps, seed, indices, **arguments, x_T=x_T, return_x0=trajectory)
     x_0 = result[0] if trajectory else result
     images = to_uint8(x_0)
-    counts = jnp.stack([((images == 0) | (images == 255)).sum((1, 2, 3)), (~jnp.isfinite(x_0)).sum((1, 2, 3))], 1)
+    counts = _counts(images, ~jnp.isfinite(x_0))
     if trajectory:
         predictions = result[1]
         images = to_uint8(jnp.moveaxis(predictions.at[-1].set(x_0), 0, 1))  # [S, B, H, W, C] → [B, S, H, W, C]
     return images, counts
+
+
+def _counts(images, not_finite):
+    return jnp.stack([part.sum((1, 2, 3)) for part in ((images == 0) | (images == 255), not_finite)], 1)
 
 
 def sample_batches(
@@ -248,7 +281,7 @@ def sample_batches(
     """Images 0 … num_images−1 of a seed, a batch at a time.
 
     Args:
-      sample_fn, params, timesteps: the function from `configure_sampler`, and its arguments.
+      sample_fn, params, timesteps: the function from `configure_sampler`, or one like it, and its arguments.
       seed: of the noise.
       num_images: in all.
       batch_size: images per batch; the memory needed is that of two batches.
@@ -265,9 +298,12 @@ def sample_batches(
     """
 
     def compute(indices):
-        wanted = {} if counts is None else {"counts": True}
-        result = sample_fn(params, timesteps, seed, shard_batch(indices), **wanted)
-        images, counted = (result, None) if counts is None else result
+        inputs = params, timesteps, seed, shard_batch(indices)
+        if isinstance(sample_fn, CompiledSampler):
+            images, counted = sample_fn.with_counts(*inputs)
+        else:
+            images = sample_fn(*inputs)
+            counted = _counts(images, jnp.zeros_like(images, bool))
         return (postprocess(images) if postprocess else images), counted
 
     for batch, counted in map_batches(compute, num_images, batch_size, progress):

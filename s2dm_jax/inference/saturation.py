@@ -77,11 +77,11 @@ def fault_of(ends: Ends, real: Callable[[], float | None], how: str, remedies: s
     if ends.saturated <= saturation_limit(share):
         return None
     compared = (
-        f"of real images {share:.1%}"
+        f"of real images {100 * share:.1f} %"
         if share is not None
-        else f"no real ones are at hand, {_LIMIT_WITHOUT_DATA:.0%} is the bound"
+        else f"no real ones are at hand, {100 * _LIMIT_WITHOUT_DATA:.0f} % is the bound"
     )
-    text = f"{ends.saturated:.1%} of the images' values are 0 or 255, {compared} ({how}); try {remedies}"
+    text = f"{100 * ends.saturated:.1f} % of the images' values are 0 or 255, {compared} ({how}); try {remedies}"
     return Fault(text, hopeless=False)
 
 

@@ -61,7 +61,7 @@ def interpolate(
         for pair in zip(starts, ends, strict=True):
             x_T = _noise_between(model.image_shape, seeds, pair, weights)  # [num_images, H, W, C]
             # With x_T given and no noise at the steps, the indices have no effect.
-            row = sample_fn(model.ema_params, timesteps, 0, np.arange(num_images), x_T=x_T, counts=True)
+            row = sample_fn.with_counts(model.ema_params, timesteps, 0, np.arange(num_images), x_T=x_T)
             for array, arrays in zip(row, (rows, counts), strict=True):
                 arrays.append(np.asarray(array))
             advance(1)
@@ -96,7 +96,7 @@ def trajectory(
     """
     sample_fn, timesteps = model.sampler(**options)
     where = model.ema_params, timesteps, seed, np.asarray(indices)
-    images, counts = sample_fn(*where, trajectory=True, counts=True)
+    images, counts = sample_fn.with_counts(*where, trajectory=True)
     if fault := model.fault_of(ends_of([np.asarray(counts)], model.image_shape), **options):
         report(fault)
     return np.asarray(images)

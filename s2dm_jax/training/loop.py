@@ -124,8 +124,8 @@ class TrainingLoop:
         self.profile = Profile(workdir, self.step, train.profile_steps)
         for opened in (self.writer, self.progress, self.profile):
             stack.callback(opened.close)
-        self.metadata = run_metadata(config)
         self.saturation = setup.data.saturation
+        self.metadata = {**run_metadata(config), "saturation": self.saturation}
         self.saved = self.manager.latest_step()
         self.pending: tuple | None = None
         self.skipped = 0

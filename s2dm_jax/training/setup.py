@@ -22,7 +22,7 @@ from s2dm_jax.models.flops import forward_flops, step_flops
 from s2dm_jax.models.network import Network, num_params
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.training.step import step_config
-from s2dm_jax.workdir.folder import check_same_images, record_saturation
+from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_base_params
 from s2dm_jax.workdir.state import TrainState, init_state, make_optimizer, new_state
 
@@ -100,7 +100,6 @@ def save_config(config: ConfigDict, workdir: Path, data: Dataset) -> None:
     # Before the hashes: a folder that holds anything without it is not taken for a run.
     write_atomic(workdir / "config.json", to_json(config))
     check_same_images(workdir, data.digest, data.labels_digest)
-    record_saturation(workdir, data.saturation)
 
 
 def _check(config: ConfigDict, terms: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import TextIO
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError, naming
-from s2dm_jax.common.files import check_writable, read_json, write_atomic
+from s2dm_jax.common.files import check_writable, write_atomic
 from s2dm_jax.common.locks import acquire
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
@@ -20,7 +20,6 @@ from s2dm_jax.config.io import flatten, from_json
 _LOCK = ".lock"
 # The model card, in the folder of a run that was made from converted weights.
 CARD = "model_card.json"
-_DATASET = "dataset.json"
 # A file that one host wrote may take as long to appear on another.
 _SHARED_SECONDS = 10.0
 
@@ -201,17 +200,6 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
             f"--workdir={workdir} belongs to a run with config.data.source={old!r}, not {new!r}; give another "
             "--workdir or the same images"
         )
-
-
-def record_saturation(workdir: str | os.PathLike, share: float) -> None:
-    """Records the share of the values of a run's training images that are 0 or 255."""
-    write_atomic(Path(workdir) / _DATASET, json.dumps({"saturated": share}) + "\n")
-
-
-def recorded_saturation(workdir: str | os.PathLike) -> float | None:
-    """What `record_saturation` wrote, or None for a run that has no such file."""
-    found = read_json(Path(workdir) / _DATASET, ("saturated",), "images are compared with a general bound")
-    return found["saturated"] if found else None
 
 
 def check_same_images(workdir: str | os.PathLike, digest: str, labels_digest: str = "", *, record: bool = True) -> None:

@@ -18,7 +18,7 @@ from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.config.io import from_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.workdir import exported
-from s2dm_jax.workdir.folder import check_readable_name, checkpoint_steps, recorded_saturation, unreadable_config
+from s2dm_jax.workdir.folder import check_readable_name, checkpoint_steps, unreadable_config
 
 if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
@@ -140,7 +140,7 @@ def load_run(
     if state is None:
         raise _no_checkpoint(workdir)
     ema, note = sampling_ema(config, network, state, workdir) if correct_ema else (state.ema_params, "")
-    step, saturation = int(state.step), recorded_saturation(workdir)
+    step, saturation = int(state.step), checkpoint.read_metadata(workdir, int(state.step)).get("saturation")
     if not kind:
         return Run(config, network, ema, step, state.params, None, note, saturation)
     base_params = load_base_params(workdir, config, network=network, record=False)
