@@ -65,7 +65,8 @@ def test_a_long_run_is_sampled_from_its_ema_to_the_bit(tmp_path):
     assert sampling_ema(config_of(0.9), NETWORK, state, tmp_path) == (state.ema_params, "")
     assert sampling_ema(config_of(0.9), NETWORK, state, tmp_path)[0] is state.ema_params
     assert (
-        "holds 1.48 % of the initial weights" in sampling_ema(config_of(0.9), NETWORK, trained(40, 0.9)[1], tmp_path)[1]
+        "1.48 % of the EMA are still the initial weights"
+        in sampling_ema(config_of(0.9), NETWORK, trained(40, 0.9)[1], tmp_path)[1]
     )
 
 
@@ -73,7 +74,7 @@ def test_a_young_run_is_sampled_from_the_average(tmp_path):
     sequence, state = trained(20, 0.999)
     found, note = sampling_ema(config_of(0.999), NETWORK, state, tmp_path)
     assert largest_difference(found, average(sequence[1:], 0.999)) < 2e-4
-    assert "still holds 98 % of the initial weights (train.ema_decay=0.999)" in note
+    assert "98 % of the EMA are still the initial weights (train.ema_decay=0.999): it is corrected" in note
     # Of SA-DPM's start the first step is not stored: later, it is less than one learning rate.
     state = trained(20, 0.999, "first_step")[1]
     found, note = sampling_ema(config_of(0.999, **{"train.ema_start": "first_step"}), NETWORK, state, tmp_path)
