@@ -70,7 +70,7 @@ def fault_of(ends: Ends, real: Callable[[], float | None], how: str, remedies: s
     """
     if ends.not_finite:
         count = f"{ends.not_finite:,} of {ends.images:,} images have values that are not finite"
-        return Fault(f"{count} ({how}); try {remedies}", ends.not_finite == ends.images)
+        return Fault(f"{count} ({how}); try {remedies}, an earlier checkpoint", ends.not_finite == ends.images)
     if ends.saturated <= saturation_limit(0.0):
         return None
     share = real()

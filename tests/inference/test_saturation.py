@@ -12,6 +12,7 @@ from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.inference import sample as sample_mode
 from s2dm_jax.inference import visualize
 from s2dm_jax.inference.model import Model
+from s2dm_jax.inference.noise_statistics import estimate_noise_statistics
 from s2dm_jax.inference.saturation import Ends, fault_of, saturation_limit
 from s2dm_jax.samplers.noise import initial_noise
 
@@ -99,3 +100,10 @@ def test_sampling_writes_what_is_saturated_with_a_warning_and_nothing_of_nan(out
     with pytest.raises(UserError, match="3 of 3 images have values that are not finite"):
         sample_mode.sample(config, "nan", str(tmp_path / "none"))
     assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_a_statistic_that_is_not_finite_is_refused_and_not_stored(tmp_path):
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    with pytest.raises(UserError, match="the network's output at timestep 0 is not finite"):
+        estimate_noise_statistics(NAN.network, NAN.schedule, NAN.ema_params, images, tmp_path)
+    assert list(tmp_path.iterdir()) == []
