@@ -1,11 +1,10 @@
 """Compares the reverse variances of SA-DPM's Table 2 over several seeds; docs/covariance.md has the table."""
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from run_once import main_command, run_once
+from run_once import main_command, mean_cell, run_once, say_gaps
 
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError
@@ -79,13 +78,13 @@ class Job(NamedTuple):
     commands: list[list[str]]
 
 
-def distances_of(results: dict) -> dict[str, list[float]]:
-    """Frechet distance by sampler, one for each NFE."""
+def distances_of(results: dict) -> dict[str, list[float | None]]:
+    """Frechet distance by sampler, one for each NFE, None for a gap."""
     distances = {}
     for row in results["rows"]:
         # The floor and the ceiling have no NFE.
         if row["nfe"]:
-            distances.setdefault(row["name"].split(",")[0], []).append(row["frechet_distance"])
+            distances.setdefault(row["name"].split(",")[0], []).append(row.get("frechet_distance"))
     return distances
 
 
@@ -119,11 +118,12 @@ def compare(args: argparse.Namespace) -> str:
     nfe = [int(each) for each in args.nfe.split(",")]
     for job in iterate_with_eta(jobs, [not job.result_path.exists() for job in jobs]):
         results = run_once(job.result_path, job.workdir, job.commands, nfe)
+        say_gaps(str(job.workdir), results)
         for sampler, distances in distances_of(results).items():
             found.setdefault((job.objective, _NAMES[sampler]), []).append(distances)
     rows = []
     for (objective, name), per_seed in found.items():
-        cells = (f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in zip(*per_seed, strict=True))
+        cells = (mean_cell(d) for d in zip(*per_seed, strict=True))
         rows.append([objective, name, *cells])
     return markdown_table(["objective", "variance", *args.nfe.split(",")], rows)
 

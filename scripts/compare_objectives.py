@@ -1,11 +1,11 @@
 """Trains every objective over several seeds and compares their samples; docs/objectives.md has the table."""
 
 import argparse
-import statistics
+import math
 from pathlib import Path
 from typing import NamedTuple
 
-from run_once import main_command, run_once
+from run_once import main_command, mean_cell, run_once, say_gaps
 
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError
@@ -104,9 +104,9 @@ def results_of(args: argparse.Namespace, seed: int, variant: Variant) -> dict:
     return run_once(result_path(args, seed, variant), workdir, [main_command(*flags)], nfe)
 
 
-def distances_of(runs: list[dict]) -> list[list[float]]:
-    """Frechet distances [run][NFE]; the floor and the ceiling have no NFE."""
-    return [[row["frechet_distance"] for row in run["rows"] if row["nfe"]] for run in runs]
+def distances_of(runs: list[dict]) -> list[list[float | None]]:
+    """Frechet distances [run][NFE], None for a gap; the floor and the ceiling have no NFE."""
+    return [[row.get("frechet_distance") for row in run["rows"] if row["nfe"]] for run in runs]
 
 
 def table(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> str:
@@ -114,7 +114,7 @@ def table(args: argparse.Namespace, results: dict[Variant, list[dict]]) -> str:
     rows = []
     for variant, runs in results.items():
         per_nfe = zip(*distances_of(runs), strict=True)
-        cells = [f"{statistics.mean(d):.2f} ± {statistics.stdev(d):.2f}" for d in per_nfe]
+        cells = [mean_cell(d) for d in per_nfe]
         evaluations = variant.steps * _OBJECTIVES[variant.objective][0]
         rows.append([variant.name, f"{variant.steps:,}", f"{evaluations:,}", *cells])
     header = ["objective", "steps", "evaluations per image of a batch", *args.nfe.split(",")]
@@ -136,9 +136,11 @@ def differences(args: argparse.Namespace, results: dict[Variant, list[dict]]) ->
     rows = []
     for pair in pairs:
         per_seed = zip(*(distances_of(results[variant]) for variant in pair), strict=True)
-        difference = [[a - b for a, b in zip(*both, strict=True)] for both in per_seed]
+        difference = [
+            [None if a is None or b is None else a - b for a, b in zip(*both, strict=True)] for both in per_seed
+        ]
         per_nfe = zip(*difference, strict=True)
-        cells = [f"{statistics.mean(d):+.2f} ± {statistics.stdev(d):.2f}" for d in per_nfe]
+        cells = [mean_cell(d, "+") for d in per_nfe]
         rows.append([" less ".join(f"{v.name}, {v.steps:,} steps" for v in pair), *cells])
     return markdown_table(["difference", *args.nfe.split(",")], rows)
 
@@ -152,9 +154,10 @@ def main(argv: list[str] | None = None) -> None:
         for seed, variant in iterate_with_eta(runs, [not result_path(args, *run).exists() for run in runs]):
             last = results_of(args, seed, variant)
             results.setdefault(variant, []).append(last)
+            say_gaps(f"{variant.name}, seed {seed},", last)
         text = table(args, results)
         # Floor and ceiling are the same for every run.
-        floor, *_, ceiling = (row["frechet_distance"] for row in last["rows"])
+        floor, *_, ceiling = (row.get("frechet_distance", math.nan) for row in last["rows"])
         text += f"\n\n{args.seeds} seeds; real images (floor) {floor:.2f}, noise (ceiling) {ceiling:.2f}.\n\n"
         text += differences(args, results) + "\n"
         write_atomic(Path(args.out) / "table.md", text)

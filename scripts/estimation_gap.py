@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_path, check_writable, write_atomic
@@ -85,6 +87,8 @@ def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
     from s2dm_jax.evaluation.estimation_gap import gap_curve
 
     run = load_run(workdir)
+    if run.ema_note:
+        print(f"note: {workdir}: {run.ema_note}", file=sys.stderr)
     # Runs that share the schedule object share the compiled program.
     schedule = schedules.setdefault(run.config.diffusion.to_json(), build_schedule(run.config))
     data = load_dataset(run.config)
@@ -100,6 +104,8 @@ def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
         seed=args.seed,
         batch_size=args.batch_size,
     )
+    if not np.isfinite(curve["rms"]).all():
+        raise UserError(f"{workdir} has no gap: its network's output is not finite; leave it out, or train it anew")
     return {
         "workdir": workdir,
         "step": run.step,

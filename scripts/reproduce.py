@@ -22,7 +22,7 @@ from papers.plan import (
 from papers.s2dm import TABLES as S2_TABLES
 from papers.sa_dpm import TABLES as SA_TABLES
 from papers.types import Model, Table, TableRow
-from run_once import print_command, run_once
+from run_once import print_command, run_once, say_gaps
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument, run_command
 from s2dm_jax.common.errors import UserError
@@ -149,9 +149,9 @@ def seconds_of(table: Table, row: TableRow, args: argparse.Namespace) -> list[st
 
 
 def measured(table: Table, row: TableRow, results: dict) -> list[float | None]:
-    """The measured value of each column; None where the sampler needs more steps."""
+    """The measured value of each column; None where the sampler needs more steps, and for a gap."""
     metric = "inception_score" if table.kind == "inception_score" else "frechet_distance"
-    by_nfe = {result["nfe"]: result[metric] for result in results["rows"] if result["nfe"]}
+    by_nfe = {result["nfe"]: result.get(metric) for result in results["rows"] if result["nfe"]}
     nfe = nfe_by_steps(table, row)
     return [by_nfe.get(nfe.get(steps)) for steps in table.columns]
 
@@ -224,6 +224,8 @@ def reproduce(args: argparse.Namespace) -> None:
         check_matplotlib("the figure")
     rows = iterate_with_eta(table.rows, remaining_hours(table, args))
     results = {row.label: run_row(table, row, args) for row in rows}
+    for label, found in results.items():
+        say_gaps(label, found)
     if table.kind == "curves":
         path = Path(args.out) / f"{args.table}.png"
         with atomic_path(path) as temporary:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,20 @@ def main_command(*flags: str) -> list[str]:
 def print_command(command: Sequence[str]) -> None:
     """Prints a command as it can be pasted into a shell, without the path of the interpreter."""
     print(shlex.join(["python", *command[1:]]), flush=True)
+
+
+def mean_cell(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean ± standard deviation of at least 2 values as a cell of a table; "–" where one is missing."""
+    present = [value for value in values if value is not None]
+    if len(present) < len(values):
+        return "–"
+    return f"{statistics.mean(present):{sign}.2f} ± {statistics.stdev(present):.2f}"
+
+
+def say_gaps(name: str, results: dict) -> None:
+    """Prints the notes of results that lack a distance."""
+    if any("frechet_distance" not in row for row in results["rows"]):
+        print(f"{name} has no distance for some rows: {'; '.join(results['provenance']['notes'])}", file=sys.stderr)
 
 
 def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nfe: Sequence[int] | None = None) -> dict:

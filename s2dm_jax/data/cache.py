@@ -53,7 +53,7 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
     Raises:
       UserError: as `check_preparable`, or if too many images are invalid, or the cache cannot be used.
     """
-    folder = _folder(config)
+    folder = cached_folder(config)
     if folder is None or is_ready(folder):
         return folder
     check_preparable(config)
@@ -94,7 +94,7 @@ def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> No
 
 def check_preparable(config: ConfigDict) -> None:
     """Raises a `UserError` if the source, TensorFlow or a manually downloaded file is missing; fast, writes nothing."""
-    folder, name = _folder(config), config.data.name
+    folder, name = cached_folder(config), config.data.name
     if folder is None or config.data.source or is_ready(folder):
         return
     if importlib.util.find_spec("tensorflow") is None:
@@ -113,7 +113,7 @@ def check_preparable(config: ConfigDict) -> None:
         )
 
 
-def _folder(config: ConfigDict) -> Path | None:
+def cached_folder(config: ConfigDict) -> Path | None:
     """The cache entry of the config's images, named by source and transform; None where nothing is prepared."""
     source = os.path.expanduser(config.data.source)
     if source:

@@ -1,15 +1,19 @@
 """Datasets as uint8 arrays in memory or mapped from the cache."""
 
 import json
+import math
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.data.cache import PROVENANCE, check_hashes, prepare_dataset
+from s2dm_jax.common.images import saturated_share
+from s2dm_jax.data.cache import PROVENANCE, cached_folder, check_hashes, is_ready, prepare_dataset
 from s2dm_jax.data.import_images import SPLITS
 
 _HELD_OUT = 500
+# Values of training images that `saturation` counts: enough for three digits, of any size of images.
+_COUNTED_VALUES = 2**25
 
 
 class Dataset(NamedTuple):
@@ -39,6 +43,15 @@ class Dataset(NamedTuple):
         most = len(self.train) // 2
         return 2 <= self.num_classes <= most and len(np.unique(self.train_labels)) > 1
 
+    @property
+    def saturation(self) -> float:
+        """The share of the values of the training images, or of evenly spaced ones of many, that are 0 or 255."""
+        return _saturation(self.train)
+
+
+def _saturation(images: np.ndarray) -> float:
+    return saturated_share(images[:: math.ceil(images.size / _COUNTED_VALUES)])
+
 
 def load_digits() -> Dataset:
     """The 1,797 handwritten digits of scikit-learn (test set of UCI optdigits), [N, 8, 8, 1] in 17 shades of grey.
@@ -57,6 +70,16 @@ def load_digits() -> Dataset:
 
 # Datasets that come with a dependency: no preparation, no cache.
 _BUNDLED = {"digits": load_digits}
+
+
+def saturation_at_hand(config: ConfigDict) -> float | None:
+    """`Dataset.saturation` of a config's named dataset where it is already prepared; None for others."""
+    if config.data.source:
+        return None
+    if config.data.name in _BUNDLED:
+        return _BUNDLED[config.data.name]().saturation
+    folder = cached_folder(config)
+    return _saturation(np.load(folder / "train.npy", mmap_mode="r")) if folder and is_ready(folder) else None
 
 
 def load_dataset(config: ConfigDict) -> Dataset:

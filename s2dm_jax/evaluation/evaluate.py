@@ -33,6 +33,7 @@ from s2dm_jax.evaluation.features import Features, build_features
 from s2dm_jax.evaluation.reference import Reference, image_batches, load_reference, sha256_of_images
 from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import map_batches, sample_batches
+from s2dm_jax.inference.saturation import Ends, ends_of
 from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.workdir.folder import check_same_images, evaluation_folder
@@ -55,7 +56,7 @@ def device_batch_size(batch_size: int) -> int:
 def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference: Reference, names: list[str]) -> dict:
     """The metrics `names` of images whose features come in batches, float32 [B, D + L] each, from `features.apply`.
 
-    The keys are "num_images", the `Metric.results` of each metric, and "notes", a list of sentences.
+    The keys are "num_images", the `Metric.results` of each metric, all finite, and "notes", a list of sentences.
     """
     requested = [METRICS[name] for name in names]
     store = any({"features", "logits"} & set(metric.requires) for metric in requested)
@@ -97,8 +98,21 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
             # What only the features can tell leaves a gap in the table.
             row["notes"].append(f"no {name}: {error}")
             continue
+        if not np.isfinite(values).all():
+            row["notes"].append(f"no {name}: it is not finite, for the features are too large or too small")
+            continue
         row |= zip(metric.results, values if isinstance(values, tuple) else (values,), strict=True)
     return row
+
+
+def _measured_samples(measure: Callable[[], dict], counts: list[np.ndarray], shape: tuple[int, int, int]) -> dict:
+    """What `measure` gives, whose batches fill `counts`, with the `Ends` of the images; no metrics of NaN."""
+    values = measure()
+    ends = ends_of(counts, shape)
+    if ends.not_finite:
+        # As bytes they are as good as any others.
+        values = {"num_images": ends.images, "notes": []}
+    return {**values, "saturated": ends.saturated, "not_finite": ends.not_finite}
 
 
 def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str | os.PathLike = "") -> dict:
@@ -117,6 +131,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
       UserError: for features or a reference that are unavailable.
     """
     options = model.config.eval
+    model = model._replace(saturation=data.saturation)
     points, skipped = plan_evaluation(model.schedule.T, options.to_dict())
     names, batch_size = parse_metrics(options.metrics), device_batch_size(options.batch_size)
     features = build_features(model.config, data)
@@ -138,9 +153,11 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         **numerics(),
     }
 
-    def row(name, nfe, depends_on, batches):
+    def row(name, nfe, depends_on, batches, counts=None):
         stem = name if nfe is None else f"{name}_nfe{nfe}"
         compute = functools.partial(compute_metrics, batches, features, reference, names)
+        if counts is not None:
+            compute = functools.partial(_measured_samples, compute, counts, model.image_shape)
         folders = [Path(place) / "evaluations" / "points" for place in (out, workdir) if str(place)]
         values = _cached(folders, stem, {**common, **depends_on}, compute)
         if is_main_process():
@@ -151,8 +168,10 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
 
     rows = [row("real (floor)", None, *_real(options, floor_images, features, batch_size))]
     for point in points:
-        depends_on, batches = _sampled(model, weights, point, features, batch_size)
-        values = row(point.name + _skip_scale_name(options), point.nfe, depends_on, batches)
+        counts: list[np.ndarray] = []
+        depends_on, batches = _sampled(model, weights, point, features, batch_size, counts)
+        values = row(point.name + _skip_scale_name(options), point.nfe, depends_on, batches, counts)
+        values["notes"] = values["notes"] + _faults(model, point, values)
         rows.append({**values, "steps": depends_on["point"]["steps"]})
     rows.append(row("noise (ceiling)", None, *_noise(options, floor_images.shape[1:], features, batch_size)))
     floor, ceiling = (rows[end].get("frechet_distance") for end in (0, -1))
@@ -160,7 +179,11 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         # Constant features put noise as near as real images.
         if floor is not None and ceiling is not None and floor != ceiling and "frechet_distance" in values:
             values["normalized"] = (values["frechet_distance"] - floor) / (ceiling - floor)
-    notes = skipped + sorted({note for values in rows for note in values.pop("notes")})
+    notes = (
+        [note for note in (model.ema_note,) if note]
+        + skipped
+        + sorted({note for values in rows for note in values.pop("notes")})
+    )
     provenance = {
         "metric": features.metric,
         "distance": features.distance,
@@ -185,7 +208,7 @@ def _real(options, images, features, batch_size):
     return {"images": sha256_of_images(images)}, batches
 
 
-def _sampled(model, weights, point, features, batch_size):
+def _sampled(model, weights, point, features, batch_size, counts):
     depends_on = {
         "weights": weights,
         "schedule": model.config.diffusion.to_dict(),
@@ -198,10 +221,20 @@ def _sampled(model, weights, point, features, batch_size):
         # SN- and NPR-DPM require a variance head, Analytic-DPM the noise statistics.
         inputs = model.variance_head.params if model.variance_head and requires != "ms_eps" else model.ms_eps
         depends_on[requires] = sha256_of_arrays(jax.tree.leaves(inputs))
-    return depends_on, _sampled_batches(model, point, features, batch_size)
+    return depends_on, _sampled_batches(model, point, features, batch_size, counts)
 
 
-def _sampled_batches(model, point, features, batch_size):
+def _faults(model, point, values):
+    """What makes the images of a point nonsense, in at most one sentence; points of before 0.3 do not say."""
+    if "saturated" not in values:
+        return []
+    ends = Ends(values["num_images"], values["saturated"], values["not_finite"])
+    options = {"nfe": point.nfe, "timestep_spacing": point.timestep_spacing, **point.options}
+    fault = model.fault_of(ends, point.sampler, **options)
+    return [fault.text] if fault else []
+
+
+def _sampled_batches(model, point, features, batch_size, counts):
     options = model.config.eval
     sampling = {"timestep_spacing": point.timestep_spacing, **_skip_scale_options(options), **point.options}
     sample_fn, timesteps = model.sampler(point.sampler, nfe=point.nfe, **sampling)
@@ -213,6 +246,7 @@ def _sampled_batches(model, point, features, batch_size):
         num_images=options.num_images,
         batch_size=batch_size,
         postprocess=features.apply,
+        counts=counts,
     )
 
 

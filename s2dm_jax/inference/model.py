@@ -2,20 +2,20 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.files import user_path, why_not_writable
 from s2dm_jax.config.build import build_schedule
-from s2dm_jax.data.datasets import load_dataset
+from s2dm_jax.data.datasets import load_dataset, saturation_at_hand
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.inference import noise_statistics
 from s2dm_jax.inference.noise_statistics import statistics_folder
-from s2dm_jax.inference.sampler import configure_sampler, sample_batches, sampler_options
+from s2dm_jax.inference.sampler import CompiledSampler, configure_sampler, sample_batches, sampler_options
+from s2dm_jax.inference.saturation import Ends, Fault, Report, ends_of, fault_of, sampling_in_words, warn
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.specs import SAMPLERS
@@ -29,10 +29,12 @@ class Model(NamedTuple):
     Attributes:
       config: the run's config.
       network, schedule: the network and the forward process.
-      ema_params: the EMA of the weights.
+      ema_params: the EMA of the weights, corrected for its start where that matters (`workdir.ema.sampling_ema`).
       step: train steps behind them.
       ms_eps: float [T], Analytic-DPM's statistic, or None where it has not been estimated.
       variance_head: of SN- or NPR-DPM, or None.
+      ema_note: a sentence where an EMA is not just the checkpoint's, else "".
+      saturation: share of the values of real images that are 0 or 255, or None where it is not recorded.
     """
 
     config: ConfigDict
@@ -42,13 +44,15 @@ class Model(NamedTuple):
     step: int
     ms_eps: np.ndarray | None = None
     variance_head: Head | None = None
+    ema_note: str = ""
+    saturation: float | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         return self.network.image_shape
 
-    def sampler(self, sampler: str = "ddim", **options: Any) -> tuple[Callable[..., jax.Array], np.ndarray]:
+    def sampler(self, sampler: str = "ddim", **options: Any) -> tuple[CompiledSampler, np.ndarray]:
         """`configure_sampler` for this model: a compiled function that gives uint8 images [B, H, W, C], and the
         timesteps int32 [S] to call it with.
         """
@@ -57,7 +61,15 @@ class Model(NamedTuple):
         )
 
     def sample(
-        self, n: int, sampler: str = "ddim", *, nfe: int = 0, seed: int = 0, batch_size: int = 500, **options: Any
+        self,
+        n: int,
+        sampler: str = "ddim",
+        *,
+        nfe: int = 0,
+        seed: int = 0,
+        batch_size: int = 500,
+        report: Report = warn,
+        **options: Any,
     ) -> np.ndarray:
         """Images 0 … n−1 of a seed, uint8 [n, H, W, C].
 
@@ -67,6 +79,7 @@ class Model(NamedTuple):
           nfe: network evaluations; by default 10, unless steps or timesteps are given.
           seed: of the noise.
           batch_size: images per batch.
+          report: is called if the images are nonsense (`saturation.fault_of`); by default it warns.
           **options: as for `configure_sampler`: steps, timestep_spacing, timesteps, eta, skip_scale, and the sampler's
             own options.
 
@@ -74,14 +87,44 @@ class Model(NamedTuple):
           ValueError: for an unknown sampler, and for values that are not allowed or contradict one another.
         """
         sample_fn, timesteps = self.sampler(sampler, nfe=nfe, **options)
-        batches = sample_batches(sample_fn, self.ema_params, timesteps, seed=seed, num_images=n, batch_size=batch_size)
-        return np.concatenate(list(batches))
+        counts: list[np.ndarray] = []
+        where = sample_fn, self.ema_params, timesteps
+        batches = sample_batches(*where, seed=seed, num_images=n, batch_size=batch_size, counts=counts)
+        images = np.concatenate(list(batches))
+        if fault := self.fault_of(ends_of(counts, self.image_shape), sampler, nfe=nfe, **options):
+            report(fault)
+        return images
 
-    def batches(self, sample: ConfigDict, *, progress: bool = True) -> Iterator[np.ndarray]:
-        """The images that a config's group `sample` describes, batch by batch: uint8 [B, H, W, C]."""
-        sample_fn, timesteps = self.sampler(**sampler_options(sample))
-        sizes = {"num_images": sample.num_images, "batch_size": sample.batch_size}
-        return sample_batches(sample_fn, self.ema_params, timesteps, seed=sample.seed, progress=progress, **sizes)
+    def batches(self, sample: ConfigDict, progress: bool = True, report: Report = warn) -> Iterator[np.ndarray]:
+        """The images that a config's group `sample` describes, batch by batch: uint8 [B, H, W, C].
+
+        After the last batch `report` is called if the images are nonsense.
+        """
+        counts: list[np.ndarray] = []
+        options = sampler_options(sample)
+        sample_fn, timesteps = self.sampler(**options)
+        yield from sample_batches(
+            sample_fn,
+            self.ema_params,
+            timesteps,
+            seed=sample.seed,
+            num_images=sample.num_images,
+            batch_size=sample.batch_size,
+            progress=progress,
+            counts=counts,
+        )
+        if fault := self.fault_of(ends_of(counts, self.image_shape), **options):
+            report(fault)
+
+    def fault_of(self, ends: Ends, sampler: str = "ddim", **options: Any) -> Fault | None:
+        """`saturation.fault_of` the images that `sampler` with these options made."""
+        diffusion, dtype = self.config.diffusion, self.network.dtype
+        words = sampling_in_words(self.schedule.T, diffusion.schedule, dtype, sampler, **options)
+        return fault_of(ends, self.real_saturation, *words)
+
+    def real_saturation(self) -> float | None:
+        """The share of the values of real images that are 0 or 255: recorded, or counted; None without any."""
+        return saturation_at_hand(self.config) if self.saturation is None else self.saturation
 
     def with_noise_statistics(
         self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int, out: str | os.PathLike = ""
@@ -127,4 +170,5 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, network: Networ
     schedule = build_schedule(run.config)
     statistic = noise_statistics.load_cached(schedule, run.ema_params, statistics_folder(workdir))
     ms_eps = statistic and statistic.ms_eps
-    return Model(run.config, run.network, schedule, run.ema_params, run.step, ms_eps, run.variance_head)
+    notes = run.ema_note, run.saturation
+    return Model(run.config, run.network, schedule, run.ema_params, run.step, ms_eps, run.variance_head, *notes)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_path
 from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.common.images import to_unit
@@ -68,6 +69,9 @@ def estimate_noise_statistics(
       num_images: how many of the images, drawn by `seed`; all where there are fewer.
       seed: of the choice and of the noise: that of image i at timestep t depends on (seed, t, i) alone.
       batch_size: images per batch.
+
+    Raises:
+      UserError: for a network whose output is not finite.
     """
     num_images = min(num_images, len(images))
     rows = np.random.default_rng(seed).permutation(len(images))[:num_images]
@@ -85,6 +89,12 @@ def estimate_noise_statistics(
                 squares = _squares(network, schedule, params, *batch, timesteps, seed)
                 batches.append(np.asarray(squares, np.float64)[:, : num_images - first])
             squares = np.concatenate(batches, axis=1)[: schedule.T - len(mean)]  # [timesteps, images]
+            if not np.isfinite(squares).all():
+                bad = len(mean) + int(np.argmin(np.isfinite(squares).all(1)))
+                raise UserError(
+                    f"the network's output at timestep {bad} is not finite for some training images, so that "
+                    "Analytic-DPM's statistic cannot be estimated; try model.dtype=float32, or an earlier checkpoint"
+                )
             mean = np.append(mean, squares.mean(1))
             standard_error = np.append(standard_error, squares.std(1, ddof=1) / np.sqrt(num_images))
             _write(path, mean, standard_error, num_images, seed)
@@ -130,7 +140,9 @@ def _read(path):
     """Mean and standard error of the timesteps that are saved so far."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return arrays["ms_eps"], arrays["standard_error"]
+            mean, standard_error = arrays["ms_eps"], arrays["standard_error"]
+            # Before 0.3, NaN was stored as well.
+            return (mean, standard_error) if np.isfinite(mean).all() else (np.zeros(0), np.zeros(0))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         # A missing or damaged file is made anew.
         return np.zeros(0), np.zeros(0)

@@ -4,6 +4,7 @@ import datetime
 import itertools
 import json
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_path, check_writable
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import image_grid, save_png
@@ -21,6 +23,7 @@ from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.inference import visualize
 from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import sampler_options
+from s2dm_jax.inference.saturation import Fault
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
 from s2dm_jax.workdir.folder import output_folder
 from s2dm_jax.workdir.load import check_compared_runs
@@ -54,6 +57,8 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
     nfe, device = settings["nfe"], jax.devices()[0].device_kind
     for folder, model in zip(workdirs, models, strict=True):
         print(f"run      {folder}, EMA at step {model.step:,}")
+        if model.ema_note:
+            print(f"note: {model.ema_note}", file=sys.stderr)
     print(f"sampler  {sampler}, {settings['steps']:,} steps, NFE {nfe:,}, seed {options.seed}, {device}", flush=True)
 
     began = time.monotonic()
@@ -76,12 +81,12 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
             "device": device,
             "date": datetime.date.today().isoformat(),
         }
-        _write_npz(path, models[0].batches(options), shape, json.dumps(provenance))
+        _write_npz(path, models[0].batches(options, True, _report), shape, json.dumps(provenance))
     else:
         check_writable([path], "give --out=DIR to write elsewhere")
         with atomic_path(path, fsync=False) as temporary:
             temporary.mkdir()
-            for index, image in enumerate(itertools.chain.from_iterable(models[0].batches(options))):
+            for index, image in enumerate(itertools.chain.from_iterable(models[0].batches(options, True, _report))):
                 save_png(temporary / f"{index:06d}.png", image)
             if path.is_dir():
                 # The same images: a folder is only replaced by a rename where it is empty.
@@ -121,19 +126,26 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
 
 def _rows(options: ConfigDict, models: list[Model]) -> tuple[np.ndarray, int | None]:
     """Images [N, H, W, C] in the order of a grid, and its columns."""
-    count, seed, arguments = options.num_images, options.seed, sampler_options(options)
+    count, arguments = options.num_images, {"seed": options.seed, "report": _report, **sampler_options(options)}
     if options.interpolate:
         starts, ends = range(0, count, 2), range(1, count, 2)
-        rows = visualize.interpolate(models[0], starts, ends, options.interpolate, seed=seed, **arguments)
+        rows = visualize.interpolate(models[0], starts, ends, options.interpolate, **arguments)
     elif options.trajectory:
-        rows = visualize.trajectory(models[0], range(count), seed=seed, **arguments)
+        rows = visualize.trajectory(models[0], range(count), **arguments)
         shown = np.linspace(0, rows.shape[1] - 1, min(rows.shape[1], _MAX_COLUMNS)).round().astype(int)
         rows = rows[:, shown]
     elif options.compare:
-        rows = visualize.compare(models, count, seed=seed, batch_size=options.batch_size, **arguments)
+        rows = visualize.compare(models, count, batch_size=options.batch_size, **arguments)
     else:
-        return np.concatenate(list(models[0].batches(options))), None
+        return np.concatenate(list(models[0].batches(options, True, _report))), None
     return rows.reshape(-1, *rows.shape[2:]), rows.shape[1]  # [rows, columns, H, W, C] → [rows·columns, H, W, C]
+
+
+def _report(fault: Fault) -> None:
+    """Says what is wrong with the images; refuses to write those of which none is finite."""
+    if fault.hopeless:
+        raise UserError(fault.text)
+    print(f"warning: {fault.text}", file=sys.stderr, flush=True)
 
 
 def _write_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...], provenance: str) -> None:

@@ -3,6 +3,7 @@
 Image i of a seed depends on (seed, i) alone, not on the batch or the order that it is sampled in.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -40,9 +41,42 @@ class SamplerConfig(NamedTuple):
     options: tuple
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledSampler:
+    """A function (params, timesteps [S], seed, indices [B]) → uint8 images; `configure_sampler` describes it."""
+
+    program: SamplerConfig
+    arguments: dict
+
+    def __call__(
+        self,
+        params: dict,
+        timesteps: np.ndarray,
+        seed: int,
+        indices: np.ndarray | jax.Array,
+        *,
+        x_T: jax.Array | None = None,
+        trajectory: bool = False,
+    ) -> jax.Array:
+        return self.with_counts(params, timesteps, seed, indices, x_T=x_T, trajectory=trajectory)[0]
+
+    def with_counts(
+        self,
+        params: dict,
+        timesteps: np.ndarray,
+        seed: int,
+        indices: np.ndarray | jax.Array,
+        *,
+        x_T: jax.Array | None = None,
+        trajectory: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The images, and int32 [B, 2]: how many values of each are 0 or 255, and how many are not finite."""
+        return _run_compiled(self.program, trajectory, params, timesteps, seed, indices, x_T, self.arguments)
+
+
 def configure_sampler(
     network: Network, schedule: NoiseSchedule, sampler: str = "ddim", **options: Any
-) -> tuple[Callable[..., jax.Array], np.ndarray]:
+) -> tuple[CompiledSampler, np.ndarray]:
     """A compiled sampler and the timesteps that it visits, from the user's sampling options.
 
     The sampler is a function of (params, timesteps [S], seed, indices [B]) → uint8 images [B, H, W, C]. There is one
@@ -66,10 +100,7 @@ def configure_sampler(
     """
     program, timesteps, arguments = resolve_program(network, schedule, sampler, **options)
 
-    def sample(params, timesteps, seed, indices, *, x_T=None, trajectory=False):
-        return _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments)
-
-    return sample, timesteps
+    return CompiledSampler(program, arguments), timesteps
 
 
 def resolve_program(
@@ -222,10 +253,17 @@ def run_sampler(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments):
     result = run_sampler(program, params, timesteps, seed, indices, **arguments, x_T=x_T, return_x0=trajectory)
-    if not trajectory:
-        return to_uint8(result)
-    x_0, predictions = result
-    return to_uint8(jnp.moveaxis(predictions.at[-1].set(x_0), 0, 1))  # [S, B, H, W, C] → [B, S, H, W, C]
+    x_0 = result[0] if trajectory else result
+    images = to_uint8(x_0)
+    counts = _counts(images, ~jnp.isfinite(x_0))
+    if trajectory:
+        predictions = result[1]
+        images = to_uint8(jnp.moveaxis(predictions.at[-1].set(x_0), 0, 1))  # [S, B, H, W, C] → [B, S, H, W, C]
+    return images, counts
+
+
+def _counts(images, not_finite):
+    return jnp.stack([part.sum((1, 2, 3)) for part in ((images == 0) | (images == 255), not_finite)], 1)
 
 
 def sample_batches(
@@ -238,16 +276,19 @@ def sample_batches(
     batch_size: int,
     progress: bool = True,
     postprocess: Callable[[jax.Array], jax.Array] | None = None,
+    counts: list[np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Images 0 … num_images−1 of a seed, a batch at a time.
 
     Args:
-      sample_fn, params, timesteps: the function from `configure_sampler`, and its arguments.
+      sample_fn, params, timesteps: the function from `configure_sampler`, or one like it, and its arguments.
       seed: of the noise.
       num_images: in all.
       batch_size: images per batch; the memory needed is that of two batches.
       progress: whether to show progress.
       postprocess: a function of the images, on the device; its result takes their place.
+      counts: a list that int32 [B, 2] of each batch is appended to, once it is yielded: the values of each image that
+        are 0 or 255, and those that are not finite.
 
     Yields:
       uint8 [B, H, W, C] with B = batch_size, in the last batch the remainder.
@@ -257,19 +298,27 @@ def sample_batches(
     """
 
     def compute(indices):
-        images = sample_fn(params, timesteps, seed, shard_batch(indices))
-        return postprocess(images) if postprocess else images
+        inputs = params, timesteps, seed, shard_batch(indices)
+        if isinstance(sample_fn, CompiledSampler):
+            images, counted = sample_fn.with_counts(*inputs)
+        else:
+            images = sample_fn(*inputs)
+            counted = _counts(images, jnp.zeros_like(images, bool))
+        return (postprocess(images) if postprocess else images), counted
 
-    return map_batches(compute, num_images, batch_size, progress)
+    for batch, counted in map_batches(compute, num_images, batch_size, progress):
+        if counts is not None:
+            counts.append(counted)
+        yield batch
 
 
 def map_batches(
-    compute: Callable[[np.ndarray], jax.Array], num_images: int, batch_size: int, progress: bool = True
-) -> Iterator[np.ndarray]:
+    compute: Callable[[np.ndarray], Any], num_images: int, batch_size: int, progress: bool = True
+) -> Iterator[Any]:
     """`compute` of the indices 0 … num_images−1, a batch at a time on the host; its arguments are `sample_batches`'s.
 
-    `compute` is a function of indices int [B] → array [B, …] on the device; B is the same in every call, so that one
-    program serves, and the results for indices from num_images on are dropped.
+    `compute` is a function of indices int [B] → array [B, …] on the device, or a tuple of them; B is the same in every
+    call, so that one program serves, and the results for indices from num_images on are dropped.
     """
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
@@ -281,7 +330,7 @@ def map_batches(
         for first in firsts[1:]:
             computing = compute(first + np.arange(batch_size))
             # The previous batch is fetched while this one is computed.
-            yield to_host(pending)
+            yield jax.tree.map(to_host, pending)
             advance(batch_size)
             pending = computing
-        yield to_host(pending)[: num_images - firsts[-1]]
+        yield jax.tree.map(lambda array: to_host(array)[: num_images - firsts[-1]], pending)

@@ -10,6 +10,7 @@ import numpy as np
 
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.inference.model import Model
+from s2dm_jax.inference.saturation import Report, ends_of, warn
 from s2dm_jax.samplers.noise import initial_noise, slerp
 from s2dm_jax.samplers.specs import SAMPLERS
 
@@ -23,6 +24,7 @@ def interpolate(
     seed: int = 0,
     end_seed: int | None = None,
     sampler: str = "ddim",
+    report: Report = warn,
     **options: Any,
 ) -> np.ndarray:
     """Samples from noise on the great circle between two images' noise (DDIM, eq. 67; S²-DMs, Figure 6).
@@ -34,6 +36,7 @@ def interpolate(
       seed: of the starts.
       end_seed: of the ends, by default the same.
       sampler: a sampler that draws no noise at its steps.
+      report: is called if the images are nonsense, as in `Model.sample`.
       **options: as for `sampler.configure_sampler`; eta stays 0.
 
     Returns:
@@ -52,13 +55,18 @@ def interpolate(
     sample_fn, timesteps = model.sampler(sampler, **options)
     weights = jnp.linspace(0, 1, num_images)
     seeds = (seed, seed if end_seed is None else end_seed)
-    rows = []
+    rows: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
     with progress_bar(len(starts), "rows") as advance:
         for pair in zip(starts, ends, strict=True):
             x_T = _noise_between(model.image_shape, seeds, pair, weights)  # [num_images, H, W, C]
             # With x_T given and no noise at the steps, the indices have no effect.
-            rows.append(np.asarray(sample_fn(model.ema_params, timesteps, 0, np.arange(num_images), x_T=x_T)))
+            row = sample_fn.with_counts(model.ema_params, timesteps, 0, np.arange(num_images), x_T=x_T)
+            for array, arrays in zip(row, (rows, counts), strict=True):
+                arrays.append(np.asarray(array))
             advance(1)
+    if fault := model.fault_of(ends_of(counts, model.image_shape), sampler, **options):
+        report(fault)
     return np.stack(rows)
 
 
@@ -68,13 +76,16 @@ def _noise_between(shape, seeds, pair, weights):
     return slerp(x_a, x_b, weights)
 
 
-def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **options: Any) -> np.ndarray:
+def trajectory(
+    model: Model, indices: Sequence[int], *, seed: int = 0, report: Report = warn, **options: Any
+) -> np.ndarray:
     """The prediction of x_0 at each timestep on the way to an image.
 
     Args:
       model: what to sample from.
       indices: of the images; all of them are computed at once.
       seed: of the noise.
+      report: is called if the images are nonsense, as in `Model.sample`.
       **options: as for `sampler.configure_sampler`.
 
     Returns:
@@ -84,7 +95,11 @@ def trajectory(model: Model, indices: Sequence[int], *, seed: int = 0, **options
       ValueError: as `sampler.configure_sampler`.
     """
     sample_fn, timesteps = model.sampler(**options)
-    return np.asarray(sample_fn(model.ema_params, timesteps, seed, np.asarray(indices), trajectory=True))
+    where = model.ema_params, timesteps, seed, np.asarray(indices)
+    images, counts = sample_fn.with_counts(*where, trajectory=True)
+    if fault := model.fault_of(ends_of([np.asarray(counts)], model.image_shape), **options):
+        report(fault)
+    return np.asarray(images)
 
 
 def compare(models: Sequence[Model], n: int, *, seed: int = 0, **options: Any) -> np.ndarray:

@@ -33,6 +33,7 @@ from s2dm_jax.devices.sharding import replicate_key, replicated, state_shardings
 from s2dm_jax.evaluation.evaluate import evaluate, show_results
 from s2dm_jax.evaluation.features import FeaturesUnavailable
 from s2dm_jax.inference.model import Model
+from s2dm_jax.inference.saturation import Fault
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.training.failures import check_finite
@@ -40,6 +41,7 @@ from s2dm_jax.training.setup import Setup, save_config, set_up
 from s2dm_jax.training.step import jit_step, make_train_chunk
 from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, run_summary
 from s2dm_jax.workdir import checkpoint
+from s2dm_jax.workdir.ema import sampling_ema
 from s2dm_jax.workdir.folder import open_workdir
 from s2dm_jax.workdir.metadata import run_metadata
 from s2dm_jax.workdir.results import results_table
@@ -122,10 +124,12 @@ class TrainingLoop:
         self.profile = Profile(workdir, self.step, train.profile_steps)
         for opened in (self.writer, self.progress, self.profile):
             stack.callback(opened.close)
-        self.metadata = run_metadata(config)
+        self.saturation = setup.data.saturation
+        self.metadata = {**run_metadata(config), "saturation": self.saturation}
         self.saved = self.manager.latest_step()
         self.pending: tuple | None = None
         self.skipped = 0
+        self.ema_note = ""
         self.since_save: list[dict[str, float]] = []
         self.seconds_per_step: float | None = None
 
@@ -219,20 +223,27 @@ class TrainingLoop:
         self.writer.scalars(last, {**means, **speed})
 
     def _model(self) -> Model:
-        """The run so far, to sample from."""
-        setup, ema_params = self.setup, unshard(self.state.ema_params)
-        if setup.base_params is None:
-            return Model(self.config, setup.network, setup.schedule, ema_params, self.step)
-        head = Head(self.config.variance_head.kind, ema_params)
-        return Model(self.config, setup.network, setup.schedule, setup.base_params, self.step, variance_head=head)
+        """The run so far, to sample from; the first time that its EMA is corrected, this is said."""
+        setup, state = self.setup, self.state._replace(ema_params=unshard(self.state.ema_params))
+        ema, note = sampling_ema(self.config, setup.network, state, self.workdir)
+        if note and not self.ema_note:
+            _log(f"note: {note}")
+        self.ema_note = note
+        head, params = None, ema
+        if setup.base_params is not None:
+            head, params = Head(self.config.variance_head.kind, ema), setup.base_params
+        return Model(self.config, setup.network, setup.schedule, params, self.step, None, head, note, self.saturation)
 
     def _save_samples(self) -> None:
         """Leaves a grid of samples in samples/ and TensorBoard."""
-        batches = self._model().batches(self.config.sample, progress=False)
+        batches = self._model().batches(self.config.sample, progress=False, report=self._report)
         grid = image_grid(np.concatenate(list(batches)))
         if is_main_process():
             save_png(self.workdir / "samples" / f"step_{self.step:07d}.png", grid)
         self.writer.image(self.step, "samples", grid)
+
+    def _report(self, fault: Fault) -> None:
+        _log(f"warning: the samples of step {self.step:,}: {fault.text}")
 
     def _save(self) -> None:
         """Starts saving a checkpoint, with the mean of each metric since the one before."""

@@ -4,6 +4,7 @@ The programs take any batch size, and run on CPU, CUDA and TPU. What is in the f
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,8 @@ def export(config: ConfigDict, workdir: str, out: str = "", *, network: Network 
     digest = sha256_of_json([card["sampler"], card["weights"]], digits=8)
     path = Path(config.export.path or folder / f"{sampler}_nfe{nfe}_{digest}.npz")
     with atomic_outputs(path, *model_card.card_paths(path)) as (file, *card_files):
+        if run.ema_note:
+            print(f"note: {run.ema_note}", file=sys.stderr)
         print(f"exporting {sampler} at {nfe:,} NFE for {', '.join(PLATFORMS)} …", flush=True)
         programs = export_programs(network, schedule, **options, **inputs)
         _write(file, programs, run, config, card)
@@ -160,6 +163,7 @@ def _write(file: Path, programs: dict[str, jax_export.Exported], run: Run, confi
         "jax": jax.__version__,
         "weights_sha256": sha256_of_arrays((weights[name] for name in sorted(weights)), digits=64),
         "card": card,
+        "saturation": run.saturation,
     }
     arrays: dict[str, Any] = {name: np.frombuffer(program.serialize(), np.uint8) for name, program in programs.items()}
     arrays |= {f"{WEIGHTS}{name}": value for name, value in weights.items()}

@@ -11,10 +11,10 @@ from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.common.version import __version__
 from s2dm_jax.models.network import num_params
 from s2dm_jax.workdir import exported
+from s2dm_jax.workdir.folder import CARD
 from s2dm_jax.workdir.load import Run
 from s2dm_jax.workdir.results import results_table
 
-CARD = "model_card.json"
 NOT_STATED = "not stated"
 
 _PREDICTS = {
@@ -31,13 +31,22 @@ def card_of_run(run: Run, path: str) -> dict:
         return parse_card(json.dumps(exported.read_header(path).get("card")))
     card = _card_in(folder)
     metrics = read_json(folder / "results.json", ("step", "rows"), "the model card has no results")
-    if metrics and metrics["step"] != run.step:
-        # They are of other weights.
+    sha256 = _sha256_of(run)
+    if metrics and (metrics["step"] != run.step or _other_weights(metrics, sha256)):
         metrics = None
     made = make_card(run, license=card.get("license", ""), source=card.get("source"), metrics=metrics)
     if card and not metrics and card["weights"]["sha256"] == made["weights"]["sha256"]:
         made["metrics"] = card["metrics"]
     return parse_card(json.dumps(made))
+
+
+def _other_weights(metrics: dict, sha256: str) -> bool:
+    """Whether results were measured with other weights, as the EMA before its correction is."""
+    return sha256 not in metrics.get("provenance", {}).get("weights", sha256)
+
+
+def _sha256_of(run: Run) -> str:
+    return sha256_of_arrays(jax.tree.leaves(run.ema_params))
 
 
 def _card_in(folder: Path) -> dict:
@@ -85,7 +94,8 @@ def make_card(run: Run, *, license: str = "", source: dict | None = None, metric
         "predicts": _PREDICTS[config.model.prediction],
         "weights": {
             "kind": "EMA" if trained else NOT_STATED,
-            "sha256": sha256_of_arrays(jax.tree.leaves(run.ema_params)),
+            "sha256": _sha256_of(run),
+            "note": run.ema_note or None,
         },
         "schedule": config.diffusion.to_dict(),
         "data": config.data.name if trained else NOT_STATED,

@@ -106,6 +106,7 @@ def _read_run(path: str, kind: str) -> Weights:
         )
     schedule = (run.config.diffusion.schedule, run.config.diffusion.T)
     card = model_card.card_of_run(run, path)
+    kind += f"; {run.ema_note}" * bool(run.ema_note)
     return Weights(torch_names.as_unet(run.network), run.ema_params, run.params, card, schedule, run.step, kind, "")
 
 

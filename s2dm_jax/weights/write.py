@@ -119,7 +119,8 @@ def write_weights(
         )
     network = dataclasses.replace(weights.network, dropout=model.dropout, prediction=model.prediction)
     run = Run(config, network, weights.ema_params, weights.step, weights.params)
-    old = weights.model_card or {"license": "", "source": source, "metrics": None}
+    old = weights.model_card or {"license": "", "source": source, "metrics": None, "weights": {}}
+    run = run._replace(ema_note=old["weights"].get("note") or "")
     license = license or old["license"]
     card = model_card.make_card(run, license=license, source=old["source"], metrics=old["metrics"])
     path = Path(out)

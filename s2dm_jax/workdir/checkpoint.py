@@ -87,6 +87,12 @@ def save(
         manager.save(step, args=items, metrics=metrics)
 
 
+def read_metadata(workdir: str | os.PathLike, step: int) -> dict:
+    """What was given to `save` as metadata, with the digests; empty for a checkpoint of version 0.1."""
+    path = checkpoint_folder(workdir) / str(step) / "about" / "metadata"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def finish(manager: ocp.CheckpointManager) -> None:
     """Waits until what `save` started is on the disk.
 

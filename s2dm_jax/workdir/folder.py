@@ -18,6 +18,8 @@ from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
 
 _LOCK = ".lock"
+# The model card, in the folder of a run that was made from converted weights.
+CARD = "model_card.json"
 # A file that one host wrote may take as long to appear on another.
 _SHARED_SECONDS = 10.0
 

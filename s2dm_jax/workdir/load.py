@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,10 +31,13 @@ class Run(NamedTuple):
     Attributes:
       config: the run's config, checked.
       network: the network that `ema_params` belongs to.
-      ema_params: nested dict of float32 arrays, the EMA of the network's weights: what to sample from.
+      ema_params: nested dict of float32 arrays, the EMA of the network's weights: what to sample from
+        (`ema.sampling_ema`).
       step: number of training steps, of the network or its variance head.
       params: nested dict of float32 arrays, the weights that training changes: the network's or the head's.
       variance_head: the variance head with the EMA of its weights, or None.
+      ema_note: a sentence where the EMA that was trained is not just the checkpoint's, else "".
+      saturation: share of the values of its training images that are 0 or 255, or None where it is not recorded.
     """
 
     config: ConfigDict
@@ -42,6 +46,8 @@ class Run(NamedTuple):
     step: int
     params: dict
     variance_head: "Head | None" = None
+    ema_note: str = ""
+    saturation: float | None = None
 
 
 def checked_config(text: str, place: str | Path) -> ConfigDict:
@@ -98,10 +104,13 @@ def check_compared_runs(config: ConfigDict) -> list[str]:
     return workdirs
 
 
-def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "Network | None" = None) -> Run:
+def load_run(
+    workdir: str | os.PathLike, step: int | None = None, *, network: "Network | None" = None, correct_ema: bool = True
+) -> Run:
     """The newest checkpoint of a run that verifies, or that of `step`; or an exported sampler.
 
-    `network` is what was trained, where that is not the network of the run's config.
+    `network` is what was trained, where that is not the network of the run's config; `correct_ema=False` leaves the EMA
+    as it is in the checkpoint.
     """
     from s2dm_jax.devices.hardware import check_devices
 
@@ -113,12 +122,13 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "N
         params, header = exported.read_weights(workdir, network)
         if step not in (None, header["step"]):
             raise UserError(f"{workdir} holds the weights of step {header['step']}, not of step {step}")
-        return Run(config, network, params, header["step"], params)
+        return Run(config, network, params, header["step"], params, saturation=header.get("saturation"))
 
     import jax
 
     from s2dm_jax.models import variance_head
     from s2dm_jax.workdir import checkpoint
+    from s2dm_jax.workdir.ema import sampling_ema
     from s2dm_jax.workdir.state import TrainState, make_optimizer
 
     kind = config.variance_head.kind
@@ -129,11 +139,13 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "N
         state = checkpoint.restore_latest(manager, like, step=step)
     if state is None:
         raise _no_checkpoint(workdir)
+    ema, note = sampling_ema(config, network, state, workdir) if correct_ema else (state.ema_params, "")
+    step, saturation = int(state.step), checkpoint.read_metadata(workdir, int(state.step)).get("saturation")
     if not kind:
-        return Run(config, network, state.ema_params, int(state.step), state.params)
+        return Run(config, network, ema, step, state.params, None, note, saturation)
     base_params = load_base_params(workdir, config, network=network, record=False)
-    head = variance_head.Head(kind, state.ema_params)
-    return Run(config, network, base_params, int(state.step), state.params, head)
+    head = variance_head.Head(kind, ema)
+    return Run(config, network, base_params, step, state.params, head, note, saturation)
 
 
 def _no_checkpoint(workdir: str | os.PathLike) -> UserError:
@@ -181,6 +193,10 @@ def load_base_params(
         ) from error
     run = load_run(base_workdir, recorded.get("step"), network=network)
     digest = sha256_of_arrays(jax.tree.leaves(run.ema_params))
+    if run.ema_note and recorded and recorded["sha256"] != digest:
+        # A head of before 0.3 was trained on the EMA as it is in the checkpoint.
+        run = load_run(base_workdir, run.step, network=network, correct_ema=False)
+        digest = sha256_of_arrays(jax.tree.leaves(run.ema_params))
     if recorded and recorded["sha256"] != digest:
         raise UserError(
             f"{base_workdir} holds other weights at step {run.step:,} than those that "
@@ -189,4 +205,6 @@ def load_base_params(
     if record and not recorded and jax.process_index() == 0:
         recorded = {"workdir": base_workdir, "step": run.step, "sha256": digest}
         write_atomic(path, json.dumps(recorded, indent=1) + "\n")
+    if run.ema_note and jax.process_index() == 0:
+        print(f"note: {base_workdir}: {run.ema_note}", file=sys.stderr)
     return run.ema_params

@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import FunctionNetwork
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import default_config
@@ -114,6 +115,33 @@ def test_exactly_the_requested_images_are_counted(config, data, sampled, tmp_pat
 def features_by_hand(images):
     x = images.astype(np.float64) / 255
     return np.concatenate([x.mean((2, 3)), x.mean((1, 3))], axis=1)
+
+
+def test_nonsense_is_noted_and_leaves_a_gap_where_it_is_not_finite(config, data, tmp_path):
+    """Images that are all black or white, and images of NaN, whose bytes and features are as good as any others."""
+    config.eval.update({"num_images": 20, "nfe": (2,)})
+    found = {}
+    for name, factor in (("saturated", -1e5), ("nan", np.nan)):
+        network = FunctionNetwork(lambda params, x, t, factor=factor: factor * x)
+        model = Model(config, network, linear_schedule(20), {"w": np.full(1, factor)}, 7)
+        # The second time, from the cache.
+        results, again = (evaluation.evaluate(model, data, tmp_path) for _ in range(2))
+        assert results == again
+        found[name] = results["rows"][1], results["provenance"]["notes"]
+    row, notes = found["saturated"]
+    assert (row["saturated"], row["not_finite"]) == (1.0, 0)
+    assert "frechet_distance" in row
+    assert notes[0].startswith("100.0 % of the images' values are 0 or 255, of real images 0.9 % (ddim")
+    row, notes = found["nan"]
+    assert not {"frechet_distance", "normalized"} & row.keys()
+    assert notes[0].startswith("20 of 20 images have values that are not finite (ddim, timestep_spacing uniform, NFE 2")
+
+
+def test_a_metric_that_is_not_finite_is_a_gap(config, data, sampled, tmp_path, monkeypatch):
+    monkeypatch.setattr("s2dm_jax.evaluation.metrics.frechet_distance", lambda *_: np.inf)
+    results = run(config, data, tmp_path)
+    assert not any("frechet_distance" in row for row in results["rows"])
+    assert results["provenance"]["notes"] == ["no fid: it is not finite, for the features are too large or too small"]
 
 
 def test_an_interrupted_evaluation_resumes_at_the_missing_points(config, data, sampled, tmp_path, monkeypatch):
