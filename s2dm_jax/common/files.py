@@ -1,6 +1,7 @@
 """Files that are complete or absent: atomic writes, new outputs, cache folders."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -76,6 +77,11 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
             f"{name}={written} is not UTF-8, or the locale is not: give a path in UTF-8, and set PYTHONUTF8=1 or "
             "LC_ALL=C.UTF-8"
         ) from error
+    try:
+        os.lstat(expanded)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{name}={written[:60]}… is too long for a path; give a shorter one") from error
     # Checkpoints cannot be written through `..`; a path without it is shown as it was written.
     return Path(expanded).resolve() if ".." in Path(expanded).parts else Path(expanded)
 

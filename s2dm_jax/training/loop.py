@@ -101,7 +101,7 @@ class TrainingLoop:
         if is_main_process():
             overview = parameter_overview.get_parameter_overview(params)
             write_atomic(workdir / "parameters.txt", overview + "\n")
-        _log(run_summary(config, setup.network, setup.data.provenance, self.step))
+        _log(run_summary(config, setup.network, setup.data, self.step))
 
         # The data, and the compiled program of one chunk.
         order_key, step_key = run_keys(train.seed)
