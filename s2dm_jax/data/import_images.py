@@ -218,8 +218,8 @@ def _decoded(jobs: Iterator[Job], transform: ImageTransform) -> Iterator[tuple[i
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         # Pillow warns of files that open into very many pixels.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # A damaged EXIF block is no reason to refuse a picture.
-        warnings.filterwarnings("ignore", "(Corrupt|Possibly corrupt) EXIF", UserWarning)
+        # What Pillow warns of, as a damaged EXIF block, is no reason to refuse a picture.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         for batch in _batched_jobs(jobs):
             waiting.append(pool.submit(decoded_batch, batch))
             if len(waiting) > 2 * threads:

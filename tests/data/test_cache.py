@@ -499,6 +499,15 @@ def test_what_a_killed_process_left_is_made_anew(cache, tmp_path):
     assert left_in(cache) == [folder.name]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"files": {}}', '{"files": []}'])
+def test_an_entry_whose_provenance_is_damaged_is_made_anew(cache, tmp_path, text):
+    config = config_for(make_folder(tmp_path / "folder", PICTURES))
+    expected = load_dataset(config)
+    folder = dataset_cache.prepare_dataset(config)
+    (folder / "provenance.json").write_text(text)
+    assert load_dataset(config).provenance == expected.provenance
+
+
 def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(cache, tmp_path, monkeypatch, capfd):
     source = make_folder(tmp_path / "folder", PICTURES)
     finish, go_on, calls, folders = dataset_cache._finish, threading.Event(), [], []
