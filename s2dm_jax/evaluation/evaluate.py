@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import read_json, write_atomic
+from s2dm_jax.common.files import read_json, user_path, write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
@@ -125,6 +125,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
     Raises:
       UserError: for features or a reference that are unavailable.
     """
+    workdir, out = (place and user_path(place, name) for place, name in ((workdir, "workdir"), (out, "out")))
     options = model.config.eval
     points, skipped = plan_evaluation(model.schedule.T, options.to_dict())
     names, batch_size = parse_metrics(options.metrics), device_batch_size(options.batch_size)

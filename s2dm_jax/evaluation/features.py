@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import cache_dir
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.data.datasets import Dataset
@@ -59,7 +60,8 @@ def why_no_classifier(data: Dataset, dataset: str) -> str:
     if classes < 2:
         return f"needs training images of two classes, and those of {dataset} are of one"
     if not data.labelled:
-        return f"needs two images of a class, and {dataset} has {len(data.train):,} of {data.num_classes:,} classes"
+        count = len(data.train)
+        return f"needs two images of a class, and {dataset} has {count:,} images of {data.num_classes:,} classes"
     if min(size) < classifier.MIN_SIDE:
         side = classifier.MIN_SIDE
         return f"needs images of {side}×{side} pixels, and those of {dataset} have {size[0]}×{size[1]}"
@@ -115,6 +117,8 @@ def check_features(config: ConfigDict, data: Dataset) -> list[tuple[str, int]]:
     inceptions, classifiers = ("inception", inception.NUM_FEATURES), ("classifier", classifier.NUM_FEATURES)
     undecided = chosen == "auto" and dataset_name(config) != "digits"
     if undecided and not _is_file(config.eval.inception_weights):
+        # Raises for a URL.
+        cache_dir()
         return [inceptions] if no_classifier else [inceptions, classifiers]
     name = resolve_features(config, no_classifier)
     if name == "classifier":

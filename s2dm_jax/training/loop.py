@@ -19,7 +19,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import read_json, write_atomic
+from s2dm_jax.common.files import read_json, user_path, write_atomic
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.signals import deferred, signal_advice
 from s2dm_jax.config.defaults import FIELDS, default_config
@@ -61,6 +61,7 @@ def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -
         being finite.
       SystemExit: after a signal, once the state is saved.
     """
+    workdir = str(user_path(workdir, "workdir"))
     if not agrees_with_main(lambda: to_json(_without_paths(config))):
         raise UserError("the processes of this run have different configs; start all of them with the same command")
     with contextlib.ExitStack() as stack:

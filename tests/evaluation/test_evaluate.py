@@ -488,7 +488,7 @@ def test_what_an_evaluation_cannot_do_is_said_before_the_training(
     [
         ([5, 5, 5, 5], [5], False, "needs labels, which it does not have"),
         ([5, 5, 5, 5], [6], False, "needs training images of two classes, and those of it are of one"),
-        ([5, 6, 7, 8], [5], False, "needs two images of a class, and it has 4 of 4 classes"),
+        ([5, 6, 7, 8], [5], False, "needs two images of a class, and it has 4 images of 4 classes"),
         ([5, 5, 6, 6], [5], True, "needs images of 8×8 pixels, and those of it have 4×4"),
         ([5, 5, 6, 6], [5], False, ""),
     ],
