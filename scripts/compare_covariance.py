@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from run_once import main_command, run_once
+from run_once import main_command, parse_nfe, run_once
 
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError
@@ -59,6 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, flag.replace("-", "_"))
         if value < low:
             raise UserError(f"--{flag}={value} is out of range: it must be at least {low}")
+    parse_nfe(args.nfe)
     config_path(args.config)
     return args
 
@@ -116,7 +117,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 def compare(args: argparse.Namespace) -> str:
     """Runs what is missing and returns the table."""
     jobs, found = jobs_of(args), {}
-    nfe = [int(each) for each in args.nfe.split(",")]
+    nfe = parse_nfe(args.nfe)
     for job in iterate_with_eta(jobs, [not job.result_path.exists() for job in jobs]):
         results = run_once(job.result_path, job.workdir, job.commands, nfe)
         for sampler, distances in distances_of(results).items():

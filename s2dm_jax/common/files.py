@@ -82,7 +82,7 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
     if max(len(part.encode()) for part in os.path.abspath(expanded).split("/")) > _MAX_NAME:
         raise UserError(f"{name}={written[:60]}… is too long for a path; give a shorter one")
     # Checkpoints cannot be written through `..`; a path without it is shown as it was written.
-    return Path(expanded).resolve() if ".." in Path(expanded).parts else Path(expanded)
+    return Path(os.path.realpath(expanded)) if ".." in Path(expanded).parts else Path(expanded)
 
 
 def why_not_writable(place: str | os.PathLike) -> str:
