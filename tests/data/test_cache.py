@@ -154,6 +154,8 @@ def test_the_split_and_what_it_leaves_out_are_printed(cache, tmp_path, capsys):
     files |= {f"test/{name}": data for name, data in list(PICTURES.items())[:3]} | {"sample.png": png(50)}
     data = load_dataset(config_for(make_folder(tmp_path / "folder", files)))
     assert (len(data.train), len(data.held_out)) == (20, 3)
+    # A later run, which finds them in the cache, prints it in its summary.
+    assert data.split.splitlines()[1] == "classes  2: cat, dog"
     out = capsys.readouterr().out
     assert "split    train/ 20 for training, test/ 3 held out; left out, beside them: no folder 1" in out
     assert "classes  2: cat, dog" in out
