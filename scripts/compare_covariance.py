@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from run_once import main_command, mean_cell, run_once, say_gaps
+from run_once import main_command, mean_cell, parse_nfe, run_once, say_gaps
 
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError
@@ -58,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, flag.replace("-", "_"))
         if value < low:
             raise UserError(f"--{flag}={value} is out of range: it must be at least {low}")
+    parse_nfe(args.nfe)
     config_path(args.config)
     return args
 
@@ -115,7 +116,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 def compare(args: argparse.Namespace) -> str:
     """Runs what is missing and returns the table."""
     jobs, found = jobs_of(args), {}
-    nfe = [int(each) for each in args.nfe.split(",")]
+    nfe = parse_nfe(args.nfe)
     for job in iterate_with_eta(jobs, [not job.result_path.exists() for job in jobs]):
         results = run_once(job.result_path, job.workdir, job.commands, nfe)
         say_gaps(str(job.workdir), results)

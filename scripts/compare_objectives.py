@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from run_once import main_command, mean_cell, run_once, say_gaps
+from run_once import main_command, mean_cell, parse_nfe, run_once, say_gaps
 
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError
@@ -69,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--seeds={args.seeds} is out of range: a standard deviation needs at least 2")
     if args.steps < 1:
         raise UserError(f"--steps={args.steps} is out of range: it must be at least 1")
+    parse_nfe(args.nfe)
     config_path(args.config)
     return args
 
@@ -100,8 +101,7 @@ def results_of(args: argparse.Namespace, seed: int, variant: Variant) -> dict:
     flags = [f"--config={args.config}:{objective}", f"--workdir={workdir}"]
     flags += [f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
     flags += [f"--config.eval.nfe={args.nfe}", f"--config.eval.skip_scale={skip_scale}"]
-    nfe = [int(each) for each in args.nfe.split(",")]
-    return run_once(result_path(args, seed, variant), workdir, [main_command(*flags)], nfe)
+    return run_once(result_path(args, seed, variant), workdir, [main_command(*flags)], parse_nfe(args.nfe))
 
 
 def distances_of(runs: list[dict]) -> list[list[float | None]]:

@@ -13,6 +13,7 @@ from s2dm_jax.common.files import atomic_path, check_writable, write_atomic
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.defaults import dataset_name
+from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_run, read_config
 
 _DESCRIPTION = """\
@@ -92,6 +93,7 @@ def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
     # Runs that share the schedule object share the compiled program.
     schedule = schedules.setdefault(run.config.diffusion.to_json(), build_schedule(run.config))
     data = load_dataset(run.config)
+    check_same_images(workdir, data.digest, data.labels_digest, record=False)
     images = getattr(data, args.split)[: args.images]
     start = min(args.start, schedule.T - 1)
     curve = gap_curve(

@@ -47,7 +47,7 @@ def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nf
       nfe: the NFE that the stored results must have; None: not checked.
 
     Raises:
-      UserError: if a command fails, or the stored results have other NFE.
+      UserError: if a command fails or measures no distance, or the stored results have other NFE.
     """
     if not result_path.exists():
         for command in commands:
@@ -57,12 +57,36 @@ def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nf
                     f"{workdir} could not be trained or evaluated; the command above reports why; fix that "
                     "and rerun this script to resume"
                 )
+        made = workdir / "results.json"
+        if not made.exists():
+            raise UserError(
+                f"{workdir} has no results, for the command above measured no distance, and says why; mend that and "
+                "rerun this script, which resumes"
+            )
+        text = made.read_text(encoding="utf-8")
+        _check_distances(made, json.loads(text))
         result_path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(result_path, (workdir / "results.json").read_text(encoding="utf-8"))
+        write_atomic(result_path, text)
     results = json.loads(result_path.read_text(encoding="utf-8"))
+    _check_distances(result_path, results)
     if nfe is not None and results["eval"]["nfe"] != list(nfe):
         raise UserError(
             f"{result_path} was made with --nfe={','.join(map(str, results['eval']['nfe']))}; give the same "
             "--nfe, or another DIR"
         )
     return results
+
+
+def _check_distances(path: Path, results: dict) -> None:
+    """Raises a `UserError` for rows without a distance, which tables cannot do without."""
+    if missing := [row["name"] for row in results["rows"] if "frechet_distance" not in row]:
+        notes = "; ".join(results["provenance"]["notes"])
+        raise UserError(f"{path} has no distance for {', '.join(missing)} ({notes}); mend that, and give another DIR")
+
+
+def parse_nfe(text: str) -> list[int]:
+    """The integers in --nfe, as "5,10"; a `UserError` for anything else."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UserError(f"--nfe={text} is out of range: it must be integers from 1, comma-separated, such as 5,10,20")
+    return [int(part) for part in parts]

@@ -16,6 +16,9 @@ from pathlib import Path
 from s2dm_jax.common.errors import UserError, naming
 from s2dm_jax.common.signals import removed_on_signal
 
+# Bytes of a file's name on Linux and macOS.
+_MAX_NAME = 255
+
 # What zipfile raises for a file that is cut short or has flipped bits.
 ZIP_DAMAGE = (
     zipfile.BadZipFile,
@@ -32,12 +35,12 @@ ZIP_DAMAGE = (
 
 def cache_dir() -> Path:
     """The cache of Inception weights and dataset statistics: $S2DM_JAX_CACHE, or ~/.cache/s2dm_jax."""
-    return environment_path("S2DM_JAX_CACHE", "~/.cache/s2dm_jax")
+    return user_path(environment_path("S2DM_JAX_CACHE", "~/.cache/s2dm_jax"), "S2DM_JAX_CACHE")
 
 
 def data_cache_dir() -> Path:
     """The cache of prepared datasets: $S2DM_JAX_DATA, or ~/.cache/s2dm_jax/data."""
-    return environment_path("S2DM_JAX_DATA", "~/.cache/s2dm_jax/data")
+    return user_path(environment_path("S2DM_JAX_DATA", "~/.cache/s2dm_jax/data"), "S2DM_JAX_DATA")
 
 
 def environment_path(variable: str, default: str) -> Path:
@@ -53,7 +56,7 @@ def environment_path(variable: str, default: str) -> Path:
 
 
 def user_path(path: str | os.PathLike, name: str) -> Path:
-    """A path that a user wrote, with `~` for the home folder and without `..`; `name` is its flag or field.
+    """A path that a user wrote, with `~` for the home folder and without `..`; `name` is its flag, field or variable.
 
     Raises:
       UserError: for a URL such as gs://bucket/run, for the home folder of an unknown user, and for a name that is not
@@ -76,8 +79,10 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
             f"{name}={written} is not UTF-8, or the locale is not: give a path in UTF-8, and set PYTHONUTF8=1 or "
             "LC_ALL=C.UTF-8"
         ) from error
+    if max(len(part.encode()) for part in os.path.abspath(expanded).split("/")) > _MAX_NAME:
+        raise UserError(f"{name}={written[:60]}… is too long for a path; give a shorter one")
     # Checkpoints cannot be written through `..`; a path without it is shown as it was written.
-    return Path(expanded).resolve() if ".." in Path(expanded).parts else Path(expanded)
+    return Path(os.path.realpath(expanded)) if ".." in Path(expanded).parts else Path(expanded)
 
 
 def why_not_writable(place: str | os.PathLike) -> str:

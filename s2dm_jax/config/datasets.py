@@ -15,6 +15,7 @@ class DatasetSpec(NamedTuple):
       downloadable: whether there is an automatic download.
       crop: what `data.crop="auto"` stands for; one of CROPS. Only a dataset with a crop takes others.
       max_size: largest size that its images have, or None where any can be made.
+      label: the builder's feature that is the class; empty for none.
       binary_attributes: attributes whose values, as bits, make the label where the builder has no labels.
       classes: names of those labels.
     """
@@ -27,6 +28,7 @@ class DatasetSpec(NamedTuple):
     downloadable: bool = True
     crop: str = "none"
     max_size: int | None = None
+    label: str = "label"
     binary_attributes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
 

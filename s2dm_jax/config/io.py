@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path
 from s2dm_jax.config.defaults import FIELDS, default_config
+
+# What urllib fetches.
+_URL = re.compile("(https?|ftp|file)://", re.IGNORECASE)
 
 
 def config_path(name: str) -> str:
@@ -42,7 +46,7 @@ def expand_paths(config: ConfigDict) -> None:
     """
     for name, value in flatten(config).items():
         kind = FIELDS[name].path if name in FIELDS else ""
-        if not kind or not isinstance(value, str) or not value or (kind == "URL" and "://" in value):
+        if not kind or not isinstance(value, str) or not value or (kind == "URL" and _URL.match(value)):
             continue
         group, key = name.split(".")
         written = value.split(",") if kind == "paths" else [value]

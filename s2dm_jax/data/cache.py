@@ -17,21 +17,25 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import data_cache_dir, flush_to_disk, write_atomic
+from s2dm_jax.common.files import data_cache_dir, flush_to_disk, user_path, write_atomic
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_json
 from s2dm_jax.common.locks import acquire
 from s2dm_jax.common.signals import removed_on_signal, signal_advice
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import dataset_name, image_shape
-from s2dm_jax.data.import_images import import_images
+from s2dm_jax.data.import_images import SPLITS, import_images
 from s2dm_jax.data.sources import check_source, fingerprint
 from s2dm_jax.data.tfds_builder import RESULT, manual_folder, run_tfds
 from s2dm_jax.data.transforms import ImageTransform
 
 PROVENANCE = "provenance.json"
 
+# What a complete entry has.
+_FILES = tuple(f"{split}{kind}.npy" for split in SPLITS for kind in ("", "_labels"))
+_ENTRY = {"source", "version", "size", "channels", "crop", "resize", "splits", "classes", "skipped", "files"}
+
 # Part of an entry's name: another number makes new entries. Your own images, and tensorflow-datasets'.
-_SOURCE_FORMAT, _FORMAT = 2, 1
+_SOURCE_FORMAT, _FORMAT = 3, 1
 
 
 def transform_of(config: ConfigDict) -> ImageTransform:
@@ -78,7 +82,7 @@ def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> No
     transform = transform_of(config)
     try:
         if config.data.source:
-            source = os.path.expanduser(config.data.source)
+            source = str(user_path(config.data.source, "config.data.source"))
             description = import_images(source, transform, config.data.max_invalid_fraction, temporary)
         else:
             description = run_tfds(name, transform, temporary)
@@ -115,7 +119,7 @@ def check_preparable(config: ConfigDict) -> None:
 
 def cached_folder(config: ConfigDict) -> Path | None:
     """The cache entry of the config's images, named by source and transform; None where nothing is prepared."""
-    source = os.path.expanduser(config.data.source)
+    source = config.data.source and str(user_path(config.data.source, "config.data.source"))
     if source:
         check_source(source)
     elif not DATASETS[config.data.name].builder:
@@ -127,17 +131,22 @@ def cached_folder(config: ConfigDict) -> Path | None:
 
 
 def is_ready(folder: Path) -> bool:
-    """Whether a cache entry holds all files that its provenance names, at their full size."""
+    """Whether a cache entry holds all files of a dataset, at the sizes that its provenance names."""
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == facts["bytes"] for name, facts in provenance["files"].items())
-    except (OSError, ValueError, KeyError):
+        files = provenance["files"]
+        return provenance.keys() >= _ENTRY and all(
+            (folder / name).stat().st_size == files[name]["bytes"] and "sha256" in files[name] for name in _FILES
+        )
+    # Whatever a damaged file holds in place of the provenance.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def check_hashes(folder: Path, provenance: dict) -> None:
     """Raises a `UserError` if a file of a cache entry is not what was prepared; reads all of them."""
-    for name, facts in provenance["files"].items():
+    for name in _FILES:
+        facts = provenance["files"][name]
         found = digest_of_file(folder / name)
         if found != facts["sha256"]:
             raise UserError(

@@ -26,6 +26,7 @@ class Dataset(NamedTuple):
       provenance: content and source in one line.
       digest: SHA-256 of the file of `train`; empty for images that never change.
       labels_digest: SHA-256 of the labels of `train`; empty likewise.
+      split: the splits and classes that were read off your own images, a line each; empty for the datasets by name.
     """
 
     train: np.ndarray
@@ -36,6 +37,7 @@ class Dataset(NamedTuple):
     provenance: str
     digest: str = ""
     labels_digest: str = ""
+    split: str = ""
 
     @property
     def labelled(self) -> bool:
@@ -103,4 +105,5 @@ def load_dataset(config: ConfigDict) -> Dataset:
         f"{entry['crop']}, {entry['resize']}, {len(train):,} for training, {len(held_out):,} held out, "
         f"{len(entry['skipped'])} skipped, sha256 {digest[:16]}"
     )
-    return Dataset(train, train_labels, held_out, held_out_labels, num_classes, provenance, digest, labels_digest)
+    hashes, split = (digest, labels_digest), entry.get("description", "")
+    return Dataset(train, train_labels, held_out, held_out_labels, num_classes, provenance, *hashes, split)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.data.sources import check_source, list_images, open_array
-from s2dm_jax.data.splits import describe_classes, held_out_mask, split_and_label
+from s2dm_jax.data.splits import split_and_label, split_array
 from s2dm_jax.data.transforms import ImageTransform, decode, to_array
 
 SPLITS = ("train", "held_out")
@@ -112,23 +112,22 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
     if is_array:
         count, jobs, values = open_array(source)
         names = [f"image {i}" for i in range(count)]
-        used, held_out, order = np.ones(count, bool), held_out_mask(count), np.arange(count)
-        found, labels = np.unique(values, return_inverse=True)
-        classes = list(map(str, found))
-        print(f"split    {held_out.sum():,} of {count:,} images, drawn at random, are held out")
-        print(describe_classes(classes), flush=True)
+        splits, order = split_array(values), np.arange(count)
     else:
         listed = list_images(source)
         names, jobs = listed.names, listed.files
         for sentence in listed.left_out:
             print(f"left out, {sentence}", flush=True)
-        used, held_out, labels, classes, description = split_and_label(names)
-        print(description, flush=True)
+        splits = split_and_label(names)
         order = np.argsort(np.array(names, object), kind="stable")
+    used, held_out, labels, classes, description = splits
     if used.sum() < 2:
+        kinds = "images" if is_array else "PNG, JPEG or WebP files"
         raise UserError(
-            f"config.data.source={source} holds {used.sum()} images; it must hold at least 2 PNG, JPEG or WebP files"
+            f"config.data.source={source} holds {used.sum()} image{'' if used.sum() == 1 else 's'}; it must hold at "
+            f"least 2 {kinds}"
         )
+    print(description, flush=True)
     order, jobs = order[used[order]], ((index, data) for index, data in jobs if used[index])
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     needed = int(used.sum()) * transform.size**2 * transform.channels
@@ -148,6 +147,7 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
         "source": os.path.abspath(source),
         "version": None,
         "splits": {split: {"count": n} for split, n in counts.items()},
+        "description": description,
         # Labels that name every image would make a file of names.
         "classes": classes[:_MAX_CLASSES],
         "num_classes": len(classes),
@@ -218,8 +218,8 @@ def _decoded(jobs: Iterator[Job], transform: ImageTransform) -> Iterator[tuple[i
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         # Pillow warns of files that open into very many pixels.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # A damaged EXIF block is no reason to refuse a picture.
-        warnings.filterwarnings("ignore", "(Corrupt|Possibly corrupt) EXIF", UserWarning)
+        # What Pillow warns of, as a damaged EXIF block, is no reason to refuse a picture.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         for batch in _batched_jobs(jobs):
             waiting.append(pool.submit(decoded_batch, batch))
             if len(waiting) > 2 * threads:

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import posixpath
-import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.data.archives import MAX_BYTES, NO_FILE, follow_links, list_tar, list_zip, read_tar, read_zip, too_large
 from s2dm_jax.data.folders import walk_folder
+from s2dm_jax.data.splits import is_split
 from s2dm_jax.data.transforms import SUFFIXES
 
 _SOURCE_SUFFIXES = {
@@ -25,9 +26,6 @@ _SOURCE_SUFFIXES = {
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"),
     "array": (".npy", ".npz"),
 }
-
-_MAX_BYTES = 2**28
-_NO_FILE = "a link that cannot be followed or a device, not a file"
 
 
 def check_source(source: str) -> str:
@@ -37,6 +35,8 @@ def check_source(source: str) -> str:
         return "folder"
     if not path.exists():
         raise UserError(f"config.data.source={source}: there is no such file or folder")
+    if not path.is_file():
+        raise UserError(f"config.data.source={source} is a device or a pipe, not a file or a folder")
     for kind, suffixes in _SOURCE_SUFFIXES.items():
         if name.endswith(suffixes):
             return kind
@@ -49,10 +49,17 @@ def fingerprint(source: str) -> str:
     path = Path(source).expanduser().resolve()
     digest = hashlib.sha256(str(path).encode())
     for name in sorted(walk_folder(path).files) if path.is_dir() else [""]:
-        file = path / name
-        stat = file.stat() if file.exists() else file.lstat()
-        digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape"))
+        digest.update(f"\0{name}{_size_and_time(path / name)}".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _size_and_time(file: Path) -> str:
+    """Size and modification time of a file, of a link that cannot be followed its own; "" where they cannot be read."""
+    for read in (file.stat, file.lstat):
+        with contextlib.suppress(OSError):
+            stat = read()
+            return f"\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return ""
 
 
 class ImageList(NamedTuple):
@@ -77,49 +84,57 @@ def list_images(source: str) -> ImageList:
       UserError: for a source that is damaged, cut short or cannot be read.
     """
     kind, path = check_source(source), Path(source)
-    left_out: list[str] = []
+    data_of: dict[int, int] = {}
     read_files: Callable[..., Iterator[tuple[int, bytes | Exception]]]
     with _as_user_error(source):
         if kind == "folder":
-            tree = walk_folder(path)
+            tree = walk_folder(path, is_split)
             if "" in tree.unreadable:
                 raise tree.unreadable[""]
-            names, read_files = sorted(tree.files), functools.partial(_read_folder, tree.unreadable)
+            names, repeated = sorted(tree.files), tree.repeated
             names += [f"{folder}/" for folder in tree.unreadable]
-            if tree.repeated:
-                links = ", ".join(map(repr, tree.repeated[:3]))
-                left_out.append(f"{len(tree.repeated):,} link(s) to folders that are read already, such as {links}")
-        elif kind == "zip":
-            _check_zip_start(path)
-            with zipfile.ZipFile(path) as archive:
-                names = [member.filename.replace("\\", "/") for member in _zip_files(archive)]
-            read_files = _read_zip
+            read_files = functools.partial(_read_folder, tree.unreadable)
         else:
-            names, read_files = [member.name for _, member in _tar_files(path)], _read_tar
-    visible = [index for index, name in enumerate(names) if not _hidden(name)]
+            names, data_of, repeated = follow_links((list_zip if kind == "zip" else list_tar)(path), is_split)
+            read_files = read_zip if kind == "zip" else read_tar
+    selected, left_out = _select(names, repeated)
+    # Of a link in an archive, the file that it leads to is read.
+    positions: dict[int, list[int]] = {}
+    for position, index in enumerate(selected):
+        positions.setdefault(data_of.get(index, index), []).append(position)
+
+    def read():
+        with _as_user_error(source):
+            for index, data in read_files(source, names, positions):
+                for position in positions[index]:
+                    yield position, data
+
+    return ImageList([names[index] for index in selected], left_out, read())
+
+
+def _select(names: list[str], repeated: list[str]) -> tuple[list[int], list[str]]:
+    """The indices of the images among the names of files, of which "" is none, and what is left out, in sentences."""
+    left_out = []
+    if repeated:
+        links = ", ".join(map(repr, repeated[:3]))
+        left_out.append(f"{len(repeated):,} link(s) to folders that are read already, such as {links}")
+    visible = [index for index, name in enumerate(names) if name and not _hidden(name)]
     selected = [index for index in visible if names[index].lower().endswith((*SUFFIXES, "/"))]
     last = {posixpath.normpath(names[index]): index for index in selected}
     if replaced := len(selected) - len(last):
         left_out.append(f"{replaced:,} file(s) that a later one of the same name in the archive replaces")
         selected = sorted(last.values())
-    position = {index: i for i, index in enumerate(selected)}
     suffixes = Counter(
         os.path.splitext(names[i])[1].lower() or "no suffix"
         for i in visible
         if not names[i].lower().endswith((*SUFFIXES, "/"))
     )
-    if len(visible) < len(names):
-        suffixes["hidden"] = len(names) - len(visible)
+    if hidden := sum(map(bool, names)) - len(visible):
+        suffixes["hidden"] = hidden
     if suffixes:
         kinds = ", ".join(f"{n:,} × {suffix!r}" for suffix, n in suffixes.most_common(5))
         left_out.append(f"for their suffix or as hidden: {kinds}")
-
-    def read():
-        with _as_user_error(source):
-            for index, data in read_files(source, names, position):
-                yield position[index], data
-
-    return ImageList([names[index] for index in selected], left_out, read())
+    return selected, left_out
 
 
 def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.ndarray]:
@@ -145,10 +160,10 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
         )
     count, *image_shape = (*shape, 1) if len(shape) == 3 else shape
     image_bytes = math.prod(image_shape)
-    if image_shape[2] not in (1, 3, 4) or image_bytes > _MAX_BYTES:
+    if image_shape[2] not in (1, 3, 4) or image_bytes > MAX_BYTES:
         raise UserError(
             f"config.data.source={source} holds images {image_shape}; they must be [H, W, C] with 1, 3 or 4 "
-            f"channels and at most {_MAX_BYTES:,} values"
+            f"channels and at most {MAX_BYTES:,} values"
         )
     labels = np.zeros(count, np.int64) if labels is None else labels
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
@@ -211,91 +226,13 @@ def _read_folder(unreadable, source, names, selected):
         try:
             path = Path(source, names[index])
             if not path.is_file():
-                yield index, ValueError(_NO_FILE)
-            elif path.stat().st_size > _MAX_BYTES:
-                yield index, _too_large(path.stat().st_size)
+                yield index, ValueError(NO_FILE)
+            elif path.stat().st_size > MAX_BYTES:
+                yield index, too_large(path.stat().st_size)
             else:
                 yield index, path.read_bytes()
         except OSError as error:
             yield index, error
-
-
-def _check_zip_start(path: Path) -> None:
-    """Raises a ValueError if something that is an archive too comes before the first file of a zip."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        first = min((member.header_offset for member in archive.infolist()), default=0)
-        if first and file.read(4) == b"PK\x03\x04":
-            raise ValueError(
-                f"its first {first:,} bytes are files that its table of contents does not have, as where archives are "
-                "concatenated: unpack them into one folder"
-            )
-
-
-def _zip_files(archive):
-    return [member for member in archive.infolist() if not member.is_dir()]
-
-
-def _read_zip(source, names, selected):
-    with zipfile.ZipFile(source) as archive:
-        members = _zip_files(archive)
-        for index in selected:
-            if members[index].file_size > _MAX_BYTES:
-                yield index, _too_large(members[index].file_size)
-                continue
-            try:
-                # The size that a member claims need not be what it opens into.
-                with archive.open(members[index]) as file:
-                    yield index, file.read(_MAX_BYTES)
-            except Exception as error:
-                # A wrong checksum, a password, an unknown compression: each has its own error.
-                yield index, error
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """A header of which damage ends the reading with an error; tarfile itself takes it for the end."""
-
-    @classmethod
-    def fromtarfile(cls, archive):
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from error
-
-
-def _tar_files(path):
-    with tarfile.open(path, "r:*", tarinfo=_StrictTarInfo) as archive:
-        for member in archive:
-            # tarfile keeps every header that it has met.
-            archive.members = []  # type: ignore[attr-defined]
-            if not member.isdir():
-                yield archive, member
-        _check_tar_end(archive)
-
-
-def _check_tar_end(archive):
-    """Raises a ValueError if more than padding follows the end of a tar."""
-    archive.fileobj.seek(archive.offset)
-    while block := archive.fileobj.read(2**20):
-        if any(block):
-            raise ValueError("more follows its end, as where archives are concatenated: unpack them into one folder")
-
-
-def _read_tar(source, names, selected):
-    for index, (archive, member) in enumerate(_tar_files(source)):
-        if index not in selected:
-            continue
-        if not member.isreg():
-            yield index, ValueError(_NO_FILE)
-        elif member.size > _MAX_BYTES:
-            yield index, _too_large(member.size)
-        else:
-            yield index, archive.extractfile(member).read()
-
-
-def _too_large(size: int) -> ValueError:
-    return ValueError(f"a file of {size:,} bytes, more than {_MAX_BYTES:,}")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def build(name: str, folder: Path) -> Any:
     import tensorflow_datasets as tfds
 
     existing = tfds.builder(DATASETS[name].builder)
+    label_feature(name, existing.info.features)
     if existing.data_path.exists():
         return existing
     # Left by an interrupted download, extraction or preparation; the caller holds this dataset's lock.
@@ -90,18 +91,37 @@ def encoded_examples(builder: Any, split: str) -> Iterable[dict]:
     return tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
 
 
-def _label(name: str, example: dict) -> int:
+def label_feature(name: str, features: Mapping[str, Any]) -> str:
+    """The feature of a builder that is the class; "" where there are none, or attributes make them.
+
+    Raises:
+      UserError: where the entry in `DATASETS` does not say which of the features it is, or names one that is no class.
+    """
+    label = DATASETS[name].label
+    classes = [key for key, feature in features.items() if hasattr(feature, "names")]
+    if DATASETS[name].binary_attributes or not label or label in classes:
+        return label if label in classes else ""
+    if classes or label in features:
+        raise UserError(
+            f"{label!r} is no class among the features of {DATASETS[name].builder}, {', '.join(features)}; name one of "
+            f"{', '.join(classes) or 'none'} as `label` of {name} in s2dm_jax/config/datasets.py, or '' for no labels"
+        )
+    return ""
+
+
+def _label(name: str, feature: str, example: dict) -> int:
     """The example's class, or 0 where there are none; CelebA: 1 for male + 2 for smiling."""
     attributes = DATASETS[name].binary_attributes
     if attributes:
         return sum(int(example["attributes"][attribute]) << bit for bit, attribute in enumerate(attributes))
-    return int(example.get("label", 0))
+    return int(example[feature]) if feature else 0
 
 
 def run(name: str, transform: ImageTransform, folder: Path, tfds_folder: Path) -> dict:
     """Prepares the dataset and writes its arrays into `folder`; returns entries of the provenance."""
     builder = build(name, tfds_folder)
-    splits = builder.info.splits
+    splits, features = builder.info.splits, builder.info.features
+    label = label_feature(name, features)
     count = splits["train"].num_examples
     if "test" in splits:
         held_out = {"test": np.ones(splits["test"].num_examples, bool), "train": np.zeros(count, bool)}
@@ -114,15 +134,14 @@ def run(name: str, transform: ImageTransform, folder: Path, tfds_folder: Path) -
         with progress_bar(len(mask), "images") as advance:
             for index, example in enumerate(encoded_examples(builder, split)):
                 writer.write(index, decode(example["image"], transform))
-                labels[index] = _label(name, example)
+                labels[index] = _label(name, label, example)
                 advance(1)
         counts |= writer.close(labels)
-    features = builder.info.features
     return {
         "source": f"{DATASETS[name].title} of tensorflow-datasets",
         "version": str(builder.version),
         "splits": {split: {"count": n} for split, n in sorted(counts.items())},
-        "classes": list(DATASETS[name].classes) or (features["label"].names if "label" in features else ["."]),
+        "classes": list(DATASETS[name].classes) or (features[label].names if label else ["."]),
         "skipped": [],
     }
 
@@ -135,6 +154,8 @@ def main() -> None:
         description = run(name, ImageTransform(*transform), Path(result).parent, Path(tfds_folder))
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as error:
+        description = {"error": str(error)}
     except Exception as error:
         # Downloads, checksums and builders each have errors of their own.
         reason, files = " ".join(str(error).split())[:300], DATASETS[name].manual_files

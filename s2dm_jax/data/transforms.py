@@ -23,6 +23,9 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# What Pillow multiplies grey pixels of few bits with, by its raw mode.
+_STRETCHED = {"L;2": 85, "L;4": 17}
+
 _CELEBA_SIZE = (178, 218)
 # Left, top, right, bottom: 128×128 around column 89, row 121 (DDIM's code, datasets/__init__.py).
 _DDIM_BOX = (25, 57, 153, 185)
@@ -107,6 +110,10 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, int]:
     elif "16" in raw_mode and isinstance(transparent, tuple):
         # Pillow keeps the high bytes of the pixels, and the whole of the transparent value.
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    elif isinstance(transparent, int):
+        # Pillow stretches the pixels of 2 or 4 bits to 8, and not the transparent value.
+        factor = next((factor for mode, factor in _STRETCHED.items() if mode in raw_mode), 1)
+        image.info["transparency"] = transparent * factor
     return image, orientation
 
 

@@ -9,6 +9,9 @@ from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.evaluation.features import check_features
 from s2dm_jax.evaluation.statistics_file import default_reference, read_statistics
 
+# Vectors for a covariance.
+_MIN_REFERENCE = 2
+
 
 def check_evaluation(config: ConfigDict, data: Dataset) -> None:
     """Checks what the evaluation at the end of a training needs, before it.
@@ -19,16 +22,23 @@ def check_evaluation(config: ConfigDict, data: Dataset) -> None:
     found = check_features(config, data)
     names, reference = parse_metrics(config.eval.metrics), config.eval.reference
     counts = {"train": len(data.train), "held_out": len(data.held_out)}
-    if found is not None:
-        check_num_images(names, config.eval.num_images, found[1])
-        if reference not in REFERENCES:
-            read_statistics(reference, *found)
-        if reference == "auto":
-            reference = default_reference(found[0])
+    check_num_images(names, config.eval.num_images, min(dimensions for _, dimensions in found))
+    if reference not in REFERENCES:
+        read_statistics(reference, found)
+    if reference == "auto" and len(found) == 1:
+        reference = default_reference(found[0][0])
+    number = counts.get(reference)
+    if number is None:
+        return
+    if number < _MIN_REFERENCE:
+        raise UserError(
+            f"config.eval.reference={config.eval.reference!r} is the split {reference}, which has {number} image; at "
+            f"least {_MIN_REFERENCE} are needed: choose another reference, or give more images"
+        )
     for name in names:
         metric = METRICS[name]
-        if "reference_features" in metric.requires and counts.get(reference, metric.min_images) < metric.min_images:
+        if "reference_features" in metric.requires and number < metric.min_images:
             raise UserError(
                 f"config.eval.metrics={config.eval.metrics!r} names {name}, which needs {metric.min_images} images of "
-                f"the reference {reference}; there are {counts[reference]}: choose others, or config.eval.reference"
+                f"the reference {reference}; there are {number}: choose others, or config.eval.reference"
             )

@@ -22,6 +22,8 @@ from s2dm_jax.models.cpu_ops import conv2d
 _full_precision = jax.default_matmul_precision("highest")
 
 NUM_FEATURES = 64
+# Pixels of a side.
+MIN_SIDE = 8
 
 # Smaller images get a two-layer perceptron: on 8×8 digits it is as accurate as convolutions with pooled channels, and
 # separates noise from real digits three times as well, in units of the distance between real digits and real digits.
@@ -51,7 +53,7 @@ def train_classifier(
       steps: at least 1, each on a batch of 64 (or N, if less); by default 600, with convolutions 2,000.
     """
     images, labels = np.asarray(images), np.asarray(labels)
-    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or min(images.shape[1:3]) < 8:
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape or min(images.shape[1:3]) < MIN_SIDE:
         raise ValueError(
             "images must be uint8 [N,H,W,C], not empty, with H and W at least 8, "
             f"got {images.dtype} {list(images.shape)}"

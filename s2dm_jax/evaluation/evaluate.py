@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import read_json, write_atomic
+from s2dm_jax.common.files import read_json, user_path, write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
@@ -29,6 +29,7 @@ from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.evaluation import metrics
+from s2dm_jax.evaluation.checks import check_evaluation
 from s2dm_jax.evaluation.features import Features, build_features
 from s2dm_jax.evaluation.reference import Reference, image_batches, load_reference, sha256_of_images
 from s2dm_jax.inference.model import Model, load
@@ -40,6 +41,8 @@ from s2dm_jax.workdir.folder import check_same_images, evaluation_folder
 from s2dm_jax.workdir.results import results_table, write_results
 
 _CPU_BATCH = 16
+# Vectors for a covariance.
+_MIN_IMAGES = 2
 
 
 def device_batch_size(batch_size: int) -> int:
@@ -69,8 +72,11 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
         sums = metrics.update_sums(sums, batch[:, : features.dimensions])
         if store:
             stored.append(batch)
+    row: dict = {"num_images": sums.number, "notes": []}
     if not_finite:
-        return {"num_images": sums.number, "notes": [f"the features of {not_finite} images are not finite: no metrics"]}
+        return row | {"notes": [f"the features of {not_finite} images are not finite: no metrics"]}
+    if sums.number < _MIN_IMAGES:
+        return row | {"notes": [f"{sums.number} image(s) are too few: no metrics"]}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         mean, cov = metrics.mean_and_cov(sums)
@@ -86,8 +92,11 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
         # Metrics that require them refuse an empty set.
         "reference_features": empty if reference.features is None else reference.features,
     }
-    row: dict = {"num_images": sums.number, "notes": [str(warning.message) for warning in caught]}
+    row["notes"] = [str(warning.message) for warning in caught]
     for name, metric in zip(names, requested, strict=True):
+        if reference.problem and any(name.startswith("reference") for name in metric.requires):
+            row["notes"].append(f"no {name}: {reference.problem}")
+            continue
         arguments = [
             inputs[name][: metric.max_images] if name.endswith(("features", "logits")) else inputs[name]
             for name in metric.requires
@@ -130,12 +139,15 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
     Raises:
       UserError: for features or a reference that are unavailable.
     """
+    workdir, out = (place and user_path(place, name) for place, name in ((workdir, "workdir"), (out, "out")))
     options = model.config.eval
     model = model._replace(saturation=data.saturation)
     points, skipped = plan_evaluation(model.schedule.T, options.to_dict())
     names, batch_size = parse_metrics(options.metrics), device_batch_size(options.batch_size)
     features = build_features(model.config, data)
-    check_num_images(names, options.num_images, features.dimensions)
+    if options.feature_extractor != "auto":
+        # Of "auto" only the features can tell, perhaps at the end of a training: a gap.
+        check_num_images(names, options.num_images, features.dimensions)
     reference, floor_images = load_reference(model.config, data, features, names, batch_size)
     weights = sha256_of_arrays(jax.tree.leaves(model.ema_params))
     for sampler in dict.fromkeys(point.sampler for point in points):
@@ -179,11 +191,9 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         # Constant features put noise as near as real images.
         if floor is not None and ceiling is not None and floor != ceiling and "frechet_distance" in values:
             values["normalized"] = (values["frechet_distance"] - floor) / (ceiling - floor)
-    notes = (
-        [note for note in (model.ema_note,) if note]
-        + skipped
-        + sorted({note for values in rows for note in values.pop("notes")})
-    )
+    notes = [note for note in (model.ema_note,) if note] + skipped + _notes(rows)
+    if floor is not None and floor == ceiling:
+        notes.append("noise is as far as real images are in these features: nothing is normalized")
     provenance = {
         "metric": features.metric,
         "distance": features.distance,
@@ -196,6 +206,15 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         "notes": notes,
     }
     return {"step": model.step, "eval": options.to_dict(), "rows": rows, "provenance": provenance}
+
+
+def _notes(rows: list[dict]) -> list[str]:
+    """The notes of the rows, which they lose, sorted; one that not all have, with the names of its rows before it."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.pop("notes"):
+            found.setdefault(note, []).append(row["name"] if row["nfe"] is None else f"{row['name']}, NFE {row['nfe']}")
+    return sorted(note if len(names) == len(rows) else f"{'; '.join(names)}: {note}" for note, names in found.items())
 
 
 # The rows of the table: what the images depend on besides `common`, and their features [B, D + L] in batches, which are
@@ -266,6 +285,7 @@ def evaluate_run(config: ConfigDict, workdir: str, out: str = "") -> dict:
     print(f"run      {workdir}, EMA at step {model.step:,}", flush=True)
     data = load_dataset(config)
     check_same_images(workdir, data.digest, data.labels_digest, record=False)
+    check_evaluation(config, data)
     folder = evaluation_folder(workdir, out)
     results = evaluate(model, data, workdir, folder)
     show_results(folder, results)

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import cache_dir
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.data.datasets import Dataset
@@ -21,6 +22,8 @@ from s2dm_jax.evaluation import classifier, inception, inception_weights
 _CLASSIFIER_SEED = 0
 # Images that a user's function is tried with.
 _TRIED = 4
+# Of a user's function: covariances in float64 of 2 GiB.
+_MAX_FEATURES = 2**14
 
 
 class FeaturesUnavailable(UserError):
@@ -49,55 +52,83 @@ class Features(NamedTuple):
     provenance: dict
 
 
-def resolve_features(config: ConfigDict, labelled: bool) -> str:
+def why_no_classifier(data: Dataset, dataset: str) -> str:
+    """What the images lack for a classifier, as "needs labels, …"; "" where it can be trained."""
+    size, classes = data.train.shape[1:3], len(np.unique(data.train_labels))
+    if data.num_classes < 2:
+        return f"needs labels, which {dataset} does not have"
+    if classes < 2:
+        return f"needs training images of two classes, and those of {dataset} are of one"
+    if not data.labelled:
+        count = len(data.train)
+        return f"needs two images of a class, and {dataset} has {count:,} images of {data.num_classes:,} classes"
+    if min(size) < classifier.MIN_SIDE:
+        side = classifier.MIN_SIDE
+        return f"needs images of {side}×{side} pixels, and those of {dataset} have {size[0]}×{size[1]}"
+    return ""
+
+
+def resolve_features(config: ConfigDict, no_classifier: str) -> str:
     """What `config.eval.feature_extractor` stands for: "inception", "classifier" or FILE.py:function.
 
     "auto" is the classifier for the digits, whose 8×8 pixels are too few for Inception, and for other images Inception
-    or, if its weights are unavailable and the images are `labelled` (in two classes or more), the classifier.
+    or, if its weights are unavailable and nothing forbids it (`why_no_classifier`), the classifier.
 
     Raises:
       FeaturesUnavailable: where neither is available.
-      UserError: for a classifier without labels.
+      UserError: for a classifier that cannot be trained, and for a file of weights that cannot be used.
     """
-    chosen, dataset = config.eval.feature_extractor, dataset_name(config)
-    if chosen == "classifier" and not labelled:
+    chosen, dataset, weights = config.eval.feature_extractor, dataset_name(config), config.eval.inception_weights
+    if chosen == "classifier" and no_classifier:
         raise UserError(
-            f"config.eval.feature_extractor='classifier' needs labels, which {dataset} does not have: it must be "
-            "inception or FILE.py:function"
+            f"config.eval.feature_extractor='classifier' {no_classifier}: it must be inception or FILE.py:function"
         )
     if chosen != "auto":
         return chosen
     if dataset == "digits":
         return "classifier"
     try:
-        inception_weights.inception_params(config.eval.inception_weights, config.eval.inception_sha256)
+        inception_weights.inception_params(weights, config.eval.inception_sha256)
     except UserError as error:
-        if not labelled:
-            raise FeaturesUnavailable(f"{dataset} has no labels, and {error}") from error
+        if _is_file(weights):
+            raise
+        if no_classifier:
+            raise FeaturesUnavailable(f"a classifier {no_classifier}, and {error}") from error
         print(f"the distance is measured in a classifier's features, and is no FID: {error}", flush=True)
         return "classifier"
     return "inception"
 
 
-def check_features(config: ConfigDict, data: Dataset) -> tuple[str, int] | None:
+def _is_file(weights: str) -> bool:
+    return bool(weights) and "://" not in weights
+
+
+def check_features(config: ConfigDict, data: Dataset) -> list[tuple[str, int]]:
     """Name and number of the features that its config names, checked before a long training.
 
     Returns:
-      None for "auto" where that is decided when it is used: it does not stop a training.
+      One pair; for "auto", where what is available is found out when it is used, those that it may be, perhaps none: it
+      does not stop a training.
 
     Raises:
       UserError: as `build_features`, and for a user's function whose features of real images are not finite.
     """
-    chosen = config.eval.feature_extractor
-    if chosen == "auto" and dataset_name(config) != "digits":
-        return None
-    name = resolve_features(config, data.labelled)
+    chosen, no_classifier = config.eval.feature_extractor, why_no_classifier(data, dataset_name(config))
+    inceptions, classifiers = ("inception", inception.NUM_FEATURES), ("classifier", classifier.NUM_FEATURES)
+    undecided = chosen == "auto" and dataset_name(config) != "digits"
+    if undecided and not _is_file(config.eval.inception_weights):
+        # Raises for a URL.
+        cache_dir()
+        return [inceptions] if no_classifier else [inceptions, classifiers]
+    name = resolve_features(config, no_classifier)
     if name == "classifier":
-        return name, classifier.NUM_FEATURES
+        return [classifiers]
+    if undecided:
+        return [inceptions]
     features = build_features(config, data)
     if name != "inception" and not np.isfinite(features.apply(jnp.asarray(data.train[:_TRIED]))).all():
         raise UserError(f"config.eval.feature_extractor={name!r} gives features of real images that are not finite")
-    return name, features.dimensions
+    return [(name, features.dimensions)]
 
 
 def build_features(config: ConfigDict, data: Dataset) -> Features:
@@ -106,7 +137,7 @@ def build_features(config: ConfigDict, data: Dataset) -> Features:
     Raises:
       UserError: for unavailable weights, missing labels, or a user's function that fails.
     """
-    name = resolve_features(config, data.labelled)
+    name = resolve_features(config, why_no_classifier(data, dataset_name(config)))
     if name == "inception":
         return _inception(config.eval)
     if name == "classifier":
@@ -176,10 +207,15 @@ def _user_function(name: str, shape: tuple[int, ...]) -> Features:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{field} failed with {type(error).__name__}: {reason}") from error
-    batched = hasattr(result, "shape") and len(result.shape) == 2 and result.shape[0] == 2
+    batched = hasattr(result, "shape") and len(result.shape) == 2 and result.shape[0] == 2 and result.shape[1] > 0
     if not batched or not jnp.issubdtype(result.dtype, jnp.floating):
         got = f"{result.dtype} {list(result.shape)}" if hasattr(result, "shape") else type(result).__name__
         raise UserError(f"{field} must give floats [B, D] for uint8 {['B', *shape]}, got {got} for B = 2")
+    if result.shape[1] > _MAX_FEATURES:
+        raise UserError(
+            f"{field} gives {result.shape[1]:,} features, whose covariance does not fit into memory; at most "
+            f"{_MAX_FEATURES:,} are possible"
+        )
     return Features(
         name,
         "Fréchet distance",

@@ -82,7 +82,8 @@ def _fetch(url, folder, manual):
         raise UserError(
             f"the weights of Inception are not in the cache and {url} cannot be fetched ({reason}); get that "
             f"file elsewhere and put it at {manual} or give it as --config.eval.inception_weights=FILE, or "
-            "measure in other features with --config.eval.feature_extractor=classifier"
+            "measure in other features with --config.eval.feature_extractor=classifier, which needs labels, or "
+            "FILE.py:function"
         ) from error
     return temporary
 

@@ -1,7 +1,7 @@
 """What samples are compared with: real images in the chosen features, or a file of statistics."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import atomic_path, cache_dir
+from s2dm_jax.common.files import ZIP_DAMAGE, atomic_path, cache_dir
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.config.metrics import METRICS
@@ -21,6 +21,13 @@ from s2dm_jax.evaluation.features import Features
 from s2dm_jax.evaluation.statistics_file import default_reference, read_statistics
 from s2dm_jax.inference.sampler import map_batches
 
+# Vectors for a covariance.
+_MIN_IMAGES = 2
+
+
+class _NotFiniteError(Exception):
+    pass
+
 
 class Reference(NamedTuple):
     """Statistics of the images that samples are compared with, and their features where a metric requires them.
@@ -29,12 +36,14 @@ class Reference(NamedTuple):
       mean, cov: float64 [D] and [D,D].
       features: float32 [N,D], or None.
       provenance: plain data.
+      problem: why there are no statistics, which are 0 then; "" where there are.
     """
 
     mean: np.ndarray
     cov: np.ndarray
     features: np.ndarray | None
     provenance: dict
+    problem: str = ""
 
 
 def image_batches(
@@ -63,6 +72,32 @@ def sha256_of_images(images: np.ndarray) -> str:
         return sha256_of_arrays(chunks())
 
 
+def _finite(batches: Iterable[np.ndarray], dimensions: int) -> Iterator[np.ndarray]:
+    """The features without the logits; at the end a `_NotFiniteError` with the number of those that are not finite."""
+    bad = 0
+    for batch in batches:
+        bad += int((~np.isfinite(batch[:, :dimensions])).any(axis=1).sum())
+        if not bad:
+            yield batch[:, :dimensions]
+    if bad:
+        raise _NotFiniteError(f"{bad:,}")
+
+
+def _read_cached(path: Path, dimensions: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and covariance from the cache; None where they are missing, or the file is damaged."""
+    try:
+        with np.load(path) as arrays:
+            mean, cov = arrays["mu"], arrays["sigma"]
+    except FileNotFoundError:
+        return None
+    except ZIP_DAMAGE:
+        mean = cov = np.zeros(0)
+    if mean.shape == (dimensions,) and cov.shape == (dimensions, dimensions):
+        return mean, cov
+    print(f"{path} is empty or damaged; the statistics are computed again", file=sys.stderr)
+    return None
+
+
 def load_reference(
     config: ConfigDict, data: Dataset, features: Features, names: list[str], batch_size: int
 ) -> tuple[Reference, np.ndarray]:
@@ -79,24 +114,30 @@ def load_reference(
     elif chosen == "held_out":
         images, split, floor_images = data.held_out, "held-out", data.train
     else:
-        mean, cov = read_statistics(chosen, features.name, features.dimensions)
+        mean, cov = read_statistics(chosen, [(features.name, features.dimensions)])
         return Reference(mean, cov, None, {"file": chosen, "sha256": digest_of_file(Path(chosen))}), data.train
     provenance = {"images": f"{len(images)} {split} images", "sha256": sha256_of_images(images)}
-    batches = image_batches(images, features, batch_size)
-    if any("reference_features" in METRICS[name].requires for name in names):
-        vectors = np.concatenate([batch[:, : features.dimensions] for batch in batches])
-        return Reference(*metrics.feature_statistics(vectors), vectors, provenance), floor_images
-    # Inception's statistics of a dataset take minutes.
-    path = None
-    if features.name == "inception":
-        path = cache_dir() / "statistics" / f"{sha256_of_json({**features.provenance, **provenance})}.npz"
-    if path and jax.process_count() == 1 and path.exists():
-        with np.load(path) as arrays:
-            return Reference(arrays["mu"], arrays["sigma"], None, provenance), floor_images
-    sums = metrics.init_sums(features.dimensions)
-    for batch in batches:
-        sums = metrics.update_sums(sums, batch[:, : features.dimensions])
-    mean, cov = metrics.mean_and_cov(sums)
+    empty = metrics.init_sums(features.dimensions)
+    unknown = Reference(empty.mean, empty.products, None, provenance)
+    if len(images) < _MIN_IMAGES:
+        return unknown._replace(problem=f"the reference has {len(images)} image"), floor_images
+    batches = _finite(image_batches(images, features, batch_size), features.dimensions)
+    try:
+        if any("reference_features" in METRICS[name].requires for name in names):
+            vectors = np.concatenate(list(batches))
+            return Reference(*metrics.feature_statistics(vectors), vectors, provenance), floor_images
+        # Inception's statistics of a dataset take minutes.
+        path = None
+        if features.name == "inception":
+            path = cache_dir() / "statistics" / f"{sha256_of_json({**features.provenance, **provenance})}.npz"
+        if path and jax.process_count() == 1 and (cached := _read_cached(path, features.dimensions)):
+            return Reference(*cached, None, provenance), floor_images
+        sums = empty
+        for batch in batches:
+            sums = metrics.update_sums(sums, batch)
+        mean, cov = metrics.mean_and_cov(sums)
+    except _NotFiniteError as error:
+        return unknown._replace(problem=f"the features of {error} images of the reference are not finite"), floor_images
     if path and is_main_process():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,9 @@ import zipfile
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.evaluation import metrics
+
+# Relative to the largest entry: of statistics that were computed or saved in float32.
+_ROUND_OFF = 1e-5
 
 
 def default_reference(features: str) -> str:
@@ -13,16 +15,19 @@ def default_reference(features: str) -> str:
     return "train" if features == "inception" else "held_out"
 
 
-def read_statistics(path: str, features: str, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and covariance [D,D], float64, of an .npz with mu and sigma, as pytorch-fid writes; D is `dimensions`.
+def read_statistics(path: str, features: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D,D], float64, of an .npz with mu and sigma, as pytorch-fid writes.
+
+    Args:
+      features: names and numbers D of the features that it may be of.
 
     Raises:
       UserError: for a file that is none, or of other features.
     """
     try:
         with np.load(path) as arrays:
-            mean, cov = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
-            metrics.frechet_distance(mean, cov, mean, cov)
+            mean, cov = (_real(arrays[name], name) for name in ("mu", "sigma"))
+        cov = _symmetric(mean, cov)
     # NumPy raises EOFError and BadZipFile for files that are empty or cut short, TypeError for an .npy.
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = _reason(error)
@@ -30,12 +35,35 @@ def read_statistics(path: str, features: str, dimensions: int) -> tuple[np.ndarr
             f"config.eval.reference={path!r} cannot be read ({reason}); it must be an .npz with mu [D] and "
             "sigma [D,D], as pytorch-fid writes"
         ) from error
-    if len(mean) != dimensions:
-        raise UserError(
-            f"config.eval.reference={path!r} holds {len(mean)} features, config.eval.feature_extractor="
-            f"{features!r} makes {dimensions}; the numbers must be equal"
-        )
+    if len(mean) not in (dimensions for _, dimensions in features):
+        made = " or ".join(f"config.eval.feature_extractor={name!r} makes {number}" for name, number in features)
+        raise UserError(f"config.eval.reference={path!r} holds {len(mean)} features, {made}; the numbers must be equal")
     return mean, cov
+
+
+def _real(array: np.ndarray, name: str) -> np.ndarray:
+    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} holds {array.dtype}, not real numbers")
+    return array.astype(np.float64)
+
+
+def _symmetric(mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
+    """The covariance without the asymmetry of round-off.
+
+    Raises:
+      ValueError: for shapes that do not match, values that are not finite, and what is no covariance.
+    """
+    if mean.ndim != 1 or not mean.size or cov.shape != (mean.size, mean.size):
+        raise ValueError(f"mu is {list(mean.shape)} and sigma {list(cov.shape)}")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError("it holds NaN or infinity")
+    largest, difference = np.abs(cov).max(), np.abs(cov - cov.T).max()
+    if difference > _ROUND_OFF * largest:
+        raise ValueError(f"sigma is not symmetric: entries differ by {difference:.3g}")
+    cov = (cov + cov.T) / 2
+    if np.linalg.eigvalsh(cov)[0] < -_ROUND_OFF * largest * len(cov):
+        raise ValueError("sigma is no covariance: it has negative eigenvalues")
+    return cov
 
 
 def _reason(error: Exception) -> str:
@@ -43,6 +71,8 @@ def _reason(error: Exception) -> str:
         return f"it has no array {str(error.args[0]).split()[0]}"
     if "context manager" in str(error):
         return "it is a single array"
+    if isinstance(error, EOFError | zipfile.BadZipFile):
+        return "it is empty, cut short or no .npz"
     if "pickle" in str(error):
         return "it holds Python objects or text, not arrays of numbers"
     return str(error).strip().partition("\n")[0] or "it is empty"

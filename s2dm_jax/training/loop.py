@@ -19,7 +19,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import read_json, write_atomic
+from s2dm_jax.common.files import read_json, user_path, write_atomic
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.signals import deferred, signal_advice
 from s2dm_jax.config.defaults import FIELDS, default_config
@@ -63,6 +63,7 @@ def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -
         being finite.
       SystemExit: after a signal, once the state is saved.
     """
+    workdir = str(user_path(workdir, "workdir"))
     if not agrees_with_main(lambda: to_json(_without_paths(config))):
         raise UserError("the processes of this run have different configs; start all of them with the same command")
     with contextlib.ExitStack() as stack:
@@ -103,7 +104,7 @@ class TrainingLoop:
         if is_main_process():
             overview = parameter_overview.get_parameter_overview(params)
             write_atomic(workdir / "parameters.txt", overview + "\n")
-        _log(run_summary(config, setup.network, setup.data.provenance, self.step))
+        _log(run_summary(config, setup.network, setup.data, self.step))
 
         # The data, and the compiled program of one chunk.
         order_key, step_key = run_keys(train.seed)

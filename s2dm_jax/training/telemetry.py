@@ -20,12 +20,13 @@ from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.progress import ProgressDisplay
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import build_objective
+from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import peak_memory
 from s2dm_jax.models.network import Network, num_params
 
 
-def run_summary(config: ConfigDict, network: Network, provenance: str, step: int) -> str:
+def run_summary(config: ConfigDict, network: Network, data: Dataset, step: int) -> str:
     """What a run is about to do, in a few lines."""
     objective, train, diffusion = build_objective(config), config.train, config.diffusion
     loss = f"{objective.formula}, preset {config.loss.preset}"
@@ -35,7 +36,8 @@ def run_summary(config: ConfigDict, network: Network, provenance: str, step: int
     batch = f"batch {train.batch_size} × {objective.num_timesteps_per_image} timestep(s)"
     lines = (
         f"s2dm_jax {__version__}, jax {jax.__version__}, {len(devices)} × {devices[0].device_kind}{hosts}",
-        f"data     {provenance}",
+        f"data     {data.provenance}",
+        *data.split.splitlines(),
         f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in {network.dtype}",
         f"loss     {loss}, {diffusion.schedule} schedule, T = {diffusion.T:,}",
         f"train    {start}, {batch}, Adam {train.lr:g}, EMA {train.ema_decay:g}, seed {train.seed}",

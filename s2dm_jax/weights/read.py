@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import user_path
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
 from s2dm_jax.config.build import build_network
 from s2dm_jax.models.unet import UNet
@@ -65,7 +66,8 @@ def read_weights(path: str, *, resolution: int | None = None, digest: str = "", 
     Raises:
       UserError: for a file that is missing, damaged, hostile, or of another network, naming the tensor and both shapes.
     """
-    place = Path(path)
+    place = user_path(path, "path")
+    path = str(place)
     if not place.exists():
         raise UserError(f"{path} does not exist; give a checkpoint's file, or a folder")
     try:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import atomic_outputs
+from s2dm_jax.common.files import atomic_outputs, user_path
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import default_config
@@ -123,7 +123,7 @@ def write_weights(
     run = run._replace(ema_note=old["weights"].get("note") or "")
     license = license or old["license"]
     card = model_card.make_card(run, license=license, source=old["source"], metrics=old["metrics"])
-    path = Path(out)
+    path = user_path(out, "out")
     if kind in ("workdir", "diffusers"):
         write_folder = _write_workdir if kind == "workdir" else _write_diffusers
         with atomic_outputs(path) as (folder,):

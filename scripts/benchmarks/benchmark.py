@@ -45,6 +45,7 @@ from steps import (
 )
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import user_path
 from s2dm_jax.common.report import report_user_errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,11 +93,13 @@ def _launch(folder: Path, name: str, flags: list[str]) -> dict:
 
 def benchmark_data(arguments):
     """Times preparing an archive of images, and a CIFAR-10 train step with each placement of the dataset."""
-    if arguments.archive and not arguments.archive.exists():
+    # The command that prepares it runs in another folder.
+    archive = arguments.archive and user_path(arguments.archive, "--archive").resolve()
+    if archive and not archive.exists():
         raise UserError(f"--archive={arguments.archive} does not exist; give an archive of images")
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.archive:
-            _prepare(arguments.archive, folder)
+        if archive:
+            _prepare(archive, folder)
         _time_feeds(arguments, Path(folder))
 
 

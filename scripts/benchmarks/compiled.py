@@ -19,6 +19,7 @@ import least
 import predict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import check_writable, user_path
 
 # XLA's description of the GPU, from the vendor's data sheet and CUDA's device properties.
 _H100 = """
@@ -109,6 +110,9 @@ def benchmark_compiled(arguments) -> None:
     if target.platform == "gpu":
         # Read when jax is imported. Nothing runs, and where no GPU is JAX would refuse its compiler.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    output = arguments.json and user_path(arguments.json, "--json")
+    if output:
+        check_writable([output], "give another --json")
     config = _load_config(arguments)
     devices = _devices(arguments, target)
     lowered, network = _lower(config, target, devices)
@@ -125,8 +129,8 @@ def benchmark_compiled(arguments) -> None:
     _print_properties(program, text, target)
     prediction = _predict(arguments, config, network, text)
     print(f"\n{predict.table(prediction)}\n\n{predict.summary(prediction)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(prediction, indent=1) + "\n", encoding="utf-8")
+    if output:
+        output.write_text(json.dumps(prediction, indent=1) + "\n", encoding="utf-8")
 
 
 def _load_config(arguments) -> Any:

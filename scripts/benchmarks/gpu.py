@@ -32,6 +32,7 @@ from gpu_stages.records import SUMMARY, Records, say
 from gpu_stages.supervise import Job, run_job
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import user_path
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.data.sources import check_source, list_images
 from s2dm_jax.data.splits import split_and_label
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the stages and returns the exit status: 1 if a part was wrong, failed or timed out."""
     began = time.time()
     selected = select_parts(arguments.only)
+    read_paths(arguments)
     _check(arguments, "evidence" in selected)
     about = {
         "date": datetime.date.today().isoformat(),
@@ -142,6 +144,13 @@ def select_parts(only: str) -> dict[str, dict[str, Part]]:
 
 def _module(stage: str) -> str:
     return f"gpu_stages.{stage}"
+
+
+def read_paths(arguments: argparse.Namespace) -> None:
+    """Makes the paths those that `files.user_path` reads, in place."""
+    for name in ("out", "images", "resume"):
+        if path := getattr(arguments, name):
+            setattr(arguments, name, user_path(path, f"--{name}"))
 
 
 def _check(arguments: argparse.Namespace, uses_images: bool) -> None:

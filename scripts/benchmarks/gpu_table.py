@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import user_path, write_atomic
 from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.common.report import report_user_errors
 
@@ -42,13 +42,13 @@ def main() -> None:
     parser.add_argument("--commit", help="commit that was measured, where the run could not tell it")
     arguments = parser.parse_args()
     with report_user_errors():
-        stages = read_stages(arguments.folder)
+        stages = read_stages(user_path(arguments.folder, "DIR"))
         machine = next(record["machine"] for record in stages.values() if "device" in record["machine"])
         text = section(stages, {**machine, "commit": arguments.commit or machine["commit"]})
         if arguments.page == "-":
             print(text, end="")
             return
-        page = Path(arguments.page)
+        page = user_path(arguments.page, "--page")
         write_atomic(page, insert(page.read_text(encoding="utf-8"), machine["device"], text))
         print(f"wrote the section {machine['device']} of {page}")
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import atomic_outputs, atomic_path, user_path, write_atomic
+from s2dm_jax.common.files import atomic_outputs, atomic_path, cache_dir, data_cache_dir, user_path, write_atomic
 
 
 def fail(*_):
@@ -105,6 +105,18 @@ def test_a_users_path_is_one_path(tmp_path, monkeypatch):
 def test_a_url_is_no_path(url):
     with pytest.raises(UserError, match=rf"--workdir={url} is a URL"):
         user_path(url, "--workdir")
+
+
+@pytest.mark.parametrize(("function", "name"), [(cache_dir, "S2DM_JAX_CACHE"), (data_cache_dir, "S2DM_JAX_DATA")])
+def test_a_url_is_no_cache(monkeypatch, function, name):
+    monkeypatch.setenv(name, "gs://bucket/cache")
+    with pytest.raises(UserError, match=f"{name}=gs:/bucket/cache is a URL"):
+        function()
+
+
+def test_a_name_that_no_file_can_have_is_no_path():
+    with pytest.raises(UserError, match=r"--workdir=runs/a{55}… is too long for a path"):
+        user_path(f"runs/{'a' * 256}", "--workdir")
 
 
 def test_the_home_of_nobody_is_no_path():

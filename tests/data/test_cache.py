@@ -20,8 +20,8 @@ from PIL import Image
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import to_json
+from s2dm_jax.data import archives, sources, tfds_builder
 from s2dm_jax.data import cache as dataset_cache
-from s2dm_jax.data import sources, tfds_builder
 from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.data.splits import split_and_label
 from s2dm_jax.workdir.folder import check_same_images, prepare_workdir
@@ -116,6 +116,11 @@ def splits_of(names):
         (["Train/1.png", "val/2.png", "train/3.png"], ([1, 3], [2], [], ["."])),
         (["training/x/1.png", "Testing/x/2.png", "dev/x/3.png"], ([1], [2, 3], [], ["x"])),
         (["train2017/1.png", "val2017/2.png", "held_out/3.png"], ([1], [2, 3], [], ["."])),
+        # Something around the words, the same for both kinds; a split within itself.
+        (["train_64x64/1.png", "valid_64x64/2.png", "train_station/3.png"], ([1], [2], [3], ["."])),
+        (["seg_train/seg_train/x/1.png", "seg_test/seg_test/x/2.png", "seg_pred/3.png"], ([1], [2], [3], ["x"])),
+        (["trainA/1.png", "trainB/2.png", "testA/3.png", "testB/4.png"], ([1, 2], [3, 4], [], ["a", "b"])),
+        (["latest_train/x/1.png", "latest_val/x/2.png"], ([1], [2], [], ["x"])),
         # A stray picture, another folder, wrapped in a folder or not.
         (["train/x/1.png", "test/x/2.png", "3.png", "unlabeled/x/4.png"], ([1], [2], [3, 4], ["x"])),
         (["set/train/x/1.png", "set/test/x/2.png", "3.png"], ([1], [2], [3], ["x"])),
@@ -149,6 +154,8 @@ def test_the_split_and_what_it_leaves_out_are_printed(cache, tmp_path, capsys):
     files |= {f"test/{name}": data for name, data in list(PICTURES.items())[:3]} | {"sample.png": png(50)}
     data = load_dataset(config_for(make_folder(tmp_path / "folder", files)))
     assert (len(data.train), len(data.held_out)) == (20, 3)
+    # A later run, which finds them in the cache, prints it in its summary.
+    assert data.split.splitlines()[1] == "classes  2: cat, dog"
     out = capsys.readouterr().out
     assert "split    train/ 20 for training, test/ 3 held out; left out, beside them: no folder 1" in out
     assert "classes  2: cat, dog" in out
@@ -175,6 +182,43 @@ def test_a_linked_split_is_a_split(cache, tmp_path):
     (source / "train").symlink_to(tmp_path / "elsewhere")
     data = load_dataset(config_for(source))
     assert (len(data.train), len(data.held_out)) == (9, 4)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_links_lead_inside_an_archive_as_inside_a_folder(cache, tmp_path, kind):
+    source = make_folder(tmp_path / "folder", {f"test/{i}.png": png(i) for i in range(4)})
+    make_folder(source, {f"pool/{i}.png": png(i + 20) for i in range(6)})
+    # The link's name says what the images are for.
+    (source / "train").symlink_to("pool")
+    (source / "test" / "linked.png").symlink_to("../pool/0.png")
+    os.link(source / "pool" / "1.png", source / "test" / "hard.png")
+    files = [path for path in sorted(source.rglob("*")) if not path.is_dir() or path.is_symlink()]
+    if kind == "tar":
+        with tarfile.open(tmp_path / "some.tar", "w") as archive:
+            for path in files:
+                archive.add(path, path.relative_to(source))
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+            for path in files:
+                member = zipfile.ZipInfo(str(path.relative_to(source)))
+                member.external_attr = path.lstat().st_mode << 16
+                archive.writestr(member, os.readlink(path) if path.is_symlink() else path.read_bytes())
+    data = load_dataset(config_for(source if kind == "folder" else tmp_path / f"some.{kind}"))
+    assert (len(data.train), len(data.held_out)) == (6, 6)
+    for row, number in ((-1, 0), (-2, 1)):
+        np.testing.assert_array_equal(data.held_out[row], data.train[number])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_linked_split_that_is_missing_is_no_reason_to_train_on_the_other(cache, tmp_path, kind):
+    source = make_folder(tmp_path / "folder", {f"test/{i}.png": png(i) for i in range(9)})
+    (source / "train").symlink_to(tmp_path / "nothing")
+    if kind == "tar":
+        with tarfile.open(tmp_path / "some.tar", "w") as archive:
+            archive.add(source, "")
+        source = tmp_path / "some.tar"
+    with pytest.raises(UserError, match="leaves no image for the split train"):
+        load_dataset(config_for(source))
 
 
 def test_a_folder_that_cannot_be_read_counts_as_invalid(cache, tmp_path, monkeypatch, capsys):
@@ -337,7 +381,8 @@ def test_no_path_in_an_archive_leads_anywhere(cache, tmp_path):
 
 
 def test_members_that_open_into_too_much_are_not_opened(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MAX_BYTES", 10_000)
+    for module in (sources, archives):
+        monkeypatch.setattr(module, "MAX_BYTES", 10_000)
     huge = {"cat/huge.png": bytes(20_000)}
     for source in (
         make_zip(tmp_path / "some.zip", {**PICTURES, **huge}),
@@ -454,6 +499,15 @@ def test_what_a_killed_process_left_is_made_anew(cache, tmp_path):
     assert dataset_cache.prepare_dataset(config_for(source)) == folder
     assert (folder / "train.npy").read_bytes() == whole
     assert left_in(cache) == [folder.name]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"files": {}}', '{"files": []}'])
+def test_an_entry_whose_provenance_is_damaged_is_made_anew(cache, tmp_path, text):
+    config = config_for(make_folder(tmp_path / "folder", PICTURES))
+    expected = load_dataset(config)
+    folder = dataset_cache.prepare_dataset(config)
+    (folder / "provenance.json").write_text(text)
+    assert load_dataset(config).provenance == expected.provenance
 
 
 def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(cache, tmp_path, monkeypatch, capfd):

@@ -142,7 +142,10 @@ def test_a_run_fed_by_the_host_is_that_of_one_fed_from_the_device_also_when_resu
     train(small_config(**own), tmp_path / "device")
     output = capsys.readouterr().out
     assert "replicated on every device" in output
-    assert re.search("no distance to real images is measured: .*images.npy has no labels, and the weights", output)
+    assert re.search(
+        "no distance to real images is measured: .*needs labels, which .*images.npy does not have, and the weights",
+        output,
+    )
     host = {**own, "data.max_device_memory_fraction": 0.0}
     train(small_config(**host, **{"train.steps": 3, "train.log_every": 1}), tmp_path / "host")
     train(small_config(**host), tmp_path / "host")

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import data_cache_dir
+from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.data import cache as dataset_cache
 from s2dm_jax.data import tfds_builder
@@ -91,6 +93,19 @@ def make_cifar10(folder):
 
 def as_pairs(images, labels):
     return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def test_labels_of_another_name_are_not_taken_for_none(monkeypatch):
+    coil = {"image": object(), "object_id": SimpleNamespace(names=["a", "b"]), "angle": object()}
+    assert tfds_builder.label_feature("cifar10", {**coil, "label": SimpleNamespace(names=["a"])}) == "label"
+    assert not tfds_builder.label_feature("celebahq", {"image": object()})
+    with pytest.raises(UserError, match=r"'label' is no class among .*; name one of object_id as `label` of cifar10"):
+        tfds_builder.label_feature("cifar10", coil)
+    with pytest.raises(UserError, match="name one of none"):
+        tfds_builder.label_feature("cifar10", {"label": object()})
+    for label, found in (("object_id", "object_id"), ("", "")):
+        monkeypatch.setitem(tfds_builder.DATASETS, "cifar10", DATASETS["cifar10"]._replace(label=label))
+        assert tfds_builder.label_feature("cifar10", coil) == found
 
 
 @needs_tensorflow

@@ -24,12 +24,15 @@ def uniform(mode, colour, size=(4, 4)):
     return Image.new(mode, size, colour)
 
 
-def png_of_16_bits(colour_type, samples, transparent=()):
-    """A 4×4 PNG of 16-bit samples, one pixel repeated, written by hand: Pillow writes no colour ones."""
+def png_of_16_bits(colour_type, samples, transparent=(), *, bits=16):
+    """A 4×4 PNG of 16-bit samples, one pixel repeated, written by hand: Pillow writes no colour ones.
+
+    Of fewer `bits`, the samples are bytes of several pixels.
+    """
     declared = [(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))] if transparent else []
-    row = b"\0" + struct.pack(f">{len(samples)}H", *samples) * 4
+    row = b"\0" + (struct.pack(f">{len(samples)}H", *samples) * 4 if bits == 16 else bytes(samples))
     chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour_type, 0, 0, 0)),
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 4, bits, colour_type, 0, 0, 0)),
         *declared,
         (b"IDAT", zlib.compress(row * 4)),
         (b"IEND", b""),
@@ -62,6 +65,9 @@ KINDS = {
     "16_bits_transparent": (png_of_16_bits(6, [0, 0, 0, 0]), (255, 255, 255)),
     "16_bits_grey_declared": (png_of_16_bits(0, [0x12FF], [0x12FF]), (255, 255, 255)),
     "16_bits_grey_other": (png_of_16_bits(0, [0x12FF], [0x12FE]), (0x12, 0x12, 0x12)),
+    "4_bits_grey_declared": (png_of_16_bits(0, [0x33, 0x33], [3], bits=4), (255, 255, 255)),
+    "2_bits_grey_declared": (png_of_16_bits(0, [0x55], [1], bits=2), (255, 255, 255)),
+    "2_bits_grey_other": (png_of_16_bits(0, [0x55], [2], bits=2), (85, 85, 85)),
     "16_bits_rgb_declared": (png_of_16_bits(2, [1, 0x3400, 0xFFFF], [1, 0x3400, 0xFFFF]), (255, 255, 255)),
     "16_bits_rgb_other": (png_of_16_bits(2, [0x0A00, 0, 0], [0x000A, 0, 0]), (0x0A, 0, 0)),
 }

@@ -21,6 +21,7 @@ from s2dm_jax.evaluation.checks import check_evaluation
 from s2dm_jax.evaluation.features import FeaturesUnavailable, build_features, check_features
 from s2dm_jax.evaluation.metrics import feature_statistics, frechet_distance
 from s2dm_jax.evaluation.reference import image_batches, load_reference
+from s2dm_jax.evaluation.statistics_file import read_statistics
 from s2dm_jax.inference.model import Model
 from s2dm_jax.inference.sampler import resolve_sampler
 from s2dm_jax.models.unet import UNet
@@ -363,15 +364,17 @@ def test_auto_falls_back_to_the_classifier_and_says_why(config, monkeypatch, cap
 
     monkeypatch.setattr(feature_functions.inception_weights, "inception_params", fail)
     config.eval.feature_extractor = "auto"
-    assert feature_functions.resolve_features(config, labelled=True) == "classifier"
+    assert feature_functions.resolve_features(config, no_classifier="") == "classifier"
     assert not capsys.readouterr().out
     config.data.name = "cifar10"
-    assert feature_functions.resolve_features(config, labelled=True) == "classifier"
+    assert feature_functions.resolve_features(config, no_classifier="") == "classifier"
     assert "is no FID: the weights cannot be fetched; get them" in capsys.readouterr().out
-    with pytest.raises(FeaturesUnavailable, match="cifar10 has no labels, and the weights cannot be fetched"):
-        feature_functions.resolve_features(config, labelled=False)
+    with pytest.raises(
+        FeaturesUnavailable, match="a classifier needs labels, which cifar10 does not have, and the weights ca"
+    ):
+        feature_functions.resolve_features(config, no_classifier="needs labels, which cifar10 does not have")
     monkeypatch.setattr(feature_functions.inception_weights, "inception_params", lambda *_: {})
-    assert feature_functions.resolve_features(config, labelled=True) == "inception"
+    assert feature_functions.resolve_features(config, no_classifier="") == "inception"
 
 
 def test_inception_of_ones_own_is_not_called_fid(config, data, monkeypatch):
@@ -419,6 +422,11 @@ def test_inceptions_statistics_of_a_dataset_are_computed_once(config, data, tmp_
 
     again, _ = load_reference(config, data, features._replace(apply=never), ["fid"], 16)
     np.testing.assert_array_equal(again.cov, first.cov)
+    (path,) = (tmp_path / "cache" / "statistics").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    damaged, _ = load_reference(config, data, features, ["fid"], 16)
+    np.testing.assert_array_equal(damaged.cov, first.cov)
     other_images = data._replace(train=data.train[::-1])
     with pytest.raises(AssertionError, match="computed again"):
         load_reference(config, other_images, features._replace(apply=never), ["fid"], 16)
@@ -459,7 +467,25 @@ def test_features_that_are_constant_leave_a_table_with_gaps(config, data, tmp_pa
         ({"reference": "text.npz"}, r"reference=.*text.npz' cannot be read \(it holds Python objects"),
         ({"reference": "single.npy"}, r"reference=.*single.npy' cannot be read \(it is a single array\)"),
         ({"reference": "keys.npz"}, r"reference=.*keys.npz' cannot be read \(it has no array mu\)"),
+        ({"reference": "negative.npz"}, r"cannot be read \(sigma is no covariance: it has negative eigenvalues\)"),
+        ({"reference": "complex.npz"}, r"cannot be read \(mu holds complex128, not real numbers\)"),
         ({"feature_extractor": "nan.py:f"}, r"features of real images that are not finite"),
+        ({"feature_extractor": "nan.py:none"}, r"must give floats \[B, D\] .* got float32 \[2, 0\]"),
+        ({"feature_extractor": "nan.py:many"}, r"gives 20,000 features, whose covariance does not fit"),
+        # "auto" may be Inception or the classifier.
+        (
+            {"feature_extractor": "auto", "reference": "empty.npz"},
+            r"empty.npz' cannot be read \(it is empty, cut short",
+        ),
+        (
+            {"feature_extractor": "auto", "reference": "other.npz"},
+            r"3 features, .*'inception' makes 2048 or .* makes 64",
+        ),
+        (
+            {"feature_extractor": "auto", "metrics": "fid_infinity", "num_images": 255},
+            r"in 64 features, which needs 256",
+        ),
+        ({"feature_extractor": "auto", "inception_weights": "gone.pth"}, r"inception_weights=gone.pth cannot be read"),
     ],
 )
 def test_what_an_evaluation_cannot_do_is_said_before_the_training(
@@ -470,9 +496,67 @@ def test_what_an_evaluation_cannot_do_is_said_before_the_training(
     np.save(tmp_path / "single.npy", np.zeros(16))
     (tmp_path / "empty.npz").touch()
     (tmp_path / "text.npz").write_text("hello")
-    (tmp_path / "nan.py").write_text("import jax.numpy as jnp\ndef f(x): return jnp.full((len(x), 4), jnp.nan)\n")
+    np.savez(tmp_path / "negative.npz", mu=np.zeros(16), sigma=-np.eye(16))
+    np.savez(tmp_path / "complex.npz", mu=np.zeros(16, complex), sigma=np.eye(16))
+    (tmp_path / "nan.py").write_text(
+        "import jax.numpy as jnp\ndef f(x): return jnp.full((len(x), 4), jnp.nan)\n"
+        "def none(x): return jnp.zeros((len(x), 0))\ndef many(x): return jnp.zeros((len(x), 20_000))\n"
+    )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("S2DM_JAX_CACHE", str(tmp_path / "cache"))
     config.eval.update(changes)
+    config.data.name = "cifar10" if config.eval.feature_extractor == "auto" else config.data.name
     data = data._replace(held_out=data.held_out[:10], held_out_labels=data.held_out_labels[:10])
     with pytest.raises(UserError, match=sentence):
         check_evaluation(config, data)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "small", "sentence"),
+    [
+        ([5, 5, 5, 5], [5], False, "needs labels, which it does not have"),
+        ([5, 5, 5, 5], [6], False, "needs training images of two classes, and those of it are of one"),
+        ([5, 6, 7, 8], [5], False, "needs two images of a class, and it has 4 images of 4 classes"),
+        ([5, 5, 6, 6], [5], True, "needs images of 8×8 pixels, and those of it have 4×4"),
+        ([5, 5, 6, 6], [5], False, ""),
+    ],
+)
+def test_why_there_is_no_classifier(data, train, held_out, small, sentence):
+    images, classes = data.train[:4], len({*train, *held_out})
+    made = data._replace(
+        train=images[:, :4, :4] if small else images, train_labels=np.array(train), num_classes=classes
+    )
+    assert feature_functions.why_no_classifier(made, "it") == sentence
+
+
+def test_a_reference_of_one_image_is_an_error_before_and_a_gap_after(config, data, sampled, tmp_path):
+    one = data._replace(held_out=data.held_out[:1], held_out_labels=data.held_out_labels[:1])
+    with pytest.raises(UserError, match="reference='auto' is the split held_out, which has 1 image; at least 2"):
+        check_evaluation(config, one)
+    results = run(config, one, tmp_path)
+    assert results["provenance"]["notes"] == ["no fid: the reference has 1 image"]
+    config.eval.reference = "train"
+    check_evaluation(config, one)
+    results = run(config, one, tmp_path)
+    assert results["provenance"]["notes"] == ["real (floor): 1 image(s) are too few: no metrics"]
+    assert "frechet_distance" in results["rows"][1]
+
+
+def test_a_reference_whose_features_are_not_finite_is_a_gap(config, data):
+    features = build_features(config, data)
+
+    def apply(images):
+        return features.apply(images).at[0].set(np.nan)
+
+    reference, _ = load_reference(config, data, features._replace(apply=apply), ["fid"], 200)
+    row = evaluation.compute_metrics(image_batches(data.train, features, 50), features, reference, ["fid"])
+    assert row["notes"] == ["no fid: the features of 1 images of the reference are not finite"]
+
+
+def test_round_off_in_the_covariance_of_a_reference_is_taken_off(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(99, 6))
+    cov = np.cov(vectors.T)
+    np.savez(tmp_path / "rounded.npz", mu=np.zeros(6, np.float32), sigma=cov + np.triu(np.full((6, 6), 1e-7), 1))
+    _, found = read_statistics(str(tmp_path / "rounded.npz"), [("own", 6)])
+    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, cov, atol=1e-6)

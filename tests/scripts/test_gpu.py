@@ -1,5 +1,6 @@
 """The command for a GPU: options, images, records, interruptions."""
 
+import argparse
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu import check_images
+from gpu import check_images, read_paths
 from gpu_stages.comparison import bounded, largest_error, norm_error
 from gpu_stages.parts import Settings, read_settings, result_of, write_settings
 from gpu_stages.records import Records
@@ -145,6 +146,15 @@ def test_an_interrupted_run_ends_its_workers_and_keeps_what_is_done(tmp_path):
     assert result_of(tmp_path, "right", "samplers")["passed"]
     workers = subprocess.run(["pgrep", "-f", f"gpu_stages.worker.*{tmp_path}"], capture_output=True)
     assert not workers.stdout
+
+
+def test_paths_are_read_as_those_of_the_other_commands(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = argparse.Namespace(out=Path("~/out"), images=None, resume=Path("a/../b"))
+    read_paths(arguments)
+    assert (arguments.out, arguments.images, arguments.resume) == (tmp_path / "out", None, Path.cwd() / "b")
+    with pytest.raises(UserError, match="--out=gs:/bucket is a URL"):
+        read_paths(argparse.Namespace(out=Path("gs://bucket"), images=None, resume=None))
 
 
 def test_a_check_beyond_its_bound_is_wrong():

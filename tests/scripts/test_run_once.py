@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from run_once import run_once
+from run_once import parse_nfe, run_once
 
 from s2dm_jax.common.errors import UserError
 
@@ -44,3 +44,22 @@ def test_results_of_another_nfe_are_refused(tmp_path):
     run_once(path, workdir, [writer(workdir)])
     with pytest.raises(UserError, match=r"a\.json was made with --nfe=5,10; give the same --nfe, or another DIR"):
         run_once(path, workdir, [], [5])
+
+
+def test_results_without_a_distance_are_an_error_and_not_stored(tmp_path):
+    path, workdir = tmp_path / "a.json", tmp_path / "run"
+    with pytest.raises(UserError, match="run has no results, for the command above measured no distance"):
+        run_once(path, workdir, [[sys.executable, "-c", ""]])
+    workdir.mkdir()
+    results = {**RESULTS, "rows": [{"name": "ddim"}], "provenance": {"notes": ["not finite"]}}
+    (workdir / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"results\.json has no distance for ddim \(not finite\)"):
+        run_once(path, workdir, [])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("text", ["5,x", "5.5", ",", "", "0", "-3"])
+def test_an_nfe_that_is_none(text):
+    assert parse_nfe("5, 10") == [5, 10]
+    with pytest.raises(UserError, match=f"--nfe={text} is out of range"):
+        parse_nfe(text)
