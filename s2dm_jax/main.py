@@ -21,9 +21,10 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from s2dm_jax.common.compilation_cache import set_compilation_cache
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import check_writable, user_path
-from s2dm_jax.common.jax_environment import check_xla_flags, set_compilation_cache
+from s2dm_jax.common.jax_environment import check_jax_environment, check_platforms
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal, install_handlers, signal_advice
 from s2dm_jax.config.command_line import check_values, drop_foreign_options, reset_fields
@@ -31,7 +32,7 @@ from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import allowed_type, fields_help
 from s2dm_jax.config.io import expand_paths, load_config
 from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
-from s2dm_jax.data.cache import check_preparable, prepare_dataset
+from s2dm_jax.data.cache import check_preparable, is_prepared, prepare_dataset
 from s2dm_jax.workdir.folder import evaluation_folder, output_folder, prepare_workdir
 from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
 
@@ -195,19 +196,29 @@ def run(argv: Sequence[str]) -> None:
     named = _set_fields(values, config, arguments)
     expand_paths(config)
     _check_processes(values)
-    check_xla_flags()
     if mode == "train":
         config = _training_config(config, named)
         check_config(config)
         check_preparable(config)
         check_evaluation_files(config)
+        _prepare_jax()
+        if not is_prepared(config):
+            check_platforms()
         prepare_workdir(workdir, config)
         prepare_dataset(config)
     else:
         config = _config_of_run(config, named, mode, workdir)
         check_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
+        _prepare_jax()
     with signal_advice(_AFTER_SIGNAL[mode]):
         _start(values, config, workdir, out)
+
+
+def _prepare_jax() -> None:
+    """Sets and checks what JAX reads from the environment, before it is imported."""
+    # A second start finds the compiled programs and takes seconds; the user's own settings win.
+    set_compilation_cache()
+    check_jax_environment()
 
 
 def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str) -> None:
@@ -215,9 +226,6 @@ def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str)
     mode = values.mode
     # Orbax logs with a traceback what it also raises, and what it raises is reported in one sentence.
     logging.set_verbosity(logging.FATAL)
-    # A second start finds the compiled programs and takes seconds; the user's own settings win.
-    set_compilation_cache()
-
     # jax takes seconds to import: user errors are reported before.
     if mode in ("train", "evaluate"):
         from s2dm_jax.devices.sharding import set_cpu_device_count

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path, write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays
+from s2dm_jax.common.jax_environment import check_jax_environment
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.config.io import from_json
@@ -103,9 +104,11 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, network: "N
 
     `network` is what was trained, where that is not the network of the run's config.
     """
+    config = read_config(workdir)
+    check_jax_environment()
+
     from s2dm_jax.devices.hardware import check_devices
 
-    config = read_config(workdir)
     check_devices()
     workdir = user_path(workdir, "workdir")
     network = network or build_network(config)
