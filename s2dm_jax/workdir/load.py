@@ -85,7 +85,10 @@ def check_compared_runs(config: ConfigDict) -> list[str]:
     """The folders in `config.sample.compare`; raises a `UserError` if one has another dataset or cannot be sampled."""
     workdirs = [name.strip() for name in config.sample.compare.split(",") if name.strip()]
     for workdir in workdirs:
-        other = read_config(workdir)
+        try:
+            other = read_config(workdir)
+        except UserError as error:
+            raise UserError(f"config.sample.compare names {workdir}, which cannot be compared: {error}") from error
         if dataset_name(other) != dataset_name(config):
             raise UserError(
                 f"config.sample.compare names {workdir}, a run on {dataset_name(other)}, not "
@@ -153,7 +156,10 @@ def inherit_base_config(config: ConfigDict) -> ConfigDict:
             f"config.variance_head.base_workdir is missing: a variance head ({kind}) is trained on the frozen "
             "network of another run; give that run's workdir, --config.variance_head.base_workdir=runs/digits"
         )
-    base = read_config(base_workdir)
+    try:
+        base = read_config(base_workdir)
+    except UserError as error:
+        raise UserError(f"config.variance_head.base_workdir={base_workdir} cannot be used: {error}") from error
     if base.variance_head.kind:
         raise UserError(
             f"config.variance_head.base_workdir={base_workdir} is itself the run of a variance head; give its base, "
