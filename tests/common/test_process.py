@@ -16,6 +16,7 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import cache_dir, data_cache_dir, user_path
 from s2dm_jax.common.jax_environment import check_platforms, check_xla_flags, xla_flags
 from s2dm_jax.common.process import set_up_process
+from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.data.tfds_builder import manual_folder
 from s2dm_jax.devices.hardware import check_devices
 from s2dm_jax.inference.sample import sample
@@ -68,6 +69,21 @@ def test_no_character_ends_the_work(encoding):
     done = run("-c", code, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stdout) == (2, b"? ? 1\n")
     assert done.stderr == "error: 8 × 8 – τ\n".encode(encoding, errors="replace")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_a_lack_of_memory_is_one_sentence(error, capsys):
+    with pytest.raises(SystemExit) as stop, report_user_errors():
+        raise error
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        "error: the memory does not suffice .(O|o)ut of memory.*; choose a smaller batch_size, .*\n", said
+    )
+    with pytest.raises(RuntimeError, match="other"), report_user_errors():
+        raise RuntimeError("other")
 
 
 def test_flags_that_xla_would_abort_on_are_named(monkeypatch):
