@@ -127,7 +127,8 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
         order = np.argsort(np.array(names, object), kind="stable")
     if used.sum() < 2:
         raise UserError(
-            f"config.data.source={source} holds {used.sum()} images; it must hold at least 2 PNG, JPEG or WebP files"
+            f"config.data.source={source} holds {used.sum()} images; it must hold at least 2"
+            + ("" if is_array else " PNG, JPEG or WebP files")
         )
     order, jobs = order[used[order]], ((index, data) for index, data in jobs if used[index])
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize

@@ -207,7 +207,7 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
 
 
 def unused_scheduler_options(config: Mapping) -> list[str]:
-    """The options in a scheduler_config.json that our samplers do not take from it, as "name=value", also unknown ones."""
+    """The options in a scheduler_config.json that our samplers do not take from it, known or not, as "name=value"."""
     allowed = {name: ours if isinstance(ours, tuple) else (ours,) for name, ours in _SAMPLING_OPTIONS.items()}
     used = {*_NOTHING_SAID, *_SCHEDULE_FIELDS, "rescale_betas_zero_snr"}
     return [

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import kind_of_file
+from s2dm_jax.common.file_kinds import kind_of_file
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
 from s2dm_jax.config.build import build_network
 from s2dm_jax.models.unet import UNet

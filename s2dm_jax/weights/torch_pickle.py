@@ -23,7 +23,8 @@ import ml_dtypes
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import ZIP_DAMAGE, kind_of_file
+from s2dm_jax.common.file_kinds import kind_of_file
+from s2dm_jax.common.files import ZIP_DAMAGE
 
 _DTYPES = {
     "FloatStorage": np.dtype("<f4"),

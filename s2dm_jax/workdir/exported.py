@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import ZIP_DAMAGE, kind_of_file
+from s2dm_jax.common.file_kinds import kind_of_file
+from s2dm_jax.common.files import ZIP_DAMAGE
 from s2dm_jax.common.hashing import sha256_of_arrays
 
 if TYPE_CHECKING:
