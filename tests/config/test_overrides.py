@@ -12,6 +12,7 @@ from s2dm_jax.config.command_line import check_values, reset_fields
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import from_json, load_config, to_json
 from s2dm_jax.data.datasets import load_dataset
+from s2dm_jax.inference.model import load
 from s2dm_jax.samplers.specs import sampler_name
 from s2dm_jax.training.loop import train
 from s2dm_jax.workdir.folder import check_same_images, prepare_workdir
@@ -119,6 +120,14 @@ def test_one_name_of_pndm_in_every_mode(tmp_path, config_of):
     sample = config_of(f"--workdir={tmp_path / 'run'}", "--config.sample.sampler=pndm", "--config.sample.nfe=14").sample
     assert sample.sampler == "f_pndm"
     assert (sampler_name("pndm"), sampler_name("ddim")) == ("f_pndm", "ddim")
+
+
+def test_a_statistic_of_one_image_is_refused(tmp_path, monkeypatch):
+    save_run(tmp_path / "run", small_config(), seed=0, ema_factor=1)
+    one = load_dataset(small_config())
+    monkeypatch.setattr("s2dm_jax.inference.model.load_dataset", lambda _: one._replace(train=one.train[:1]))
+    with pytest.raises(UserError, match=r"statistic over at least 2 training images, and .*run has 1; choose another"):
+        load(tmp_path / "run").with_noise_statistics(tmp_path / "run", "analytic", 100, 8)
 
 
 def test_lists_that_may_be_empty_are_set_to_nothing(tmp_path):
