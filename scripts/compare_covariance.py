@@ -14,7 +14,7 @@ from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal
-from s2dm_jax.config.io import split_config
+from s2dm_jax.config.io import config_path
 
 _DESCRIPTION = """\
 Trains ddpm and sa with each seed, and on each of them one variance head for SN-DPM and one for NPR-DPM;
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, flag.replace("-", "_"))
         if value < low:
             raise UserError(f"--{flag}={value} is out of range: it must be at least {low}")
-    split_config(args.config)
+    config_path(args.config)
     return args
 
 

@@ -14,7 +14,7 @@ from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal
-from s2dm_jax.config.io import split_config
+from s2dm_jax.config.io import config_path
 
 _DESCRIPTION = """\
 Trains ddpm, s2, sa and s2sa with each seed and evaluates each by DDIM. Plain training and the skip-step term
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--seeds={args.seeds} is out of range: a standard deviation needs at least 2")
     if args.steps < 1:
         raise UserError(f"--steps={args.steps} is out of range: it must be at least 1")
-    split_config(args.config)
+    config_path(args.config)
     return args
 
 

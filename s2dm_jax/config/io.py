@@ -44,6 +44,12 @@ def split_config(name: str) -> tuple[str, list[str]]:
     return str(packaged[os.path.normpath(file)]), objective
 
 
+def config_path(name: str) -> str:
+    """FILE[:OBJECTIVE] with the path of the file; raises as `split_config`."""
+    file, objective = split_config(name)
+    return ":".join([file, *objective])
+
+
 def expand_paths(config: ConfigDict) -> None:
     """Makes the paths in a config's fields those that `files.user_path` reads, in place.
 
