@@ -10,7 +10,6 @@
 flag, --config.GROUP.FIELD=VALUE.
 """
 
-import difflib
 import os
 import re
 import sys
@@ -21,17 +20,26 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from s2dm_jax.common.compilation_cache import set_compilation_cache
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import check_writable, user_path
-from s2dm_jax.common.jax_environment import check_xla_flags, set_compilation_cache
+from s2dm_jax.common.files import check_folders_writable, user_path
+from s2dm_jax.common.jax_environment import check_jax_environment, check_platforms
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal, install_handlers, signal_advice
-from s2dm_jax.config.command_line import check_values, drop_foreign_options, reset_fields
+from s2dm_jax.config.command_line import (
+    check_values,
+    describe_flag_error,
+    describe_stray_argument,
+    describe_unknown_field,
+    drop_foreign_options,
+    reset_fields,
+)
 from s2dm_jax.config.defaults import FIELDS
-from s2dm_jax.config.fields import allowed_type, fields_help
+from s2dm_jax.config.fields import fields_help
 from s2dm_jax.config.io import expand_paths, load_config
 from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
-from s2dm_jax.data.cache import check_preparable, prepare_dataset
+from s2dm_jax.data.cache import check_preparable, is_prepared, prepare_dataset
+from s2dm_jax.samplers.specs import sampler_name
 from s2dm_jax.workdir.folder import evaluation_folder, output_folder, prepare_workdir
 from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
 
@@ -76,10 +84,7 @@ def _parse(values: flags.FlagValues, argv: Sequence[str], known_only: bool = Fal
     try:
         return values(argv, known_only=known_only)
     except (flags.Error, ValueError) as error:
-        message = str(error).strip()
-        if wrong := re.match(r"flag --config\.([\w.]+)=(.*?): ", message):
-            message = f"config.{wrong[1]}={wrong[2]!r} has the wrong type: it must be {allowed_type(FIELDS[wrong[1]])}"
-        raise UserError(message) from error
+        raise UserError(describe_flag_error(str(error).strip(), values)) from error
 
 
 def _help(values: flags.FlagValues) -> str:
@@ -134,17 +139,17 @@ def _set_fields(values: flags.FlagValues, config: ConfigDict, arguments: list[st
     for argument in arguments:
         field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if field and field[1] not in FIELDS:
-            (close,) = difflib.get_close_matches(field[1], FIELDS, n=1, cutoff=0)
-            raise UserError(f"config.{field[1]} is not a field of a config; did you mean config.{close}?")
+            raise UserError(describe_unknown_field(field[1]))
     arguments, reset = reset_fields(config, arguments)
     # The file's name has been read: the config itself takes the place of its flag.
     delattr(values, "config")
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     rest = _parse(values, arguments)
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is not a flag; flags start with -- (see --help)")
+        raise UserError(describe_stray_argument(rest[1], arguments))
     flag: Any = values["config"]
     named = [*flag.override_values, *reset]
+    config.sample.sampler = sampler_name(config.sample.sampler)
     if steps := [name for name in _STEP_FIELDS if f"sample.{name}" in named]:
         others = [name for name in _STEP_FIELDS if name not in steps]
         config.sample.update({name: FIELDS[f"sample.{name}"].default for name in others})
@@ -195,19 +200,29 @@ def run(argv: Sequence[str]) -> None:
     named = _set_fields(values, config, arguments)
     expand_paths(config)
     _check_processes(values)
-    check_xla_flags()
     if mode == "train":
         config = _training_config(config, named)
         check_config(config)
         check_preparable(config)
         check_evaluation_files(config)
+        _prepare_jax()
+        if not is_prepared(config):
+            check_platforms()
         prepare_workdir(workdir, config)
         prepare_dataset(config)
     else:
         config = _config_of_run(config, named, mode, workdir)
-        check_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
+        check_folders_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
+        _prepare_jax()
     with signal_advice(_AFTER_SIGNAL[mode]):
         _start(values, config, workdir, out)
+
+
+def _prepare_jax() -> None:
+    """Sets and checks what JAX reads from the environment, before it is imported."""
+    # A second start finds the compiled programs and takes seconds; the user's own settings win.
+    set_compilation_cache()
+    check_jax_environment()
 
 
 def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str) -> None:
@@ -215,9 +230,6 @@ def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str)
     mode = values.mode
     # Orbax logs with a traceback what it also raises, and what it raises is reported in one sentence.
     logging.set_verbosity(logging.FATAL)
-    # A second start finds the compiled programs and takes seconds; the user's own settings win.
-    set_compilation_cache()
-
     # jax takes seconds to import: user errors are reported before.
     if mode in ("train", "evaluate"):
         from s2dm_jax.devices.sharding import set_cpu_device_count

@@ -9,6 +9,7 @@ from absl import logging
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import check_writable
+from s2dm_jax.common.jax_environment import check_jax_environment
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.io import load_config
@@ -78,10 +79,14 @@ def run(argv: list[str] | None) -> None:
     # Orbax logs with a traceback what it also raises.
     logging.set_verbosity(logging.FATAL)
 
+    check_jax_environment()
+
     from s2dm_jax.config.defaults import dataset_name
+    from s2dm_jax.devices.hardware import check_devices
     from s2dm_jax.weights.read import read_weights
     from s2dm_jax.weights.write import infer_config, write_weights
 
+    check_devices()
     weights = read_weights(args.source, resolution=args.resolution, digest=args.digest, key=args.key)
     config = infer_config(weights, given=given_config, data=args.data)
     if weights.model_card and args.step is not None:

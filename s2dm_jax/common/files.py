@@ -102,6 +102,15 @@ def why_not_writable(place: str | os.PathLike) -> str:
     return ""
 
 
+def check_folders_writable(folders: Iterable[str | os.PathLike], advice: str) -> None:
+    """`check_writable` of folders that need not be there; a file in the place of one is a `UserError` too."""
+    for folder in map(Path, folders):
+        existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        if not existing.is_dir():
+            raise UserError(f"{folder} cannot be written to ({existing} is not a folder); {advice}")
+    check_writable(folders, advice)
+
+
 def check_writable(places: Iterable[str | os.PathLike], advice: str) -> None:
     """Raises a `UserError` that ends in `advice` if one of the files or folders fails `why_not_writable`."""
     for place in places:

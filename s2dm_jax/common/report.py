@@ -18,7 +18,8 @@ _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)
 
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turns a `UserError`, and an `OSError` for a full disk or a lack of rights, into a sentence and exit status 2.
+    """Turns a `UserError`, an `OSError` for a full disk or a lack of rights, and a lack of memory into a sentence and
+    exit status 2.
 
     Sets up the process first (`set_up_process`).
     """
@@ -33,6 +34,17 @@ def report_user_errors() -> Iterator[None]:
             if not sentence:
                 raise
             _exit_with(UserError(sentence))
+        except (RuntimeError, MemoryError) as error:
+            # jax raises this as a RuntimeError; it is not imported here.
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).strip().partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ") or "out of memory"
+            _exit_with(
+                UserError(
+                    f"the memory does not suffice ({reason[:200].rstrip('.')}); choose a smaller batch_size, fewer "
+                    "images at once, or a smaller network"
+                )
+            )
 
 
 def _exit_with(error: UserError) -> NoReturn:

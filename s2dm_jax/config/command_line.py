@@ -1,18 +1,22 @@
-"""How the command line changes a config: values after a space, fields set to None, options of another sampler."""
+"""How the command line changes a config: values after a space, fields set to None, options of another sampler, and
+what is said of mistakes.
+"""
 
+import difflib
 import itertools
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import FIELDS
+from s2dm_jax.config.fields import Field, allowed_type
 from s2dm_jax.config.metrics import split_names
-from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
+from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, sampler_name
 
-# The defaults of optional fields.
-_NOTHING = (None, "", ())
 _FIELD = re.compile(r"--?config\.([^=]*)(=?)(.*)", re.DOTALL)
 
 
@@ -29,10 +33,17 @@ def check_values(arguments: Sequence[str], names: Iterable[str]) -> None:
             raise UserError(f"--{name} has no value: it is followed by {following}; give --{name}=VALUE")
 
 
+def _nothing(field: Field) -> Any:
+    """The value of a field that stands for nothing; Ellipsis where it has none."""
+    if field.type is tuple and not field.min_length:
+        return ()
+    return field.default if field.default in (None, "") else ...
+
+
 def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Sets back, in place, the optional fields that the command line gives as `=None`, `=none` or `=`.
 
-    They become None, or the empty text or list that is their default.
+    They become None, or the empty text or list that is their default; any list that may be empty becomes empty.
 
     Returns:
       The arguments without those of these fields, and the names of the fields. The last of several values counts.
@@ -40,7 +51,7 @@ def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str
     values: dict[str, list[tuple[int, int, str]]] = {}
     for index, argument in enumerate(arguments):
         match = _FIELD.fullmatch(argument)
-        if match and match[1] in FIELDS and FIELDS[match[1]].default in _NOTHING:
+        if match and match[1] in FIELDS and _nothing(FIELDS[match[1]]) is not Ellipsis:
             separate = not match[2] and index + 1 < len(arguments) and arguments[index + 1].lower() == "none"
             value = arguments[index + 1] if separate else match[3]
             if match[2] and not value:
@@ -51,7 +62,7 @@ def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str
     for name, given in values.items():
         if given[-1][2] == "none":
             group, key = name.split(".")
-            config[group][key] = FIELDS[name].default
+            config[group][key] = _nothing(FIELDS[name])
             reset.append(name)
         for first, end, value in given:
             if name in reset or value == "none":
@@ -73,7 +84,7 @@ def drop_foreign_options(config: ConfigDict, named: Iterable[str]) -> list[str]:
     named, notes = set(named), []
     for group, key in (("sample", "sampler"), ("eval", "samplers")):
         options = config[group]
-        samplers = ["f_pndm" if name == "pndm" else name for name in split_names(options[key])]
+        samplers = [sampler_name(name) for name in split_names(options[key])]
         if f"{group}.{key}" not in named or not set(samplers) <= SAMPLERS.keys():
             continue
         for name in ("timestep_spacing", "skip_scale", "eta", *OPTIONS):
@@ -96,3 +107,53 @@ def _applies(name: str, value: object, samplers: list[str], mean: str | None) ->
     if name == "eta":
         return any("eta" in spec.options and ("mean" not in spec.options or mean == "ddim") for spec in specs)
     return any(name in spec.options for spec in specs)
+
+
+def describe_flag_error(message: str, values: flags.FlagValues) -> str:
+    """What absl says of a wrong flag, as one sentence with the value and what is allowed."""
+    if wrong := re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL):
+        return f"config.{wrong[1]}={wrong[2]!r} has the wrong type: it must be {allowed_type(FIELDS[wrong[1]])}"
+    if wrong := re.match(r"flag --(\w+)=(.*?): ", message, re.DOTALL):
+        parser: Any = values[wrong[1]].parser
+        if choices := getattr(parser, "enum_values", None):
+            return f"--{wrong[1]}={wrong[2]} is not known; choose one of {', '.join(choices)}"
+        return f"--{wrong[1]}={wrong[2]} is not {parser.syntactic_help}"
+    if unknown := re.match(r"Unknown command line flag '(?:no)?([^']*)'", message):
+        return f"--{unknown[1]} is not a flag; {_suggestion(unknown[1], '', values)}"
+    if missing := re.match(r"Missing value for flag --(.*)", message):
+        return f"--{missing[1]} has no value; give --{missing[1]}=VALUE"
+    return message.removeprefix("ERROR:: ")
+
+
+def describe_unknown_field(name: str) -> str:
+    """The error for --config.NAME, which is no field."""
+    group = [field for field in FIELDS if field.startswith(f"{name.rstrip('.')}.")]
+    if group:
+        return f"config.{name.rstrip('.')} is a group of fields; set one of them, such as --config.{group[0]}=VALUE"
+    (close,) = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
+    return f"config.{name} is not a field of a config; did you mean config.{close}?"
+
+
+def describe_stray_argument(argument: str, arguments: Sequence[str]) -> str:
+    """The error for an argument that is neither a flag nor a flag's value."""
+    before = dict(itertools.pairwise(reversed(arguments))).get(argument, "")
+    name = before.lstrip("-").removeprefix("config.")
+    if name in FIELDS and FIELDS[name].type is bool:
+        return f"{argument!r} is not a flag; a field that is True or False is set by --config.{name}={argument}"
+    if argument.startswith("-"):
+        return f"{argument!r} follows --, after which there are no flags; give it before"
+    name, equals, value = argument.partition("=")
+    suggestion = _suggestion(name, f"{equals}{value}") if equals else "flags start with --"
+    return f"{argument!r} is not a flag; {suggestion} (see --help)"
+
+
+def _suggestion(name: str, value: str, values: Iterable[str] = ()) -> str:
+    """What was probably meant by the name of a flag."""
+    name = name.removeprefix("config.")
+    if name in FIELDS:
+        return f"did you mean --config.{name}{value or '=VALUE'}?"
+    # Of fields of one name, the first.
+    fields = {spelling: f"--config.{field}" for field in reversed(FIELDS) for spelling in (field, field.split(".")[1])}
+    possible = fields | {flag: f"--{flag}" for flag in values}
+    close = difflib.get_close_matches(name, possible, n=1, cutoff=0.6)
+    return f"did you mean {possible[close[0]]}{value}?" if close else "see --help"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from s2dm_jax.config.metrics import split_names
-from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
+from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, sampler_name
 from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps
 
 FEATURES = ("auto", "inception", "classifier")
@@ -42,8 +42,7 @@ def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
       ValueError: for an unknown or repeated sampler, an option that no sampler has, an NFE that no sampler can run
         with, a sampler that can run with none. The message begins with the name of a field.
     """
-    # "pndm" is the papers' name.
-    samplers = ["f_pndm" if name == "pndm" else name for name in split_names(fields["samplers"])]
+    samplers = [sampler_name(name) for name in split_names(fields["samplers"])]
     for name in samplers:
         if name not in SAMPLERS:
             raise ValueError(f"samplers={fields['samplers']!r} names {name!r}; there are {', '.join(SAMPLERS)}")

@@ -11,22 +11,31 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path
 from s2dm_jax.config.defaults import FIELDS, default_config
+from s2dm_jax.config.fields import allowed_type
 
 # What urllib fetches.
 _URL = re.compile("(https?|ftp|file)://", re.IGNORECASE)
 
 
-def config_path(name: str) -> str:
-    """FILE[:OBJECTIVE] with the path of the file, or else of that which comes with this package under the name.
+def split_config(name: str) -> tuple[str, list[str]]:
+    """The path in FILE[:OBJECTIVE], or else of the file that comes with this package under the name; the objective, if
+    there is one, in a list. The name of the file may have colons.
 
     Raises:
       UserError: where there is neither.
     """
-    file, colon, objective = name.partition(":")
-    if not objective.startswith("/"):
-        file = str(user_path(file, "--config"))
-    if os.path.isfile(file):
-        return f"{file}{colon}{objective}"
+    parts = name.split(":")
+    for length in range(len(parts), 0, -1):
+        written, objective = ":".join(parts[:length]), parts[length:]
+        # As URLs those with a slash after the colon are no paths of the user's.
+        if not (objective and objective[0].startswith("/")):
+            file = str(user_path(written, "--config"))
+            if os.path.isfile(file):
+                return file, [":".join(objective)] if objective else []
+    file, *objective = name.split(":", 1)
+    if os.path.isdir(file):
+        advice = "give its config.json" if os.path.isfile(f"{file}/config.json") else "give a file in it"
+        raise UserError(f"--config={name}: {file} is a folder; {advice}")
     package = Path(__file__).parents[1]
     # A wheel has the configs inside the package, a clone beside it.
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
@@ -35,7 +44,13 @@ def config_path(name: str) -> str:
         raise UserError(
             f"--config={name}: there is no such file; those that come with s2dm_jax are {', '.join(packaged)}"
         )
-    return f"{packaged[os.path.normpath(file)]}{colon}{objective}"
+    return str(packaged[os.path.normpath(file)]), objective
+
+
+def config_path(name: str) -> str:
+    """FILE[:OBJECTIVE] with the path of the file; raises as `split_config`."""
+    file, objective = split_config(name)
+    return ":".join([file, *objective])
 
 
 def expand_paths(config: ConfigDict) -> None:
@@ -49,8 +64,8 @@ def expand_paths(config: ConfigDict) -> None:
         if not kind or not isinstance(value, str) or not value or (kind == "URL" and _URL.match(value)):
             continue
         group, key = name.split(".")
-        written = value.split(",") if kind == "paths" else [value]
-        config[group][key] = ",".join(str(user_path(path.strip(), f"config.{name}")) for path in written)
+        written = [path.strip() for path in value.split(",") if path.strip()] if kind == "paths" else [value.strip()]
+        config[group][key] = ",".join(str(user_path(path, f"config.{name}")) for path in written)
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -78,13 +93,30 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
+def _reason(error: Exception) -> str:
+    """What an error says of a config, in words that name the field."""
+    text = str(error)
+    pattern = r"Could not override field '(\w+)'.*?\. (.*) is of original type <class '(\w+)"
+    if wrong := re.match(pattern, text, re.DOTALL):
+        value = repr(wrong[2]) if wrong[3] == "str" else wrong[2]
+        types = {allowed_type(field) for name, field in FIELDS.items() if name.endswith(f".{wrong[1]}")}
+        return f"{wrong[1]}={value} has the wrong type: it must be {' or '.join(sorted(types)) or 'a group of fields'}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON at line {error.lineno}, column {error.colno}" if error.doc.strip() else "it is empty"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    # ConfigDict lists all fields.
+    sentence, listed, _ = text.partition(". Other fields present")
+    return (sentence.strip("'") if listed else sentence).strip().partition("\n")[0]
+
+
 def load_config(name: str) -> ConfigDict:
     """The config that FILE[:OBJECTIVE] names, as --config of the main command line does.
 
     Raises:
       UserError: where there is no such file, and for whatever the file raises.
     """
-    path, *objective = config_path(name).split(":", 1)
+    path, objective = split_config(name)
     if path.endswith(".json"):
         return _load_json(name, path, objective)
     try:
@@ -92,14 +124,17 @@ def load_config(name: str) -> ConfigDict:
         if get_config is None:
             raise UserError(f"--config={name} defines no function get_config; see configs/digits.py for one that does")
         config = get_config(*objective)
+        if isinstance(config, ConfigDict):
+            # Placeholders that must be filled raise only now.
+            flatten(config)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"--config={name}: {error}") from error
+        raise UserError(f"--config={name}: {_reason(error)}") from error
     except SystemExit as error:
         raise UserError(f"--config={name} ends the program, by sys.exit({error.code!r}); it must not") from error
     except Exception as error:
-        raise UserError(f"--config={name} failed with {type(error).__name__}: {error}") from error
+        raise UserError(f"--config={name} failed with {type(error).__name__}: {_reason(error)}") from error
     if not isinstance(config, ConfigDict):
         returned = "nothing" if config is None else f"a {type(config).__name__}"
         raise UserError(
@@ -120,7 +155,7 @@ def _load_json(name: str, path: str, objective: list[str]) -> ConfigDict:
         # ConfigDict repeats the name in a sentence, with others that are close.
         reason = f"{str(error.args[0]).splitlines()[0]} is not a field"
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error)
+        reason = _reason(error)
     except AttributeError:
         reason = "it is no object of groups of fields"
     raise UserError(

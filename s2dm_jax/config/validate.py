@@ -44,7 +44,10 @@ def check_config(config: ConfigDict) -> None:
 
 def check_names(config: ConfigDict) -> None:
     """Raises a `UserError` unless a config has every field and no other."""
-    names = flatten(config).keys()
+    fields = flatten(config)
+    names, groups = fields.keys(), {name.split(".")[0] for name in FIELDS}
+    for name in sorted(names & groups):
+        raise UserError(f"config.{name}={fields[name]!r} has the wrong type: it must be a group of fields")
     for name in sorted(names - FIELDS.keys()):
         raise UserError(f"config.{name} is not a field; the fields are those of s2dm_jax/config/defaults.py")
     for name in sorted(FIELDS.keys() - names):
@@ -56,6 +59,9 @@ def _check_field(name: str, field: Field, value: Any) -> None:
     if value is None and field.default is None:
         return
     if not _has_type(field, value):
+        if isinstance(value, tuple) and any(isinstance(entry, str) for entry in value):
+            # What absl could not read as numbers.
+            value = ",".join(map(str, value))
         raise UserError(f"config.{name}={value!r} has the wrong type: it must be {allowed_type(field)}")
     if field.choices is not None and value not in field.choices:
         raise UserError(f"config.{name}={value!r} is not known; choose {allowed_choices(field)}")

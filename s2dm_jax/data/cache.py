@@ -98,8 +98,8 @@ def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> No
 
 def check_preparable(config: ConfigDict) -> None:
     """Raises a `UserError` if the source, TensorFlow or a manually downloaded file is missing; fast, writes nothing."""
-    folder, name = cached_folder(config), config.data.name
-    if folder is None or config.data.source or is_ready(folder):
+    name = config.data.name
+    if is_prepared(config) or config.data.source:
         return
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
@@ -115,6 +115,12 @@ def check_preparable(config: ConfigDict) -> None:
             f"{spec.title} cannot be downloaded: make {spec.manual_files} by hand and put it at {path}, or "
             "give its images as config.data.source (docs/data.md says how)"
         )
+
+
+def is_prepared(config: ConfigDict) -> bool:
+    """Whether a checked config's images need no preparation."""
+    folder = cached_folder(config)
+    return folder is None or is_ready(folder)
 
 
 def cached_folder(config: ConfigDict) -> Path | None:

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import posixpath
+import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.file_kinds import kind_of_file
 from s2dm_jax.data.archives import MAX_BYTES, NO_FILE, follow_links, list_tar, list_zip, read_tar, read_zip, too_large
 from s2dm_jax.data.folders import walk_folder
 from s2dm_jax.data.splits import is_split
@@ -147,7 +149,10 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
         with _array_file(source) as (file, labels):
             shape, fortran_order, dtype = _array_header(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"config.data.source={source} cannot be read as an array ({error})") from error
+        reason = _reason(source, error)
+        raise UserError(
+            f"config.data.source={source} cannot be read as an array ({reason}); give what numpy's save or savez wrote"
+        ) from error
     if dtype != np.uint8 or len(shape) not in (3, 4) or 0 in shape or fortran_order:
         raise UserError(
             f"config.data.source={source} holds {dtype} {list(shape)}{', in Fortran order' * fortran_order}; "
@@ -164,6 +169,7 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
         raise UserError(
             f"config.data.source={source} holds images {image_shape}; they must be [H, W, C] with 1, 3 or 4 "
             f"channels and at most {MAX_BYTES:,} values"
+            + ("; move the channels to the end" if image_shape[0] in (1, 3, 4) else "")
         )
     labels = np.zeros(count, np.int64) if labels is None else labels
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
@@ -244,4 +250,22 @@ def _as_user_error(source):
         raise UserError(f"config.data.source={source} cannot be read: permission denied") from error
     except Exception as error:
         # Each kind of compression has its own error.
-        raise UserError(f"config.data.source={source} is damaged or cut short ({error}); get it again") from error
+        reason = _reason(source, error)
+        raise UserError(f"config.data.source={source} is damaged or cut short ({reason}); get it again") from error
+
+
+def _reason(source: str, error: Exception) -> str:
+    """Why a source cannot be read, without the words of zipfile, tarfile and numpy that say nothing of it."""
+    text = str(error).strip()
+    if os.path.isfile(source) and (kind := kind_of_file(source)):
+        return kind
+    if isinstance(error, zipfile.BadZipFile) and not zipfile.is_zipfile(source):
+        return "it is no zip file"
+    if isinstance(error, tarfile.ReadError) and "\n" in text:
+        # tarfile lists what each kind of compression objects to.
+        return "it is no tar file, or compressed in another way"
+    if "magic string" in text or text.startswith("EOF"):
+        return "an array in it is cut short, or is none of numpy"
+    if "allow_pickle" in text:
+        return "an array in it holds Python objects"
+    return text.partition("\n")[0]

@@ -60,11 +60,19 @@ def initialize_distributed(
 
 def _has_companions() -> bool:
     """Whether a launcher that `jax.distributed` supports started this as one of several processes."""
-    slurm = all(name in os.environ for name in _SLURM) and int(os.environ["SLURM_NTASKS"]) > 1
-    mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    slurm = all(name in os.environ for name in _SLURM) and _count("SLURM_NTASKS") > 1
+    mpi = _count("OMPI_COMM_WORLD_SIZE") > 1
     # GKE sets these.
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return slurm or mpi or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def _count(variable: str) -> int:
+    """The number of processes in a launcher's variable; 1 where it is not set."""
+    value = os.environ.get(variable) or "1"
+    if not value.isdecimal():
+        raise UserError(f"{variable}={value} is not a number of processes; unset it, or start with the launcher itself")
+    return int(value)
 
 
 def _on_tpu_vm() -> bool:

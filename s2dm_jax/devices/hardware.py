@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import resource
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.jax_environment import check_xla_flags
+from s2dm_jax.common.jax_environment import unusable_platform, xla_flags
 
 # Dense bfloat16 (V100, T4: float16) TFLOP/s of the makers' data sheets. The first prefix of a device's name counts.
 _PEAK_TFLOPS = {
@@ -53,25 +54,34 @@ _NUMERICS = {
     "jax_random_seed_offset": 0,
     "jax_enable_x64": False,
 }
+# Variables of JAX that do not; others, also those of later versions, are taken to.
+_NO_NUMERICS = re.compile(
+    r"JAX_(COMPILATION_CACHE|PERSISTENT_CACHE|ENABLE_COMPILATION_CACHE|RAISE_PERSISTENT|PLATFORM|LOG|EXPLAIN|DEBUG_LOG"
+    r"|TRACEBACK|INCLUDE|DUMP|COORDINATOR|PROCESS|NUM_PROCESSES|LOCAL_DEVICE|DISTRIBUTED|PROFILER|TRACER_ERROR|CAPTURED"
+    r"|SHARE_BINARY).*"
+)
+# Of CUDA's libraries and of TPUs.
+_OTHER_NUMERICS = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "LIBTPU_INIT_ARGS")
 
 
 def check_devices() -> None:
-    """Raises a `UserError` if JAX_PLATFORMS names a platform that this machine, or this installation of JAX, lacks, or
-    as `check_xla_flags`; to call before the first computation.
+    """Raises a `UserError` if a variable of the environment names a platform that this machine, or this installation of
+    JAX, lacks; to call before the first computation.
     """
-    check_xla_flags()
     platforms = os.environ.get("JAX_PLATFORMS")
+    legacy = {name: os.environ[name] for name in ("JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE") if os.environ.get(name)}
     try:
         jax.devices()
-    # Where the plugin of CUDA is missing, jax asserts that it is not.
+        for name in legacy.values():
+            jax.devices(name)
     except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if legacy and reason.startswith("Unknown backend"):
+            settings = " ".join(f"{name}={value}" for name, value in legacy.items())
+            raise UserError(f"{settings} names a platform that is not here ({reason}); unset it") from error
         if not platforms:
             raise
-        reason = str(error).partition("(set JAX_PLATFORMS")[0].strip() or "its plugin is not installed"
-        raise UserError(
-            f"JAX_PLATFORMS={platforms} names a platform that cannot be used here ({reason}); unset it, or set "
-            "JAX_PLATFORMS=cpu"
-        ) from error
+        raise unusable_platform(platforms, reason) from error
 
 
 def compiler_options(cpu_options: Mapping[str, str] = CPU_OPTIONS) -> dict[str, str]:
@@ -90,11 +100,17 @@ def _accepts(options):
 
 
 def numerics() -> dict[str, Any]:
-    """Settings of JAX and XLA in the environment that change results, where they are not the defaults."""
+    """Settings of JAX, XLA and the devices' libraries that change results, where they are not the defaults."""
     settings = {name: getattr(jax.config, name) for name in _NUMERICS}
     found = {name: value for name, value in settings.items() if value != _NUMERICS[name]}
-    if flags := os.environ.get("XLA_FLAGS", "").split():
+    if flags := xla_flags():
         found["XLA_FLAGS"] = sorted(flags)
+    for name, value in sorted(os.environ.items()):
+        unknown = name.startswith("JAX_") and name.lower() not in _NUMERICS and not _NO_NUMERICS.fullmatch(name)
+        if value and (name, value) != ("JAX_NUM_CPU_DEVICES", "-1") and (unknown or name in _OTHER_NUMERICS):
+            found[name] = value
+    if jax.default_backend() != "cpu":
+        found["device"] = jax.devices()[0].device_kind
     return found
 
 

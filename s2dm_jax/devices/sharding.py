@@ -12,6 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from s2dm_jax.common.jax_environment import xla_flags
+
 Tree = TypeVar("Tree")
 
 _IMAGES_PER_CPU_DEVICE = 16
@@ -87,9 +89,10 @@ def set_cpu_device_count(batch_size: int) -> None:
     """Makes JAX, before its first computation, see a CPU as several devices that can share a batch.
 
     Two devices of one core each do a step in about 0.7 of the time that one device of two cores needs: small operations
-    do not split well over threads. A number of devices set in XLA_FLAGS stays as it is.
+    do not split well over threads. A number of devices set in XLA_FLAGS or JAX_NUM_CPU_DEVICES stays as it is.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    forced = any("xla_force_host_platform_device_count" in flag for flag in xla_flags())
+    if forced or os.environ.get("JAX_NUM_CPU_DEVICES", "-1") != "-1":
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = max(1, min(cores, batch_size // _IMAGES_PER_CPU_DEVICE))

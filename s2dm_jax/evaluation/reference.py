@@ -15,6 +15,7 @@ from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.config.metrics import METRICS
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
+from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.evaluation import metrics
 from s2dm_jax.evaluation.features import Features
@@ -129,7 +130,11 @@ def load_reference(
         # Inception's statistics of a dataset take minutes.
         path = None
         if features.name == "inception":
-            path = cache_dir() / "statistics" / f"{sha256_of_json({**features.provenance, **provenance})}.npz"
+            path = (
+                cache_dir()
+                / "statistics"
+                / f"{sha256_of_json({**features.provenance, **provenance, **numerics()})}.npz"
+            )
         if path and jax.process_count() == 1 and (cached := _read_cached(path, features.dimensions)):
             return Reference(*cached, None, provenance), floor_images
         sums = empty

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path, why_not_writable
 from s2dm_jax.config.build import build_schedule
 from s2dm_jax.data.datasets import load_dataset, saturation_at_hand
@@ -146,6 +147,11 @@ class Model(NamedTuple):
             data = load_dataset(self.config)
             check_same_images(workdir, data.digest, data.labels_digest, record=False)
             images = data.train
+            if len(images) < 2:
+                raise UserError(
+                    f"sampler={sampler!r} needs a statistic over at least 2 training images, and {workdir} has "
+                    f"{len(images)}; choose another sampler, such as ddim"
+                )
             statistic = noise_statistics.estimate_noise_statistics(
                 self.network, self.schedule, self.ema_params, images, folder, num_images=count, batch_size=batch_size
             )

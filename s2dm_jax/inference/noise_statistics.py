@@ -13,10 +13,11 @@ import numpy as np
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_path
-from s2dm_jax.common.hashing import sha256_of_arrays
+from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_unit
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.devices.distributed import is_main_process
+from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.devices.sharding import replicate, shard_batch
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.models.network import Network
@@ -59,8 +60,8 @@ def estimate_noise_statistics(
 ) -> NoiseStatistics:
     """E‖ε̂(x_t, t)‖²/dim (Analytic-DPM, eq. 8), with one noise for each image and timestep; cached.
 
-    The file's name holds the weights' hash, so that another network never uses it. An interrupted estimate resumes
-    where it stopped.
+    The file's name holds a hash of the weights and of `numerics`, so that another network never uses it. An interrupted
+    estimate resumes where it stopped.
 
     Args:
       params: the network's weights to sample with, usually the EMA.
@@ -133,7 +134,8 @@ def _squares(network, schedule, params, images, indices, timesteps, seed):
 
 
 def _stem(schedule, params):
-    return sha256_of_arrays([schedule.beta, *jax.tree.leaves(params)])
+    digest, settings = sha256_of_arrays([schedule.beta, *jax.tree.leaves(params)]), numerics()
+    return sha256_of_json([digest, settings], digits=len(digest)) if settings else digest
 
 
 def _read(path):

@@ -28,7 +28,7 @@ from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.analytic import cov_x0, optimal_timesteps
 from s2dm_jax.samplers.common import scale_eps
 from s2dm_jax.samplers.noise import image_keys, initial_noise, per_image_noise
-from s2dm_jax.samplers.specs import SAMPLERS, get_sampler
+from s2dm_jax.samplers.specs import SAMPLERS, get_sampler, sampler_name
 from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps, split_timestep_spec
 
 
@@ -107,6 +107,7 @@ def resolve_program(
     network: Network, schedule: NoiseSchedule, sampler: str, **options: Any
 ) -> tuple[SamplerConfig, np.ndarray, dict]:
     """What `run_sampler` compiles, its timesteps and its arguments eta, scale, inputs, from `configure_sampler`'s."""
+    sampler = sampler_name(sampler)
     spec, options = split_timestep_spec(options)
     timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
     inputs = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))

@@ -59,6 +59,11 @@ OPTIONS: dict[str, tuple | None] = {
 }
 
 
+def sampler_name(name: str) -> str:
+    """The name in SAMPLERS of a sampler that goes by several: PNDM's papers call F-PNDM so."""
+    return "f_pndm" if name == "pndm" else name
+
+
 def spec_of(sampler: str) -> SamplerSpec:
     """SAMPLERS[sampler], or a ValueError that lists the names."""
     if sampler not in SAMPLERS:

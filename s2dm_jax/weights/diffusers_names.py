@@ -5,6 +5,7 @@ before 0.14, which Google's checkpoints have, are read too.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +62,31 @@ _SAMPLING_OPTIONS: dict[str, Any] = {
     "final_sigmas_type": "zero",
     "lower_order_final": True,
     "skip_prk_steps": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "variance_type": "fixed_small",
+    # Of multistep solvers: diffusers' defaults.
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": ("midpoint", "bh2", "logrho"),
+    "lambda_min_clipped": -np.inf,
+    "euler_at_final": False,
+    "predict_x0": True,
+    "disable_corrector": [],
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "flow_shift": 1.0,
+    "time_shift_type": "exponential",
 }
+# What `read_scheduler_config` and `read_unet_config` read, and what says nothing about either.
+_NOTHING_SAID = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "num_train_timesteps")
+_SCHEDULE_FIELDS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+_NETWORK_FIELDS = ("block_out_channels", "down_block_types", "up_block_types", "dropout", *_SIZES)
+# Schedulers of other forward processes than one of betas.
+_OTHER_PROCESSES = re.compile(
+    "FlowMatch|EDM|ScoreSde|KarrasVe|Consistency|VQDiffusion|Amused|CogVideoX|CosineDPM|UnCLIP|LCM|TCD"
+)
 # The schedules that both sides compute alike; others go as a list of betas.
 _BETA_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
@@ -146,6 +171,11 @@ def read_unet_config(config: Mapping) -> UNet:
 
 def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
     """Schedule, T and prediction type, in our names, from a scheduler_config.json; ValueError where we have none."""
+    kind = str(config.get("_class_name", ""))
+    if _OTHER_PROCESSES.search(kind):
+        raise ValueError(f"it is a {kind}, whose forward process is none of ours; DDPMScheduler and DDIMScheduler are")
+    if config.get("use_flow_sigmas"):
+        raise ValueError("its use_flow_sigmas is True, which is flow matching; a network of ours predicts noise")
     prediction_type = config.get("prediction_type", "epsilon")
     predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
     if prediction_type not in predictions:
@@ -158,6 +188,8 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
             "its rescale_betas_zero_snr is True: betas rescaled to a terminal signal-to-noise ratio of zero are none "
             "of our schedules"
         )
+    if config.get("snr_shift_scale", 1.0) not in (1.0, None):
+        raise ValueError(f"its snr_shift_scale is {config['snr_shift_scale']!r}, which makes other betas than ours")
     betas, beta_schedule = config.get("trained_betas"), config.get("beta_schedule", "linear")
     named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(beta_schedule)
     ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
@@ -170,17 +202,25 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
             found = name == named and (name == "cosine" or np.allclose(ends, beta[[0, -1]], rtol=1e-5, atol=0))
         if found:
             return name, T, predictions[prediction_type]
-    described = beta_schedule if betas is None else "trained_betas"
+    described = f"{beta_schedule} from {ends[0]} to {ends[1]}" if betas is None else "trained_betas"
     raise ValueError(f"its betas ({described}) are none of our schedules {', '.join(SCHEDULES)}")
 
 
 def unused_scheduler_options(config: Mapping) -> list[str]:
-    """The options of sampling in a scheduler_config.json that our samplers do not take from it, as "name=value"."""
+    """The options in a scheduler_config.json that our samplers do not take from it, known or not, as "name=value"."""
+    allowed = {name: ours if isinstance(ours, tuple) else (ours,) for name, ours in _SAMPLING_OPTIONS.items()}
+    used = {*_NOTHING_SAID, *_SCHEDULE_FIELDS, "rescale_betas_zero_snr"}
     return [
-        f"{name}={config[name]!r}"
-        for name, ours in _SAMPLING_OPTIONS.items()
-        if config.get(name, ours) not in (ours, None)
+        f"{name}={value!r}"
+        for name, value in config.items()
+        if name not in used and value is not None and value not in allowed.get(name, (False,))
     ]
+
+
+def unused_network_options(config: Mapping) -> list[str]:
+    """The fields of a `UNet2DModel`'s config.json that `read_unet_config` does not read, as "name=value"."""
+    used = {*_NOTHING_SAID, *_NEEDED, *_NETWORK_FIELDS}
+    return [f"{name}={value!r}" for name, value in config.items() if name not in used and value not in (None, False)]
 
 
 def to_diffusers(state: Mapping[str, np.ndarray], network: UNet) -> dict[str, np.ndarray]:

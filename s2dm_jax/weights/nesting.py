@@ -4,35 +4,26 @@ The values are whatever a reader has in place of tensors; only their names and n
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # Keys of a training checkpoint, the likeliest first: an EMA, then the weights that training changes.
 _EMA_KEYS = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema_params", "params_ema")
 _WEIGHTS_KEYS = ("state_dict", "model", "model_state_dict", "model_dict", "net", "network", "unet", "params", "weights")
-# In front of every name of a tensor: wrappers of PyTorch, torch.compile, Lightning, and of diffusion codes. Of several
-# copies in one dict, as lucidrains' EMA has them, the EMA counts.
-_EMA_PREFIXES = ("ema_model.", "model_ema.", "ema.")
-_PREFIXES = (
-    *_EMA_PREFIXES,
-    "module.",
-    "_orig_mod.",
-    "online_model.",
-    "model.",
-    "diffusion_model.",
-    "denoise_fn.",
-    "unet.",
-    "net.",
-    "network.",
-)
+# Components of names that wrappers put in: of DataParallel, torch.compile, FSDP, activation checkpointing.
+_WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# A tensor that every network of ours has, and networks beside it, as autoencoders, do not: what is in front of its name
+# is in front of all.
+_MARK = "temb.dense.0.weight"
+# What may be in front of the names of other networks.
+_PREFIXES = ("model.", "diffusion_model.", "denoise_fn.", "unet.", "net.", "network.")
 # Tensors that are no weights: noise schedules, counters, loss weights.
 _BUFFER = re.compile(
-    r"(.*\.)?(betas|alphas|log_snr|logvar|loss_weight|p2_loss_weight|initted|step|num_updates|decay|num_batches_tracked"
+    r"(.*\.)?(betas|alphas|log_snr|logvar|loss_weight|p2_loss_weight|initted|step|num_updates|decay|n_averaged|num_batches_tracked"
     r"|(sqrt_|log_|posterior_|lvlb_|sqrt_recip_|sqrt_recipm1_|one_minus_|sqrt_one_minus_|log_one_minus_)"
     r"[a-z0-9_]*(alphas?|cumprod|variance|mean|coef|weights)[a-z0-9_]*|alphas_cumprod(_prev)?)"
 )
-_MAX_DEPTH = 3
+_MAX_DEPTH = 8
 
 
 class Found(NamedTuple):
@@ -60,18 +51,17 @@ def find_state(contents: object, is_tensor: Callable[[object], bool], key: str =
       key: where the state_dict is, as "model.ema" or "0"; "" to look for it.
 
     Raises:
-      ValueError: if there is none under `key`, or several and none has a known name.
+      ValueError: if there is none under `key`, or several and none has a known name; for an EMA that cannot be read.
     """
     states = _states(contents, is_tensor)
     step = _step(contents)
     if key:
-        if key not in states:
-            raise ValueError(f"it has no state_dict under --key={key}; there are: {describe_states(states)}")
-        own, note = strip_names(states[key])
+        own, note = strip_names(*_under_key(states, key))
         return Found(own, None, step, f"the state_dict {key}{note}")
     if not states:
         return None
-    ema, weights = (_first(states, keys) for keys in (_EMA_KEYS, _WEIGHTS_KEYS))
+    ema = _ema_key(states)
+    weights = _first({name: state for name, state in states.items() if not _is_ema(name)}, _WEIGHTS_KEYS)
     chosen = ema or weights or (next(iter(states)) if len(states) == 1 else None)
     if chosen is None:
         raise ValueError(f"it holds several state_dicts: {describe_states(states)}; name one with --key")
@@ -80,41 +70,109 @@ def find_state(contents: object, is_tensor: Callable[[object], bool], key: str =
     if params is not None and params.keys() != own.keys():
         params = None
     name = f"the state_dict {chosen}" if chosen else "a PyTorch state_dict"
+    # torch_ema and score_sde list the EMA in the order of the weights.
+    if not ema and (listed := _listed_ema(contents, is_tensor)):
+        names = [name for name in states[chosen] if not _BUFFER.fullmatch(name)]
+        if len(names) != len(listed):
+            raise ValueError(
+                f"its EMA is a list of {len(listed)} tensors, which cannot be assigned to the {len(names)} weights of "
+                f"{name}; --key={chosen} takes the weights themselves"
+            )
+        return Found(strip_names(dict(zip(names, listed, strict=True)))[0], own, step, f"{name}, with its EMA{note}")
     return Found(own, params, step, f"{name}{', the EMA' if ema else ''}{note}")
 
 
-def strip_names(state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """A state_dict without buffers and without the wrappers' prefixes, and a note of what was taken off."""
+def strip_names(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], str]:
+    """A state_dict without buffers, wrappers, and what else is in front of the network's names; what was taken off.
+
+    Args:
+      prefix: of the network; "" to find it: of several in one state_dict the EMA's.
+
+    Raises:
+      ValueError: if there are several, and not one of them is an EMA.
+    """
     kept = {name: value for name, value in state.items() if not _BUFFER.fullmatch(name)}
-    buffers, removed, copies = sorted(state.keys() - kept.keys()), "", ""
-    while kept and (prefix := _shared_prefix(kept)):
-        others = [name for name in kept if not name.startswith(prefix)]
-        kept = {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
-        removed += prefix
-        if others:
-            copies = f", of {len(kept) + len(others)} tensors the {len(kept)} of the EMA"
-    # DataParallel wraps single modules too.
-    if any(name.startswith("module.") for name in kept):
-        kept, removed = {name.removeprefix("module."): value for name, value in kept.items()}, removed + "module."
-    note = copies + (f"; prefix {removed} taken off" if removed else "")
+    buffers, kept = sorted(state.keys() - kept.keys()), _with_dots(kept)
+    wrappers = max(("".join(match[0] for match in _WRAPPER.finditer(name)) for name in kept), key=len, default="")
+    bare = {_WRAPPER.sub("", name): value for name, value in kept.items()}
+    if len(bare) < len(kept):
+        raise ValueError(f"it holds tensors of one name with and without {wrappers}")
+    prefix = _WRAPPER.sub("", prefix) or _prefix(bare)
+    own = {name.removeprefix(prefix): value for name, value in bare.items() if name.startswith(prefix)}
+    note = ""
+    if len(own) < len(bare):
+        note = f", of {len(bare)} tensors the {len(own)} of {'the EMA' if _is_ema(prefix) else prefix.rstrip('.')}"
+    if wrappers or prefix:
+        note += f"; prefix {wrappers}{prefix} taken off"
     if buffers:
         shown = ", ".join(buffers[:3]) + (", …" if len(buffers) > 3 else "")
         note += f"; without the buffers {shown}"
-    return kept, note
+    return own, note
+
+
+def _prefix(state: Mapping[str, Any]) -> str:
+    """What is in front of the names of a network's tensors in a state_dict; "" if nothing."""
+    found = [name.removesuffix(_MARK) for name in state if name == _MARK or name.endswith(f".{_MARK}")]
+    # Beside the EMA there is a copy of the weights, as lucidrains' online_model.
+    chosen = [prefix for prefix in found if _is_ema(prefix)] or found
+    if len(chosen) > 1:
+        keys = ", ".join(prefix.rstrip(".") or "(no prefix)" for prefix in chosen)
+        raise ValueError(f"it holds several networks, whose names begin with {keys}; name one with --key")
+    if chosen:
+        return chosen[0]
+    prefix = ""
+    while shared := next((p for p in _PREFIXES if state and all(n.startswith(prefix + p) for n in state)), ""):
+        prefix += shared
+    return prefix
+
+
+def _with_dots(state: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict in which the EMA's names of latent diffusion, without dots, are those of the weights."""
+    dotless = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": name for name in state}
+    return {
+        f"model_ema.{dotless[name].removeprefix('model.')}" if name in dotless else name: value
+        for name, value in state.items()
+    }
+
+
+def _is_ema(name: str) -> bool:
+    return "ema" in re.split("[._]", name)
+
+
+def _ema_key(states: Mapping[str, Mapping]) -> str | None:
+    """The key of the EMA's state_dict, or None."""
+    found = {name: state for name, state in states.items() if _is_ema(name)}
+    known = _first(found, _EMA_KEYS)
+    if known is None and len(found) > 1:
+        raise ValueError(f"it holds several EMAs: {describe_states(found)}; name one with --key")
+    return known or next(iter(found), None)
+
+
+def _listed_ema(contents: object, is_tensor: Callable[[object], bool]) -> list | None:
+    """The EMA where it is a list of tensors."""
+    groups = contents.items() if isinstance(contents, Mapping) else ()
+    for name, group in groups:
+        if isinstance(name, str) and _is_ema(name) and isinstance(group, Mapping):
+            values = group.get("shadow_params")
+            if isinstance(values, list | tuple) and values and all(map(is_tensor, values)):
+                return list(values)
+    return None
+
+
+def _under_key(states: Mapping[str, dict], key: str) -> tuple[dict, str]:
+    """The state_dict of a key, or the one with names that begin with it, and that prefix."""
+    if key in states:
+        return states[key], ""
+    for name, state in states.items():
+        prefix = f"{key.removeprefix(f'{name}.')}."
+        if any(_WRAPPER.sub("", tensor).startswith(prefix) for tensor in state):
+            return state, prefix
+    raise ValueError(f"it has no state_dict under --key={key}; there are: {describe_states(states)}")
 
 
 def describe_states(states: Mapping[str, Mapping]) -> str:
     """The state_dicts of a checkpoint by their keys, with the number of tensors of each."""
     return ", ".join(f"{key or 'the file itself'} ({len(state)} tensors)" for key, state in states.items()) or "none"
-
-
-def _shared_prefix(state: Mapping[str, Any]) -> str:
-    counts = Counter(prefix for prefix in _PREFIXES for name in state if name.startswith(prefix))
-    for prefix in _EMA_PREFIXES:
-        # Beside the EMA its copy of the weights, as online_model.
-        if counts[prefix]:
-            return prefix
-    return next((prefix for prefix in _PREFIXES if counts[prefix] == len(state)), "")
 
 
 def _states(contents: object, is_tensor: Callable[[object], bool], key: str = "", depth: int = 0) -> dict[str, dict]:
@@ -138,7 +196,10 @@ def _first(states: Mapping[str, Mapping], keys: tuple[str, ...]) -> str | None:
     """The state_dict whose key, or the last part of whose key, comes first in `keys`."""
     for key in keys:
         for name in states:
-            if name == key or name.endswith(f".{key}") or name.startswith(f"{key}."):
+            if name == key or name.endswith(f".{key}"):
+                return name
+        for name in states:
+            if name.startswith(f"{key}."):
                 return name
     return None
 

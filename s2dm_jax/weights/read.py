@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.file_kinds import kind_of_file
 from s2dm_jax.common.files import user_path
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
 from s2dm_jax.config.build import build_network
@@ -26,6 +27,7 @@ SUMS = "SHA256SUMS"
 # Of what s2dm_jax writes into a safetensors file's metadata.
 METADATA_PREFIX = "s2dm_jax."
 
+_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 # NPR- and SN-DPM have their variance head on the same network.
 _VARIANCE_HEAD = ("norm_out2.", "conv_out2.")
@@ -119,14 +121,14 @@ def _read_file(path: Path, resolution: int | None, digest: str, key: str) -> Wei
         params, step, has_checksums = None, 0, bool(text)
         kind = "a safetensors file written by s2dm_jax"
         if not text:
-            ema, note = nesting.strip_names(ema)
+            ema, note = nesting.strip_names(ema, f"{key}." if key else "")
             kind = f"a safetensors file{note}"
     else:
         ema, params, step, kind, has_checksums = _load_torch(path, key)
         text = read_note(path)
     card = schedule = None
     if text is None:
-        network = torch_names.infer_network({name: value.shape for name, value in ema.items()}, resolution)
+        network = _infer(ema, resolution)
     else:
         card, network, schedule = _read_card(text, path)
         step = card["step"]
@@ -134,6 +136,17 @@ def _read_file(path: Path, resolution: int | None, digest: str, key: str) -> Wei
     params = ema if params is None else torch_names.from_torch(_finite(params), network)
     origin = f"{kind}; {_how_checked(has_checksums, digest)}"
     return Weights(network, ema, params, card, schedule, step, origin, sha256)
+
+
+def _infer(state: Mapping[str, np.ndarray], resolution: int | None) -> UNet:
+    """The network of a state_dict's shapes; where they are another's, the ValueError lists what is there."""
+    try:
+        return torch_names.infer_network({name: value.shape for name, value in state.items()}, resolution)
+    except ValueError as error:
+        if "no weights of DDIM's UNet" not in str(error):
+            raise
+        shown = ", ".join(list(state)[:3]) + (", …" if len(state) > 3 else "")
+        raise ValueError(f"{error}; it holds {len(state)} tensors: {shown or 'none'}") from error
 
 
 def _read_card(text: str, path: Path) -> tuple[dict, UNet, tuple[str, int]]:
@@ -149,8 +162,13 @@ def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except AttributeError as error:
+        # numpy has no such type.
+        kind = str(error).rpartition("attribute ")[2].strip("'")
+        raise ValueError(f"its tensors are of type {kind}, which is not supported; save them as float32") from error
     except (safetensors.SafetensorError, OSError, TypeError) as error:
-        raise ValueError(f"it is damaged or no safetensors file ({error}); fetch it again") from error
+        reason = kind_of_file(path) or str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"it is damaged or no safetensors file ({reason}); fetch it again") from error
     digest = metadata.pop(f"{METADATA_PREFIX}sha256", None)
     written_here = digest is not None or any(name.startswith(METADATA_PREFIX) for name in metadata)
     if written_here and digest != sha256_of_tensors(state, metadata):
@@ -167,14 +185,19 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     unet = next((path for path in candidates if path.is_dir()), folder)
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     note = "; the EMA, unet_ema, was taken" if unet == candidates[0] else ""
-    files = [unet / f"{_DIFFUSERS_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
-    weights = next((path for path in files if path.exists()), None)
+    # Between the name's parts a variant may have its own, as fp16.
+    names = [f"{_DIFFUSERS_WEIGHTS}{variant}{suffix}" for variant in ("", ".*") for suffix in (".safetensors", ".bin")]
+    weights = next((path for name in names for path in sorted(unet.glob(name))), None)
     if weights is None or not (unet / "config.json").exists():
         raise ValueError(
             "it is neither a run's folder nor one of diffusers, which has a UNet2DModel's config.json and "
-            f"{_DIFFUSERS_WEIGHTS}.safetensors"
+            f"{_DIFFUSERS_WEIGHTS}.safetensors{_inside(folder, unet)}"
         )
     network: UNet = _described(unet / "config.json", diffusers_names.read_unet_config)
+    if weights.stem != _DIFFUSERS_WEIGHTS:
+        note += f"; the variant {weights.name} was taken"
+    if unused := _described(unet / "config.json", diffusers_names.unused_network_options):
+        note += f"; of its network's options these are not read: {', '.join(unused)}"
     schedule = text = card = None
     if (scheduler / "scheduler_config.json").exists():
         described_by = scheduler / "scheduler_config.json"
@@ -199,6 +222,15 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     return Weights(network, params, params, card, schedule, step, origin, sha256)
 
 
+def _inside(folder: Path, unet: Path) -> str:
+    """What in a folder may have been meant, as the end of a sentence."""
+    if any(unet.glob(f"{_DIFFUSERS_WEIGHTS}-*-of-*")):
+        return "; its weights are in several parts: save them as one"
+    files = [path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES]
+    folders = [path.parent for path in folder.glob("*/unet*")]
+    return f"; give what is in it, such as {min(files or folders)}" if files or folders else ""
+
+
 def _check_sums(folder: Path) -> None:
     lines = (folder / SUMS).read_text(errors="replace", encoding="utf-8").splitlines()
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -213,7 +245,13 @@ def _check_sums(folder: Path) -> None:
 
 def _described(path: Path, read: Callable[[dict], Any]) -> Any:
     try:
-        return read(json.loads(path.read_text(encoding="utf-8")))
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is {kind_of_file(path)[6:] or 'no JSON'}; fetch it again") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{path.name} is no object of fields; fetch it again")
+    try:
+        return read(described)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} does not describe a network or schedule of s2dm_jax: {error}") from error
 
@@ -282,7 +320,10 @@ def _ema_in_optimizer(contents: dict) -> dict[str, Tensor] | None:
 
 
 def _finite(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every tensor as float32, checked to be finite."""
+    """Every tensor as float32, checked to be finite, and to be of floats: integers are quantised weights."""
+    for name, value in state.items():
+        if value.dtype.kind in "iub":
+            raise ValueError(f"the tensor {name} is of type {value.dtype}, where floating-point weights are needed")
     state = {name: np.asarray(value, np.float32) for name, value in state.items()}
     for name, value in state.items():
         if not np.isfinite(value).all():

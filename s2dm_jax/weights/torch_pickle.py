@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.file_kinds import kind_of_file
 from s2dm_jax.common.files import ZIP_DAMAGE
 
 _DTYPES = {
@@ -61,10 +63,22 @@ class Tensor(NamedTuple):
 class _Ignored:
     """Stands for an object that a training loop saved beside its tensors, without its contents."""
 
-    def __new__(cls, *_):
+    def __new__(cls, *_, **__):
         return super().__new__(cls)
 
     def __setstate__(self, _):
+        pass
+
+    def __setitem__(self, _, __):
+        pass
+
+    def append(self, _):
+        pass
+
+    def extend(self, _):
+        pass
+
+    def add(self, _):
         pass
 
 
@@ -89,7 +103,13 @@ _ALLOWED = {
     ("numpy.core.multiarray", "scalar"): _Ignored,
     ("numpy._core.multiarray", "scalar"): _Ignored,
     ("_codecs", "encode"): _Ignored,
+    **{(module, name): _Ignored for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "list")},
 }
+
+
+# Packages whose objects people save beside their tensors: paths, dates, settings, states of generators.
+_IGNORED_PACKAGES = ("pathlib", "datetime", "collections", "numpy", "omegaconf", "easydict", "ml_collections", "yacs")
+_IGNORED_DTYPES = re.compile(r"torch\.(b?float|u?int|complex|bool|half|double|long)\d*")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -97,6 +117,9 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in _ALLOWED:
+            # Never the object itself: a stand-in runs nothing.
+            if module.split(".")[0] in _IGNORED_PACKAGES or _IGNORED_DTYPES.fullmatch(f"{module}.{name}"):
+                return _Ignored
             raise _Refused(f"{module}.{name}")
         return _ALLOWED[module, name]
 
@@ -133,12 +156,19 @@ def open_torch(path: str | os.PathLike) -> Iterator[tuple[object, Callable[[Tens
             contents, read = _open_zip(zipfile.ZipFile(file), size) if is_zip else _open_stream(file, size)
             yield contents, functools.partial(_array, read), is_zip
     except _Refused as error:
+        if str(error).startswith("torch._utils._rebuild"):
+            raise UserError(
+                f"{path} cannot be used: it holds tensors of a kind that is not supported ({error}), such as sparse or "
+                "quantised ones, or floats of 8 bits; save them as dense float32"
+            ) from error
         raise UserError(
             f"{path} is refused: it holds the Python object {error}, which could run code when loaded; only "
             "tensors and plain data are read. Save the network's state_dict() alone"
         ) from error
     except (pickle.UnpicklingError, AttributeError, IndexError, TypeError, MemoryError, *ZIP_DAMAGE) as error:
-        reason = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+        # pickle's own words say nothing about a file that is no pickle.
+        own = "" if isinstance(error, pickle.UnpicklingError) or "opcode" in str(error) else str(error)
+        reason = kind_of_file(path) or own.strip().partition("\n")[0][:120] or "it does not begin as torch.save begins"
         raise UserError(
             f"{path} cannot be read as a PyTorch checkpoint, it is damaged or another kind of file "
             f"({reason}); fetch it again"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.file_kinds import kind_of_file
 from s2dm_jax.common.files import ZIP_DAMAGE
 from s2dm_jax.common.hashing import sha256_of_arrays
 
@@ -61,6 +62,14 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
 
 
+def _reason(path, error):
+    if isinstance(error, KeyError):
+        return "it lacks an entry of one"
+    if isinstance(error, zipfile.BadZipFile) and not zipfile.is_zipfile(path):
+        return kind_of_file(path) or "it is no .npz"
+    return str(error).strip().partition("\n")[0][:120] or type(error).__name__
+
+
 @contextlib.contextmanager
 def _as_user_error(path: str | os.PathLike) -> Iterator[None]:
     """Turns what a damaged file, or one of another kind, makes the readers raise into a `UserError`."""
@@ -69,7 +78,7 @@ def _as_user_error(path: str | os.PathLike) -> Iterator[None]:
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); get the permission to") from error
     except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
-        message = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+        message = _reason(path, error)
         raise UserError(
             f"{path} is damaged or is not an exported sampler ({message}); export it again, or give the "
             "--workdir of a training run"

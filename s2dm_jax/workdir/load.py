@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path, write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays
+from s2dm_jax.common.jax_environment import check_jax_environment
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.config.io import from_json
@@ -93,7 +94,7 @@ def check_compared_runs(config: ConfigDict) -> list[str]:
         try:
             other = read_config(workdir)
         except UserError as error:
-            raise UserError(f"config.sample.compare names {workdir}: {error}") from error
+            raise UserError(f"config.sample.compare names {workdir}, which cannot be compared: {error}") from error
         if dataset_name(other) != dataset_name(config):
             raise UserError(
                 f"config.sample.compare names {workdir}, a run on {dataset_name(other)}, not "
@@ -115,9 +116,11 @@ def load_run(
     `network` is what was trained, where that is not the network of the run's config; `correct_ema=False` leaves the EMA
     as it is in the checkpoint.
     """
+    config = read_config(workdir)
+    check_jax_environment()
+
     from s2dm_jax.devices.hardware import check_devices
 
-    config = read_config(workdir)
     check_devices()
     workdir = user_path(workdir, "workdir")
     network = network or build_network(config)
@@ -168,7 +171,7 @@ def inherit_base_config(config: ConfigDict) -> ConfigDict:
     try:
         base = read_config(base_workdir)
     except UserError as error:
-        raise UserError(f"config.variance_head.base_workdir={base_workdir}: {error}") from error
+        raise UserError(f"config.variance_head.base_workdir={base_workdir} cannot be used: {error}") from error
     if base.variance_head.kind:
         raise UserError(
             f"config.variance_head.base_workdir={base_workdir} is itself the run of a variance head; give its base, "

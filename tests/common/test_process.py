@@ -1,6 +1,7 @@
 """What is set right before any work: the output's encoding, JAX's settings, XLA's flags, caches without a home."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from helpers import ROOT, save_run, small_config
 
+from s2dm_jax.common.compilation_cache import set_compilation_cache
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import cache_dir, data_cache_dir, user_path
-from s2dm_jax.common.jax_environment import check_xla_flags, set_compilation_cache
+from s2dm_jax.common.jax_environment import check_platforms, check_xla_flags, xla_flags
 from s2dm_jax.common.process import set_up_process
+from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.data.tfds_builder import manual_folder
 from s2dm_jax.devices.hardware import check_devices
 from s2dm_jax.inference.sample import sample
@@ -68,13 +71,78 @@ def test_no_character_ends_the_work(encoding):
     assert done.stderr == "error: 8 × 8 – τ\n".encode(encoding, errors="replace")
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_a_lack_of_memory_is_one_sentence(error, capsys):
+    with pytest.raises(SystemExit) as stop, report_user_errors():
+        raise error
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        "error: the memory does not suffice .(O|o)ut of memory.*; choose a smaller batch_size, .*\n", said
+    )
+    with pytest.raises(RuntimeError, match="other"), report_user_errors():
+        raise RuntimeError("other")
+
+
 def test_flags_that_xla_would_abort_on_are_named(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_no_such_flag=1")
-    with pytest.raises(UserError, match=r"^XLA_FLAGS=.* does not have: --xla_no_such_flag=1; remove"):
+    with pytest.raises(UserError, match=r"^XLA_FLAGS=.* does not have: --xla_no_such_flag=1; correct"):
         check_xla_flags()
-    monkeypatch.setattr("s2dm_jax.common.jax_environment._refused_flags", lambda: pytest.fail("not needed"))
+    monkeypatch.setattr("s2dm_jax.common.jax_environment._refusal", lambda _: pytest.fail("not needed"))
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_gpu_deterministic_ops=true")
     check_xla_flags()
+
+
+def test_values_that_xla_would_abort_on_are_named(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("s2dm_jax.common.jax_environment._refusal", asked.append)
+    fine = ["--xla_gpu_autotune_level=4", "--xla_force_host_platform_device_count=2", "--xla_cpu_enable_fast_math=1"]
+    (tmp_path / "flags").write_text("\n".join(fine))
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    check_xla_flags()
+    assert (asked, xla_flags()) == ([], fine)
+    # Each is left to jaxlib to decide.
+    for flag in ("backend_optimization_level", "backend_optimization_level=true", "cpu_enable_fast_math=7"):
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_{flag}")
+        check_xla_flags()
+    assert len(asked) == 3
+    monkeypatch.undo()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=maybe")
+    with pytest.raises(UserError, match=r"^XLA_FLAGS=--xla\S+ has a wrong value: .* maybe for flag xla_cpu"):
+        check_xla_flags()
+    monkeypatch.setenv("XLA_FLAGS", "xla_cpu_enable_fast_math=1")
+    with pytest.raises(UserError, match="does not start with --, so it names a file of flags, which cannot be read"):
+        check_xla_flags()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JAX_NUM_CPU_DEVICES", "abc"),
+        ("JAX_NUM_CPU_DEVICES", "0"),
+        ("JAX_LOG_COMPILES", "maybe"),
+        ("JAX_TRACER_ERROR_NUM_TRACEBACK_FRAMES", "many"),
+    ],
+)
+def test_values_that_jax_would_end_on_are_named(name, value):
+    code = "from s2dm_jax.common.jax_environment import check_jax_environment\n"
+    code += "from s2dm_jax.common.report import report_user_errors\n"
+    code += "with report_user_errors():\n    check_jax_environment()"
+    done = run("-c", code, **{name: value})
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {name}={value} is (not|no) .*; correct or unset it\n", done.stderr.decode())
+
+
+def test_a_platform_is_tried_before_a_long_preparation(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr("s2dm_jax.common.jax_environment._refusal", lambda _: "AssertionError")
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=cuda names .*its plugin is not installed"):
+        check_platforms()
+    for value in ("cpu", "", "tpu,cpu"):
+        monkeypatch.setenv("JAX_PLATFORMS", value)
+        check_platforms()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +162,7 @@ def test_a_platform_that_is_not_here_is_named(monkeypatch, error, reason):
         check_devices()
     # No mistake of the user's.
     monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("JAX_DEFAULT_DEVICE", "")
     with pytest.raises(type(error)):
         check_devices()
 

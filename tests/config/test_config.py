@@ -48,6 +48,8 @@ def cpu_seconds_of_children():
     return used.ru_utime + used.ru_stime
 
 
+DEFAULT = "from s2dm_jax.config import default_config; c = default_config()"
+REQUIRED = "__import__('ml_collections').config_dict.required_placeholder"
 BAD_COMMANDS = [
     (["--config.train.stepz=3"], "config.train.stepz is not a field of a config; did you mean config.train.steps"),
     (["--config.train.steps=many"], "config.train.steps='many' has the wrong type: it must be an integer"),
@@ -55,11 +57,19 @@ BAD_COMMANDS = [
     (["--config.loss.use_tau_s=maybe"], "config.loss.use_tau_s='maybe' has the wrong type: it must be True or False"),
     (["--config.train.steps=-5"], "config.train.steps=-5 is out of range: it must be from 1 to 1,000,000,000"),
     (["--config.loss.skip=1000"], "config.loss.skip=1000 must be at most 999"),
-    (["--wat=1"], "Unknown command line flag 'wat'"),
+    (["--wat=1"], "--wat is not a flag; see --help"),
     (["surplus"], "'surplus' is not a flag"),
     (["--noconfig.model.remat=1"], "--noconfig.model.remat=1 does not take an argument"),
-    (["--wrkdir=runs"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
-    (["--mode=fly"], "should be one of <train|sample|evaluate|export>"),
+    (["--wrkdir=runs"], "--wrkdir is not a flag; did you mean --workdir?"),
+    (["--mode=fly"], "--mode=fly is not known; choose one of train, sample, evaluate, export"),
+    (["--process_id=x"], "--process_id=x is not a non-negative integer"),
+    (["--train.steps=3"], "--train.steps is not a flag; did you mean --config.train.steps=VALUE?"),
+    (["--noconfig.train.steps"], "--config.train.steps is not a flag; did you mean --config.train.steps=VALUE?"),
+    (["--stepps=3"], "--stepps is not a flag; did you mean --config.train.steps?"),
+    (["train.steps=3"], "'train.steps=3' is not a flag; did you mean --config.train.steps=3?"),
+    (["--config.data.random_flip", "False"], "is set by --config.data.random_flip=False"),
+    (["--config.train=3"], "config.train is a group of fields; set one of them, such as --config.train.steps=VALUE"),
+    (["--config.model.ch_mult=1,x"], "config.model.ch_mult='1,x' has the wrong type: it must be a tuple of"),
     (["--workdir="], "--workdir is missing"),
     (["--num_processes=2"], "--coordinator_address is missing: --coordinator_address=HOST:PORT, --num_processes=N and"),
     (
@@ -180,6 +190,13 @@ def test_one_way_to_set_the_sampling_steps_replaces_another(monkeypatch, tmp_pat
         ("from s2dm_jax.common.errors import UserError; raise UserError('as written')", "as written"),
         ("return 1 / 0", " failed with ZeroDivisionError: division by zero"),
         ("from ml_collections import ConfigDict; return ConfigDict()", "config.data.channels is missing"),
+        (f"{DEFAULT}; c.train.lr = '3'; return c", " failed with TypeError: lr='3' has the wrong type: it must be a f"),
+        (f"{DEFAULT}; c.model = None; return c", "config.model=None has the wrong type: it must be a group of fields"),
+        (
+            f"{DEFAULT}; c.lock(); c.x = 3",
+            ' failed with AttributeError: Key "x" does not exist and cannot be',
+        ),
+        (f"{DEFAULT}; c.train.lr = {REQUIRED}(float); return c", " failed with RequiredValueError: None value found"),
     ],
 )
 def test_config_files_that_return_no_config(tmp_path, body, sentence):

@@ -12,6 +12,8 @@ from s2dm_jax.config.command_line import check_values, reset_fields
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import from_json, load_config, to_json
 from s2dm_jax.data.datasets import load_dataset
+from s2dm_jax.inference.model import load
+from s2dm_jax.samplers.specs import sampler_name
 from s2dm_jax.training.loop import train
 from s2dm_jax.workdir.folder import check_same_images, prepare_workdir
 
@@ -94,6 +96,59 @@ def test_a_config_can_be_the_json_of_a_run(tmp_path):
     path.write_text("x = 1\n")
     with pytest.raises(UserError, match=r"none\.py defines no function get_config"):
         load_config(str(path))
+
+
+def test_a_config_file_may_have_colons_in_its_name(tmp_path):
+    body = "from s2dm_jax.config import default_config\ndef get_config(name='x'):\n"
+    body += "    c = default_config(); c.eval.samplers = name; return c\n"
+    (tmp_path / "a:b").mkdir()
+    for name in ("a:b.py", "a:b/c.py"):
+        (tmp_path / name).write_text(body)
+        assert load_config(f"{tmp_path / name}").eval.samplers == "x"
+        assert load_config(f"{tmp_path / name}:s2:x").eval.samplers == "s2:x"
+    save_run(tmp_path / "run", small_config(), seed=0, ema_factor=1)
+    with pytest.raises(UserError, match=r"run is a folder; give its config\.json$"):
+        load_config(str(tmp_path / "run"))
+    for text, reason in (("", "it is empty"), ("{", "it is no JSON at line 1, column 2")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=f"is not the config of a run as JSON .{reason}"):
+            load_config(str(tmp_path / "a.json"))
+
+
+def test_one_name_of_pndm_in_every_mode(tmp_path, config_of):
+    save_run(tmp_path / "run", small_config(), seed=0, ema_factor=1)
+    sample = config_of(f"--workdir={tmp_path / 'run'}", "--config.sample.sampler=pndm", "--config.sample.nfe=14").sample
+    assert sample.sampler == "f_pndm"
+    assert (sampler_name("pndm"), sampler_name("ddim")) == ("f_pndm", "ddim")
+
+
+def test_a_statistic_of_one_image_is_refused(tmp_path, monkeypatch):
+    save_run(tmp_path / "run", small_config(), seed=0, ema_factor=1)
+    one = load_dataset(small_config())
+    monkeypatch.setattr("s2dm_jax.inference.model.load_dataset", lambda _: one._replace(train=one.train[:1]))
+    with pytest.raises(UserError, match=r"statistic over at least 2 training images, and .*run has 1; choose another"):
+        load(tmp_path / "run").with_noise_statistics(tmp_path / "run", "analytic", 100, 8)
+
+
+def test_lists_that_may_be_empty_are_set_to_nothing(tmp_path):
+    config = small_config(**{"model.attn_resolutions": (8,)})
+    assert reset_fields(config, ["--config.model.attn_resolutions="]) == ([], ["model.attn_resolutions"])
+    assert config.model.attn_resolutions == ()
+    assert reset_fields(config, ["--config.eval.nfe="])[1] == []
+
+
+def test_names_of_other_runs_are_those_of_their_field(tmp_path, config_of):
+    save_run(tmp_path / "run", small_config(), seed=0, ema_factor=1)
+    run = f"--workdir={tmp_path / 'run'}"
+    with pytest.raises(
+        UserError, match=r"^config\.sample\.compare names nowhere, which cannot be compared: nowhere is"
+    ):
+        config_of(run, "--config.sample.compare=nowhere")
+    # A comma at the end names no folder.
+    assert config_of(run, f"--config.sample.compare={tmp_path / 'run'},").sample.compare == str(tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file cannot be written to \(.*file is not a folder\); give --out=DIR"):
+        config_of(run, f"--out={tmp_path / 'file'}")
 
 
 def test_an_exported_file_is_no_run_to_train(tmp_path):

@@ -665,3 +665,23 @@ def test_a_cache_that_cannot_be_used_is_told(tmp_path, monkeypatch):
     source = make_folder(tmp_path / "images", PICTURES)
     with pytest.raises(UserError, match=r"the cache of prepared data .* cannot be used \(Not a directory\)"):
         load_dataset(config_for(source))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.npy", b"", "it is empty"),
+        ("a.npy", b"\x93NUMPY\x01\x00v\x00{'descr'", "an array in it is cut short, or is none of numpy"),
+        ("a.npz", b"PK\3\4", "it is cut short"),
+        ("a.zip", b"<!DOCTYPE html>", "it is a web page"),
+        ("a.zip", b"x" * 600, "it is no zip file"),
+        ("a.tar", b"x" * 600, "it is no tar file, or compressed in another way"),
+        ("a.tar.gz", b"version https://git-lfs.github.com/spec/v1", "it is a pointer of Git LFS"),
+    ],
+)
+def test_what_a_source_is_instead_is_one_sentence(cache, tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_dataset(config_for(tmp_path / name))
+    assert f"({reason}" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -121,7 +121,16 @@ def test_rematerialisation_changes_no_gradient():
 
 def test_settings_that_change_results_are_named(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "-1")
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
     assert numerics() == {}
+    for name, value in (("JAX_NUM_CPU_DEVICES", "2"), ("JAX_SETTING_OF_TOMORROW", "1"), ("NVIDIA_TF32_OVERRIDE", "0")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert numerics() == {name: value}
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        assert numerics() == {"device": "cpu"}
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_a=2")
     with jax.default_matmul_precision("highest"):
         assert numerics() == {

@@ -172,6 +172,38 @@ def nested(raw, ema):
             ema,
             "of the EMA",
         ),
+        "latent diffusion's EMA": (
+            {
+                **with_prefix("model.diffusion_model.", raw),
+                **{f"model_ema.diffusion_model{name.replace('.', '')}": value for name, value in ema.items()},
+                "model_ema.decay": counter,
+            },
+            ema,
+            ema,
+            "of the EMA",
+        ),
+        "torch_ema": (
+            {"model": with_prefix("module.", raw), "ema": {"decay": 0.9, "shadow_params": list(ema.values())}},
+            raw,
+            ema,
+            "the state_dict model, with its EMA",
+        ),
+        "an EMA of another name": ({"net": raw, "ema_net": ema}, raw, ema, "the state_dict ema_net, the EMA"),
+        "AveragedModel": ({"n_averaged": counter, **with_prefix("module.", ema)}, ema, ema, "buffers n_averaged"),
+        "FSDP": ({name.replace(".", "._fsdp_wrapped_module.", 1): v for name, v in ema.items()}, ema, ema, "_fsdp_wr"),
+        "a compiled part": (
+            {name.replace("mid.", "mid._orig_mod."): value for name, value in ema.items()},
+            ema,
+            ema,
+            "prefix _orig_mod. taken off",
+        ),
+        "any prefix": (with_prefix("student.eps.", ema), ema, ema, "prefix student.eps. taken off"),
+        "beside others": (
+            {**with_prefix("unet.", ema), "vae.encoder.conv_in.weight": counter},
+            ema,
+            ema,
+            "the 104 of unet",
+        ),
         "deeper": ({"checkpoint": {"net": {"params": ema}}}, ema, ema, "the state_dict checkpoint.net.params"),
         "tuple": ((ema, {"epoch": 1}), ema, ema, "the state_dict 0"),
     }
@@ -187,7 +219,12 @@ def test_checkpoints_are_read_as_people_have_them(read, name):
         assert found.step == 7
 
 
-def test_of_several_unknown_state_dicts_one_is_named(read):
+def _saved(path, state):
+    save_file(state, path)
+    return str(path)
+
+
+def test_of_several_unknown_state_dicts_one_is_named(read, tmp_path):
     raw, ema = published(1), published(2)
     contents = {"teacher": raw, "student": {"last": ema}}
     with pytest.raises(UserError, match=r"holds several state_dicts: teacher \(\d+ tensors\), student.last \(.*--key"):
@@ -195,6 +232,18 @@ def test_of_several_unknown_state_dicts_one_is_named(read):
     assert_equal_trees(both(read(contents, key="student.last")), (ema, ema))
     with pytest.raises(UserError, match=r"no state_dict under --key=student; there are: teacher"):
         read(contents, key="student")
+    # Two networks in one state_dict.
+    contents = {**with_prefix("a.", raw), **with_prefix("module.b.", ema)}
+    with pytest.raises(UserError, match="several networks, whose names begin with a, b; name one with --key"):
+        read(contents)
+    assert_equal_trees(both(read(contents, key="b")), (ema, ema))
+    assert_equal_trees(both(read({"net": contents}, key="net.a")), (raw, raw))
+    with pytest.raises(UserError, match=r"its EMA is a list of 1 tensors, .* the \d+ weights of .* --key=model takes"):
+        read({"model": raw, "ema": {"shadow_params": [raw["conv_in.bias"]]}})
+    with pytest.raises(UserError, match=r"conv_in.bias is of type int8, where floating-point weights are needed"):
+        read_weights(_saved(tmp_path / "a.safetensors", {**raw, "conv_in.bias": np.ones(32, np.int8)}), resolution=8)
+    with pytest.raises(UserError, match=r"conv_in.weight is missing, .*; it holds 1 tensors: a.b.c"):
+        read({"a.b.c": raw["conv_in.bias"]})
 
 
 def test_published_checkpoints_are_taken_apart(read):

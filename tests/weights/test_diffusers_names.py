@@ -69,7 +69,7 @@ def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
     for name, value in published().items():
         np.testing.assert_array_equal(torch_names.to_torch(weights.ema_params)[name], value)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config.json does not describe a network"):
+    with pytest.raises(UserError, match=r"config.json is no object of fields"):
         read_weights(str(tmp_path))
 
 
@@ -89,7 +89,13 @@ def test_options_of_sampling_that_are_not_used_are_named():
     config = diffusers_names.scheduler_config("linear", 40)
     assert diffusers_names.unused_scheduler_options(config) == []
     config |= {"clip_sample": True, "timestep_spacing": "trailing", "use_karras_sigmas": None}
-    assert diffusers_names.unused_scheduler_options(config) == ["clip_sample=True", "timestep_spacing='trailing'"]
+    assert diffusers_names.unused_scheduler_options(config) == ["timestep_spacing='trailing'", "clip_sample=True"]
+    # Fields that are not in the table are named too, and the network's.
+    later = config | {"variance_type": "learned", "of_tomorrow": 2, "solver_type": "bh2", "off": False}
+    assert diffusers_names.unused_scheduler_options(later)[2:] == ["variance_type='learned'", "of_tomorrow=2"]
+    config = diffusers_names.unet_config(NETWORK)
+    assert diffusers_names.unused_network_options(config) == []
+    assert diffusers_names.unused_network_options(config | {"new": "on", "off": None}) == ["new='on'"]
 
 
 def test_the_ema_of_a_training_is_preferred(tmp_path):
@@ -102,6 +108,16 @@ def test_the_ema_of_a_training_is_preferred(tmp_path):
     found = read_weights(str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, found.ema_params, params[1])
     assert "the EMA, unet_ema, was taken" in found.description
+    # A variant of the weights, a folder above, and files that are no JSON.
+    weights = tmp_path / "unet_ema" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert "the variant diffusion_pytorch_model.fp16.safetensors was taken" in read_weights(str(tmp_path)).description
+    with pytest.raises(UserError, match=f"give what is in it, such as {tmp_path}$"):
+        read_weights(str(tmp_path.parent))
+    for text, reason in (("", "is empty"), ("[]", "is no object of fields"), ("{", "is no JSON")):
+        (tmp_path / "unet_ema" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"cannot be used: config.json {reason}; fetch it again"):
+            read_weights(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +129,9 @@ def test_the_ema_of_a_training_is_preferred(tmp_path):
             "its prediction_type is 'flow', where one of epsilon, v_prediction, sample is needed",
         ),
         ("rescale_betas_zero_snr", True, "its rescale_betas_zero_snr is True"),
+        ("snr_shift_scale", 3.0, "its snr_shift_scale is 3.0, which makes other betas than ours"),
+        ("use_flow_sigmas", True, "its use_flow_sigmas is True, which is flow matching"),
+        ("_class_name", "EDMEulerScheduler", "it is a EDMEulerScheduler, whose forward process is none of ours"),
         ("num_train_timesteps", 1, "its num_train_timesteps is 1, where a number from 2 up is needed"),
     ],
 )

@@ -1,5 +1,7 @@
 """PyTorch's files, read and written without PyTorch: golden files of torch 2.13, hostile and damaged ones."""
 
+import collections
+import datetime
 import io
 import pickle
 import pickletools
@@ -174,6 +176,41 @@ def test_what_is_no_checkpoint_is_told_in_one_sentence(tmp_path, content):
     with pytest.raises(UserError, match="cannot be read as a PyTorch checkpoint") as error, open_torch(path):
         pass
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html>", "it is a web page"),
+        (b"PK\3\4", "it is cut short"),
+        (b"\x89HDF", "it does not begin as torch.save begins"),
+    ],
+)
+def test_what_a_file_is_instead_is_said(tmp_path, content, reason):
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with (
+        pytest.raises(UserError, match=rf"a\.pth cannot be read as a PyTorch checkpoint, .* \({reason}"),
+        open_torch(path),
+    ):
+        pass
+
+
+def test_plain_objects_beside_the_tensors_are_left_out(tmp_path):
+    held = [Path("x"), datetime.timedelta(1), {1}, collections.defaultdict(list, a=1), np.zeros(3), np.float64(2)]
+    for protocol in (0, 2, 4):
+        _zipped(pickle.dumps({"a": 1, "held": held}, protocol), tmp_path / "a.pth")
+        with open_torch(tmp_path / "a.pth") as (contents, *_):
+            assert contents["a"] == 1
+
+
+def test_tensors_of_other_kinds_are_named(tmp_path):
+    _zipped(b"ctorch._utils\n_rebuild_sparse_tensor\n.", tmp_path / "a.pth")
+    sentence = r"holds tensors of a kind that is not supported \(torch._utils._rebuild_sparse_tensor\)"
+    with pytest.raises(UserError, match=sentence), open_torch(tmp_path / "a.pth"):
+        pass
 
 
 def test_a_legacy_file_cut_short_is_refused(tmp_path):
