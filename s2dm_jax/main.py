@@ -38,7 +38,7 @@ from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import fields_help
 from s2dm_jax.config.io import expand_paths, load_config
 from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
-from s2dm_jax.data.cache import check_preparable, is_prepared, prepare_dataset
+from s2dm_jax.data.cache import check_preparable, prepare_dataset
 from s2dm_jax.samplers.specs import sampler_name
 from s2dm_jax.workdir.folder import evaluation_folder, output_folder, prepare_workdir
 from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
@@ -206,10 +206,8 @@ def run(argv: Sequence[str]) -> None:
         check_preparable(config)
         check_evaluation_files(config)
         _prepare_jax()
-        if not is_prepared(config):
-            check_platforms()
         prepare_workdir(workdir, config)
-        prepare_dataset(config)
+        prepare_dataset(config, check_platforms)
     else:
         config = _config_of_run(config, named, mode, workdir)
         check_folders_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")

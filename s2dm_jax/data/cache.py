@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -47,8 +47,11 @@ def transform_of(config: ConfigDict) -> ImageTransform:
     return ImageTransform(size, channels, crop, config.data.resize)
 
 
-def prepare_dataset(config: ConfigDict) -> Path | None:
+def prepare_dataset(config: ConfigDict, check: Callable[[], None] | None = None) -> Path | None:
     """Prepares a checked config's images unless they are in the cache; may take minutes and use the network.
+
+    Args:
+      check: what is called before images are prepared, to find what would stop the work after it.
 
     Returns:
       The folder with train.npy, train_labels.npy, held_out.npy, held_out_labels.npy and provenance.json; None for the
@@ -61,6 +64,8 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
     if folder is None or is_ready(folder):
         return folder
     check_preparable(config)
+    if check is not None:
+        check()
     name = dataset_name(config)
     # One lock for all crops of a dataset: they share the downloads of tensorflow-datasets.
     lock = folder.name if config.data.source else name
@@ -98,8 +103,8 @@ def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> No
 
 def check_preparable(config: ConfigDict) -> None:
     """Raises a `UserError` if the source, TensorFlow or a manually downloaded file is missing; fast, writes nothing."""
-    name = config.data.name
-    if is_prepared(config) or config.data.source:
+    folder, name = _folder(config), config.data.name
+    if folder is None or config.data.source or is_ready(folder):
         return
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
@@ -115,12 +120,6 @@ def check_preparable(config: ConfigDict) -> None:
             f"{spec.title} cannot be downloaded: make {spec.manual_files} by hand and put it at {path}, or "
             "give its images as config.data.source (docs/data.md says how)"
         )
-
-
-def is_prepared(config: ConfigDict) -> bool:
-    """Whether a checked config's images need no preparation."""
-    folder = cached_folder(config)
-    return folder is None or is_ready(folder)
 
 
 def cached_folder(config: ConfigDict) -> Path | None:
