@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import struct
 import sys
 import tempfile
@@ -97,10 +98,27 @@ def why_not_writable(place: str | os.PathLike) -> str:
     return ""
 
 
-def check_writable(places: Iterable[str | os.PathLike], advice: str) -> None:
-    """Raises a `UserError` that ends in `advice` if one of the files or folders fails `why_not_writable`."""
-    for place in places:
-        if reason := why_not_writable(place):
+def why_not_replaceable(file: str | os.PathLike) -> str:
+    """Why `atomic_path` cannot write a file, or a folder as a whole; "" where it can."""
+    path = Path(file).absolute()
+    if os.path.lexists(path):
+        owner, folder = path.lstat().st_uid, path.parent.stat()
+        # As in /tmp: what others own can be written to, but not renamed or removed.
+        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, owner, folder.st_uid):
+            return f"another user's, in a folder with the sticky bit, {path.parent}"
+    return why_not_writable(path.parent)
+
+
+def check_writable(
+    places: Iterable[str | os.PathLike], advice: str, *, replaced: Iterable[str | os.PathLike] = ()
+) -> None:
+    """Raises a `UserError` that ends in `advice` if one of the files or folders fails `why_not_writable`, or one of
+    those that are `replaced` fails `why_not_replaceable`.
+    """
+    found = [*((place, why_not_writable(place)) for place in places)]
+    found += [(place, why_not_replaceable(place)) for place in replaced]
+    for place, reason in found:
+        if reason:
             raise UserError(f"{place} cannot be written to ({reason}); {advice}")
 
 
@@ -149,17 +167,20 @@ def write_atomic(path: Path, text: str) -> None:
 def read_json(path: Path, keys: Sequence[str], consequence: str) -> dict | None:
     """The dict in a JSON file that can be made again; None if it is missing, or empty, cut short or without `keys`.
 
-    The latter, what a power failure leaves, is reported with its `consequence`.
+    The latter, what a power failure leaves, is reported with its `consequence`, as is a file that may not be read.
     """
+    content, fault = None, "is empty or damaged"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        fault = f"cannot be read ({error.strerror})"
     except ValueError:
-        content = None
+        pass
     if isinstance(content, dict) and set(keys) <= content.keys():
         return content
-    print(f"{path} is empty or damaged; {consequence}", file=sys.stderr)
+    print(f"{path} {fault}; {consequence}", file=sys.stderr)
     return None
 
 

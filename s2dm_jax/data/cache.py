@@ -66,12 +66,24 @@ def prepare_dataset(config: ConfigDict) -> Path | None:
         temporary = folder.with_name(f".{folder.name}.tmp")
         for leftover in (temporary, folder):
             if leftover.exists():
-                shutil.rmtree(leftover)
+                _remove(leftover)
         temporary.mkdir()
         stopped = f"{name} was not prepared, and the same command starts over"
         with removed_on_signal(temporary), signal_advice(stopped):
             _prepare(config, name, temporary, folder)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Removes what is left of an entry."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        # `rmtree` names a file without its folder.
+        raise UserError(
+            f"{folder} is incomplete and cannot be removed ({error.strerror}); remove it, or set S2DM_JAX_DATA to "
+            "another folder"
+        ) from error
 
 
 def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> None:
@@ -127,10 +139,19 @@ def _folder(config: ConfigDict) -> Path | None:
 
 
 def is_ready(folder: Path) -> bool:
-    """Whether a cache entry holds all files that its provenance names, at their full size."""
+    """Whether a cache entry holds all files that its provenance names, at their full size.
+
+    Raises:
+      UserError: if it may not be read, which leaves that open.
+    """
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == facts["bytes"] for name, facts in provenance["files"].items())
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); get the permission to, or set S2DM_JAX_DATA to "
+            "another folder"
+        ) from error
     except (OSError, ValueError, KeyError):
         return False
 

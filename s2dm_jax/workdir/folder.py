@@ -34,6 +34,7 @@ _WRITTEN = (
     "evaluations",
     "evaluations/points",
 )
+_REPLACED = ("config.json", "parameters.txt", "metrics.jsonl", "results.json", "results.md")
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> Path:
@@ -108,7 +109,8 @@ def _check_permissions(path: Path) -> None:
     steps = [checkpoint_folder(path) / str(step) for step in checkpoint_steps(path)]
     places = [path / name for name in _WRITTEN]
     existing = [place for place in (path, *places, *steps) if place.exists()]
-    check_writable(existing, "get the permission to, or give another --workdir")
+    replaced = [path / name for name in _REPLACED]
+    check_writable(existing, "get the permission to, or give another --workdir", replaced=replaced)
 
 
 def unreadable_config(place: str | os.PathLike, error: Exception) -> UserError:
