@@ -81,15 +81,15 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
     return Path(expanded).resolve() if ".." in Path(expanded).parts else Path(expanded)
 
 
-def why_not_writable(place: str | os.PathLike) -> str:
-    """Why a file cannot be appended to, or no file can be made in a folder, or where it will be; "" where it works.
+def why_not_writable(place: str | os.PathLike, *, is_file: bool = False) -> str:
+    """Why no file can be made in a folder, or where it will be, or why a file cannot be appended to; "" where it works.
 
     Tries it, and leaves nothing: the mode of a folder says nothing about a file system that is read-only.
     """
     path = Path(place).absolute()
     existing = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     try:
-        if existing == path and path.is_file():
+        if existing == path and is_file:
             path.open("ab").close()
         else:
             tempfile.TemporaryFile(dir=existing).close()
@@ -110,12 +110,17 @@ def why_not_replaceable(file: str | os.PathLike) -> str:
 
 
 def check_writable(
-    places: Iterable[str | os.PathLike], advice: str, *, replaced: Iterable[str | os.PathLike] = ()
+    folders: Iterable[str | os.PathLike],
+    advice: str,
+    *,
+    files: Iterable[str | os.PathLike] = (),
+    replaced: Iterable[str | os.PathLike] = (),
 ) -> None:
-    """Raises a `UserError` that ends in `advice` if one of the files or folders fails `why_not_writable`, or one of
-    those that are `replaced` fails `why_not_replaceable`.
+    """Raises a `UserError` that ends in `advice` if one of the folders, or of the `files` to append to, fails
+    `why_not_writable`, or one of those that are `replaced` fails `why_not_replaceable`.
     """
-    found = [*((place, why_not_writable(place)) for place in places)]
+    found = [*((place, why_not_writable(place)) for place in folders)]
+    found += [(place, why_not_writable(place, is_file=True)) for place in files]
     found += [(place, why_not_replaceable(place)) for place in replaced]
     for place, reason in found:
         if reason:

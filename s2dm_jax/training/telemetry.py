@@ -56,13 +56,19 @@ class _Events:
     def __init__(self, folder: Path, purge_step: int):
         """Opens a new file; TensorBoard then hides what other files of the folder have from `purge_step` on, if > 0."""
         self._folder, self._flushed = folder, time.monotonic()
-        folder.mkdir(exist_ok=True)
-        with naming(folder):
-            self._file = EventsWriter(str(folder / "events"))
+        self._open()
         if purge_step:
             self.add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
+    def _open(self) -> None:
+        with naming(self._folder, self._folder):
+            self._folder.mkdir(exist_ok=True)
+            self._file = EventsWriter(str(self._folder / "events"))
+
     def add(self, event: Event) -> None:
+        if not self._folder.is_dir():
+            # It was removed: an open file would take everything and lose it.
+            self._open()
         event.wall_time = time.time()
         with naming(self._folder):
             self._file.write_event(event)
@@ -90,16 +96,15 @@ class MetricWriter:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             write_atomic(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= resume_step))
-        self._lines = path.open("a", encoding="utf-8")
         self._events = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else 0)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records `values` after `step` steps."""
         if not self._writes:
             return
-        with naming(self._path):
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
-            self._lines.flush()
+        # Opened anew for each line: one that is kept open is written to in vain once it was removed.
+        with naming(self._path, self._path), self._path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add(Event(step=step, summary=summary.scalar(name, value)))
 
@@ -110,8 +115,6 @@ class MetricWriter:
 
     def close(self) -> None:
         if self._writes:
-            with naming(self._path):
-                self._lines.close()
             self._events.close()
 
 

@@ -403,6 +403,9 @@ def test_a_full_disk_is_reported_in_one_sentence_and_other_failures_are_not(monk
     with pytest.raises(SystemExit):
         fails_with(PermissionError(errno.EACCES, "Permission denied", "runs/a/metrics.jsonl"))
     assert "error: runs/a/metrics.jsonl cannot be read or written (Permission denied)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fails_with(NotADirectoryError(errno.ENOTDIR, "Not a directory", "runs/a/evaluations/points"))
+    assert "error: runs/a/evaluations/points cannot be used (Not a directory)" in capsys.readouterr().err
     with pytest.raises(PermissionError):
         fails_with(PermissionError(errno.EACCES, "Permission denied"))
 

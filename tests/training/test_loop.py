@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import ToyNetwork, full_disk, small_config
 
-from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.errors import UserError, WriteError
 from s2dm_jax.data import device_feed
 from s2dm_jax.data.batches import batch_at
 from s2dm_jax.data.datasets import load_digits
@@ -276,3 +276,19 @@ def test_telemetry_on_a_full_disk_names_its_file_and_does_not_wait(tmp_path, nam
     with full_disk(100_000), pytest.raises(OSError, match="File too large") as error:
         write(writer)
     assert error.value.filename == str(tmp_path / name)
+
+
+def test_telemetry_that_is_removed_meanwhile_is_made_anew_and_a_removed_folder_is_noticed(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    writer = telemetry.MetricWriter(workdir, 0)
+    writer.scalars(1, {"loss": 1.0})
+    (workdir / "metrics.jsonl").unlink()
+    shutil.rmtree(workdir / "tensorboard")
+    writer.scalars(2, {"loss": 0.5})
+    writer.close()
+    assert [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()] == [2]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    shutil.rmtree(workdir)
+    with pytest.raises(WriteError, match="No such file"):
+        writer.scalars(3, {"loss": 0.1})
