@@ -202,11 +202,17 @@ class Profile:
 
     def close(self) -> None:
         """Writes what was traced."""
-        if self._steps and self._from is not None:
+        if not self._steps or self._from is None:
+            return
+        self._steps = 0
+        try:
             jax.profiler.stop_trace()
-            self._steps = 0
-            if is_main_process():
-                print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
+        except jax.errors.JaxRuntimeError as error:
+            # As on a full disk. A training does not need its trace.
+            print(f"no trace could be written to {self._folder} ({str(error).splitlines()[0]})", file=sys.stderr)
+            return
+        if is_main_process():
+            print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
 
 
 def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:

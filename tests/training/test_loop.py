@@ -292,3 +292,16 @@ def test_telemetry_that_is_removed_meanwhile_is_made_anew_and_a_removed_folder_i
     shutil.rmtree(workdir)
     with pytest.raises(WriteError, match="No such file"):
         writer.scalars(3, {"loss": 0.1})
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch, capsys):
+    def refuse():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: vm.xplane.pb; No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", refuse)
+    profile = telemetry.Profile(tmp_path, 0, 1)
+    profile.before_chunk(2)
+    profile.after_chunk(4, jnp.zeros(()))
+    profile.close()
+    assert capsys.readouterr().err.count("no trace could be written to") == 1
