@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO
 
-from s2dm_jax.common.errors import UnfinishedWrite, UserError, WriteError
+from s2dm_jax.common.errors import AbruptEnd, UserError, WriteError
 from s2dm_jax.common.process import set_up_process
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,7 +39,7 @@ def report_user_errors() -> Iterator[None]:
 
 def _exit_with(error: UserError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
-    if isinstance(error, UnfinishedWrite):
+    if isinstance(error, AbruptEnd):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)

@@ -66,6 +66,7 @@ BAD_COMMANDS = [
         ["--coordinator_address=host", "--num_processes=2", "--process_id=0"],
         "--coordinator_address=host is not HOST:PORT; for example --coordinator_address=node0:1234",
     ),
+    (["--coordinator_address=a:99999", "--num_processes=2", "--process_id=0"], "--coordinator_address=a:99999 is not"),
     (
         ["--coordinator_address=host:1", "--num_processes=2", "--process_id=2"],
         "--process_id=2 is out of range: with --num_processes=2 it must be from 0 to 1",
