@@ -8,7 +8,7 @@ from pathlib import Path
 
 from s2dm_jax.common.cli import run_command
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import read_json, write_atomic
 
 
 def main_command(*flags: str) -> list[str]:
@@ -34,7 +34,8 @@ def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nf
     Raises:
       UserError: if a command fails, or the stored results have other NFE.
     """
-    if not result_path.exists():
+    results = read_json(result_path, ("rows",), "it is made again")
+    if results is None:
         for command in commands:
             print_command(command)
             if run_command(command):
@@ -43,8 +44,9 @@ def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nf
                     "and rerun this script to resume"
                 )
         result_path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(result_path, (workdir / "results.json").read_text(encoding="utf-8"))
-    results = json.loads(result_path.read_text(encoding="utf-8"))
+        text = (workdir / "results.json").read_text(encoding="utf-8")
+        write_atomic(result_path, text)
+        results = json.loads(text)
     if nfe is not None and results["eval"]["nfe"] != list(nfe):
         raise UserError(
             f"{result_path} was made with --nfe={','.join(map(str, results['eval']['nfe']))}; give the same "
