@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from s2dm_jax.common.compilation_cache import set_compilation_cache
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import check_folders_writable, user_path
+from s2dm_jax.common.files import check_writable, user_path
 from s2dm_jax.common.jax_environment import check_jax_environment, check_platforms
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal, install_handlers, signal_advice
@@ -45,6 +45,8 @@ from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read
 
 # Three ways to set the number of sampling steps: one on the command line replaces another in the config.
 _STEP_FIELDS = ("steps", "nfe", "timesteps")
+
+_LARGEST_PORT = 65_535
 
 # The groups of a run's config that a mode may change.
 _GROUPS = {"sample": ("sample",), "evaluate": ("eval",), "export": ("sample", "export")}
@@ -171,7 +173,8 @@ def _check_processes(values: flags.FlagValues) -> None:
             "together"
         )
     coordinator, count, number = hosts
-    if not re.fullmatch(r".+:\d+", coordinator):
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if not port or int(port[1]) > _LARGEST_PORT:
         raise UserError(
             f"--coordinator_address={coordinator} is not HOST:PORT; for example --coordinator_address=node0:1234"
         )
@@ -210,7 +213,7 @@ def run(argv: Sequence[str]) -> None:
         prepare_dataset(config, check_platforms)
     else:
         config = _config_of_run(config, named, mode, workdir)
-        check_folders_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
+        check_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
         _prepare_jax()
     with signal_advice(_AFTER_SIGNAL[mode]):
         _start(values, config, workdir, out)
@@ -235,14 +238,15 @@ def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str)
         # Evaluation too, so that a run's own and a later one are the same.
         set_cpu_device_count(config.train.batch_size // (values.num_processes or 1))
     if mode == "train":
-        from s2dm_jax.devices.distributed import initialize_distributed
+        from s2dm_jax.devices.distributed import initialize_distributed, noticing_lost_processes
         from s2dm_jax.devices.hardware import check_devices
         from s2dm_jax.training.loop import train
 
         initialize_distributed(values.coordinator_address, values.num_processes, values.process_id)
         install_handlers()
         check_devices()
-        train(config, workdir)
+        with noticing_lost_processes():
+            train(config, workdir)
     elif mode == "evaluate":
         from s2dm_jax.evaluation.evaluate import evaluate_run
 

@@ -26,7 +26,7 @@ from run_once import print_command, run_once, say_gaps
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument, run_command
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import atomic_path, write_atomic
+from s2dm_jax.common.files import atomic_path, read_json_lines, write_atomic
 from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal
@@ -135,7 +135,7 @@ def seconds_of(table: Table, row: TableRow, args: argparse.Namespace) -> list[st
     """The row's entries in a table of times: seconds per train step, or seconds to sample all images."""
     workdir = workdir_of(row.model, args)
     if table.kind == "training":
-        last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        last = read_json_lines(workdir / "metrics.jsonl")[-1]
         batch = from_json((workdir / "config.json").read_text(encoding="utf-8")).train.batch_size
         return [f"{batch / last['images_per_second']:.4f}"]
     paths = (workdir / "evaluations" / "points").glob("*.json")

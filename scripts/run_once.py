@@ -9,7 +9,7 @@ from pathlib import Path
 
 from s2dm_jax.common.cli import run_command
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import write_atomic
+from s2dm_jax.common.files import read_json, write_atomic
 
 
 def main_command(*flags: str) -> list[str]:
@@ -49,7 +49,8 @@ def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nf
     Raises:
       UserError: if a command fails or measures no distance, or the stored results have other NFE.
     """
-    if not result_path.exists():
+    results = read_json(result_path, ("rows",), "it is made again")
+    if results is None:
         for command in commands:
             print_command(command)
             if run_command(command):
@@ -67,7 +68,7 @@ def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nf
         _check_distances(made, json.loads(text))
         result_path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(result_path, text)
-    results = json.loads(result_path.read_text(encoding="utf-8"))
+        results = json.loads(text)
     _check_distances(result_path, results)
     if nfe is not None and results["eval"]["nfe"] != list(nfe):
         raise UserError(

@@ -13,8 +13,16 @@ class WriteError(OSError):
     """An error of the file system at a file that was being written, whose name it has."""
 
 
-class UnfinishedWrite(UserError):
-    """A checkpoint that could not be written: Orbax's threads may wait for it, so the process ends without them."""
+class AbruptEnd(UserError):
+    """An error after which the process ends at once: its threads may wait for what never comes."""
+
+
+class UnfinishedWrite(AbruptEnd):
+    """A checkpoint that could not be written, for which Orbax's threads may wait."""
+
+
+class LostProcess(AbruptEnd):
+    """Another process of the run has ended, and JAX would wait for it."""
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import struct
 import sys
 import tempfile
@@ -85,15 +86,15 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
     return Path(os.path.realpath(expanded)) if ".." in Path(expanded).parts else Path(expanded)
 
 
-def why_not_writable(place: str | os.PathLike) -> str:
-    """Why a file cannot be appended to, or no file can be made in a folder, or where it will be; "" where it works.
+def why_not_writable(place: str | os.PathLike, *, is_file: bool = False) -> str:
+    """Why no file can be made in a folder, or where it will be, or why a file cannot be appended to; "" where it works.
 
     Tries it, and leaves nothing: the mode of a folder says nothing about a file system that is read-only.
     """
     path = Path(place).absolute()
     existing = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     try:
-        if existing == path and path.is_file():
+        if existing == path and is_file:
             path.open("ab").close()
         else:
             tempfile.TemporaryFile(dir=existing).close()
@@ -102,19 +103,32 @@ def why_not_writable(place: str | os.PathLike) -> str:
     return ""
 
 
-def check_folders_writable(folders: Iterable[str | os.PathLike], advice: str) -> None:
-    """`check_writable` of folders that need not be there; a file in the place of one is a `UserError` too."""
-    for folder in map(Path, folders):
-        existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-        if not existing.is_dir():
-            raise UserError(f"{folder} cannot be written to ({existing} is not a folder); {advice}")
-    check_writable(folders, advice)
+def why_not_replaceable(file: str | os.PathLike) -> str:
+    """Why `atomic_path` cannot write a file, or a folder as a whole; "" where it can."""
+    path = Path(file).absolute()
+    if os.path.lexists(path):
+        owner, folder = path.lstat().st_uid, path.parent.stat()
+        # As in /tmp: what others own can be written to, but not renamed or removed.
+        if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, owner, folder.st_uid):
+            return f"another user's, in a folder with the sticky bit, {path.parent}"
+    return why_not_writable(path.parent)
 
 
-def check_writable(places: Iterable[str | os.PathLike], advice: str) -> None:
-    """Raises a `UserError` that ends in `advice` if one of the files or folders fails `why_not_writable`."""
-    for place in places:
-        if reason := why_not_writable(place):
+def check_writable(
+    folders: Iterable[str | os.PathLike],
+    advice: str,
+    *,
+    files: Iterable[str | os.PathLike] = (),
+    replaced: Iterable[str | os.PathLike] = (),
+) -> None:
+    """Raises a `UserError` that ends in `advice` if one of the folders, or of the `files` to append to, fails
+    `why_not_writable`, or one of those that are `replaced` fails `why_not_replaceable`.
+    """
+    found = [*((place, why_not_writable(place)) for place in folders)]
+    found += [(place, why_not_writable(place, is_file=True)) for place in files]
+    found += [(place, why_not_replaceable(place)) for place in replaced]
+    for place, reason in found:
+        if reason:
             raise UserError(f"{place} cannot be written to ({reason}); {advice}")
 
 
@@ -163,17 +177,20 @@ def write_atomic(path: Path, text: str) -> None:
 def read_json(path: Path, keys: Sequence[str], consequence: str) -> dict | None:
     """The dict in a JSON file that can be made again; None if it is missing, or empty, cut short or without `keys`.
 
-    The latter, what a power failure leaves, is reported with its `consequence`.
+    The latter, what a power failure leaves, is reported with its `consequence`, as is a file that may not be read.
     """
+    content, fault = None, "is empty or damaged"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        fault = f"cannot be read ({error.strerror})"
     except ValueError:
-        content = None
+        pass
     if isinstance(content, dict) and set(keys) <= content.keys():
         return content
-    print(f"{path} is empty or damaged; {consequence}", file=sys.stderr)
+    print(f"{path} {fault}; {consequence}", file=sys.stderr)
     return None
 
 

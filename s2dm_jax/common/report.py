@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO
 
-from s2dm_jax.common.errors import UnfinishedWrite, UserError, WriteError
+from s2dm_jax.common.errors import AbruptEnd, UserError, WriteError
 from s2dm_jax.common.process import set_up_process
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A file where a folder should be, and the other way round; a name that no file can have.
+_UNUSABLE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # A pipe without a reader (`| head`), a terminal that was closed.
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)
 
@@ -49,7 +51,7 @@ def report_user_errors() -> Iterator[None]:
 
 def _exit_with(error: UserError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
-    if isinstance(error, UnfinishedWrite):
+    if isinstance(error, AbruptEnd):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
@@ -66,6 +68,8 @@ def _sentence(error: OSError) -> str:
         )
     if isinstance(error, WriteError):
         return f"writing failed{where} ({error.strerror}); mend that, and run the same command again"
+    if error.errno in _UNUSABLE and error.filename:
+        return f"{error.filename} cannot be used ({error.strerror}); mend that, or give another path"
     if error.errno in _FORBIDDEN and error.filename:
         return (
             f"{error.filename} cannot be read or written ({error.strerror}); change its permissions, or give another "

@@ -75,12 +75,24 @@ def prepare_dataset(config: ConfigDict, check: Callable[[], None] | None = None)
         temporary = folder.with_name(f".{folder.name}.tmp")
         for leftover in (temporary, folder):
             if leftover.exists():
-                shutil.rmtree(leftover)
+                _remove(leftover)
         temporary.mkdir()
         stopped = f"{name} was not prepared, and the same command starts over"
         with removed_on_signal(temporary), signal_advice(stopped):
             _prepare(config, name, temporary, folder)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Removes what is left of an entry."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        # `rmtree` names a file without its folder.
+        raise UserError(
+            f"{folder} is incomplete and cannot be removed ({error.strerror}); remove it, or set S2DM_JAX_DATA to "
+            "another folder"
+        ) from error
 
 
 def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> None:
@@ -103,7 +115,7 @@ def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> No
 
 def check_preparable(config: ConfigDict) -> None:
     """Raises a `UserError` if the source, TensorFlow or a manually downloaded file is missing; fast, writes nothing."""
-    folder, name = _folder(config), config.data.name
+    folder, name = cached_folder(config), config.data.name
     if folder is None or config.data.source or is_ready(folder):
         return
     if importlib.util.find_spec("tensorflow") is None:
@@ -136,13 +148,22 @@ def cached_folder(config: ConfigDict) -> Path | None:
 
 
 def is_ready(folder: Path) -> bool:
-    """Whether a cache entry holds all files of a dataset, at the sizes that its provenance names."""
+    """Whether a cache entry holds all files of a dataset, at the sizes that its provenance names.
+
+    Raises:
+      UserError: if it may not be read, which leaves that open.
+    """
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         files = provenance["files"]
         return provenance.keys() >= _ENTRY and all(
             (folder / name).stat().st_size == files[name]["bytes"] and "sha256" in files[name] for name in _FILES
         )
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); get the permission to, or set S2DM_JAX_DATA to "
+            "another folder"
+        ) from error
     # Whatever a damaged file holds in place of the provenance.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

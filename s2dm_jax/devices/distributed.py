@@ -1,17 +1,19 @@
 """Several processes as one run: finding each other, barriers, stopping together."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.errors import LostProcess, UserError
 from s2dm_jax.devices.sharding import replicated, split_along
 
 # The processes leave together; they wait no longer than this for one that failed.
@@ -60,18 +62,17 @@ def initialize_distributed(
 
 def _has_companions() -> bool:
     """Whether a launcher that `jax.distributed` supports started this as one of several processes."""
-    slurm = all(name in os.environ for name in _SLURM) and _count("SLURM_NTASKS") > 1
-    mpi = _count("OMPI_COMM_WORLD_SIZE") > 1
+    slurm = all(name in os.environ for name in _SLURM) and _number_of_processes("SLURM_NTASKS") > 1
+    mpi = _number_of_processes("OMPI_COMM_WORLD_SIZE") > 1
     # GKE sets these.
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return slurm or mpi or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
 
 
-def _count(variable: str) -> int:
-    """The number of processes in a launcher's variable; 1 where it is not set."""
+def _number_of_processes(variable: str) -> int:
     value = os.environ.get(variable) or "1"
     if not value.isdecimal():
-        raise UserError(f"{variable}={value} is not a number of processes; unset it, or start with the launcher itself")
+        raise UserError(f"{variable}={value} is no number of processes; unset it, or start with srun or mpirun")
     return int(value)
 
 
@@ -84,6 +85,22 @@ def _on_tpu_vm() -> bool:
 def is_main_process() -> bool:
     """Whether this is the process that prints, and writes the run's files."""
     return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """Turns what JAX raises once another process of the run has ended into a `LostProcess`."""
+    try:
+        yield
+    # Only the collectives of several processes have a connection to lose.
+    except jax.errors.JaxRuntimeError as error:
+        lost = re.search(r"[^\n]*(Gloo|NCCL|[Cc]onnection|peer|UNAVAILABLE|DEADLINE_EXCEEDED)[^\n]*", str(error))
+        if jax.process_count() == 1 or not lost:
+            raise
+        raise LostProcess(
+            f"another process of this run has ended, or its connection was lost ({lost[0].strip()[:120]}); start all "
+            "of them again, and the run resumes from its newest checkpoint"
+        ) from error
 
 
 def barrier(name: str) -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import read_json, user_path, write_atomic
+from s2dm_jax.common.files import check_writable, read_json, user_path, write_atomic
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
@@ -38,7 +38,7 @@ from s2dm_jax.inference.saturation import Ends, ends_of
 from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.workdir.folder import check_same_images, evaluation_folder
-from s2dm_jax.workdir.results import results_table, write_results
+from s2dm_jax.workdir.results import results_files, results_table, write_results
 
 _CPU_BATCH = 16
 # Vectors for a covariance.
@@ -287,6 +287,8 @@ def evaluate_run(config: ConfigDict, workdir: str, out: str = "") -> dict:
     check_same_images(workdir, data.digest, data.labels_digest, record=False)
     check_evaluation(config, data)
     folder = evaluation_folder(workdir, out)
+    name = _results_name(model.step, config.eval.to_dict())
+    check_writable([], "give --out=DIR to write elsewhere", replaced=results_files(folder, name))
     results = evaluate(model, data, workdir, folder)
     show_results(folder, results)
     return results
@@ -296,12 +298,16 @@ def show_results(workdir: str | Path, results: dict) -> None:
     """Writes the results of a run to its folder and prints their table, on the main process alone."""
     if not is_main_process():
         return
-    options = {name: value for name, value in results["eval"].items() if name != "batch_size"}
-    path = write_results(workdir, results, f"step{results['step']}_{sha256_of_json(options, digits=8)}")
+    path = write_results(workdir, results, _results_name(results["step"], results["eval"]))
     print(f"\n{results_table(results)}\n{results['provenance']['metric']}.")
     for note in results["provenance"]["notes"]:
         print(f"note: {note}")
     print(f"numbers: {path}")
+
+
+def _results_name(step: int, options: dict) -> str:
+    options = {name: value for name, value in options.items() if name != "batch_size"}
+    return f"step{step}_{sha256_of_json(options, digits=8)}"
 
 
 def _skip_scale_options(options: ConfigDict) -> dict:

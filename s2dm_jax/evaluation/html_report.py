@@ -53,7 +53,9 @@ def _section(run: Evaluated) -> list[str]:
     summary = f"{run.results['step']:,} steps, training seed {run.fields['train.seed']}; loss: {loss}."
     parts = [f"<h2>{html.escape(run.workdir)}</h2>", f"<p>{html.escape(summary)}</p>"]
     parts.append(_table(*results_cells(run.results), f"{provenance['metric']}."))
-    grids = sorted(workdir.glob("samples/step_*.png"))
+    # `glob` takes a folder that may not be read for an empty one.
+    folder = workdir / "samples"
+    grids = sorted(path for path in folder.iterdir() if path.match("step_*.png")) if folder.is_dir() else []
     if grids:
         image = base64.b64encode(grids[-1].read_bytes()).decode()
         caption = f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the newest of the training."

@@ -66,12 +66,15 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
     kind = "".join(f"_{name}" for name in ("interpolate", "trajectory", "compare") if options[name])
     run = Path(workdir)
     parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f"{sampler}_nfe{nfe}_seed{options.seed}{kind}_{digest}"
-    if kind or options.output == "grid":
-        path = path.with_name(f"{path.name}.png")
+    output = "grid" if kind else options.output
+    stem, suffix = f"{sampler}_nfe{nfe}_seed{options.seed}{kind}_{digest}", {"grid": ".png", "npz": ".npz", "png": ""}
+    path = parent / f"{stem}{suffix[output]}"
+    # The same images may be there; a folder of them is emptied.
+    emptied = [path] if output == "png" else []
+    check_writable(emptied, "give --out=DIR to write elsewhere", replaced=[path])
+    if output == "grid":
         save_png(path, image_grid(*_rows(options, models)))
-    elif options.output == "npz":
-        path = path.with_name(f"{path.name}.npz")
+    elif output == "npz":
         shape = (options.num_images, *models[0].image_shape)
         provenance = {
             **settings,
@@ -83,7 +86,6 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
         }
         _write_npz(path, models[0].batches(options, True, _report), shape, json.dumps(provenance))
     else:
-        check_writable([path], "give --out=DIR to write elsewhere")
         with atomic_path(path, fsync=False) as temporary:
             temporary.mkdir()
             for index, image in enumerate(itertools.chain.from_iterable(models[0].batches(options, True, _report))):

@@ -58,13 +58,19 @@ class _Events:
     def __init__(self, folder: Path, purge_step: int):
         """Opens a new file; TensorBoard then hides what other files of the folder have from `purge_step` on, if > 0."""
         self._folder, self._flushed = folder, time.monotonic()
-        folder.mkdir(exist_ok=True)
-        with naming(folder):
-            self._file = EventsWriter(str(folder / "events"))
+        self._open()
         if purge_step:
             self.add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
+    def _open(self) -> None:
+        with naming(self._folder, self._folder):
+            self._folder.mkdir(exist_ok=True)
+            self._file = EventsWriter(str(self._folder / "events"))
+
     def add(self, event: Event) -> None:
+        if not self._folder.is_dir():
+            # It was removed: an open file would take everything and lose it.
+            self._open()
         event.wall_time = time.time()
         with naming(self._folder):
             self._file.write_event(event)
@@ -92,16 +98,15 @@ class MetricWriter:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             write_atomic(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= resume_step))
-        self._lines = path.open("a", encoding="utf-8")
         self._events = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else 0)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records `values` after `step` steps."""
         if not self._writes:
             return
-        with naming(self._path):
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
-            self._lines.flush()
+        # Opened anew for each line: one that is kept open is written to in vain once it was removed.
+        with naming(self._path, self._path), self._path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add(Event(step=step, summary=summary.scalar(name, value)))
 
@@ -112,8 +117,6 @@ class MetricWriter:
 
     def close(self) -> None:
         if self._writes:
-            with naming(self._path):
-                self._lines.close()
             self._events.close()
 
 
@@ -201,11 +204,17 @@ class Profile:
 
     def close(self) -> None:
         """Writes what was traced."""
-        if self._steps and self._from is not None:
+        if not self._steps or self._from is None:
+            return
+        self._steps = 0
+        try:
             jax.profiler.stop_trace()
-            self._steps = 0
-            if is_main_process():
-                print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
+        except jax.errors.JaxRuntimeError as error:
+            # As on a full disk. A training does not need its trace.
+            print(f"no trace could be written to {self._folder} ({str(error).splitlines()[0]})", file=sys.stderr)
+            return
+        if is_main_process():
+            print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
 
 
 def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:

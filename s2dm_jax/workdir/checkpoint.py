@@ -28,6 +28,9 @@ State = TypeVar("State")
 
 _policies = ocp.checkpoint_managers
 
+# Errors that tell nothing about what a file holds.
+_NOT_READ = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+
 
 def open_checkpoints(
     workdir: str | os.PathLike, max_to_keep: int = 1, keep_period: int = 0, best: str = ""
@@ -180,6 +183,7 @@ def restore_latest(
 def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State) -> tuple[State | None, str]:
     """The state of a step, or None and what is wrong with it; the same on every process."""
     folder = Path(manager.directory) / str(step)
+    _check_permission(folder)
     # Checkpoints of version 0.1 hold the state alone.
     old = (folder / "default").is_dir()
     state, expected, reason = None, dict[str, Any](), ""
@@ -209,6 +213,28 @@ def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State
     if any_process(bool(reason)):
         return None, reason or "another process cannot read it"
     return state, ""
+
+
+def _check_permission(folder: Path) -> None:
+    """Raises a `UserError` on every process if one of them may not read a file of a checkpoint: it is not damaged."""
+    refused = ""
+
+    def refuse(error: OSError) -> None:
+        nonlocal refused
+        if error.errno in _NOT_READ:
+            refused = refused or f"{error.filename} ({error.strerror})"
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for path in (Path(parent) / name for name in names):
+            try:
+                path.open("rb").close()
+            except OSError as error:
+                refuse(error)
+    if any_process(bool(refused)):
+        raise UserError(
+            f"the checkpoint {folder} cannot be read: {refused or 'another process may not'}; get the permission to, "
+            "or give another run"
+        )
 
 
 def _report(message: str) -> None:

@@ -23,11 +23,8 @@ CARD = "model_card.json"
 # A file that one host wrote may take as long to appear on another.
 _SHARED_SECONDS = 10.0
 
-# What a training appends to, overwrites, or makes files in.
-_WRITTEN = (
-    _LOCK,
-    "metrics.jsonl",
-    "parameters.txt",
+# What a training makes files in, appends to, and replaces.
+_FOLDERS = (
     "samples",
     "tensorboard",
     "profile",
@@ -36,6 +33,8 @@ _WRITTEN = (
     "evaluations",
     "evaluations/points",
 )
+_APPENDED = (_LOCK, "metrics.jsonl")
+_REPLACED = ("config.json", "parameters.txt", "metrics.jsonl", "results.json", "results.md")
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> Path:
@@ -80,13 +79,13 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not a folder; give another path")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir} cannot be used: {existing} is not writable; give another path")
-    if existing == path:
-        _check_permissions(path)
     checkpoints = checkpoint_folder(path)
     if checkpoints.exists() and not checkpoints.is_dir():
         raise UserError(
             f"--workdir={workdir} cannot be used: {checkpoints} is not a folder; mend that, or give another path"
         )
+    if existing == path:
+        _check_permissions(path)
     saved_path = path / "config.json"
     if saved_path.exists():
         _check_same_run(saved_path, workdir, config)
@@ -108,9 +107,10 @@ def _check_permissions(path: Path) -> None:
     if not os.access(path, os.R_OK):
         raise UserError(f"--workdir={path} cannot be used: it cannot be listed; give another path")
     steps = [checkpoint_folder(path) / str(step) for step in checkpoint_steps(path)]
-    places = [path / name for name in _WRITTEN]
-    existing = [place for place in (path, *places, *steps) if place.exists()]
-    check_writable(existing, "get the permission to, or give another --workdir")
+    folders = [place for place in (path, *(path / name for name in _FOLDERS), *steps) if place.exists()]
+    files = [path / name for name in _APPENDED if (path / name).exists()]
+    replaced = [path / name for name in _REPLACED]
+    check_writable(folders, "get the permission to, or give another --workdir", files=files, replaced=replaced)
 
 
 def unreadable_config(place: str | os.PathLike, error: Exception) -> UserError:

@@ -51,16 +51,22 @@ def flat_provenance(provenance: dict) -> dict[str, str]:
     return flat
 
 
+def results_files(workdir: str | os.PathLike, name: str) -> list[Path]:
+    """What `write_results` writes."""
+    stems = Path(workdir) / "evaluations" / name, Path(workdir) / "results"
+    return [stem.with_name(f"{stem.name}{suffix}") for stem in stems for suffix in (".md", ".json")]
+
+
 def write_results(workdir: str | os.PathLike, results: dict, name: str) -> Path:
     """Writes `workdir`/evaluations/NAME.json and .md, the same as `workdir`/results.json and .md; returns the first."""
-    folder, provenance = Path(workdir) / "evaluations", results["provenance"]
-    folder.mkdir(parents=True, exist_ok=True)
+    provenance, files = results["provenance"], results_files(workdir, name)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     lines = [results_table(results), f"{provenance['metric']}.", ""]
     lines += [f"- {key}: {value}" for key, value in flat_provenance(provenance).items()]
-    for stem in (folder / name, Path(workdir) / "results"):
-        write_atomic(stem.with_name(f"{stem.name}.md"), "\n".join(lines) + "\n")
-        write_atomic(stem.with_name(f"{stem.name}.json"), json.dumps(results, indent=1) + "\n")
-    return folder / f"{name}.json"
+    texts = {".md": "\n".join(lines) + "\n", ".json": json.dumps(results, indent=1) + "\n"}
+    for file in files:
+        write_atomic(file, texts[file.suffix])
+    return files[1]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

@@ -47,13 +47,14 @@ from steps import (
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path
 from s2dm_jax.common.report import report_user_errors
+from s2dm_jax.common.signals import end_on_signal, removed_on_signal
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def benchmark_digits(_):
     """Times the digits' default training with an empty compilation cache, then its start with a warm one."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, removed_on_signal(Path(folder)):
         cold = _launch(Path(folder), "cold", [])
         print(f"cold start: first progress line after {cold['first_step']:.1f} s, ", end="")
         print(f"last line after {cold['total']:.1f} s, peak memory {cold['memory_gb']:.2f} GB")
@@ -97,7 +98,7 @@ def benchmark_data(arguments):
     archive = arguments.archive and user_path(arguments.archive, "--archive").resolve()
     if archive and not archive.exists():
         raise UserError(f"--archive={arguments.archive} does not exist; give an archive of images")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, removed_on_signal(Path(folder)):
         if archive:
             _prepare(archive, folder)
         _time_feeds(arguments, Path(folder))
@@ -234,7 +235,7 @@ def main():
             sub.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
             sub.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     arguments = parser.parse_args()
-    with report_user_errors():
+    with end_on_signal("run the same command again"), report_user_errors():
         arguments.run(arguments)
 
 

@@ -9,10 +9,13 @@ import json
 import statistics
 import sys
 import tempfile
+from pathlib import Path
 
 from gpu_stages.programs import compile_train, interleave, published_config, ratio
 from gpu_stages.rates import matmul_rate
 from workers import Worker, WorkerFailed, torch_settings
+
+from s2dm_jax.common.signals import end_on_signal, removed_on_signal
 
 # Config and fields: the published ones, and a small network.
 NETWORKS = {
@@ -90,7 +93,7 @@ def _benchmark(arguments, workers):
         variants |= {"torch eager" if gpu else "torch channels_last": {"channels_last": True, "compile": False}}
     if arguments.torch == "none":
         variants = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, removed_on_signal(Path(folder)):
         workers["s2dm_jax"] = Worker(sys.executable, "train.py", settings, cache_in(folder))
         ours = workers["s2dm_jax"].ready()
         # A second start measures compilation with a warm cache.
@@ -176,4 +179,5 @@ def work(s: dict) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=f"{__doc__}\nRun python scripts/benchmarks/benchmark.py train --help.")
     parser.add_argument("settings", type=json.loads, help="JSON, as written by benchmark_train")
-    work(parser.parse_args().settings)
+    with end_on_signal("the benchmark that started this has ended"):
+        work(parser.parse_args().settings)

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from s2dm_jax.common.signals import end_on_signal, removed_on_signal
 from s2dm_jax.workdir.folder import checkpoint_folder, checkpoint_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,42 +78,51 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     parser.add_argument("--flags", nargs="*", default=[], help="more flags for the runs, given last")
     arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        reference, killed = Path(folder) / "reference", Path(folder) / "killed"
-        print("two uninterrupted runs as the reference …", flush=True)
-        finish(start(reference, arguments.flags))
-        # The second one finds compiled programs in the cache, as a resumed run does.
-        began = time.monotonic()
-        finish(start(Path(folder) / "warm", arguments.flags))
-        seconds = time.monotonic() - began
-        print(f"an uninterrupted run takes {seconds:.1f} s", flush=True)
+    with (
+        end_on_signal("run the same command again"),
+        tempfile.TemporaryDirectory() as folder,
+        removed_on_signal(Path(folder)),
+    ):
+        stress(Path(folder), arguments)
 
-        kills, ended = 0, 0
-        while kills < arguments.kills:
-            before = checkpoint_steps(killed)
-            process = start(killed, arguments.flags)
-            try:
-                output = process.communicate(timeout=rng.uniform(0.02, 1.0) * seconds)[0]
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                output = process.communicate()[0]
-                kills += 1
-            resumed = re.search(r"from step ([\d,]+) of", output)
-            if before and resumed and int(resumed[1].replace(",", "")) < before[-1]:
-                sys.exit(f"checkpoint {before[-1]} exists, but the run resumed from {resumed[1]}:\n{output}")
-            if "damaged" in output or "Traceback" in output or "error:" in output:
-                sys.exit(f"resuming after a kill failed:\n{output}")
-            if process.returncode == 0:
-                # It finished before the kill: the remaining kills hit a new run.
-                check(reference, killed)
-                ended += 1
-                killed = killed.with_name(f"killed_{ended}")
-            else:
-                print(f"kill {kills} of {arguments.kills}: checkpoints {checkpoint_steps(killed)}", flush=True)
-        finish(start(killed, arguments.flags))
-        check(reference, killed)
-        print(f"{kills} kills: the final state is bit-identical, every resume was from the newest checkpoint")
+
+def stress(folder: Path, arguments: argparse.Namespace) -> None:
+    """Kills and resumes a training in `folder`, and compares it with one that was not killed."""
+    rng = random.Random(arguments.seed)
+    reference, killed = folder / "reference", folder / "killed"
+    print("two uninterrupted runs as the reference …", flush=True)
+    finish(start(reference, arguments.flags))
+    # The second one finds compiled programs in the cache, as a resumed run does.
+    began = time.monotonic()
+    finish(start(folder / "warm", arguments.flags))
+    seconds = time.monotonic() - began
+    print(f"an uninterrupted run takes {seconds:.1f} s", flush=True)
+
+    kills, ended = 0, 0
+    while kills < arguments.kills:
+        before = checkpoint_steps(killed)
+        process = start(killed, arguments.flags)
+        try:
+            output = process.communicate(timeout=rng.uniform(0.02, 1.0) * seconds)[0]
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            output = process.communicate()[0]
+            kills += 1
+        resumed = re.search(r"from step ([\d,]+) of", output)
+        if before and resumed and int(resumed[1].replace(",", "")) < before[-1]:
+            sys.exit(f"checkpoint {before[-1]} exists, but the run resumed from {resumed[1]}:\n{output}")
+        if "damaged" in output or "Traceback" in output or "error:" in output:
+            sys.exit(f"resuming after a kill failed:\n{output}")
+        if process.returncode == 0:
+            # It finished before the kill: the remaining kills hit a new run.
+            check(reference, killed)
+            ended += 1
+            killed = killed.with_name(f"killed_{ended}")
+        else:
+            print(f"kill {kills} of {arguments.kills}: checkpoints {checkpoint_steps(killed)}", flush=True)
+    finish(start(killed, arguments.flags))
+    check(reference, killed)
+    print(f"{kills} kills: the final state is bit-identical, every resume was from the newest checkpoint")
 
 
 def check(reference: Path, killed: Path) -> None:

@@ -2,12 +2,21 @@
 
 import ast
 import os
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import atomic_outputs, atomic_path, cache_dir, data_cache_dir, user_path, write_atomic
+from s2dm_jax.common.files import (
+    atomic_outputs,
+    atomic_path,
+    cache_dir,
+    data_cache_dir,
+    read_json,
+    user_path,
+    write_atomic,
+)
 
 
 def fail(*_):
@@ -49,6 +58,15 @@ def test_data_are_on_the_disk_before_the_name_points_to_them(tmp_path, monkeypat
     with atomic_path(tmp_path / "b", fsync=False) as temporary:
         temporary.touch()
     assert calls == ["fsync", "replace", "replace"]
+
+
+def test_what_may_not_be_read_is_made_again_where_it_can_be(tmp_path, monkeypatch, capsys):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert read_json(tmp_path / "point.json", ("values",), "it is measured again") is None
+    assert "point.json cannot be read (Permission denied); it is measured again" in capsys.readouterr().err
 
 
 def test_outputs_appear_together_the_first_last(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import jax
@@ -183,6 +185,7 @@ def test_a_cache_of_programs_that_is_read_only_is_only_read(monkeypatch, tmp_pat
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/programs")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     set_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "programs")
     assert capsys.readouterr().err == ""
@@ -190,6 +193,24 @@ def test_a_cache_of_programs_that_is_read_only_is_only_read(monkeypatch, tmp_pat
     set_compilation_cache()
     assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "1e9"
     assert "are not cached in" in capsys.readouterr().err
+
+
+def test_damaged_programs_are_removed_and_what_cannot_be_cached_is_one_note(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(warnings, "showwarning", lambda *_: None)
+    set_compilation_cache()
+    whole = zlib.compress(b"program")
+    for name, content in {"jit_f-1": whole, "jit_f-2": whole[:-1], "jit_f-3": b"", "jit_g-1": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    message = "Error {} persistent compilation cache entry for 'jit_f': OSError: {}"
+    warnings.showwarning(message.format("reading", "cut"), UserWarning, "compiler.py", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jit_f-1", "jit_g-1"]
+    for _ in range(2):
+        warnings.showwarning(message.format("writing", "No space"), UserWarning, "compiler.py", 1)
+    assert capsys.readouterr().err == (
+        f"note: 2 compiled programs in {tmp_path} were cut short or changed, and are compiled again\n"
+        f"note: writing compiled programs in {tmp_path} failed (OSError: No space)\n"
+    )
 
 
 def test_a_path_that_is_not_utf_8_is_refused():

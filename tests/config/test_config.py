@@ -76,6 +76,7 @@ BAD_COMMANDS = [
         ["--coordinator_address=host", "--num_processes=2", "--process_id=0"],
         "--coordinator_address=host is not HOST:PORT; for example --coordinator_address=node0:1234",
     ),
+    (["--coordinator_address=a:99999", "--num_processes=2", "--process_id=0"], "--coordinator_address=a:99999 is not"),
     (
         ["--coordinator_address=host:1", "--num_processes=2", "--process_id=2"],
         "--process_id=2 is out of range: with --num_processes=2 it must be from 0 to 1",
@@ -420,6 +421,9 @@ def test_a_full_disk_is_reported_in_one_sentence_and_other_failures_are_not(monk
     with pytest.raises(SystemExit):
         fails_with(PermissionError(errno.EACCES, "Permission denied", "runs/a/metrics.jsonl"))
     assert "error: runs/a/metrics.jsonl cannot be read or written (Permission denied)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fails_with(NotADirectoryError(errno.ENOTDIR, "Not a directory", "runs/a/evaluations/points"))
+    assert "error: runs/a/evaluations/points cannot be used (Not a directory)" in capsys.readouterr().err
     with pytest.raises(PermissionError):
         fails_with(PermissionError(errno.EACCES, "Permission denied"))
 

@@ -488,6 +488,15 @@ def test_a_flipped_byte_in_the_cache_is_noticed(cache, tmp_path, name):
         load_dataset(config)
 
 
+def test_an_entry_that_may_not_be_read_is_not_made_anew(tmp_path, monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"entry/provenance\.json cannot be read \(Permission denied\)"):
+        dataset_cache.is_ready(tmp_path / "entry")
+
+
 def test_what_a_killed_process_left_is_made_anew(cache, tmp_path):
     source = make_folder(tmp_path / "folder", PICTURES)
     folder = dataset_cache.prepare_dataset(config_for(source))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.errors import LostProcess, UserError
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.io import from_json
 from s2dm_jax.devices import distributed
@@ -152,6 +152,33 @@ def test_launchers_are_recognised(monkeypatch, environment, joins):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
     initialize_distributed()
     assert len(joined) == joins
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"])
+def test_a_launcher_with_another_number_is_named(monkeypatch, name):
+    for slurm in distributed._SLURM:
+        monkeypatch.setenv(slurm, "1")
+    monkeypatch.setenv(name, "2(x2)")
+    with pytest.raises(UserError, match=rf"{name}=2\(x2\) is no number of processes"):
+        initialize_distributed()
+
+
+def test_a_process_that_is_lost_ends_the_others_with_a_sentence(monkeypatch):
+    def lose(message):
+        with distributed.noticing_lost_processes():
+            raise jax.errors.JaxRuntimeError(message)
+
+    lost, other = (
+        "UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1",
+        "RESOURCE_EXHAUSTED",
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        lose(lost)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(LostProcess, match=r"another process of this run has ended, .* Connection closed by peer"):
+        lose(lost)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        lose(other)
 
 
 def test_a_tpu_on_its_own_stays_alone_but_a_cluster_that_fails_is_an_error(monkeypatch):

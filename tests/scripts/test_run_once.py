@@ -31,6 +31,15 @@ def test_commands_run_in_order_and_once(tmp_path):
     assert run_once(path, workdir, []) == RESULTS
 
 
+@pytest.mark.parametrize("damaged", ["", '{"eval": {"nf', "{}"])
+def test_stored_results_that_a_power_failure_cut_short_are_made_again(tmp_path, capfd, damaged):
+    path, workdir = tmp_path / "a.json", tmp_path / "run"
+    path.write_text(damaged)
+    assert run_once(path, workdir, [writer(workdir)]) == RESULTS
+    assert json.loads(path.read_text()) == RESULTS
+    assert f"{path} is empty or damaged; it is made again" in capfd.readouterr().err
+
+
 def test_a_failed_command_stores_nothing(tmp_path):
     path, workdir = tmp_path / "a.json", tmp_path / "run"
     with pytest.raises(UserError, match="run could not be trained or evaluated; the command above reports why"):

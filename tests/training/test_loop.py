@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import ToyNetwork, full_disk, small_config
 
-from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.errors import UserError, WriteError
 from s2dm_jax.data import device_feed
 from s2dm_jax.data.batches import batch_at
 from s2dm_jax.data.datasets import load_digits
@@ -276,3 +276,32 @@ def test_telemetry_on_a_full_disk_names_its_file_and_does_not_wait(tmp_path, nam
     with full_disk(100_000), pytest.raises(OSError, match="File too large") as error:
         write(writer)
     assert error.value.filename == str(tmp_path / name)
+
+
+def test_telemetry_that_is_removed_meanwhile_is_made_anew_and_a_removed_folder_is_noticed(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    writer = telemetry.MetricWriter(workdir, 0)
+    writer.scalars(1, {"loss": 1.0})
+    (workdir / "metrics.jsonl").unlink()
+    shutil.rmtree(workdir / "tensorboard")
+    writer.scalars(2, {"loss": 0.5})
+    writer.close()
+    assert [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()] == [2]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    shutil.rmtree(workdir)
+    with pytest.raises(WriteError, match="No such file"):
+        writer.scalars(3, {"loss": 0.1})
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch, capsys):
+    def refuse():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: vm.xplane.pb; No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", refuse)
+    profile = telemetry.Profile(tmp_path, 0, 1)
+    profile.before_chunk(2)
+    profile.after_chunk(4, jnp.zeros(()))
+    profile.close()
+    assert capsys.readouterr().err.count("no trace could be written to") == 1

@@ -122,6 +122,23 @@ def test_newest_checkpoint_that_verifies_is_used(saved, tmp_path, capsys, damage
     assert_state(checkpoint.restore_latest(manager, state_of(0)), 3)
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "run")
+    file, read = largest_file(tmp_path / "run" / "checkpoints" / "3"), Path.open
+
+    def refuse(path, *arguments, **options):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    manager = checkpoint.open_checkpoints(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"3 cannot be read: {file} \(Permission denied\)"):
+        checkpoint.restore_latest(manager, state_of(0), quarantine=True)
+    assert file.exists()
+    assert_state(checkpoint.restore_latest(manager, state_of(0), step=2), 2)
+
+
 def test_where_none_verifies_nothing_is_touched(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     for step in (1, 2, 3):

@@ -8,7 +8,7 @@ from helpers import FunctionNetwork, save_run, small_config
 
 from s2dm_jax import main
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.common.files import why_not_writable
+from s2dm_jax.common.files import check_writable, why_not_replaceable, why_not_writable
 from s2dm_jax.config.build import build_schedule
 from s2dm_jax.evaluation import evaluate
 from s2dm_jax.inference.model import Model
@@ -39,10 +39,36 @@ def run(tmp_path_factory):
 
 def test_what_cannot_be_written_is_found_by_trying(tmp_path):
     (tmp_path / "file").touch()
-    assert why_not_writable(tmp_path / "new" / "folder") == why_not_writable(tmp_path / "file") == ""
-    assert why_not_writable(tmp_path / "file" / "folder") == "Not a directory"
+    assert why_not_writable(tmp_path / "new" / "folder") == why_not_writable(tmp_path / "file", is_file=True) == ""
+    assert why_not_writable(tmp_path / "file" / "folder") == why_not_writable(tmp_path / "file") == "Not a directory"
     assert why_not_writable(f"{UNWRITABLE}/new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_others_own_in_a_sticky_folder_cannot_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    tmp_path.chmod(0o1777)
+    files = tmp_path / "file", tmp_path / "new", tmp_path / "folder" / "new"
+    assert [why_not_replaceable(file) for file in files] == [""] * 3
+    monkeypatch.setattr("os.geteuid", lambda: 2**31 - 1)
+    assert "sticky" in why_not_replaceable(files[0])
+    assert [why_not_replaceable(file) for file in files[1:]] == [""] * 2
+    with pytest.raises(UserError, match=r"file cannot be written to \(another user's, .*\); give --out"):
+        check_writable([tmp_path], "give --out", replaced=files)
+
+
+def test_what_is_written_last_is_checked_before_the_work(run, tmp_path, monkeypatch):
+    work = []
+    monkeypatch.setattr("os.geteuid", lambda: 2**31 - 1)
+    tmp_path.chmod(0o1777)
+    (tmp_path / "results.md").touch()
+    config = small_config(**CONFIG)
+    model = Model(config, None, None, {}, 7)
+    monkeypatch.setattr(evaluate, "load", lambda *_: model)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: work.append(1))
+    with pytest.raises(UserError, match=r"results\.md cannot be written to"):
+        evaluate.evaluate_run(config, str(run), str(tmp_path))
+    assert work == []
 
 
 @pytest.mark.parametrize(
