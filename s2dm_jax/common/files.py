@@ -98,6 +98,8 @@ def why_not_writable(place: str | os.PathLike, *, is_file: bool = False) -> str:
             path.open("ab").close()
         else:
             tempfile.TemporaryFile(dir=existing).close()
+    except NotADirectoryError:
+        return f"{existing} is not a folder"
     except OSError as error:
         return error.strerror or str(error)
     return ""

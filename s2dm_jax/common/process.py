@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 
 _OFF = frozenset({"", "0", "n", "no", "f", "false", "off"})
 _ON = frozenset({"", "1", "y", "yes", "t", "true", "on"})
@@ -38,8 +39,9 @@ def set_up_process() -> None:
     """Makes a command's output and results independent of its environment; before jax is imported.
 
     Characters that stdout and stderr cannot encode become question marks. Settings of JAX in the environment that would
-    change the results are removed, with a line on stderr for each.
+    change the results are removed, with a line on stderr for each. Warnings are one line, without a line of source.
     """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

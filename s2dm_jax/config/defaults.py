@@ -130,7 +130,7 @@ FIELDS: dict[str, Field] = {
     "variance_head.dropout": Field(False, doc="whether the frozen network's dropout is on"),
     "train.steps": Resumable(500_000, low=1, high=_MAX_STEPS, doc="optimizer steps in total"),
     "train.batch_size": Field(128, low=1, high=_MAX_BATCH, doc="global batch size, over all devices"),
-    "train.lr": Field(2e-4, low=1e-12, doc="learning rate of Adam"),
+    "train.lr": Field(2e-4, low=1e-12, high=10.0, doc="learning rate of Adam"),
     "train.grad_clip": Field(1.0, low=0.0, doc="largest global norm of the gradient; 0: no clipping"),
     "train.ema_decay": Field(0.9999, low=0.0, high=1.0, doc="decay of the EMA of the weights per step"),
     "train.ema_start": Field("initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"),

@@ -55,6 +55,13 @@ def test_the_same_images_whatever_the_environment_says(tmp_path):
         np.testing.assert_array_equal(one["images"], other["images"])
 
 
+def test_a_warning_is_one_line_without_source():
+    code = (
+        "from s2dm_jax.common.process import set_up_process; set_up_process(); import warnings; warnings.warn('a\\nb')"
+    )
+    assert run("-c", code).stderr == b"warning: a b\n"
+
+
 def test_settings_that_change_nothing_are_not_mentioned(monkeypatch, capsys):
     neutral = {"JAX_ENABLE_X64": "False", "JAX_NUMPY_RANK_PROMOTION": "allow", "JAX_THREEFRY_PARTITIONABLE": "1"}
     for name, value in neutral.items():

@@ -132,10 +132,12 @@ def test_nonsense_is_noted_and_leaves_a_gap_where_it_is_not_finite(config, data,
     row, notes = found["saturated"]
     assert (row["saturated"], row["not_finite"]) == (1.0, 0)
     assert "frechet_distance" in row
-    assert notes[0].startswith("100.0 % of the images' values are 0 or 255, of real images 0.9 % (ddim")
+    assert notes[0].startswith("ddim, NFE 2: 100.0 % of the images' values are 0 or 255, of real images 0.9 % (ddim")
     row, notes = found["nan"]
     assert not {"frechet_distance", "normalized"} & row.keys()
-    assert notes[0].startswith("20 of 20 images have values that are not finite (ddim, timestep_spacing uniform, NFE 2")
+    assert notes[0].startswith(
+        "ddim, NFE 2: 20 of 20 images have values that are not finite (ddim, timestep_spacing uniform, NFE 2"
+    )
 
 
 def test_a_metric_that_is_not_finite_is_a_gap(config, data, sampled, tmp_path, monkeypatch):

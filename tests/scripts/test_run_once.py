@@ -8,7 +8,7 @@ from run_once import parse_nfe, run_once
 
 from s2dm_jax.common.errors import UserError
 
-RESULTS = {"eval": {"nfe": [5, 10]}, "rows": []}
+RESULTS = {"eval": {"nfe": [5, 10]}, "rows": [{"name": "ddim", "frechet_distance": 1.0}]}
 
 
 def writer(workdir, code=0):
