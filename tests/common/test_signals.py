@@ -44,7 +44,7 @@ with end_on_signal("the training is saved"):
 PREPARING = """
 import sys, time
 from s2dm_jax import main
-main.prepare_dataset = lambda config: (print("busy", flush=True), time.sleep(60))
+main.prepare_dataset = lambda *_: (print("busy", flush=True), time.sleep(60))
 sys.argv = ["main", "--config=configs/digits.py", f"--workdir={sys.argv[1]}/run"]
 main.main()
 """

@@ -40,7 +40,8 @@ def run(tmp_path_factory):
 def test_what_cannot_be_written_is_found_by_trying(tmp_path):
     (tmp_path / "file").touch()
     assert why_not_writable(tmp_path / "new" / "folder") == why_not_writable(tmp_path / "file", is_file=True) == ""
-    assert why_not_writable(tmp_path / "file" / "folder") == why_not_writable(tmp_path / "file") == "Not a directory"
+    for place in ("file/folder", "file"):
+        assert why_not_writable(tmp_path / place) == f"{tmp_path / 'file'} is not a folder"
     assert why_not_writable(f"{UNWRITABLE}/new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
