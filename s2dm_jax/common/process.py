@@ -38,10 +38,14 @@ _IGNORED = {
 def set_up_process() -> None:
     """Makes a command's output and results independent of its environment; before jax is imported.
 
-    Characters that stdout and stderr cannot encode become question marks. Settings of JAX in the environment that would
+    Characters that stdout and stderr cannot encode become question marks; a closed stdout or stderr, as after `>&-`, is
+    opened to nowhere, before a file that is written gets its descriptor. Settings of JAX in the environment that would
     change the results are removed, with a line on stderr for each. Warnings are one line, without a line of source.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

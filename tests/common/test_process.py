@@ -62,6 +62,19 @@ def test_a_warning_is_one_line_without_source():
     assert run("-c", code).stderr == b"warning: a b\n"
 
 
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_stdout_or_stderr_goes_nowhere(closed, tmp_path):
+    code = "import sys; from s2dm_jax.common.report import report_user_errors\nwith report_user_errors():\n"
+    code += f"  file = open({str(tmp_path / 'file')!r}, 'w'); print('a'); print('b', file=sys.stderr)"
+    done = subprocess.run(
+        ["sh", "-c", f'exec {closed}>&-; exec "$0" -c "$1"', sys.executable, code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, *((b"", b"b\n") if closed == "1" else (b"a\n", b"")))
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 def test_settings_that_change_nothing_are_not_mentioned(monkeypatch, capsys):
     neutral = {"JAX_ENABLE_X64": "False", "JAX_NUMPY_RANK_PROMOTION": "allow", "JAX_THREEFRY_PARTITIONABLE": "1"}
     for name, value in neutral.items():
