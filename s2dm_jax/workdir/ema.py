@@ -104,18 +104,19 @@ def sampling_ema(config: ConfigDict, network: "Network", state: "TrainState", wo
     share = averaging.initial_share
     if not averaging.updates or share <= NEGLIGIBLE or (Path(workdir) / CARD).exists():
         return state.ema_params, ""
-    held = f"{100 * share:.3g} % of the EMA are still the initial weights (train.ema_decay={train.ema_decay:g})"
+    held = f"the EMA still holds {100 * share:.3g} % of the initial weights (train.ema_decay={train.ema_decay:g})"
     if train.ema_decay == 1:
-        return state.ema_params, f"{held}, for it never changes: images are made with those"
+        return state.ema_params, f"{held} and never changes; images are sampled from those weights"
     if train.ema_start == "first_step" and share > _UNKNOWN_FIRST_STEP:
-        return state.ema_params, f"{held}, after a first step that is not stored: it is used as it is until 50 %"
+        reason = "after its first step, which is not stored; it is used uncorrected while that is above 50 %"
+        return state.ema_params, f"{held} {reason}"
     is_head = bool(config.variance_head.kind)
     initial = variance_head.init_params(network, train.seed) if is_head else network.init(train.seed)
     ema = jax.tree.map(np.asarray, state.ema_params)
     if not _reachable(ema, initial, averaging, train.lr):
-        return state.ema_params, f"{held}, but not of those that train.seed={train.seed} gives: it is used as it is"
+        return state.ema_params, f"{held}, but not of those that train.seed={train.seed} gives; it is used uncorrected"
     corrected = replicate(corrected_ema(ema, initial, averaging))
-    return corrected, f"{held}: it is corrected for its start, they are taken out"
+    return corrected, f"{held}; images are sampled from the EMA corrected for this"
 
 
 def _reachable(ema: dict, initial: dict, averaging: Averaging, lr: float) -> bool:

@@ -65,7 +65,7 @@ def test_a_long_run_is_sampled_from_its_ema_to_the_bit(tmp_path):
     assert sampling_ema(config_of(0.9), NETWORK, state, tmp_path) == (state.ema_params, "")
     assert sampling_ema(config_of(0.9), NETWORK, state, tmp_path)[0] is state.ema_params
     assert (
-        "1.48 % of the EMA are still the initial weights"
+        "the EMA still holds 1.48 % of the initial weights"
         in sampling_ema(config_of(0.9), NETWORK, trained(40, 0.9)[1], tmp_path)[1]
     )
 
@@ -74,12 +74,12 @@ def test_a_young_run_is_sampled_from_the_average(tmp_path):
     sequence, state = trained(20, 0.999)
     found, note = sampling_ema(config_of(0.999), NETWORK, state, tmp_path)
     assert largest_difference(found, average(sequence[1:], 0.999)) < 2e-4
-    assert "98 % of the EMA are still the initial weights (train.ema_decay=0.999): it is corrected" in note
+    assert "98 % of the initial weights (train.ema_decay=0.999); images are sampled from the EMA corrected" in note
     # Of SA-DPM's start the first step is not stored: later, it is less than one learning rate.
     state = trained(20, 0.999, "first_step")[1]
     found, note = sampling_ema(config_of(0.999, **{"train.ema_start": "first_step"}), NETWORK, state, tmp_path)
     assert found is state.ema_params
-    assert "is used as it is until 50 %" in note
+    assert "is used uncorrected while that is above 50 %" in note
     sequence, state = trained(15, 0.95, "first_step")
     found, note = sampling_ema(config_of(0.95, **{"train.ema_start": "first_step"}), NETWORK, state, tmp_path)
     assert largest_difference(found, average(sequence[1:], 0.95)) < RATE
@@ -93,7 +93,7 @@ def test_only_the_initial_weights_of_the_run_are_subtracted(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     found, note = sampling_ema(config_of(0.999, **{"train.seed": 1}), NETWORK, state, tmp_path)
     assert found is state.ema_params
-    assert "but not of those that train.seed=1 gives: it is used as it is" in note
+    assert "but not of those that train.seed=1 gives; it is used uncorrected" in note
     # A converted run started from weights that somebody else has trained.
     (tmp_path / "model_card.json").write_text("{}")
     assert sampling_ema(config_of(0.999), NETWORK, state, tmp_path) == (state.ema_params, "")
