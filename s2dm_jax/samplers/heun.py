@@ -28,14 +28,13 @@ def heun(
       return_x0: the predictions are those of the first evaluation of every step.
     """
     t, t_next = timestep_pairs(schedule, timesteps)
-    # Evaluations in turn: at the start of a step, at its end. The last step has the first alone.
+    # Evaluations in turn, [2S - 1]: at the start of a step, at its end. The last step has the first alone.
     first = jnp.arange(2 * len(t) - 1) % 2 == 0
     start, end = (jnp.repeat(each, 2)[:-1] for each in (t, t_next))
-    at = jnp.where(first, start, end)  # [2S - 1]
-    signal, sigma = alpha_sigma(log_alpha_bar(schedule, at, x_T.dtype))
+    signal, sigma = alpha_sigma(log_alpha_bar(schedule, start, x_T.dtype))
     signal_end, sigma_end = alpha_sigma(log_alpha_bar(schedule, end, x_T.dtype))
-    signal_start, sigma_start = alpha_sigma(log_alpha_bar(schedule, start, x_T.dtype))
-    h = sigma_end / signal_end - sigma_start / signal_start
+    h = sigma_end / signal_end - sigma / signal
+    at = jnp.where(first, start, end)
 
     def evaluation(state, inputs):
         x, origin, slope = state
@@ -47,4 +46,5 @@ def heun(
 
     zeros = jnp.zeros_like(x_T)
     output = scan_sampler(evaluation, (x_T, zeros, zeros), (first, at, signal, sigma, signal_end, h), return_x0)
+    # alpha and sigma are those of first evaluations, and so the predictions are theirs alone.
     return (output[0], output[1][::2]) if return_x0 else output
