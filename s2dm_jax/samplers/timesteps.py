@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike
 from s2dm_jax.samplers.specs import check_options, nfe_of, steps_for_nfe
 
 DEFAULT_NFE = 10
+# Of Karras et al. 2022.
+_RHO = 7
 
 
 class TimestepSpec(NamedTuple):
@@ -141,7 +143,6 @@ def _distinct(T: int, timesteps: np.ndarray) -> np.ndarray:
     return (np.minimum(np.maximum.accumulate(np.floor(timesteps) - rank), T - steps) + rank).astype(np.int32)
 
 
-_RHO = 7
 SPACING_FUNCTIONS = {
     "uniform": uniform_timesteps,
     "quadratic": quadratic_timesteps,
@@ -151,6 +152,8 @@ SPACING_FUNCTIONS = {
 # Functions of λ at each timestep in the place of T.
 LOG_SNR_SPACINGS = {"logsnr": log_snr_timesteps, "karras": karras_timesteps}
 SPACINGS = (*SPACING_FUNCTIONS, *LOG_SNR_SPACINGS, "optimal")
+# What those that depend on more than T are checked as.
+_STAND_INS = {"optimal": "uniform", **dict.fromkeys(LOG_SNR_SPACINGS, "trailing")}
 
 
 def check_timesteps(T: int, timesteps: ArrayLike) -> np.ndarray:
@@ -218,10 +221,7 @@ def _spaced_timesteps(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndar
     try:
         if spec.timestep_spacing in LOG_SNR_SPACINGS and log_snr is not None:
             return LOG_SNR_SPACINGS[spec.timestep_spacing](log_snr, steps)
-        spacing = {"optimal": "uniform", **dict.fromkeys(LOG_SNR_SPACINGS, "trailing")}.get(
-            spec.timestep_spacing, spec.timestep_spacing
-        )
-        return SPACING_FUNCTIONS[spacing](T, steps)
+        return SPACING_FUNCTIONS[_STAND_INS.get(spec.timestep_spacing, spec.timestep_spacing)](T, steps)
     except ValueError as error:
         if spec.steps:
             raise
