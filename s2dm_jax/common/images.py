@@ -2,7 +2,7 @@
 
 import math
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,9 @@ def to_uint8(x: jax.Array) -> jax.Array:
     return jnp.floor(unit * 255.0 + 0.5).astype(jnp.uint8)
 
 
-def saturated_share(images: np.ndarray) -> float:
-    """The share of the values of uint8 images, of any shape, that are 0 or 255: the ends of the range."""
-    return float(np.mean((images == 0) | (images == 255)))
+def is_saturated(images: Any) -> Any:
+    """Which values of uint8 images, of numpy or jax and any shape, are 0 or 255, the ends of the range: bool."""
+    return (images == 0) | (images == 255)
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:

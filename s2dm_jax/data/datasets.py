@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.images import saturated_share
+from s2dm_jax.common.images import is_saturated
 from s2dm_jax.data.cache import PROVENANCE, cached_folder, check_hashes, is_ready, prepare_dataset
 from s2dm_jax.data.import_images import SPLITS
 
@@ -52,7 +52,7 @@ class Dataset(NamedTuple):
 
 
 def _saturation(images: np.ndarray) -> float:
-    return saturated_share(images[:: math.ceil(images.size / _COUNTED_VALUES)])
+    return float(is_saturated(images[:: math.ceil(images.size / _COUNTED_VALUES)]).mean())
 
 
 def load_digits() -> Dataset:

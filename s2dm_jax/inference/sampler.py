@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.images import to_uint8
+from s2dm_jax.common.images import is_saturated, to_uint8
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.config.defaults import SAMPLER_OPTIONS
 from s2dm_jax.devices.distributed import is_main_process
@@ -48,17 +48,9 @@ class CompiledSampler:
     program: SamplerConfig
     arguments: dict
 
-    def __call__(
-        self,
-        params: dict,
-        timesteps: np.ndarray,
-        seed: int,
-        indices: np.ndarray | jax.Array,
-        *,
-        x_T: jax.Array | None = None,
-        trajectory: bool = False,
-    ) -> jax.Array:
-        return self.with_counts(params, timesteps, seed, indices, x_T=x_T, trajectory=trajectory)[0]
+    def __call__(self, *inputs: Any, **options: Any) -> jax.Array:
+        """The images of `with_counts`."""
+        return self.with_counts(*inputs, **options)[0]
 
     def with_counts(
         self,
@@ -264,7 +256,7 @@ def _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, ar
 
 
 def _counts(images, not_finite):
-    return jnp.stack([part.sum((1, 2, 3)) for part in ((images == 0) | (images == 255), not_finite)], 1)
+    return jnp.stack([part.sum((1, 2, 3)) for part in (is_saturated(images), not_finite)], 1)
 
 
 def sample_batches(
