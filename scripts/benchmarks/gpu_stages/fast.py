@@ -90,12 +90,12 @@ _FRESH = {"S2DM_JAX_BENCHMARK_PROCESS": "beside PyTorch"}
 PARTS = {
     "rates": Part(rates.run, 30),
     "cifar10": Part(cifar10, 200),
-    "objectives": Part(objectives, 90),
+    "objectives": Part(objectives, 250),
     "sampling": Part(sampling.sampling, 50),
     "inception": Part(sampling.inception, 50),
     "end_to_end": Part(sampling.end_to_end, 100),
-    "celeba64": Part(celeba64, 90),
-    "celebahq256": Part(celebahq256, 150),
+    "celeba64": Part(celeba64, 100),
+    "celebahq256": Part(celebahq256, 250),
     "cifar10_K2_torch": Part(cifar10_k2_torch, 120, _FRESH),
     "celeba64_torch": Part(celeba64_torch, 150, _FRESH),
 }
