@@ -97,6 +97,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             steps, base = factor * args.steps, out / objective / f"seed{seed}"
             seed_flag = f"--config.train.seed={seed}"
             train = [f"--config={args.config}:{objective}", seed_flag, nfe, f"--config.train.steps={steps}"]
+            train += ["--config.eval.timestep_spacing=uniform"]
             evaluate = ["--mode=evaluate", nfe, "--config.eval.samplers=ddpm,analytic"]
             evaluate += ["--config.eval.timestep_spacing=linspace", "--config.eval.variance=small"]
             evaluate += [f"--config.eval.noise_stat_images={args.images}"]

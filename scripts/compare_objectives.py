@@ -101,6 +101,8 @@ def results_of(args: argparse.Namespace, seed: int, variant: Variant) -> dict:
     flags = [f"--config={args.config}:{objective}", f"--workdir={workdir}"]
     flags += [f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
     flags += [f"--config.eval.nfe={args.nfe}", f"--config.eval.skip_scale={skip_scale}"]
+    # As in the papers' tables.
+    flags += ["--config.eval.timestep_spacing=uniform"]
     return run_once(result_path(args, seed, variant), workdir, [main_command(*flags)], parse_nfe(args.nfe))
 
 

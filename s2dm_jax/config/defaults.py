@@ -30,7 +30,9 @@ _MAX_T, _MAX_STEPS, _MAX_BATCH, _MAX_IMAGES = 100_000, 10**9, 2**20, 10**8
 # The keyword arguments of `inference.sampler.configure_sampler` that the groups `sample` and `eval` share.
 SAMPLER_OPTIONS: dict[str, Field] = {
     "timestep_spacing": Resumable(
-        "uniform", choices=SPACINGS, doc="how the timesteps are spaced; optimal is Analytic-DPM's dynamic programme"
+        "auto",
+        choices=SPACINGS,
+        doc="how the timesteps are spaced; auto: what suits the sampler best; optimal: Analytic-DPM's dynamic programme",
     ),
     "eta": Resumable(0.0, low=0.0, high=1.0, doc="DDIM's noise: 0 is deterministic, 1 has DDPM's posterior variance"),
     "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0"),

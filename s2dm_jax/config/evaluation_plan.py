@@ -5,15 +5,18 @@ from typing import NamedTuple
 import numpy as np
 
 from s2dm_jax.config.metrics import split_names
-from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, sampler_name
-from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps
+from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, check_options, sampler_name
+from s2dm_jax.samplers.timesteps import SPACINGS, TimestepSpec, auto_spacing, plan_timesteps
 
 FEATURES = ("auto", "inception", "classifier")
 REFERENCES = ("auto", "train", "held_out")
 
 
 class EvalPoint(NamedTuple):
-    """A sampler at an NFE, a line of the table of results; `options` are its keyword arguments besides defaults."""
+    """A sampler at an NFE, a line of the table of results; `options` are its keyword arguments besides defaults.
+
+    `timestep_spacing` is never "auto", but what that is for the sampler and the schedule.
+    """
 
     sampler: str
     nfe: int
@@ -22,25 +25,26 @@ class EvalPoint(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The sampler with its options, as in the table: "ddim, eta 1"."""
-        spacing = {} if self.timestep_spacing == "uniform" else {"timestep_spacing": self.timestep_spacing}
-        return ", ".join([self.sampler, *(f"{name} {value}" for name, value in (spacing | self.options).items())])
+        """The sampler with its spacing and options, as in the table: "ddim, quadratic, eta 1"."""
+        return ", ".join([self.sampler, self.timestep_spacing, *(f"{name} {v}" for name, v in self.options.items())])
 
-    def timesteps(self, T: int) -> np.ndarray:
+    def timesteps(self, T: int, log_snr: np.ndarray | None = None) -> np.ndarray:
         """The timesteps [S] that it visits, ascending; for the spacing "optimal" as many others."""
         spec = TimestepSpec(nfe=self.nfe, timestep_spacing=self.timestep_spacing)
-        return plan_timesteps(T, self.sampler, spec, **self.options)
+        return plan_timesteps(T, self.sampler, spec, log_snr=log_snr, **self.options)
 
 
-def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
+def plan_evaluation(
+    T: int, fields: dict, log_snr: np.ndarray | None = None
+) -> tuple[list[EvalPoint], list[str]]:
     """The points that a config's group `eval` requests, sampler by sampler, and one sentence for each skipped pair.
 
     A pair of sampler and NFE that is impossible, as F-PNDM with 10, is skipped. An option applies to those of the
-    samplers that have it.
+    samplers that have it. `log_snr` is the schedule's, as for `plan_timesteps`.
 
     Raises:
-      ValueError: for an unknown or repeated sampler, an option that no sampler has, an NFE that no sampler can run
-        with, a sampler that can run with none. The message begins with the name of a field.
+      ValueError: for an unknown or repeated sampler, an option that no sampler has or a value that it cannot have, and
+        where no pair is possible. The message begins with the name of a field.
     """
     samplers = [sampler_name(name) for name in split_names(fields["samplers"])]
     for name in samplers:
@@ -57,18 +61,21 @@ def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
         if not any(name in SAMPLERS[sampler].options for sampler in samplers):
             owners = ", ".join(sampler for sampler, spec in SAMPLERS.items() if name in spec.options)
             raise ValueError(f"{name}={value!r} is no option of {', '.join(samplers)}, only of {owners}")
-    points, skipped = [], {}
+    spacing = fields["timestep_spacing"]
+    if spacing not in SPACINGS:
+        raise ValueError(f"timestep_spacing={spacing!r} is not one of {', '.join(SPACINGS)}")
+    points, reasons, skipped = [], [], []
     for sampler in samplers:
         options = {name: value for name, value in requested.items() if name in SAMPLERS[sampler].options}
+        check_options(sampler, **options)
         for nfe in fields["nfe"]:
-            point = EvalPoint(sampler, nfe, fields["timestep_spacing"], options)
+            point = EvalPoint(sampler, nfe, auto_spacing(sampler, log_snr) if spacing == "auto" else spacing, options)
             try:
-                point.timesteps(T)
+                point.timesteps(T, log_snr)
                 points.append(point)
             except ValueError as error:
-                skipped[sampler, nfe] = str(error)
-    # A sampler or an NFE without any point is an error.
-    for request in (*samplers, *fields["nfe"]):
-        if not any(request in (point.sampler, point.nfe) for point in points):
-            raise ValueError(next(reason for pair, reason in skipped.items() if request in pair))
-    return points, [f"no {sampler} at {nfe}: {reason}" for (sampler, nfe), reason in skipped.items()]
+                reasons.append(str(error))
+                skipped.append(f"no {sampler} at {nfe}: {error}")
+    if not points:
+        raise ValueError(reasons[0])
+    return points, skipped

@@ -141,7 +141,7 @@ def _check_sampling(config: ConfigDict) -> None:
     if sample.timestep_spacing == "optimal" and sampler.requires != "ms_eps":
         raise UserError(
             f"config.sample.timestep_spacing='optimal' is only for the sampler analytic, not {sample.sampler}, whose "
-            "covariance it is optimal for; choose uniform, quadratic or linspace"
+            "covariance it is optimal for; choose auto, or another spacing"
         )
     special = [name for name in ("interpolate", "trajectory", "compare") if sample[name]]
     if len(special) > 1:

@@ -142,7 +142,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
     workdir, out = (place and user_path(place, name) for place, name in ((workdir, "workdir"), (out, "out")))
     options = model.config.eval
     model = model._replace(saturation=data.saturation)
-    points, skipped = plan_evaluation(model.schedule.T, options.to_dict())
+    points, skipped = plan_evaluation(model.schedule.T, options.to_dict(), model.schedule.log_snr)
     names, batch_size = parse_metrics(options.metrics), device_batch_size(options.batch_size)
     features = build_features(model.config, data)
     if options.feature_extractor != "auto":
@@ -233,7 +233,7 @@ def _sampled(model, weights, point, features, batch_size, counts):
         "schedule": model.config.diffusion.to_dict(),
         **_skip_scale_options(model.config.eval),
         "activations": model.network.dtype,
-        "point": {**point._asdict(), "steps": len(point.timesteps(model.schedule.T))},
+        "point": {**point._asdict(), "steps": len(point.timesteps(model.schedule.T, model.schedule.log_snr))},
     }
     requires = SAMPLERS[point.sampler].requires
     if requires:

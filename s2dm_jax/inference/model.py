@@ -120,7 +120,7 @@ class Model(NamedTuple):
     def fault_of(self, ends: Ends, sampler: str = "ddim", **options: Any) -> Fault | None:
         """`saturation.fault_of` the images that `sampler` with these options made."""
         diffusion, dtype = self.config.diffusion, self.network.dtype
-        words = sampling_in_words(self.schedule.T, diffusion.schedule, dtype, sampler, **options)
+        words = sampling_in_words(self.schedule.log_snr, diffusion.schedule, dtype, sampler, **options)
         return fault_of(ends, self.real_saturation, *words)
 
     def real_saturation(self) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
-from s2dm_jax.samplers.timesteps import plan_timesteps, split_timestep_spec
+from s2dm_jax.samplers.timesteps import auto_spacing, plan_timesteps, split_timestep_spec
 
 # Where no real images are at hand: drawings on a plain ground may have as many, photographs never.
 _LIMIT_WITHOUT_DATA = 0.95
@@ -85,14 +85,21 @@ def fault_of(ends: Ends, real: Callable[[], float | None], how: str, remedies: s
     return Fault(text, hopeless=False)
 
 
-def sampling_in_words(T: int, schedule: str, dtype: str, sampler: str, **options: Any) -> tuple[str, str]:
-    """How images were sampled with `configure_sampler`'s options, and what may help where they are nonsense."""
+def sampling_in_words(
+    log_snr: np.ndarray, schedule: str, dtype: str, sampler: str, **options: Any
+) -> tuple[str, str]:
+    """How images were sampled with `configure_sampler`'s options, and what may help where they are nonsense.
+
+    `log_snr` is that of the schedule, float [T], and `schedule` its name.
+    """
+    T = len(log_snr)
     spec, others = split_timestep_spec(options)
     own = {name: value for name, value in others.items() if name in SAMPLERS[sampler].options and value is not None}
-    nfe = nfe_of(sampler, len(plan_timesteps(T, sampler, spec, **own)))
-    spacing = "explicit timesteps" if len(spec.timesteps) else f"timestep_spacing {spec.timestep_spacing}"
+    nfe = nfe_of(sampler, len(plan_timesteps(T, sampler, spec, log_snr=log_snr, **own)))
+    chosen = auto_spacing(sampler, log_snr) if spec.timestep_spacing == "auto" else spec.timestep_spacing
+    spacing = "explicit timesteps" if len(spec.timesteps) else f"timestep_spacing {chosen}"
     helps = {
-        "timestep_spacing=uniform": len(spec.timesteps) or spec.timestep_spacing != "uniform",
+        "timestep_spacing=uniform": len(spec.timesteps) or chosen != "uniform",
         "a higher nfe": nfe < T,
         "clip_x0=True": "clip_x0" in SAMPLERS[sampler].options and not own.get("clip_x0"),
         "model.dtype=float32": dtype != "float32",

@@ -19,6 +19,8 @@ class SamplerSpec(NamedTuple):
       min_steps: smallest number of steps.
       stochastic: draws noise at every step, whatever the options.
       requires: input besides the weights: "ms_eps" (Analytic-DPM's statistic), or a variance head's kind ("sn", "npr").
+      auto_spacing: what timestep_spacing="auto" is, by measurement (docs/samplers.md), for a schedule that is almost
+        noise at 0.8·T, such as the linear one, and for others, such as the cosine one.
     """
 
     module: str
@@ -28,23 +30,25 @@ class SamplerSpec(NamedTuple):
     min_steps: int = 1
     stochastic: bool = False
     requires: str = ""
+    auto_spacing: tuple[str, str] = ("quadratic", "truncated_logsnr")
 
 
+_LOG_SNR, _QUADRATIC_OR_UNIFORM = ("truncated_logsnr",) * 2, ("quadratic", "uniform")
 _OPTIMAL = ("mean", "eta", "clip_pixel", "clip_x0")
 
 SAMPLERS = {
-    "ddim": SamplerSpec("ddim", ("eta", "clip_x0", "raw_eps")),
-    "ddpm": SamplerSpec("ddim", ("variance", "clip_x0"), stochastic=True),
+    "ddim": SamplerSpec("ddim", ("eta", "clip_x0", "raw_eps"), auto_spacing=_QUADRATIC_OR_UNIFORM),
+    "ddpm": SamplerSpec("ddim", ("variance", "clip_x0"), stochastic=True, auto_spacing=_QUADRATIC_OR_UNIFORM),
     "f_pndm": SamplerSpec("pndm", ("pndm_convention",), extra_evaluations=9, min_steps=4),
     "s_pndm": SamplerSpec("pndm", ("pndm_convention",), extra_evaluations=1, min_steps=2),
     "deis": SamplerSpec("multistep", ("order",)),
-    "dpmpp_2m": SamplerSpec("multistep"),
-    "dpmpp_3m": SamplerSpec("multistep"),
-    "unipc": SamplerSpec("multistep"),
+    "dpmpp_2m": SamplerSpec("multistep", auto_spacing=_LOG_SNR),
+    "dpmpp_3m": SamplerSpec("multistep", auto_spacing=_LOG_SNR),
+    "unipc": SamplerSpec("multistep", auto_spacing=_LOG_SNR),
     "heun": SamplerSpec("heun", evaluations_per_step=2, extra_evaluations=-1),
-    "analytic": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="ms_eps"),
-    "sn": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="sn"),
-    "npr": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="npr"),
+    "analytic": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="ms_eps", auto_spacing=_QUADRATIC_OR_UNIFORM),
+    "sn": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="sn", auto_spacing=_QUADRATIC_OR_UNIFORM),
+    "npr": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="npr", auto_spacing=_QUADRATIC_OR_UNIFORM),
 }
 
 # The choices of each option; None: any number above 0. eta is apart: 0 suits every sampler.

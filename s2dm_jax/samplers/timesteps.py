@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from s2dm_jax.samplers.specs import check_options, nfe_of, steps_for_nfe
+from s2dm_jax.samplers.specs import check_options, nfe_of, spec_of, steps_for_nfe
 
 DEFAULT_NFE = 10
 # Of Karras et al. 2022.
 _RHO = 7
+# Where `truncated_log_snr_timesteps` begins.
+_LEAST_LOG_SNR = -3.2
 
 
 class TimestepSpec(NamedTuple):
@@ -19,14 +21,15 @@ class TimestepSpec(NamedTuple):
     Attributes:
       steps: number of timesteps.
       nfe: network evaluations; 10 where nothing is set.
-      timestep_spacing: one of SPACINGS; ignored with `timesteps`. "optimal" depends on the network
-        (`analytic.optimal_timesteps`): here it stands for as many timesteps of "uniform".
+      timestep_spacing: one of SPACINGS; ignored with `timesteps`. "auto" is the sampler's own (`auto_spacing`).
+        "optimal" depends on the network (`analytic.optimal_timesteps`): here it stands for as many timesteps of
+        "uniform".
       timesteps: a list, ascending.
     """
 
     steps: int = 0
     nfe: int = 0
-    timestep_spacing: str = "uniform"
+    timestep_spacing: str = "auto"
     timesteps: Sequence[int] = ()
 
 
@@ -109,6 +112,27 @@ def log_snr_timesteps(log_snr: np.ndarray, steps: int) -> np.ndarray:
     return _nearest(log_snr, np.linspace(log_snr[-1], log_snr[0], steps))
 
 
+def truncated_log_snr_timesteps(log_snr: np.ndarray, steps: int) -> np.ndarray:
+    """As `log_snr_timesteps`, from the noisiest timestep with λ ≥ −3.2, where 4 % of the image is left, to 0.
+
+    With the linear schedule that is 0.8·T, where `quadratic_timesteps` begins. Equal steps in λ from T−1 on spend a
+    quarter of all evaluations above that, on next to nothing. Where it has fewer than `steps` timesteps, it begins at
+    the noisiest that is needed.
+
+    Args:
+      log_snr: λ of each timestep, float [T], descending.
+      steps: 1 to T.
+
+    Returns:
+      int32 [steps], ascending; distinct, as in `log_snr_timesteps`.
+
+    Raises:
+      ValueError: unless 1 <= steps <= T.
+    """
+    check_steps(len(log_snr), steps)
+    return log_snr_timesteps(log_snr[: max(steps, np.sum(log_snr >= _LEAST_LOG_SNR))], steps)
+
+
 def karras_timesteps(log_snr: np.ndarray, steps: int) -> np.ndarray:
     """Timesteps equally spaced in σ^(1/7), σ = sigma/alpha = e^(−λ) (Karras et al. 2022, eq. 5, ρ = 7).
 
@@ -150,10 +174,31 @@ SPACING_FUNCTIONS = {
     "trailing": trailing_timesteps,
 }
 # Functions of λ at each timestep in the place of T.
-LOG_SNR_SPACINGS = {"logsnr": log_snr_timesteps, "karras": karras_timesteps}
-SPACINGS = (*SPACING_FUNCTIONS, *LOG_SNR_SPACINGS, "optimal")
+LOG_SNR_SPACINGS = {
+    "logsnr": log_snr_timesteps,
+    "truncated_logsnr": truncated_log_snr_timesteps,
+    "karras": karras_timesteps,
+}
+SPACINGS = ("auto", *SPACING_FUNCTIONS, *LOG_SNR_SPACINGS, "optimal")
 # What those that depend on more than T are checked as.
-_STAND_INS = {"optimal": "uniform", **dict.fromkeys(LOG_SNR_SPACINGS, "trailing")}
+_STAND_INS = {**dict.fromkeys(LOG_SNR_SPACINGS, "trailing"), "truncated_logsnr": "uniform", "optimal": "uniform"}
+
+
+# Below this λ, alpha_bar = 0.01, an image is almost noise.
+_ALMOST_NOISE = -2.3
+
+
+def auto_spacing(sampler: str, log_snr: np.ndarray | None = None) -> str:
+    """The spacing that "auto" is for a sampler: the best of those measured in docs/samplers.md.
+
+    "quadratic" begins at 0.8·T, where a schedule such as the cosine one is not near noise yet: it has another.
+
+    Args:
+      sampler: a name in SAMPLERS.
+      log_snr: the schedule's λ at each timestep, float [T]; None for a schedule that is near noise there.
+    """
+    near_noise, other = spec_of(sampler).auto_spacing
+    return near_noise if log_snr is None or log_snr[int(0.8 * len(log_snr)) - 1] <= _ALMOST_NOISE else other
 
 
 def check_timesteps(T: int, timesteps: ArrayLike) -> np.ndarray:
@@ -218,10 +263,11 @@ def plan_timesteps(
 def _spaced_timesteps(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray | None) -> np.ndarray:
     nfe = spec.nfe or DEFAULT_NFE
     steps = spec.steps or steps_for_nfe(sampler, nfe)
+    spacing = auto_spacing(sampler, log_snr) if spec.timestep_spacing == "auto" else spec.timestep_spacing
     try:
-        if spec.timestep_spacing in LOG_SNR_SPACINGS and log_snr is not None:
-            return LOG_SNR_SPACINGS[spec.timestep_spacing](log_snr, steps)
-        return SPACING_FUNCTIONS[_STAND_INS.get(spec.timestep_spacing, spec.timestep_spacing)](T, steps)
+        if spacing in LOG_SNR_SPACINGS and log_snr is not None:
+            return LOG_SNR_SPACINGS[spacing](log_snr, steps)
+        return SPACING_FUNCTIONS[_STAND_INS.get(spacing, spacing)](T, steps)
     except ValueError as error:
         if spec.steps:
             raise

@@ -65,8 +65,9 @@ class Table(NamedTuple):
     note: str = ""
 
 
-# Samplers with their options.
-DDIM: tuple[str, dict] = ("ddim", {})
-PNDM: tuple[str, dict] = ("f_pndm", {})
+# Samplers with their options, on the timesteps of the DDIM and PNDM code.
+_UNIFORM = {"timestep_spacing": "uniform"}
+DDIM: tuple[str, dict] = ("ddim", _UNIFORM)
+PNDM: tuple[str, dict] = ("f_pndm", _UNIFORM)
 # DDIM with the posterior variance of DDPM: "one type of DDPM" in the DDIM code.
-ETA_1: tuple[str, dict] = ("ddim", {"eta": 1.0})
+ETA_1: tuple[str, dict] = ("ddim", {**_UNIFORM, "eta": 1.0})

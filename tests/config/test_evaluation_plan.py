@@ -16,9 +16,9 @@ def plan(**changes):
 
 def test_the_default_is_ddim_at_three_budgets():
     points, skipped = plan()
-    assert points == [EvalPoint("ddim", nfe, "uniform", {}) for nfe in (10, 20, 50)]
+    assert points == [EvalPoint("ddim", nfe, "quadratic", {}) for nfe in (10, 20, 50)]
     assert not skipped
-    assert [point.name for point in points] == ["ddim"] * 3
+    assert [point.name for point in points] == ["ddim, quadratic"] * 3
 
 
 def test_every_sampler_can_be_evaluated_by_its_name():
@@ -33,7 +33,7 @@ def test_options_go_to_the_samplers_that_have_them():
         samplers="ddim,deis,unipc", nfe=(10,), eta=1.0, order=2, clip_x0=False, timestep_spacing="linspace"
     )
     assert [point.options for point in points] == [{"clip_x0": False, "eta": 1.0}, {"order": 2}, {}]
-    assert points[0].name == "ddim, timestep_spacing linspace, clip_x0 False, eta 1.0"
+    assert points[0].name == "ddim, linspace, clip_x0 False, eta 1.0"
     assert points[0].timesteps(1000)[-1] == 999
 
 
@@ -48,18 +48,26 @@ def test_an_nfe_that_a_sampler_cannot_run_with_is_skipped_with_a_reason():
     assert [reason.split(":")[0] for reason in skipped] == ["no ddim at 1009", "no f_pndm at 10"]
 
 
+def test_a_sampler_or_an_nfe_without_any_point_leaves_gaps():
+    points, skipped = plan(samplers="ddim,heun", nfe=(10, 1001))
+    assert [(point.sampler, point.nfe) for point in points] == [("ddim", 10), ("heun", 1001)]
+    assert [reason.split(":")[0] for reason in skipped] == ["no ddim at 1001", "no heun at 10"]
+    points, skipped = plan(samplers="ddim,f_pndm", nfe=(5, 10))
+    assert len(points) == len(skipped) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"samplers": "ddim,plms"}, "samplers='ddim,plms' names 'plms'; there are ddim, ddpm"),
         ({"samplers": "ddim,ddim"}, "must name at least one sampler, none of them twice"),
         ({"samplers": " , "}, "must name at least one sampler"),
-        ({"samplers": "f_pndm", "nfe": (10, 20)}, "nfe=10 is too few for f_pndm"),
-        ({"nfe": (10, 1001)}, "nfe=1001 is not possible"),
+        ({"samplers": "f_pndm", "nfe": (5, 10)}, "nfe=5 is too few for f_pndm"),
+        ({"nfe": (1001,)}, "nfe=1001 is not possible"),
         ({"samplers": "unipc", "eta": 0.5}, "eta=0.5 is no option of unipc, only of ddim"),
-        ({"timestep_spacing": "cosine"}, "timestep_spacing='cosine' is not one of uniform"),
+        ({"timestep_spacing": "cosine"}, "timestep_spacing='cosine' is not one of auto, uniform"),
         ({"timestep_spacing": "optimal"}, "timestep_spacing='optimal' is only for analytic, not for samplers='ddim'"),
-        ({"order": 9, "samplers": "deis"}, "order=9 is not allowed"),
+        ({"order": 9, "samplers": "ddim,deis"}, "order=9 is not allowed"),
     ],
 )
 def test_bad_plans(change, sentence):
@@ -90,7 +98,7 @@ def test_metrics_come_in_one_order_and_fid_always():
         ({"inception_sha256": "6726825d"}, "is no SHA-256: it must be 64 hexadecimal digits"),
         ({"eta": 1.5}, r"config\.eval\.eta=1\.5 is out of range"),
         ({"samplers": "plms"}, r"config\.eval\.samplers='plms' names 'plms'"),
-        ({"nfe": (10, 1001)}, r"config\.eval\.nfe=1001 is not possible"),
+        ({"nfe": (1001,)}, r"config\.eval\.nfe=1001 is not possible"),
         (
             {"samplers": "ddim,sn"},
             r"config\.eval\.samplers='ddim,sn' needs a variance head, which this run does not have",

@@ -122,7 +122,7 @@ def test_timesteps_of_a_spec(spec, expected):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (TimestepSpec(timestep_spacing="cosine"), "timestep_spacing='cosine' is not one of uniform,"),
+        (TimestepSpec(timestep_spacing="cosine"), "timestep_spacing='cosine' is not one of auto, uniform,"),
         (TimestepSpec(), "nfe=10 is too few for f_pndm"),
         (TimestepSpec(nfe=1010), "nfe=1010 is not possible: steps=1001 is out of range"),
         (TimestepSpec(steps=5, nfe=13), "nfe=13 contradicts steps=5: 5 steps of f_pndm make 14"),
