@@ -41,7 +41,8 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     "pndm_convention": Resumable(
         None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM reads at a timestep"
     ),
-    "order": Resumable(None, type=int, choices=OPTIONS["order"], doc="order of DEIS's multistep formula"),
+    "order": Resumable(None, type=int, choices=OPTIONS["order"], doc="order of DEIS, DPM-Solver++ and UniPC"),
+    "variant": Resumable(None, type=str, choices=OPTIONS["variant"], doc="B(h) of UniPC: h or e^h − 1"),
     "mean": Resumable(None, type=str, choices=OPTIONS["mean"], doc="mean of Analytic-, SN- and NPR-DPM's steps"),
     "clip_pixel": Resumable(
         None,
