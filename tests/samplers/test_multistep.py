@@ -116,6 +116,13 @@ def test_order_1_is_ddim(sampler, predictions_of_ddim):
     assert_close(x0, predictions_of_ddim, 1e-12)
 
 
+@pytest.mark.parametrize("sampler", [dpmpp, unipc])
+def test_one_step_is_ddim_whatever_the_order(sampler, predictions_of_ddim):
+    with jax.enable_x64(True):
+        x_0 = sample_golden(sampler, X_T, TIMESTEPS[-1:], "float64", order=3)
+    assert_close(x_0, predictions_of_ddim[0], 1e-12)
+
+
 @pytest.mark.parametrize(("name", "order", "variant"), DIFFUSERS)
 def test_the_numbers_of_diffusers_after_ddims_first_step(name, order, variant, predictions_of_ddim):
     options = {"variant": variant} if variant else {}
