@@ -39,6 +39,7 @@ def perfect_eps(schedule: NoiseSchedule, x: jax.Array, t: jax.Array) -> jax.Arra
     return sigma * (centred - alpha * mode * jnp.tanh(centred * alpha * mode / variance)) / variance
 
 
+@functools.cache
 def exact_solution() -> tuple[np.ndarray, np.ndarray]:
     """Noise at its quantiles, float64 [N, 1, 1, len(DATA)], and where the probability-flow ODE takes it.
 

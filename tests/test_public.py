@@ -32,7 +32,7 @@ PUBLIC = {
     "samplers.ddim": ["ddim", "ddpm"],
     "samplers.pndm": ["f_pndm", "s_pndm"],
     "samplers.heun": ["heun"],
-    "samplers.multistep": ["deis", "dpmpp_2m", "dpmpp_3m", "unipc"],
+    "samplers.multistep": ["deis", "dpmpp", "dpmpp_2m", "dpmpp_3m", "unipc"],
     "samplers.analytic": ["analytic", "sn", "npr", "optimal_timesteps"],
     "config": ["default_config", "set_objective", "set_head"],
     "config.io": ["load_config"],

@@ -32,7 +32,7 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     "timestep_spacing": Resumable(
         "auto",
         choices=SPACINGS,
-        doc="how the timesteps are spaced; auto: what suits the sampler best; optimal: Analytic-DPM's dynamic programme",
+        doc="spacing of the timesteps; auto: the sampler's best; optimal: Analytic-DPM's dynamic programme",
     ),
     "eta": Resumable(0.0, low=0.0, high=1.0, doc="DDIM's noise: 0 is deterministic, 1 has DDPM's posterior variance"),
     "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0"),
@@ -43,7 +43,8 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     "pndm_convention": Resumable(
         None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM reads at a timestep"
     ),
-    "order": Resumable(None, type=int, choices=OPTIONS["order"], doc="order of DEIS's multistep formula"),
+    "order": Resumable(None, type=int, choices=OPTIONS["order"], doc="order of DEIS, DPM-Solver++ and UniPC"),
+    "variant": Resumable(None, type=str, choices=OPTIONS["variant"], doc="B(h) of UniPC: h or e^h − 1"),
     "mean": Resumable(None, type=str, choices=OPTIONS["mean"], doc="mean of Analytic-, SN- and NPR-DPM's steps"),
     "clip_pixel": Resumable(
         None,

@@ -34,9 +34,7 @@ class EvalPoint(NamedTuple):
         return plan_timesteps(T, self.sampler, spec, log_snr=log_snr, **self.options)
 
 
-def plan_evaluation(
-    T: int, fields: dict, log_snr: np.ndarray | None = None
-) -> tuple[list[EvalPoint], list[str]]:
+def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> tuple[list[EvalPoint], list[str]]:
     """The points that a config's group `eval` requests, sampler by sampler, and one sentence for each skipped pair.
 
     A pair of sampler and NFE that is impossible, as F-PNDM with 10, is skipped. An option applies to those of the

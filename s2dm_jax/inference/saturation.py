@@ -85,9 +85,7 @@ def fault_of(ends: Ends, real: Callable[[], float | None], how: str, remedies: s
     return Fault(text, hopeless=False)
 
 
-def sampling_in_words(
-    log_snr: np.ndarray, schedule: str, dtype: str, sampler: str, **options: Any
-) -> tuple[str, str]:
+def sampling_in_words(log_snr: np.ndarray, schedule: str, dtype: str, sampler: str, **options: Any) -> tuple[str, str]:
     """How images were sampled with `configure_sampler`'s options, and what may help where they are nonsense.
 
     `log_snr` is that of the schedule, float [T], and `schedule` its name.

@@ -78,6 +78,48 @@ def _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order):
     return jnp.where(used, mean, 0) * (rho_next - rho)[:, None]
 
 
+def dpmpp(
+    eps_fn: EpsFn,
+    x_T: jax.Array,
+    schedule: NoiseSchedule,
+    timesteps: jax.Array | np.ndarray,
+    *,
+    order: int = 2,
+    return_x0: bool = False,
+) -> SamplerOutput:
+    """DPM-Solver++, multistep (Lu et al. 2022, section 4, algorithm 2); NFE S. Contract: `s2dm_jax.samplers`.
+
+    The prediction of x_0 is extrapolated in the half-log-SNR λ: as a constant (order 1, which is DDIM), a line or a
+    parabola. The first steps have the order that their history allows. The last one, where λ is infinite, must not look
+    back: it is a DDIM step.
+
+    Args:
+      order: predictions that a step combines, 1 to 3. Order 2 takes the line half a step ahead, as the paper. Order 3
+        integrates the parabola exactly; the released code's coefficient of the second difference is half of that, which
+        is of order 2.
+    """
+    check_concrete_options("dpmpp", order=order)
+    t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
+    weights = _parabola_weights(h, growth) if order == 3 else growth / 2
+
+    def step(state, inputs):
+        x, x0_before, difference_before = state
+        t, signal, sigma, decay, gain, weights = inputs
+        x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
+        difference = x0 - x0_before
+        mean = x0
+        if order == 2:
+            mean = x0 + weights * difference
+        elif order == 3:
+            mean_u, second, growth, growth_before = weights
+            slope = growth * difference
+            mean = x0 + mean_u * slope + second * (slope - growth_before * difference_before)
+        return (decay * x + gain * mean, x0, difference), x0
+
+    zeros = jnp.zeros_like(x_T)
+    return scan_sampler(step, (x_T, zeros, zeros), (t, signal, sigma, decay, gain, weights), return_x0)
+
+
 def dpmpp_2m(
     eps_fn: EpsFn,
     x_T: jax.Array,
@@ -86,23 +128,8 @@ def dpmpp_2m(
     *,
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); NFE S. Contract: `s2dm_jax.samplers`.
-
-    The prediction of x_0 is extrapolated linearly in the half-log-SNR λ. The first step has no history, and the last
-    one, where λ is infinite, must not use it: both are DDIM steps.
-    """
-    t, signal, sigma, decay, gain, _, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
-
-    def step(state, inputs):
-        x, x0_before = state
-        t, signal, sigma, decay, gain, growth = inputs
-        x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
-        # Half a step ahead along the line through the last two predictions.
-        ahead = x0 + growth / 2 * (x0 - x0_before)
-        return (decay * x + gain * ahead, x0), x0
-
-    steps = (t, signal, sigma, decay, gain, growth)
-    return scan_sampler(step, (x_T, jnp.zeros_like(x_T)), steps, return_x0)
+    """DPM-Solver++(2M), `dpmpp` of order 2 (Lu et al. 2022, algorithm 2); NFE S. Contract: `s2dm_jax.samplers`."""
+    return dpmpp(eps_fn, x_T, schedule, timesteps, order=2, return_x0=return_x0)
 
 
 def dpmpp_3m(
@@ -113,35 +140,23 @@ def dpmpp_3m(
     *,
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """DPM-Solver++(3M), the multistep solver of order 3 (Lu et al. 2022, section 4); NFE S. Contract:
-    `s2dm_jax.samplers`.
+    """DPM-Solver++(3M), `dpmpp` of order 3 (Lu et al. 2022, section 4); NFE S. Contract: `s2dm_jax.samplers`."""
+    return dpmpp(eps_fn, x_T, schedule, timesteps, order=3, return_x0=return_x0)
 
-    The prediction of x_0 is the parabola in λ through its last three values, integrated exactly; the released code's
-    coefficient of the second difference is half of that, which is of order 2. The first step has order 1, the second
-    order 2, and the last is a DDIM step.
+
+def _parabola_weights(h, growth):
+    """Arrays [S] that make the weighted mean, over a step, of the parabola through the last three x_0:
+    x_0 + mean_u·slope + second·(slope − growth_before·difference_before), slope = growth·difference.
     """
-    t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
     # x_0 = newest + u·first + u·(u + 1/growth)·second, u = 0 … 1 in the step, with divided differences in u.
     two_before = jnp.roll(h, 2)
-    has_two = (jnp.arange(len(t)) >= 2) & (growth > 0)
-    mean_u, mean_u2 = (jnp.where(growth > 0, mean, 0) for mean in _weighted_means(h, x_T.dtype))
+    has_two = (jnp.arange(len(h)) >= 2) & (growth > 0)
+    mean_u, mean_u2 = (jnp.where(growth > 0, mean, 0) for mean in _weighted_means(h, 2))
     growth_before = jnp.where(has_two, h / two_before, 0)
     before = jnp.where(growth > 0, 1 / jnp.where(growth > 0, growth, 1), 0)  # The step before in units of this one.
     span = jnp.where(has_two, before + two_before / h, 1)
     second = jnp.where(has_two, (mean_u * before + mean_u2) / span, 0)
-
-    def step(state, inputs):
-        x, x0_before, difference_before = state
-        t, signal, sigma, decay, gain, mean_u, second, growth, growth_before = inputs
-        x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
-        difference = x0 - x0_before
-        slope = growth * difference
-        mean = x0 + mean_u * slope + second * (slope - growth_before * difference_before)
-        return (decay * x + gain * mean, x0, difference), x0
-
-    zeros = jnp.zeros_like(x_T)
-    steps = (t, signal, sigma, decay, gain, mean_u, second, growth, growth_before)
-    return scan_sampler(step, (x_T, zeros, zeros), steps, return_x0)
+    return mean_u, second, growth, growth_before
 
 
 def unipc(
@@ -150,37 +165,86 @@ def unipc(
     schedule: NoiseSchedule,
     timesteps: jax.Array | np.ndarray,
     *,
+    order: int = 2,
+    variant: str = "bh2",
     return_x0: bool = False,
 ) -> SamplerOutput:
-    """UniPC (Zhao et al. 2023, multistep UniP-2 and UniC-2, B₂(h) = e^h − 1); NFE S. Contract: `s2dm_jax.samplers`.
+    """UniPC (Zhao et al. 2023, algorithms 5 to 8: multistep UniP-p and UniC-p that predict x_0); NFE S. Contract:
+    `s2dm_jax.samplers`.
 
-    Each prediction of x_0 corrects the step that led to it, then serves to predict the next one. The first step has
-    order 1, the last one is a DDIM step that is not corrected.
+    Each prediction of x_0 corrects the step that led to it, then serves to predict the next one. The first and the last
+    steps have lower orders, as in the released code: the first ones those that their history allows, the last one is a
+    DDIM step that is not corrected, and order 3 has order 2 in the one before.
+
+    Args:
+      order: p of UniP-p and UniC-p, 1 to 3: predictions of x_0 that the predictor combines.
+      variant: B(h) of the paper: "bh1" is h, "bh2" e^h − 1. It matters where the paper has no order conditions to
+        solve: in UniP-2 and in UniC-1, so that order 3 depends on it in its lower orders alone.
     """
+    check_concrete_options("unipc", order=order, variant=variant)
     t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
-
-    # The corrector's weights for every step but the last.
-    b_1, b_2 = _weighted_means(h[:-1], x_T.dtype)
-    # Solution of the two order conditions, for the old line's slope and for the new evaluation. Growth is 0 in the
-    # first step alone, where the paper's weight for order 1 is a half.
-    old = (b_1 - b_2) * growth[:-1] / (1 + growth[:-1])
-    new = jnp.where(growth[:-1] == 0, 0.5, b_1 - old)
-    # At timestep i the step from i−1 is corrected; into the first timestep there was none.
-    old, new = (jnp.append(jnp.zeros(1, x_T.dtype), gain[:-1] * weight) for weight in (old, new))  # [S]
+    rates, predictor, corrector = _unipc_weights(h, growth, order, variant)
+    # At timestep i the step from i−1 is corrected; into the first timestep there was none, from the last there is none.
+    zero = jnp.zeros(1, x_T.dtype)
+    predictor = [jnp.append(weight, zero) for weight in predictor]
+    corrector = [jnp.append(zero, gain[:-1] * weight) for weight in corrector]
 
     def step(state, inputs):
-        x, first_order, slope, x0_before = state
-        t, signal, sigma, decay, gain, growth, old, new = inputs
+        x, first_order, slopes, history = state
+        t, signal, sigma, decay, gain, rates, predictor, corrector = inputs
         x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
+        differences = [x0 - before for before in history]
         # Correct the arrival at this timestep. The network is not called again at the corrected x.
-        x = first_order + old * slope + new * (x0 - x0_before)
+        x = _add_weighted(first_order, corrector, [*slopes, differences[0]])
         # Predict the next timestep.
-        slope = growth * (x0 - x0_before)
+        slopes = [rate * difference for rate, difference in zip(rates, differences, strict=False)]
         first_order = decay * x + gain * x0
-        return (first_order + gain * slope / 2, first_order, slope, x0), x0
+        x_next = _add_weighted(first_order, predictor, [gain * slope for slope in slopes])
+        return (x_next, first_order, slopes, [x0, *history[:-1]]), x0
 
-    state = (x_T, x_T, jnp.zeros_like(x_T), jnp.zeros_like(x_T))
-    return scan_sampler(step, state, (t, signal, sigma, decay, gain, growth, old, new), return_x0)
+    zeros = jnp.zeros_like(x_T)
+    state = (x_T, x_T, [zeros] * (order - 1), [zeros] * max(order - 1, 1))
+    return scan_sampler(step, state, (t, signal, sigma, decay, gain, rates, predictor, corrector), return_x0)
+
+
+def _add_weighted(x, weights, arrays):
+    return sum((weight * array for weight, array in zip(weights, arrays, strict=True)), x)
+
+
+def _unipc_weights(h, growth, order, variant):
+    """The weights of UniP's and UniC's slopes in x_0, which `gain` multiplies.
+
+    A slope is a difference of x_0 to the newest one per step: the difference to the k-th before times rates[k − 1].
+
+    Returns:
+      rates, order − 1 arrays [S]; the predictor's weights of those slopes, order − 1 arrays [S − 1]; the corrector's
+      of the same and of the new evaluation's slope, order arrays [S − 1].
+    """
+    rates, h, growth = [growth], h[:-1], growth[:-1]
+    half = jnp.full_like(h, 0.5) if variant == "bh2" else -h / (2 * jnp.expm1(-h))
+    if order == 1:
+        return [], [], [half]
+    b_1, b_2, b_3 = _weighted_means(h, 3)
+    # Solution of the two order conditions of UniC-2. Growth is 0 in the first step alone, whose corrector is UniC-1.
+    old = (b_1 - b_2) * growth / (1 + growth)
+    new = jnp.where(growth == 0, half, b_1 - old)
+    if order == 2:
+        return rates, [half], [old, new]
+    # UniC-3 adds the third divided difference of x_0, at the points 0, −near, −far and 1 in units of the step, times
+    # the mean of θ·(θ + near)·(θ − 1). UniP-3 has the parabola through the first three of them.
+    step = jnp.arange(len(h))
+    third = (step >= 2) & (step < len(h) - 1)
+    near, gap = (jnp.where(third, jnp.roll(h, k) / h, 1) for k in (1, 2))
+    far = near + gap
+    cubic = jnp.where(third, b_3 - (1 - near) * b_2 - near * b_1, 0)
+    corrector = [
+        old - cubic / (gap * (1 + near)),
+        cubic / (gap * (1 + far)),
+        new + cubic / ((1 + near) * (1 + far)),
+    ]
+    second = jnp.where(third, -(b_2 + near * b_1) / gap, 0)
+    rates.append(jnp.append(jnp.where(third, 1 / far, 0), 0))
+    return rates, [jnp.where(third, b_1 - second, half), second], corrector
 
 
 def _log_snr_steps(schedule, timesteps, dtype):
@@ -199,10 +263,10 @@ def _log_snr_steps(schedule, timesteps, dtype):
     return t, signal, sigma, sigma_next / sigma, gain, h, growth
 
 
-def _weighted_means(h, dtype):
-    """Means of θ and θ² over [0, 1] with density e^{−(1−θ)h}, arrays like h: by quadrature, because their closed forms
-    cancel where h is small.
+def _weighted_means(h, highest):
+    """Means of θ, θ², … θ^highest over [0, 1] with density e^{−(1−θ)h}, arrays like h: by quadrature, because their
+    closed forms cancel where h is small.
     """
-    theta = jnp.asarray(_NODES, dtype)
-    density = jnp.asarray(_WEIGHTS, dtype) * jnp.exp(-(1 - theta) * h[..., None])  # [S, Q]
-    return tuple(jnp.sum(density * theta**k, -1) / jnp.sum(density, -1) for k in (1, 2))
+    theta = jnp.asarray(_NODES, h.dtype)
+    density = jnp.asarray(_WEIGHTS, h.dtype) * jnp.exp(-(1 - theta) * h[..., None])  # [S, Q]
+    return [jnp.sum(density * theta**k, -1) / jnp.sum(density, -1) for k in range(1, highest + 1)]

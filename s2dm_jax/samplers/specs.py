@@ -33,8 +33,10 @@ class SamplerSpec(NamedTuple):
     auto_spacing: tuple[str, str] = ("quadratic", "truncated_logsnr")
 
 
-_LOG_SNR, _QUADRATIC_OR_UNIFORM = ("truncated_logsnr",) * 2, ("quadratic", "uniform")
-_OPTIMAL = ("mean", "eta", "clip_pixel", "clip_x0")
+_QUADRATIC_OR_UNIFORM = ("quadratic", "uniform")
+_LOG_SNR_SOLVER = SamplerSpec("multistep", auto_spacing=("truncated_logsnr",) * 2)
+_ANALYTIC_OPTIONS = ("mean", "eta", "clip_pixel", "clip_x0")
+_ANALYTIC = SamplerSpec("analytic", _ANALYTIC_OPTIONS, stochastic=True, auto_spacing=_QUADRATIC_OR_UNIFORM)
 
 SAMPLERS = {
     "ddim": SamplerSpec("ddim", ("eta", "clip_x0", "raw_eps"), auto_spacing=_QUADRATIC_OR_UNIFORM),
@@ -42,13 +44,14 @@ SAMPLERS = {
     "f_pndm": SamplerSpec("pndm", ("pndm_convention",), extra_evaluations=9, min_steps=4),
     "s_pndm": SamplerSpec("pndm", ("pndm_convention",), extra_evaluations=1, min_steps=2),
     "deis": SamplerSpec("multistep", ("order",)),
-    "dpmpp_2m": SamplerSpec("multistep", auto_spacing=_LOG_SNR),
-    "dpmpp_3m": SamplerSpec("multistep", auto_spacing=_LOG_SNR),
-    "unipc": SamplerSpec("multistep", auto_spacing=_LOG_SNR),
+    "dpmpp": _LOG_SNR_SOLVER._replace(options=("order",)),
+    "dpmpp_2m": _LOG_SNR_SOLVER,
+    "dpmpp_3m": _LOG_SNR_SOLVER,
+    "unipc": _LOG_SNR_SOLVER._replace(options=("order", "variant")),
     "heun": SamplerSpec("heun", evaluations_per_step=2, extra_evaluations=-1),
-    "analytic": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="ms_eps", auto_spacing=_QUADRATIC_OR_UNIFORM),
-    "sn": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="sn", auto_spacing=_QUADRATIC_OR_UNIFORM),
-    "npr": SamplerSpec("analytic", _OPTIMAL, stochastic=True, requires="npr", auto_spacing=_QUADRATIC_OR_UNIFORM),
+    "analytic": _ANALYTIC._replace(requires="ms_eps"),
+    "sn": _ANALYTIC._replace(requires="sn"),
+    "npr": _ANALYTIC._replace(requires="npr"),
 }
 
 # The choices of each option; None: any number above 0. eta is apart: 0 suits every sampler.
@@ -58,6 +61,7 @@ OPTIONS: dict[str, tuple | None] = {
     "variance": ("large", "small"),
     "pndm_convention": ("corrected", "published"),
     "order": (1, 2, 3),
+    "variant": ("bh1", "bh2"),
     "mean": ("ddpm", "ddim"),
     "clip_pixel": None,
 }

@@ -30,9 +30,19 @@ def test_every_sampler_can_be_evaluated_by_its_name():
 
 def test_options_go_to_the_samplers_that_have_them():
     points, _ = plan(
-        samplers="ddim,deis,unipc", nfe=(10,), eta=1.0, order=2, clip_x0=False, timestep_spacing="linspace"
+        samplers="ddim,deis,unipc",
+        nfe=(10,),
+        eta=1.0,
+        order=3,
+        variant="bh1",
+        clip_x0=False,
+        timestep_spacing="linspace",
     )
-    assert [point.options for point in points] == [{"clip_x0": False, "eta": 1.0}, {"order": 2}, {}]
+    assert [point.options for point in points] == [
+        {"clip_x0": False, "eta": 1.0},
+        {"order": 3},
+        {"order": 3, "variant": "bh1"},
+    ]
     assert points[0].name == "ddim, linspace, clip_x0 False, eta 1.0"
     assert points[0].timesteps(1000)[-1] == 999
 

@@ -1,15 +1,19 @@
 """What timestep_spacing="auto" promises: at equal NFE no sampler is further from the exact solution than DDIM."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
-from helpers import load_script
-from published import COSINE, LINEAR
+from helpers import load_file
+from published import LINEAR
 
+from s2dm_jax.diffusion.schedule import cosine_schedule
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.samplers.timesteps import TimestepSpec, auto_spacing, plan_timesteps, quadratic_timesteps
 
-spacings = load_script("compare_spacings.py")
+COSINE = cosine_schedule()
+spacings = load_file(Path(__file__).parents[2] / "scripts" / "compare_spacings.py")
 
 # Below these NFE a start-up of lower order, or one that costs evaluations, leaves a sampler above DDIM.
 FEWEST = {"s_pndm": 8, "f_pndm": 20, "dpmpp_3m": 8, "heun": 20}

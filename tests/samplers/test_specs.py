@@ -40,7 +40,10 @@ def test_budgets_become_steps():
         ("ddim", {"eta": float("nan")}, "eta=nan is not allowed"),
         ("unipc", {"eta": 0.5}, "eta=0.5 is no option of unipc, only of ddim, analytic, sn, npr"),
         ("analytic", {"eta": 0.5}, "eta=0.5 is no option of mean='ddpm', only of mean='ddim'"),
-        ("ddim", {"order": 2}, "order=2 is no option of ddim, only of deis"),
+        ("ddim", {"order": 2}, "order=2 is no option of ddim, only of deis, dpmpp, unipc"),
+        ("dpmpp_2m", {"order": 3}, "order=3 is no option of dpmpp_2m, only of deis, dpmpp, unipc"),
+        ("deis", {"variant": "bh1"}, "variant='bh1' is no option of deis, only of unipc"),
+        ("unipc", {"variant": "b1"}, "variant='b1' is not allowed: 'bh1' or 'bh2'"),
         ("ddpm", {"variance": "medium"}, "variance='medium' is not allowed: 'large' or 'small'"),
         ("analytic", {"clip_pixel": 0.0}, "clip_pixel=0.0 is not allowed: a number above 0, or inf"),
         ("ddim", {"raw_eps": True}, "raw_eps=True does nothing without clip_x0=True"),
@@ -58,8 +61,11 @@ def test_eta_0_suits_every_sampler():
     check_options("analytic", mean="ddim", eta=1.0)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_is_one_small_program(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in SAMPLERS), *((name, {"order": n}) for name in ("dpmpp", "unipc") for n in (1, 3))],
+)
+def test_a_sampler_is_one_small_program(name, options):
     """Evaluations made while running, copies of the network in it, and traces when the timesteps change."""
     calls, traces = [], []
     steps = 7
@@ -70,7 +76,7 @@ def test_a_sampler_is_one_small_program(name):
 
     def run(x, timesteps):
         traces.append(None)
-        return sampler_with_noise(name)(eps_fn, x, LINEAR, timesteps)
+        return sampler_with_noise(name)(eps_fn, x, LINEAR, timesteps, **options)
 
     x_T = np.random.default_rng(0).standard_normal((2, 2, 2, 1), np.float32)
     program = jax.jit(run)
@@ -91,7 +97,8 @@ def test_a_thousand_steps_in_float32(name):
     results = []
     for dtype in (np.float32, np.float64):
         with jax.enable_x64(dtype == np.float64):
-            results.append(sample_golden(sampler_with_noise(name), x_T, np.arange(1000), dtype))
+            options = {"order": 3} if name == "unipc" else {}
+            results.append(sample_golden(sampler_with_noise(name), x_T, np.arange(1000), dtype, **options))
     assert_close(*results, 1e-3)
 
 
