@@ -123,8 +123,8 @@ plt.show()
 # %%
 STEPS = 1000 if QUICK else 1050
 LENGTH = "--config.train.batch_size=16" if QUICK else ""
-SAMPLING = "--config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
-EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SAMPLING = "--config.sample.sampler=unipc"
+EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:ddpm --workdir={RUNS}/ddpm \
 #     --config.train.steps={STEPS} {LENGTH} {SHOWN}
@@ -142,7 +142,7 @@ SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # %%
 results = {name: json.loads(Path(RUNS, name, "results.json").read_text())["rows"] for name in ("ddpm", "s2", "sa")}
 # !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUNS}/ddpm --config.eval.skip_scale=10 \
-#     --config.eval.samplers=ddim --config.eval.timestep_spacing=quadratic --config.eval.nfe=10
+#     --config.eval.samplers=ddim --config.eval.nfe=10
 results["ddpm, rescaled"] = json.loads(Path(RUNS, "ddpm", "results.json").read_text())["rows"]
 
 # %% [markdown]
@@ -156,7 +156,7 @@ import s2dm_jax
 from s2dm_jax.common.images import image_grid
 
 models = {name: s2dm_jax.load(f"{RUNS}/{name}") for name in ("ddpm", "s2", "sa")}
-options = {"sampler": "ddim", "nfe": 10, "timestep_spacing": "quadratic"}
+options = {"sampler": "ddim", "nfe": 10}
 samples = {name: model.sample(16, **options) for name, model in models.items()}
 samples["ddpm, rescaled"] = models["ddpm"].sample(16, skip_scale=10, **options)
 

@@ -62,8 +62,8 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %%
 RUN = f"{RUNS}/s2"
 LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
-SAMPLING = "--config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
-EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SAMPLING = "--config.sample.sampler=unipc"
+EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
@@ -72,8 +72,7 @@ SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 #
 # Nearly all time is spent in the network, so samplers are compared at equal *NFE*, not at equal steps: F-PNDM
 # with S steps has an NFE of S + 9. `--mode=evaluate` takes several samplers and NFE; pairs that a sampler
-# cannot run are skipped. The timestep spacing `quadratic`, dense near the clean image, suits the multistep
-# samplers. [docs/samplers.md](../docs/samplers.md) has their formulas.
+# cannot run are skipped. Each sampler has the timestep spacing that suits it best. [docs/samplers.md](../docs/samplers.md) has their formulas.
 #
 # `analytic` (Analytic-DPM) draws noise at every step, with the variance that is optimal for the network. It
 # follows from a statistic of the network that is estimated once, in the quick setting from 10 images per
@@ -85,8 +84,7 @@ SAMPLERS = "ddim,dpmpp_2m,unipc,analytic" if QUICK else "ddim,s_pndm,f_pndm,deis
 NFE = "5,10" if QUICK else "5,10,20"
 IMAGES = 10 if QUICK else 100
 # !{sys.executable} -m s2dm_jax.main --mode=evaluate --workdir={RUN} \
-#     --config.eval.timestep_spacing=quadratic --config.eval.samplers={SAMPLERS} \
-#     --config.eval.nfe={NFE} --config.eval.noise_stat_images={IMAGES}
+#     --config.eval.samplers={SAMPLERS} --config.eval.nfe={NFE} --config.eval.noise_stat_images={IMAGES}
 
 # %% [markdown]
 # ## Import a PyTorch checkpoint
@@ -121,7 +119,7 @@ Path(OUT).mkdir()
 
 # %%
 # !{sys.executable} -m s2dm_jax.main --mode=export --workdir={RUN} --config.export.path={OUT}/sampler.npz \
-#     --config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic --config.sample.nfe=5
+#     --config.sample.sampler=unipc --config.sample.nfe=5
 
 # %% [markdown]
 # To use the file takes JAX, NumPy and these lines. (`s2dm_jax.load` reads it too, and then its weights can be
@@ -159,7 +157,7 @@ import s2dm_jax
 from s2dm_jax.common.images import image_grid
 
 model, imported = s2dm_jax.load(RUN), s2dm_jax.load(f"{OUT}/imported")
-options = {"nfe": 5, "timestep_spacing": "quadratic"}
+options = {"nfe": 5}
 samples = {f"{name}, 5": model.sample(16, name, **options) for name in ("ddim", "analytic", "dpmpp_2m", "unipc")}
 samples["unipc, imported"] = imported.sample(16, "unipc", **options)
 samples["unipc, reloaded"] = reloaded

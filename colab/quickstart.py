@@ -63,8 +63,8 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %%
 RUN = f"{RUNS}/s2"
 LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
-SAMPLING = "--config.sample.sampler=unipc --config.sample.timestep_spacing=quadratic"
-EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.timestep_spacing=quadratic --config.eval.nfe=10"
+SAMPLING = "--config.sample.sampler=unipc"
+EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
 
@@ -104,7 +104,7 @@ plt.show()
 
 # %%
 model = s2dm_jax.load(RUN)
-images = model.sample(60, "unipc", nfe=10, timestep_spacing="quadratic", seed=0)
+images = model.sample(60, "unipc", nfe=10, seed=0)
 figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 for axis, shown, title in (
     (axes[0], load_digits().held_out[:60], "Real digits, held out"),
@@ -119,7 +119,7 @@ plt.show()
 # The network's prediction of each image, from the noisiest of the ten timesteps to the image itself:
 
 # %%
-strips = visualize.trajectory(model, range(4), sampler="unipc", nfe=10, timestep_spacing="quadratic")
+strips = visualize.trajectory(model, range(4), sampler="unipc", nfe=10)
 figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
 axis.imshow(image_grid(strips.reshape(-1, *model.image_shape), columns=10).squeeze(), cmap="gray")
 axis.set(title="Predictions of the image", xlabel="network evaluation")
@@ -135,7 +135,7 @@ plt.show()
 
 # %%
 starts, ends = (0, 2, 4, 6), (1, 3, 5, 7)
-rows = visualize.interpolate(model, starts, ends, 11, sampler="unipc", nfe=10, timestep_spacing="quadratic")
+rows = visualize.interpolate(model, starts, ends, 11, sampler="unipc", nfe=10)
 figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
 axis.imshow(image_grid(rows.reshape(-1, *model.image_shape), columns=11).squeeze(), cmap="gray")
 axis.set(title="Between images 0 and 1, 2 and 3, 4 and 5, 6 and 7", xlabel="position on the great circle")
@@ -150,7 +150,7 @@ plt.show()
 # %%
 results = json.loads(Path(RUN, "results.json").read_text())
 distance = {row["name"]: row["frechet_distance"] for row in results["rows"]}
-assert distance["unipc, timestep_spacing quadratic"] < distance["noise (ceiling)"] / 10, distance
+assert distance["unipc, truncated_logsnr"] < distance["noise (ceiling)"] / 10, distance
 assert np.abs(rows[:, [0, -1]].astype(int).reshape(images[:8].shape) - images[:8]).max() <= 1
 
 # %% [markdown]
