@@ -46,7 +46,7 @@ def exact_prediction(x, t):
     return (x_0 - np.sqrt(1 - a_0) * gaussian_eps(x_0, np.zeros(1))) / np.sqrt(a_0)
 
 
-GRIDS = ("uniform", "quadratic", "logsnr", "karras")
+GRIDS = ("uniform", "quadratic", "logsnr", "truncated_logsnr")
 DOCS = (ROOT / "docs" / "samplers.md").read_text()
 # Of each row of the documentation's table, a sampler with its options, the order on each grid.
 ORDERS = {
