@@ -136,7 +136,7 @@ class TrainingLoop:
         self.ema_note = ""
         self.since_save: list[dict[str, float]] = []
         self.seconds_per_step: float | None = None
-        self.piece = 1
+        self.piece_ends = 0.0
 
     def run(self) -> None:
         """Trains until the last step or a signal, and saves the state; raises SystemExit after a signal."""
@@ -155,8 +155,8 @@ class TrainingLoop:
 
     def _stopping(self) -> str:
         """What a signal's first line says."""
-        seconds = (self.seconds_per_step or 0) * self.piece
-        duration = f", which takes about {max(1, round(seconds)):,} s" if seconds else ""
+        seconds = max(1, round(self.piece_ends - time.monotonic()))
+        duration = f", which takes about {seconds:,} s" if self.seconds_per_step else ""
         return f"stopping after the steps under way{duration}; again to stop at once"
 
     def _train(self, received: list[int]) -> None:
@@ -193,7 +193,8 @@ class TrainingLoop:
         end = min(begin + most, self.chunk_steps, self.config.train.steps - first)
         span = jax.make_array_from_callback((2,), replicated(), lambda _: np.array([begin, end], np.int32))
         self.profile.before_chunk(self.step)
-        began, self.piece = time.monotonic(), end - begin
+        began, expected = time.monotonic(), (end - begin) * (self.seconds_per_step or _PIECE_SECONDS)
+        self.piece_ends = began + expected
         # All that the steps need is on the devices.
         inputs = self.feed.images, self._rows(first), self.step_key, self.setup.base_params, span
         with jax.transfer_guard("disallow"):
@@ -204,9 +205,9 @@ class TrainingLoop:
         self.step = first + end
         self.pending.append((metrics, slice(begin, end), self.step))
         self.profile.after_chunk(self.step, metrics)
-        if self.seconds_per_step is None or self.seconds_per_step * self.piece > _QUEUED_SECONDS:
+        if expected > _QUEUED_SECONDS:
             jax.block_until_ready(metrics)
-            self.seconds_per_step = (time.monotonic() - began) / self.piece
+            self.seconds_per_step = (time.monotonic() - began) / (end - begin)
 
     def evaluate(self) -> None:
         """Evaluates the trained run and leaves the results in its folder."""

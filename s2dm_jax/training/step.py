@@ -216,8 +216,9 @@ def make_train_chunk(
 
         def do_row(i, carry):
             state, metrics = carry
-            state, of_step = step(state, rows[i])
-            return state, jax.tree.map(lambda all_rows, value: all_rows.at[i].set(value), metrics, of_step)
+            state, of_step = step(state, jax.lax.dynamic_index_in_dim(rows, i, keepdims=False))
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+            return state, jax.tree.map(put, metrics, of_step)
 
         _, shapes = jax.eval_shape(step, state, rows[0])
         metrics = jax.tree.map(lambda leaf: jnp.zeros((len(rows), *leaf.shape), leaf.dtype), shapes)
