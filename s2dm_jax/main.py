@@ -11,8 +11,15 @@ flag, --config.GROUP.FIELD=VALUE.
 """
 
 import os
-import re
 import sys
+
+# As a command; other code that imports this module has its own handlers.
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "s2dm":
+    from s2dm_jax.common.signals import end_on_interrupt
+
+    end_on_interrupt()
+
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any

@@ -57,6 +57,12 @@ def end_on_signal(advice: str) -> Iterator[None]:
         _advice = None
 
 
+def end_on_interrupt() -> None:
+    """Makes Ctrl-C end the process without a traceback until `end_on_signal`, while a command imports its modules."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
+
 @contextlib.contextmanager
 def signal_advice(advice: str) -> Iterator[None]:
     """For the block, another `advice` of `end_on_signal`; does nothing outside of one, as in a notebook."""

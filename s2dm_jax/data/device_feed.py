@@ -1,11 +1,13 @@
 """Where a step's images come from: an array on the devices if it fits, else a mapped file that the host prefetches."""
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -23,8 +25,8 @@ class Feed(NamedTuple):
     Attributes:
       placement: where the images are: all on every device, sharded over the devices, or on the host.
       images: uint8 [N, H, W, C] on the devices, or None where the host reads.
-      batches: function of (first step, number of steps) giving what a chunk scans over: rows [n, B] of `images`, or,
-        where that is None, the images themselves, uint8 [n, B, H, W, C].
+      batches: function of (first step, number of steps) giving what a chunk loops over: rows [n, B] of `images`, or,
+        where that is None, the images themselves, uint8 [n, B, H, W, C]; zeros for steps after the run's last one.
       summary: size and placement, in one line.
     """
 
@@ -100,6 +102,11 @@ def _prefetch(images, key, batch_size, steps, max_fraction, memory):
 
         return jax.make_array_from_callback((*rows.shape, *images.shape[1:]), sharding, part)
 
+    # The last chunk has the shape of the others, whose program it runs in.
+    @functools.partial(jax.jit, static_argnums=1, out_shardings=sharding)
+    def pad(chunk, length):
+        return jnp.zeros((length, *chunk.shape[1:]), chunk.dtype).at[: len(chunk)].set(chunk)
+
     def start(first, length):
         # The indices are computed now: later they would wait behind the chunk that the device is about to run.
         return reader.submit(gather, batch_indices(key, first, length, batch_size, len(images)))
@@ -112,13 +119,14 @@ def _prefetch(images, key, batch_size, steps, max_fraction, memory):
                 f"config.train.log_every={length} steps of config.train.batch_size={batch_size} images need "
                 f"{_gb(needed)} on each device of {_gb(memory)}; lower config.train.log_every"
             )
-        chunk = ahead.pop((first, length), None) or start(first, length)
+        count = min(length, steps - first)
+        chunk = ahead.pop((first, count), None) or start(first, count)
         following = first + length, min(length, steps - first - length)
         if following not in ahead:
             ahead.clear()
             if following[1] > 0:
                 ahead[following] = start(*following)
-        return chunk.result()
+        return chunk.result() if count == length else pad(chunk.result(), length)
 
     return batches
 

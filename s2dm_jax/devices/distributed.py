@@ -130,22 +130,22 @@ def agrees_with_main(read: Callable[[], str], seconds: float = 0.0) -> bool:
     return not any_process(not same)
 
 
-def make_stop_vote(received: list[int]) -> Callable[[], bool]:
-    """A function, to call before every chunk, of whether to stop: whether any process received a signal.
+def make_agreement() -> Callable[[int], int]:
+    """A function that all processes call with a number each, and that returns the smallest of them to all.
 
-    With several processes the answer is that to the call before, so that none waits for the others while the devices
-    could work; all stop before the same chunk.
+    With several processes the answer is that to the call before, and 1 to the first one, so that none waits for the
+    others while the devices could work.
     """
     if jax.process_count() == 1:
-        return lambda: bool(received)
-    vote = np.zeros((), bool)
-    count = jax.jit(lambda flags: flags.any(), out_shardings=replicated())
+        return lambda number: number
+    pending: jax.Array | np.ndarray = np.ones((), np.int32)
+    smallest = jax.jit(lambda numbers: numbers.min(), out_shardings=replicated())
 
-    def stop():
-        nonlocal vote
-        agreed = bool(np.asarray(vote))
-        mine = np.full(jax.local_device_count(), bool(received))
-        vote = count(jax.make_array_from_process_local_data(split_along(0), mine))
+    def agree(number: int) -> int:
+        nonlocal pending
+        agreed = int(np.asarray(pending))
+        mine = np.full(jax.local_device_count(), number, np.int32)
+        pending = smallest(jax.make_array_from_process_local_data(split_along(0), mine))
         return agreed
 
-    return stop
+    return agree

@@ -1,4 +1,4 @@
-"""Training, from top to bottom: what a run is made of, the loop over compiled chunks of steps, the end.
+"""Training, from top to bottom: what a run is made of, the loop over chunks of steps in one compiled program, the end.
 
 Nothing about a run is hidden state: batch order, flips, timesteps, noise and dropout are functions of (seed, step), so
 that a resumed run continues exactly as it would have. `training/step.py` has the step.
@@ -9,7 +9,6 @@ import copy
 import json
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from s2dm_jax.config.io import to_json
 from s2dm_jax.data.batches import run_keys
 from s2dm_jax.data.datasets import load_dataset
 from s2dm_jax.data.device_feed import make_feed
-from s2dm_jax.devices.distributed import agrees_with_main, any_process, is_main_process, make_stop_vote
+from s2dm_jax.devices.distributed import agrees_with_main, any_process, is_main_process, make_agreement
 from s2dm_jax.devices.hardware import peak_flops
 from s2dm_jax.devices.sharding import replicate_key, replicated, state_shardings, unshard
 from s2dm_jax.evaluation.evaluate import evaluate, show_results
@@ -38,13 +37,18 @@ from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.training.failures import check_finite
 from s2dm_jax.training.setup import Setup, save_config, set_up
-from s2dm_jax.training.step import jit_step, make_train_chunk
+from s2dm_jax.training.step import Metrics, jit_step, make_train_chunk
 from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, run_summary
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.ema import sampling_ema
 from s2dm_jax.workdir.folder import open_workdir
 from s2dm_jax.workdir.metadata import run_metadata
 from s2dm_jax.workdir.results import results_table
+
+# A chunk of steps is run in pieces that take about this long at most; between them a signal is noticed.
+_PIECE_SECONDS = 2.0
+# Shorter pieces are not waited for before the next is started, so that the device never waits for the host.
+_QUEUED_SECONDS = 0.5
 
 
 def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -> None:
@@ -85,7 +89,7 @@ class TrainingLoop:
     """A run under way: its state, the compiled programs, what is logged and saved."""
 
     def __init__(self, setup: Setup, stack: contextlib.ExitStack):
-        """Restores the newest checkpoint, prints the run's summary, compiles the first chunk."""
+        """Restores the newest checkpoint, prints the run's summary, compiles the program of the steps."""
         config, workdir, train = setup.config, setup.workdir, setup.config.train
         self.setup, self.config, self.workdir = setup, config, workdir
 
@@ -106,17 +110,16 @@ class TrainingLoop:
             write_atomic(workdir / "parameters.txt", overview + "\n")
         _log(run_summary(config, setup.network, setup.data, self.step))
 
-        # The data, and the compiled program of one chunk.
+        # The data, and the compiled program of all chunks.
         order_key, step_key = run_keys(train.seed)
         self.step_key = replicate_key(step_key)
         max_fraction = config.data.max_device_memory_fraction
         self.feed = make_feed(setup.data.train, order_key, train.batch_size, train.steps, max_fraction)
         _log(f"images   {self.feed.summary}")
-        chunk = make_train_chunk(config, setup.network, setup.optimizer)
-        self.chunk = jit_step(chunk, out_shardings=(self.shardings, replicated()))
-        self.programs: dict[int, Any] = {}
-        if self.step < train.steps:
-            self._program(self._next_length())
+        self.chunk_steps = min(train.log_every, train.steps)
+        self.rows: jax.Array | None = None
+        self.rows_from = -1
+        self.program: Any = self._compile() if self.step < train.steps else None
 
         # What is logged, and what stops the run.
         self.writer = MetricWriter(workdir, self.step)
@@ -128,16 +131,17 @@ class TrainingLoop:
         self.saturation = setup.data.saturation
         self.metadata = {**run_metadata(config), "saturation": self.saturation}
         self.saved = self.manager.latest_step()
-        self.pending: tuple | None = None
+        self.pending: list[tuple[Metrics, slice, int]] = []
         self.skipped = 0
         self.ema_note = ""
         self.since_save: list[dict[str, float]] = []
         self.seconds_per_step: float | None = None
+        self.piece_ends = 0.0
 
     def run(self) -> None:
         """Trains until the last step or a signal, and saves the state; raises SystemExit after a signal."""
         with deferred(self._stopping) as received:
-            self._train(make_stop_vote(received))
+            self._train(received)
             self._log_pending()
             self.progress.close()
             if self.saved != self.step:
@@ -151,29 +155,19 @@ class TrainingLoop:
 
     def _stopping(self) -> str:
         """What a signal's first line says."""
-        seconds = (self.seconds_per_step or 0) * self.config.train.log_every
-        duration = f", which takes about {max(1, round(seconds)):,} s" if seconds else ""
+        seconds = max(1, round(self.piece_ends - time.monotonic()))
+        duration = f", which takes about {seconds:,} s" if self.seconds_per_step else ""
         return f"stopping after the steps under way{duration}; again to stop at once"
 
-    def _train(self, stop: Callable[[], bool]) -> None:
-        train = self.config.train
-        while self.step < train.steps and not stop():
-            # One chunk of steps: all that they need is on the devices.
-            length = self._next_length()
-            if length not in self.programs:
-                self._log_pending()
-            with self.progress.paused() if length not in self.programs else contextlib.nullcontext():
-                rows, program = self._program(length)
-            self.profile.before_chunk(self.step)
-            with jax.transfer_guard("disallow"):
-                self.state, metrics = program(self.state, self.feed.images, rows, self.step_key, self.setup.base_params)
-            # The previous chunk's metrics are read while this one runs.
-            self._log_pending()
-            first, self.step = self.step, self.step + length
-            self.pending = (metrics, first, self.step)
-            self.profile.after_chunk(self.step, metrics)
-            # Samples and checkpoints.
+    def _train(self, received: list[int]) -> None:
+        train, agree = self.config.train, make_agreement()
+        while self.step < train.steps and (most := agree(0 if received else self._steps_in_time())):
+            first = self.step - self.step % self.chunk_steps
+            self._run_piece(first, most)
+            # Samples and checkpoints after whole chunks, wherever the pieces end.
             last = self.step == train.steps
+            if self.step < first + self.chunk_steps and not last:
+                continue
             sample_now = _crossed(first, self.step, train.sample_every) or last
             save_now = _crossed(first, self.step, train.checkpoint_every) or last
             if sample_now or save_now:
@@ -183,6 +177,37 @@ class TrainingLoop:
                         self._save_samples()
                     if save_now:
                         self._save()
+
+    def _steps_in_time(self) -> int:
+        """The steps that take about `_PIECE_SECONDS`; one to begin with."""
+        if self.seconds_per_step is None:
+            return 1
+        return max(1, min(int(_PIECE_SECONDS / self.seconds_per_step), self.chunk_steps))
+
+    def _run_piece(self, first: int, most: int) -> None:
+        """Runs the next steps of the chunk that begins at step `first`, `most` at most.
+
+        A step is a function of (seed, step), so that the time, which decides about the pieces, changes no number.
+        """
+        begin = self.step - first
+        end = min(begin + most, self.chunk_steps, self.config.train.steps - first)
+        span = jax.make_array_from_callback((2,), replicated(), lambda _: np.array([begin, end], np.int32))
+        self.profile.before_chunk(self.step)
+        began, expected = time.monotonic(), (end - begin) * (self.seconds_per_step or _PIECE_SECONDS)
+        self.piece_ends = began + expected
+        # All that the steps need is on the devices.
+        inputs = self.feed.images, self._rows(first), self.step_key, self.setup.base_params, span
+        with jax.transfer_guard("disallow"):
+            self.state, metrics = self.program(self.state, *inputs)
+        if begin == 0:
+            # The previous chunk's metrics are read while this one runs.
+            self._log_pending()
+        self.step = first + end
+        self.pending.append((metrics, slice(begin, end), self.step))
+        self.profile.after_chunk(self.step, metrics)
+        if expected > _QUEUED_SECONDS:
+            jax.block_until_ready(metrics)
+            self.seconds_per_step = (time.monotonic() - began) / (end - begin)
 
     def evaluate(self) -> None:
         """Evaluates the trained run and leaves the results in its folder."""
@@ -196,25 +221,33 @@ class TrainingLoop:
             show_results(self.workdir, results)
         _log(f"samples: {self.workdir / 'samples'}")
 
-    def _next_length(self) -> int:
-        return min(self.config.train.log_every, self.config.train.steps - self.step)
+    def _rows(self, first: int) -> jax.Array | None:
+        """What the steps of the chunk that begins at step `first` see."""
+        if first != self.rows_from:
+            self.rows, self.rows_from = self.feed.batches(first, self.chunk_steps), first
+        return self.rows
 
-    def _program(self, length: int) -> tuple[jax.Array, Any]:
-        """The rows of the next chunk, and the program for its length, compiled if need be."""
-        rows = self.feed.batches(self.step, length)
-        if length not in self.programs:
-            began = time.monotonic()
-            _log(f"compiling {length} training steps as one program …")
-            inputs = (self.state, self.feed.images, rows, self.step_key, self.setup.base_params)
-            self.programs[length] = self.chunk.lower(*inputs).compile()
-            _log(f"compiled in {time.monotonic() - began:.1f} s")
-        return rows, self.programs[length]
+    def _compile(self) -> Any:
+        """The program of (state, images, rows, key, base_params, span) for all of the run's steps."""
+        chunk = make_train_chunk(self.config, self.setup.network, self.setup.optimizer)
+        rows = self._rows(self.step - self.step % self.chunk_steps)
+        span = jax.ShapeDtypeStruct((2,), np.int32, sharding=replicated())
+        began = time.monotonic()
+        _log("compiling the training steps as one program …")
+        program = jit_step(chunk, out_shardings=(self.shardings, replicated()))
+        lowered = program.lower(self.state, self.feed.images, rows, self.step_key, self.setup.base_params, span)
+        compiled = lowered.compile()
+        _log(f"compiled in {time.monotonic() - began:.1f} s")
+        return compiled
 
     def _log_pending(self) -> None:
         """Fetches and logs the newest metrics not yet logged, which blocks until their steps are computed."""
-        if self.pending is None:
+        if not self.pending:
             return
-        (metrics, first, last), self.pending = jax.device_get(self.pending), None
+        pieces, self.pending = jax.device_get(self.pending), []
+        metrics = {name: np.concatenate([values[name][rows] for values, rows, _ in pieces]) for name in pieces[0][0]}
+        last = pieces[-1][2]
+        first = last - len(metrics["loss"])
         finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
         self.skipped = check_finite(finite, first, self.config.train.on_nonfinite, self.saved, self.skipped)
         means = aggregate_metrics(metrics, finite, self.setup.schedule.T)

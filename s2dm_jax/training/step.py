@@ -1,6 +1,7 @@
 """One training step: the update that the papers' code makes, and a compiled chunk of steps."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -180,16 +181,20 @@ def loss_by_timestep(simple: jax.Array, t: jax.Array, T: int) -> jax.Array:
 def make_train_chunk(
     config: ConfigDict, network: Network, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """A function of (state, images, rows [n, B], key, base_params) that does n steps in one `lax.scan`.
+    """A function of (state, images, rows [n, B], key, base_params, span) that does steps in one loop.
 
     Where images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `base_params` are the weights of the
-    network whose variance head is trained, or None. It returns the new state and each metric as an array [n, …].
+    network whose variance head is trained, or None. `span`, int32 [2], are the first row of a step and the one behind
+    the last: one compiled program does any number of steps up to n; by default all n. It returns the new state and
+    each metric as an array [n, …], which is 0 in the rows without a step.
     """
     fixed = step_config(config, network, optimizer)
     random_flip, head_dropout = config.data.random_flip, config.variance_head.dropout
     skip_nonfinite = config.train.on_nonfinite == "skip"
 
-    def chunk(state, images, rows, key, base_params=None):
+    def chunk(state, images, rows, key, base_params=None, span=None):
+        # Traced once, for the shapes of the metrics and for the loop.
+        @functools.partial(jax.jit, inline=True)
         def step(state, rows):
             # The batch, and everything random: functions of (seed, step).
             noise_key, dropout_key, flip_key = step_keys(key, state.step)
@@ -209,6 +214,15 @@ def make_train_chunk(
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, skipped)
             return new, metrics
 
-        return jax.lax.scan(step, state, rows)
+        def do_row(i, carry):
+            state, metrics = carry
+            state, of_step = step(state, jax.lax.dynamic_index_in_dim(rows, i, keepdims=False))
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+            return state, jax.tree.map(put, metrics, of_step)
+
+        _, shapes = jax.eval_shape(step, state, rows[0])
+        metrics = jax.tree.map(lambda leaf: jnp.zeros((len(rows), *leaf.shape), leaf.dtype), shapes)
+        first, end = (0, len(rows)) if span is None else span
+        return jax.lax.fori_loop(first, end, do_row, (state, metrics))
 
     return chunk

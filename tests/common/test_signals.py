@@ -88,6 +88,22 @@ def test_a_signal_ends_a_busy_process_at_once_and_leaves_no_temporary_file(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("module", ["s2dm_jax", "s2dm_jax.main"])
+def test_ctrl_c_while_the_modules_are_imported_is_no_traceback(tmp_path, module):
+    (tmp_path / "absl.py").write_text('import time\nprint("busy", flush=True)\ntime.sleep(60)')
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (128 + signal.SIGINT, "")
+
+
 @pytest.mark.parametrize(
     ("code", "advice"),
     [

@@ -52,6 +52,10 @@ def test_every_placement_gives_the_rows_of_batch_indices(placement, tmp_path):
         assert feed.placement == placement
         assert (feed.images is None) == (placement == "host")
         np.testing.assert_array_equal(images_of(feed, chunks), expected)
+    # The last chunk in the shape of the others.
+    last = feed.batches(6, 3)
+    assert last.shape[:2] == (3, BATCH)
+    assert last.sharding == feed.batches(3, 3).sharding
 
 
 def test_the_placement_follows_from_the_size_and_the_fraction():

@@ -130,6 +130,14 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(tmp_path):
     assert int(state_in(workdir)[0].step) == int(stopped[1].replace(",", "")) > 0
 
 
+def test_processes_agree_on_the_smallest_number_of_the_call_before(monkeypatch):
+    alone = distributed.make_agreement()
+    assert [alone(5), alone(0)] == [5, 0]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    agree = distributed.make_agreement()
+    assert [agree(5), agree(3), agree(0), agree(4)] == [1, 5, 3, 0]
+
+
 @pytest.mark.parametrize(
     ("environment", "joins"),
     [

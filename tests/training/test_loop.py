@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +86,66 @@ def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tm
         train(run_config(train__steps=200, train__log_every=log_every), workdir)
         train(run_config(train__log_every=log_every), workdir)
         jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
+
+
+def numbers(workdir):
+    """What was logged, without the times."""
+    return [{name: line[name] for name in line if name.startswith(("step", "loss", "grad"))} for line in lines(workdir)]
+
+
+def test_pieces_of_any_length_are_one_program_and_change_no_number(straight, tmp_path, monkeypatch, caplog):
+    lengths = itertools.cycle([1, 7, 50, 3, 60])
+    monkeypatch.setattr(loop.TrainingLoop, "_steps_in_time", lambda self: next(lengths))
+    changes = {"train__sample_every": 70, "train__checkpoint_every": 40}
+    with jax.log_compiles():
+        train(run_config(train__steps=130, **changes), tmp_path / "run")
+    compiled = [record for record in caplog.records if record.getMessage().startswith("Compiling jit(chunk)")]
+    assert len(compiled) == 1
+    assert [path.stem for path in sorted((tmp_path / "run" / "samples").iterdir())] == ["step_0000100", "step_0000130"]
+    train(run_config(**changes), tmp_path / "run")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        newest_state(tmp_path / "run", run_config()),
+        newest_state(straight, run_config()),
+    )
+    found, expected = numbers(tmp_path / "run"), numbers(straight)
+    assert [line["step"] for line in found] == [50, 100, 130, *range(150, 401, 50)]
+    assert found[:2] + found[4:] == expected[:2] + expected[3:]
+
+
+def test_a_signal_in_a_slow_chunk_stops_after_the_steps_under_way_and_loses_nothing(straight, tmp_path, monkeypatch):
+    pieces, compile_program = [], loop.TrainingLoop._compile
+
+    def compile_slowly(self):
+        program = compile_program(self)
+
+        def slow(state, *inputs):
+            begin, end = (int(row) for row in inputs[-1])
+            pieces.append(end - begin)
+            time.sleep(0.02 * pieces[-1])
+            if len(pieces) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return program(state, *inputs)
+
+        return slow
+
+    monkeypatch.setattr(loop.TrainingLoop, "_compile", compile_slowly)
+    monkeypatch.setattr(loop, "_PIECE_SECONDS", 0.1)
+    monkeypatch.setattr(loop, "_QUEUED_SECONDS", 0.05)
+    with pytest.raises(SystemExit) as stop:
+        train(run_config(train__log_every=400), tmp_path / "run")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert len(pieces) == 4
+    assert max(pieces) <= 5, "pieces of 0.1 s where a step takes 0.02 s"
+    assert [line["step"] for line in lines(tmp_path / "run")] == [sum(pieces)]
+    monkeypatch.undo()
+    train(run_config(), tmp_path / "run")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        newest_state(tmp_path / "run", run_config()),
+        newest_state(straight, run_config()),
+    )
+    assert numbers(tmp_path / "run")[2:] == numbers(straight)[1:]
 
 
 @pytest.mark.parametrize("flip", [False, True])
