@@ -1,16 +1,14 @@
 """The cache of prepared datasets: one uint8 .npy per split; entries are complete or absent.
 
 A complete entry appears by one rename. A file lock lets one process prepare while the others, on all hosts that share
-the cache, wait; a killed process leaves a temporary folder, which the next one removes. Imports no jax, no tensorflow.
+the cache, wait; a killed process leaves a temporary folder, which the next one removes. Imports no jax.
 """
 
 import contextlib
 import datetime
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import dataset_name, image_shape
 from s2dm_jax.data.import_images import SPLITS, import_images
 from s2dm_jax.data.sources import check_source, fingerprint
-from s2dm_jax.data.tfds_builder import RESULT, manual_folder, run_tfds
+from s2dm_jax.data.tfds_builder import existing_builder, manual_folder, run_tfds
 from s2dm_jax.data.transforms import ImageTransform
 
 PROVENANCE = "provenance.json"
@@ -114,20 +112,17 @@ def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> No
 
 
 def check_preparable(config: ConfigDict) -> None:
-    """Raises a `UserError` if the source, TensorFlow or a manually downloaded file is missing; fast, writes nothing."""
+    """Raises a `UserError` if the source or a manually downloaded file is missing, or what tensorflow-datasets has
+    prepared cannot be read; fast, writes nothing.
+    """
     folder, name = cached_folder(config), config.data.name
     if folder is None or config.data.source or is_ready(folder):
         return
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"{name} is prepared by tensorflow-datasets, which needs TensorFlow once: run {sys.executable} "
-            "-m pip install 'tensorflow-cpu>=2.21' (the extra prepare), then the same command again"
-        )
+    if existing_builder(name) is not None:
+        return
     spec = DATASETS[name]
-    path = manual_folder() / spec.manual_files
-    roots = (manual_folder().parents[1], data_cache_dir() / "tfds" / name)
-    prepared = any((root / spec.builder).exists() for root in roots)
-    if not spec.downloadable and not path.exists() and not prepared:
+    path, prepared = manual_folder() / spec.manual_files, data_cache_dir() / "tfds" / name / spec.builder
+    if not spec.downloadable and not path.exists() and not prepared.exists():
         raise UserError(
             f"{spec.title} cannot be downloaded: make {spec.manual_files} by hand and put it at {path}, or "
             "give its images as config.data.source (docs/data.md says how)"
@@ -189,7 +184,6 @@ def _finish(temporary: Path, folder: Path, description: dict, transform: ImageTr
         flush_to_disk(path)
     prepared = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     provenance = {**description, **transform._asdict(), "files": files, "prepared": prepared}
-    (temporary / RESULT).unlink(missing_ok=True)
     write_atomic(temporary / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
     os.rename(temporary, folder)
     flush_to_disk(folder.parent)
@@ -213,6 +207,4 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         if not acquire(file, fix=fix):
             print(f"another process prepares {name}; waiting for it …", flush=True)
             acquire(file, fix=fix, wait=True)
-        # The child process inherits the lock: no other process prepares before the child has ended.
-        os.set_inheritable(file.fileno(), True)
         yield

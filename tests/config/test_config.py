@@ -21,7 +21,6 @@ from s2dm_jax.config.datasets import CROPS, RESIZE_FILTERS
 from s2dm_jax.config.defaults import FIELDS, SAMPLER_OPTIONS, default_config
 from s2dm_jax.config.io import default_workdir, expand_paths, from_json, load_config, to_json
 from s2dm_jax.config.validate import check_config
-from s2dm_jax.data import cache
 from s2dm_jax.data.transforms import ImageTransform, crop_box, to_array
 from s2dm_jax.diffusion.objectives import PRESETS
 from s2dm_jax.diffusion.schedule import SCHEDULES
@@ -270,15 +269,6 @@ def test_unavailable_images_are_reported_before_anything_is_written(tmp_path, mo
         assert len(done.stderr.splitlines()) == 1
         assert sentence in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_without_tensorflow_the_error_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path))
-    monkeypatch.setattr(cache.importlib.util, "find_spec", lambda name: None)
-    config = small_config()
-    config.data.name = "cifar10"
-    with pytest.raises(UserError, match=r"-m pip install 'tensorflow-cpu>=2\.21' \(the extra prepare\)"):
-        cache.check_preparable(config)
 
 
 def small_config():
