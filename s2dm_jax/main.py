@@ -309,6 +309,7 @@ def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir:
         check_compared_runs(own)
     else:
         check_evaluation_files(own)
+        check_preparable(own)
     return own
 
 

@@ -82,6 +82,7 @@ def run(argv: list[str] | None) -> None:
     check_jax_environment()
 
     from s2dm_jax.config.defaults import dataset_name
+    from s2dm_jax.data.sources import UNKNOWN
     from s2dm_jax.devices.hardware import check_devices
     from s2dm_jax.weights.read import read_weights
     from s2dm_jax.weights.write import infer_config, write_weights
@@ -116,8 +117,10 @@ def run(argv: list[str] | None) -> None:
     write_weights(args.out, args.to, weights, config, source=source, license=args.license)
     print(f"wrote    {args.out}: {args.to}, with a model card")
     if args.to == "workdir" and not weights.model_card:
-        guessed = "" if args.data or args.config else " (guessed from the size of the images)"
-        print(f"data     {dataset_name(config)}{guessed}")
+        name, note = dataset_name(config), "" if args.data or args.config else " (guessed from the size of the images)"
+        if name == UNKNOWN:
+            note = ": to train or evaluate, convert with --data=NAME or PATH, or give --config.data.source=PATH"
+        print(f"data     {name}{note}")
     if args.to == "workdir":
         print(f"sample   python -m s2dm_jax.main --mode=sample --workdir={args.out}")
         print(f"resume   python -m s2dm_jax.main --workdir={args.out} --config.train.steps=N")

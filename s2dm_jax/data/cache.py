@@ -130,12 +130,21 @@ def check_preparable(config: ConfigDict) -> None:
 
 
 def cached_folder(config: ConfigDict) -> Path | None:
-    """The cache entry of the config's images, named by source and transform; None where nothing is prepared."""
+    """The cache entry of the config's images, named by source and transform; None where nothing is prepared.
+
+    Raises:
+      UserError: where the images are missing: `check_source`, or a dataset that is only taken from `data.source`.
+    """
     source = config.data.source and str(user_path(config.data.source, "config.data.source"))
     if source:
         check_source(source)
-    elif not DATASETS[config.data.name].builder:
+    elif DATASETS[config.data.name].bundled:
         return None
+    elif not DATASETS[config.data.name].builder:
+        raise UserError(
+            f"config.data.source is missing: {DATASETS[config.data.name].title} is not downloaded; give a folder, zip "
+            "or tar of its images, --config.data.source=PATH (docs/data.md says how)"
+        )
     transform = transform_of(config)
     name = Path(source).resolve().name if source else config.data.name
     identity = [_SOURCE_FORMAT if source else _FORMAT, fingerprint(source) if source else name, *transform]
