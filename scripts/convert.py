@@ -29,7 +29,7 @@ for
       sa_dpm, another .pth for ddim; a folder is a run's folder, or diffusers if IN is a run's folder."""
 _EXAMPLES = """\
 examples:
-  python scripts/convert.py ckpt.pth runs/celeba
+  python scripts/convert.py ckpt.pth runs/celeba --data=celeba
   python scripts/convert.py ema_cifar10.ckpt runs/cifar10 --digest=1fa350b9…
   python scripts/convert.py model_900_ema.pth runs/celebahq --config=configs/celebahq256.py:sa_2
   python scripts/convert.py hf://google/ddpm-cifar10-32 runs/cifar10
@@ -83,6 +83,7 @@ def run(argv: list[str] | None) -> None:
     """Reads, checks and writes weights, and prints what they are."""
     args = parse(argv)
     given_config = load_config(args.config) if args.config else None
+    place, origin = fetch_from_hub(args.source) if args.source.startswith(PREFIX) else (args.source, "")
     # Orbax logs with a traceback what it also raises.
     logging.set_verbosity(logging.FATAL)
 
@@ -95,7 +96,6 @@ def run(argv: list[str] | None) -> None:
     from s2dm_jax.weights.write import infer_config, write_weights
 
     check_devices()
-    place, origin = fetch_from_hub(args.source) if args.source.startswith(PREFIX) else (args.source, "")
     weights = read_weights(str(place), resolution=args.resolution, digest=args.digest, key=args.key)
     config = infer_config(weights, given=given_config, data=args.data)
     if weights.model_card and args.step is not None:

@@ -17,15 +17,9 @@ _WEIGHTS = re.compile(r"diffusion_pytorch_model(\.[^/]*)?\.(safetensors|bin)")
 
 
 def check_hub_name(text: str) -> str:
-    """Returns hf://OWNER/NAME[@REVISION] as it is, or a name without the prefix.
-
-    Raises:
-      UserError: for another form, and where huggingface_hub is not installed.
-    """
+    """Returns hf://OWNER/NAME[@REVISION] as it is; raises a `UserError` for another form."""
     if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
         raise UserError(f"{text} is no model of the Hugging Face Hub; give hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError(f"{text} needs huggingface_hub; install it with pip install 's2dm_jax[hub]'")
     return text
 
 
@@ -37,8 +31,10 @@ def fetch_from_hub(text: str) -> tuple[Path, str]:
 
     Raises:
       UserError: for a name or revision that is not there or not open to the user, a download that fails, and a
-        repository without a network of diffusers.
+        repository without a network of diffusers; where huggingface_hub is not installed.
     """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError(f"{text} needs huggingface_hub; install it with pip install 's2dm_jax[hub]'")
     import huggingface_hub
     from huggingface_hub import errors
     from huggingface_hub.utils import disable_progress_bars

@@ -37,7 +37,7 @@ def test_other_names_are_one_sentence(name, tmp_path):
 def test_without_the_client_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"hf://a/b needs huggingface_hub; .* pip install 's2dm_jax\[hub\]'"):
-        hub.check_hub_name("hf://a/b")
+        hub.fetch_from_hub("hf://a/b")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
