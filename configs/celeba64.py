@@ -1,9 +1,9 @@
 """CelebA, 64×64: network and training of the DDIM code, which both papers keep.
 
-    python -m s2dm_jax.main --config=configs/celeba64.py:s2_10 --workdir=runs/celeba64
+    python -m s2dm_jax.main --config=configs/celeba64.py
 
-The first run downloads 1.4 GB and prepares them, with TensorFlow; when Google Drive refuses, docs/data.md
-says where to put the files by hand. The objective follows the colon: ddpm, s2_2, s2_10 (default), s2_50,
+The first run downloads 1.5 GB and prepares them; when Google Drive refuses, the error says which file to put
+where by hand (docs/data.md). The objective follows the colon: ddpm, s2_2, s2_10 (default), s2_50,
 sa_2, sa_3, sa_4; joined with +, as s2_10+sa_2, also with a noise schedule: sa_2+cosine. sn and npr train a
 variance head on the run that --config.variance_head.base_workdir names.
 

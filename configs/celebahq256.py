@@ -1,6 +1,6 @@
 """CelebA-HQ, 256×256: SA-DPM's config, with the network of the DDIM code's LSUN bedrooms.
 
-    python -m s2dm_jax.main --config=configs/celebahq256.py:sa_2 --workdir=runs/celebahq256
+    python -m s2dm_jax.main --config=configs/celebahq256.py
 
 The images cannot be downloaded; docs/data.md says how to get and where to put them. The objective follows the
 colon: ddpm, s2_2, s2_10, s2_50, sa_2 (default), sa_3, sa_4; joined with +, as s2_10+sa_2, also with a noise

@@ -1,8 +1,8 @@
 """CIFAR-10, 32×32: network and training of the DDIM code, which both papers keep.
 
-    python -m s2dm_jax.main --config=configs/cifar10.py:s2_10 --workdir=runs/cifar10
+    python -m s2dm_jax.main --config=configs/cifar10.py
 
-The first run downloads 170 MB and prepares them, with TensorFlow (docs/data.md). The objective follows the
+The first run downloads 170 MB and prepares them (docs/data.md). The objective follows the
 colon: ddpm, s2_2, s2_10 (default), s2_50, sa_2, sa_3, sa_4; joined with +, as s2_10+sa_2, also with a noise
 schedule: sa_2+cosine. sn and npr train a variance head on the run that --config.variance_head.base_workdir
 names.

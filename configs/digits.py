@@ -1,16 +1,16 @@
 """Handwritten digits, 8×8: the default that needs no download and trains in minutes on two CPU cores.
 
-    python -m s2dm_jax.main --config=configs/digits.py --workdir=runs/digits
+    python -m s2dm_jax.main --config=configs/digits.py
 
-The objective follows the colon: ddpm, s2_2, s2_10, s2_50, sa_2, sa_3, sa_4; joined with +, as s2_10+sa_2,
-also with a noise schedule: sa_2+cosine. For short, s2 is s2_10, sa is sa_2 and s2sa (default) both. sn and
+The objective follows the colon: ddpm, s2_2, s2_10, s2_50, sa_2, sa_3, sa_4; joined with +, as s2_10+sa_2
+(default), also with a noise schedule: sa_2+cosine. For short, s2 is s2_10, sa is sa_2 and s2sa both. sn and
 npr train a variance head on the run that --config.variance_head.base_workdir names.
 """
 
 from s2dm_jax.config import HEADS, default_config, set_head, set_objective
 
 
-def get_config(objective: str = "s2sa"):
+def get_config(objective: str = "s2_10+sa_2"):
     c = default_config()
     set_objective(c, "ddpm" if objective in HEADS else objective)
     c.data.name = "digits"

@@ -1,12 +1,13 @@
 """Trains a run, samples from it, evaluates it, exports its sampler.
 
-  python -m s2dm_jax.main --config=configs/digits.py:s2sa --workdir=runs/digits
+  python -m s2dm_jax.main --config=configs/digits.py                           # runs/digits_s2_10+sa_2
+  python -m s2dm_jax.main --config=configs/digits.py:ddpm --workdir=runs/digits
   python -m s2dm_jax.main --workdir=runs/digits --config.train.steps=2000      # resumes
   python -m s2dm_jax.main --mode=sample --workdir=runs/digits --config.sample.nfe=20
   python -m s2dm_jax.main --mode=evaluate --workdir=runs/digits --config.eval.nfe=10,20
   python -m s2dm_jax.main --mode=export --workdir=runs/digits
 
-`python -m s2dm_jax` and, where the package is installed, `s2dm` are the same command. Every field of the config is a
+`python -m s2dm_jax` and, where it is installed, `s2dm-jax` are the same command. Every field of the config is a
 flag, --config.GROUP.FIELD=VALUE.
 """
 
@@ -14,7 +15,7 @@ import os
 import sys
 
 # As a command; other code that imports this module has its own handlers.
-if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "s2dm":
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "s2dm-jax":
     from s2dm_jax.common.signals import end_on_interrupt
 
     end_on_interrupt()
@@ -43,7 +44,7 @@ from s2dm_jax.config.command_line import (
 )
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.fields import fields_help
-from s2dm_jax.config.io import expand_paths, load_config
+from s2dm_jax.config.io import default_workdir, expand_paths, load_config
 from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
 from s2dm_jax.data.cache import check_preparable, prepare_dataset
 from s2dm_jax.samplers.specs import sampler_name
@@ -70,7 +71,7 @@ _AFTER_SIGNAL = {
 def _define_flags() -> flags.FlagValues:
     """The flags beside the config's fields; in an object of their own, for absl's is global."""
     values = flags.FlagValues()
-    config = "Config FILE[:OBJECTIVE], as configs/digits.py:s2sa; by default the config of the run in --workdir"
+    config = "Config FILE[:OBJECTIVE], as configs/digits.py:s2_10; by default the config of the run in --workdir"
     mode = (
         "Train a run, sample from one (config.sample), evaluate one (config.eval), or export its sampler as one file "
         "(config.sample, config.export)"
@@ -78,7 +79,10 @@ def _define_flags() -> flags.FlagValues:
     out = "Folder for what the modes sample, evaluate and export write, where it shall not be in the run's own"
     address = "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods"
     flags.DEFINE_string("config", None, config, values)
-    flags.DEFINE_string("workdir", "", "Folder of the run; a run that is already there is resumed", values)
+    workdir = (
+        "Folder of the run, which is resumed if it is there; by default runs/FILE_OBJECTIVE, as --config names them"
+    )
+    flags.DEFINE_string("workdir", None, workdir, values)
     flags.DEFINE_string("out", "", out, values)
     flags.DEFINE_enum("mode", "train", ["train", *_GROUPS], mode, values)
     flags.DEFINE_string("coordinator_address", None, address, values)
@@ -103,6 +107,11 @@ def _help(values: flags.FlagValues) -> str:
 
 
 def _workdir(values: flags.FlagValues) -> str:
+    # One that is given empty, as by --workdir=$UNSET, is a mistake.
+    if values.workdir is None and values.config:
+        return default_workdir(values.config)
+    if values.workdir is None and values.mode == "train":
+        raise UserError("--config is missing; for example --config=configs/digits.py")
     if not values.workdir:
         raise UserError(f"--workdir is missing; for example --mode={values.mode} --workdir=runs/digits")
     return str(user_path(values.workdir, "--workdir"))
@@ -215,15 +224,22 @@ def run(argv: Sequence[str]) -> None:
         check_config(config)
         check_preparable(config)
         check_evaluation_files(config)
+        _show_default(values, workdir)
         _prepare_jax()
         prepare_workdir(workdir, config)
         prepare_dataset(config, check_platforms)
     else:
         config = _config_of_run(config, named, mode, workdir)
         check_writable(_outputs(mode, config, workdir, out), "give --out=DIR to write elsewhere")
+        _show_default(values, workdir)
         _prepare_jax()
     with signal_advice(_AFTER_SIGNAL[mode]):
         _start(values, config, workdir, out)
+
+
+def _show_default(values: flags.FlagValues, workdir: str) -> None:
+    if values.workdir is None:
+        print(f"workdir: {workdir}", flush=True)
 
 
 def _prepare_jax() -> None:
@@ -300,6 +316,7 @@ def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir:
         check_compared_runs(own)
     else:
         check_evaluation_files(own)
+        check_preparable(own)
     return own
 
 

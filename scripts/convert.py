@@ -14,6 +14,7 @@ from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.io import load_config
 from s2dm_jax.weights.formats import FORMATS, format_of
+from s2dm_jax.weights.hub import PREFIX, check_hub_name, fetch_from_hub
 
 _DESCRIPTION = """\
 Detects the format of IN, infers the network from the shapes of its tensors, checks every tensor against it,
@@ -21,17 +22,23 @@ and writes OUT with a model card.
 
 IN    a run's folder, an exported sampler (.npz), a .safetensors, a diffusers folder with a UNet2DModel, or a
       PyTorch checkpoint of DDIM (ckpt.pth, converted TensorFlow weights), SA-DPM (model_*_ema.pth,
-      ckpt_*.pth), PNDM or Analytic-DPM. Code in a file is never executed; PyTorch is not needed.
+      ckpt_*.pth), PNDM or Analytic-DPM; or hf://OWNER/NAME[@REVISION], a diffusers folder on the Hugging Face
+      Hub (extra hub). Code in a file is never executed; PyTorch is not needed.
 OUT   a new file or folder in the format --to, by default the one of its name: .safetensors; model_*_ema.pth
 for
       sa_dpm, another .pth for ddim; a folder is a run's folder, or diffusers if IN is a run's folder."""
 _EXAMPLES = """\
 examples:
-  python scripts/convert.py ckpt.pth runs/celeba
+  python scripts/convert.py ckpt.pth runs/celeba --data=celeba
   python scripts/convert.py ema_cifar10.ckpt runs/cifar10 --digest=1fa350b9…
   python scripts/convert.py model_900_ema.pth runs/celebahq --config=configs/celebahq256.py:sa_2
+  python scripts/convert.py hf://google/ddpm-cifar10-32 runs/cifar10
   python scripts/convert.py runs/digits digits.safetensors --license=cc-by-4.0
   python scripts/convert.py runs/digits digits_diffusers --to=diffusers"""
+
+
+def _source(text: str) -> str:
+    return check_hub_name(text) if text.startswith(PREFIX) else path_argument("IN")(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       UserError: for a value that is not allowed.
     """
     parser = Parser(_DESCRIPTION, _EXAMPLES)
-    parser.add_argument("source", metavar="IN", type=path_argument("IN"), help="file or folder to read")
+    parser.add_argument("source", metavar="IN", type=_source, help="file or folder to read, or hf://OWNER/NAME")
     parser.add_argument("out", metavar="OUT", type=path_argument("OUT"), help="file or folder to write")
     parser.add_argument("--to", choices=FORMATS, default="", help="format of OUT (default: by its name)")
     parser.add_argument("--resolution", type=int, help="height and width in pixels, where the shapes leave it open")
@@ -63,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name}={value} is out of range: it must be at least {low}")
-    if not Path(args.source).exists():
+    if not args.source.startswith(PREFIX) and not Path(args.source).exists():
         raise UserError(f"{args.source} does not exist; give the file of a checkpoint, or a folder")
     if os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
         raise UserError(f"{args.out} already exists and would be overwritten; give another name, or remove it")
@@ -76,18 +83,20 @@ def run(argv: list[str] | None) -> None:
     """Reads, checks and writes weights, and prints what they are."""
     args = parse(argv)
     given_config = load_config(args.config) if args.config else None
+    place, origin = fetch_from_hub(args.source) if args.source.startswith(PREFIX) else (args.source, "")
     # Orbax logs with a traceback what it also raises.
     logging.set_verbosity(logging.FATAL)
 
     check_jax_environment()
 
     from s2dm_jax.config.defaults import dataset_name
+    from s2dm_jax.data.sources import UNKNOWN
     from s2dm_jax.devices.hardware import check_devices
     from s2dm_jax.weights.read import read_weights
     from s2dm_jax.weights.write import infer_config, write_weights
 
     check_devices()
-    weights = read_weights(args.source, resolution=args.resolution, digest=args.digest, key=args.key)
+    weights = read_weights(str(place), resolution=args.resolution, digest=args.digest, key=args.key)
     config = infer_config(weights, given=given_config, data=args.data)
     if weights.model_card and args.step is not None:
         raise UserError(
@@ -95,7 +104,7 @@ def run(argv: list[str] | None) -> None:
         )
     step = weights.step if weights.model_card else args.step or 0
     network = weights.network
-    print(f"read     {args.source}: {weights.description}")
+    print(f"read     {origin or args.source}: {weights.description}")
     if weights.sha256:
         print(f"         sha256 {weights.sha256}")
     print(
@@ -106,7 +115,7 @@ def run(argv: list[str] | None) -> None:
     assumed = "" if weights.schedule else " (assumed: the file does not have it)"
     print(f"schedule {config.diffusion.schedule}, T = {config.diffusion.T:,}{assumed}")
     source = {
-        "file": Path(args.source).name,
+        "file": origin or Path(args.source).name,
         "format": weights.description,
         "sha256": weights.sha256,
         "steps_there": weights.step,
@@ -116,8 +125,10 @@ def run(argv: list[str] | None) -> None:
     write_weights(args.out, args.to, weights, config, source=source, license=args.license)
     print(f"wrote    {args.out}: {args.to}, with a model card")
     if args.to == "workdir" and not weights.model_card:
-        guessed = "" if args.data or args.config else " (guessed from the size of the images)"
-        print(f"data     {dataset_name(config)}{guessed}")
+        name, note = dataset_name(config), "" if args.data or args.config else " (guessed from the size of the images)"
+        if name == UNKNOWN:
+            note = ": to train or evaluate, convert with --data=NAME or PATH, or give --config.data.source=PATH"
+        print(f"data     {name}{note}")
     if args.to == "workdir":
         print(f"sample   python -m s2dm_jax.main --mode=sample --workdir={args.out}")
         print(f"resume   python -m s2dm_jax.main --workdir={args.out} --config.train.steps=N")

@@ -69,7 +69,7 @@ def test_its_metadata(wheel):
     assert len(needed) == len(project["dependencies"])
     with zipfile.ZipFile(wheel) as archive:
         (scripts,) = (archive.read(name) for name in archive.namelist() if name.endswith("/entry_points.txt"))
-    assert scripts.decode().split() == ["[console_scripts]", "s2dm", "=", "s2dm_jax.main:main"]
+    assert scripts.decode().split() == ["[console_scripts]", "s2dm-jax", "=", "s2dm_jax.main:main"]
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
 

@@ -10,7 +10,8 @@ class DatasetSpec(NamedTuple):
       size: pixels of a side.
       channels: 1 (grey) or 3 (RGB).
       title: its name in the provenance.
-      builder: its name in tensorflow-datasets; empty for one that needs no preparation.
+      builder: its name in tensorflow-datasets; empty for one that is bundled, or whose images are only taken from
+        `data.source`.
       manual_files: what to download by hand where the automatic download fails.
       downloadable: whether there is an automatic download.
       crop: what `data.crop="auto"` stands for; one of CROPS. Only a dataset with a crop takes others.
@@ -18,6 +19,7 @@ class DatasetSpec(NamedTuple):
       label: the builder's feature that is the class; empty for none.
       binary_attributes: attributes whose values, as bits, make the label where the builder has no labels.
       classes: names of those labels.
+      bundled: whether it comes with a dependency, and needs no preparation.
     """
 
     size: int
@@ -31,6 +33,7 @@ class DatasetSpec(NamedTuple):
     label: str = "label"
     binary_attributes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    bundled: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,7 +42,7 @@ class DatasetSpec(NamedTuple):
 
 
 DATASETS = {
-    "digits": DatasetSpec(8, 1, "digits of scikit-learn"),
+    "digits": DatasetSpec(8, 1, "digits of scikit-learn", bundled=True),
     "cifar10": DatasetSpec(32, 3, "CIFAR-10", "cifar10", "cifar-10-binary.tar.gz"),
     "celeba": DatasetSpec(
         64,
@@ -55,6 +58,9 @@ DATASETS = {
     "celebahq": DatasetSpec(
         256, 3, "CelebA-HQ 256", "celeb_a_hq/256", "data256x256.tar", downloadable=False, max_size=256
     ),
+    "ffhq": DatasetSpec(64, 3, "FFHQ"),
+    "afhqv2": DatasetSpec(64, 3, "AFHQv2"),
+    "lsun": DatasetSpec(256, 3, "LSUN"),
 }
 
 # What `data.transforms.crop_box` cuts out.

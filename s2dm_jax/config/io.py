@@ -1,9 +1,12 @@
 """Config files: found, loaded, to JSON and back."""
 
+import contextlib
+import inspect
 import json
 import os
 import re
 import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -12,6 +15,7 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path
 from s2dm_jax.config.defaults import FIELDS, default_config
 from s2dm_jax.config.fields import allowed_type
+from s2dm_jax.config.presets import full_objective_name
 
 # What urllib fetches.
 _URL = re.compile("(https?|ftp|file)://", re.IGNORECASE)
@@ -119,22 +123,11 @@ def load_config(name: str) -> ConfigDict:
     path, objective = split_config(name)
     if path.endswith(".json"):
         return _load_json(name, path, objective)
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            raise UserError(f"--config={name} defines no function get_config; see configs/digits.py for one that does")
-        config = get_config(*objective)
+    with _as_user_error(name):
+        config = _config_function(name, path)(*objective)
         if isinstance(config, ConfigDict):
             # Placeholders that must be filled raise only now.
             flatten(config)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"--config={name}: {_reason(error)}") from error
-    except SystemExit as error:
-        raise UserError(f"--config={name} ends the program, by sys.exit({error.code!r}); it must not") from error
-    except Exception as error:
-        raise UserError(f"--config={name} failed with {type(error).__name__}: {_reason(error)}") from error
     if not isinstance(config, ConfigDict):
         returned = "nothing" if config is None else f"a {type(config).__name__}"
         raise UserError(
@@ -143,6 +136,46 @@ def load_config(name: str) -> ConfigDict:
         )
     # A FrozenConfigDict too can then be changed on the command line.
     return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+
+
+def default_workdir(name: str) -> str:
+    """The run's folder where none is given, runs/FILE_OBJECTIVE for FILE[:OBJECTIVE], as runs/cifar10_s2_10.
+
+    Where the name has no objective, it is the default of the file's `get_config`, if that has one.
+
+    Raises:
+      UserError: as `load_config`.
+    """
+    path, objective = split_config(name)
+    if not objective and not path.endswith(".json"):
+        with _as_user_error(name):
+            parameters = inspect.signature(_config_function(name, path)).parameters.values()
+        objective = [str(one.default) for one in parameters if one.default is not one.empty][:1]
+    run = "_".join([Path(path).stem, *map(full_objective_name, objective)])
+    # Checkpoints cannot be written to a path with brackets or a backslash.
+    return "runs/" + re.sub(r"[^\w.+-]+", "-", run)
+
+
+def _config_function(name: str, path: str) -> Callable:
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise UserError(f"--config={name} defines no function get_config; see configs/digits.py for one that does")
+    return get_config
+
+
+@contextlib.contextmanager
+def _as_user_error(name: str) -> Iterator[None]:
+    """For the block, whatever a config file raises becomes a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--config={name}: {_reason(error)}") from error
+    except SystemExit as error:
+        raise UserError(f"--config={name} ends the program, by sys.exit({error.code!r}); it must not") from error
+    except Exception as error:
+        raise UserError(f"--config={name} failed with {type(error).__name__}: {_reason(error)}") from error
 
 
 def _load_json(name: str, path: str, objective: list[str]) -> ConfigDict:

@@ -22,13 +22,23 @@ OBJECTIVE_SCHEDULES = ("linear", "cosine")
 HEADS = ("sn", "npr")
 
 
+def full_objective_name(objective: str) -> str:
+    """The one name of an objective's spellings: "s2sa" and "sa_2+s2_10" are "s2_10+sa_2"; other text as it is."""
+    parts, known = _parts(objective), [*OBJECTIVES, *OBJECTIVE_SCHEDULES]
+    return "+".join(sorted(parts, key=known.index)) if set(parts) <= set(known) else objective
+
+
+def _parts(objective: str) -> list[str]:
+    return [name for part in objective.split("+") for name in ALIASES.get(part, part).split("+")]
+
+
 def set_objective(config: ConfigDict, objective: str) -> None:
     """Sets the objective and the noise schedule of a name such as "s2_10" or "s2_10+sa_2+cosine".
 
     Raises:
       ValueError: for an unknown part, or for two parts that set the same thing.
     """
-    parts = [name for part in objective.split("+") for name in ALIASES.get(part, part).split("+")]
+    parts = _parts(objective)
     for part in parts:
         if part not in OBJECTIVES and part not in OBJECTIVE_SCHEDULES:
             raise ValueError(

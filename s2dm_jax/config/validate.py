@@ -88,7 +88,7 @@ def _check_data(config: ConfigDict) -> None:
     if data.source:
         return
     spec = DATASETS[data.name]
-    if not spec.builder and image_shape(config) != spec.shape:
+    if spec.bundled and image_shape(config) != spec.shape:
         raise UserError(
             f"config.data.resolution={data.resolution} and config.data.channels={data.channels} do not go with the "
             f"{data.name}, which are {spec.size} pixels of {spec.channels} channel(s); leave both 0"

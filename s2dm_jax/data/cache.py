@@ -1,16 +1,14 @@
 """The cache of prepared datasets: one uint8 .npy per split; entries are complete or absent.
 
 A complete entry appears by one rename. A file lock lets one process prepare while the others, on all hosts that share
-the cache, wait; a killed process leaves a temporary folder, which the next one removes. Imports no jax, no tensorflow.
+the cache, wait; a killed process leaves a temporary folder, which the next one removes. Imports no jax.
 """
 
 import contextlib
 import datetime
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import dataset_name, image_shape
 from s2dm_jax.data.import_images import SPLITS, import_images
 from s2dm_jax.data.sources import check_source, fingerprint
-from s2dm_jax.data.tfds_builder import RESULT, manual_folder, run_tfds
+from s2dm_jax.data.tfds_builder import existing_builder, manual_folder, run_tfds
 from s2dm_jax.data.transforms import ImageTransform
 
 PROVENANCE = "provenance.json"
@@ -114,20 +112,17 @@ def _prepare(config: ConfigDict, name: str, temporary: Path, folder: Path) -> No
 
 
 def check_preparable(config: ConfigDict) -> None:
-    """Raises a `UserError` if the source, TensorFlow or a manually downloaded file is missing; fast, writes nothing."""
+    """Raises a `UserError` if the source or a manually downloaded file is missing, or what tensorflow-datasets has
+    prepared cannot be read; fast, writes nothing.
+    """
     folder, name = cached_folder(config), config.data.name
     if folder is None or config.data.source or is_ready(folder):
         return
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"{name} is prepared by tensorflow-datasets, which needs TensorFlow once: run {sys.executable} "
-            "-m pip install 'tensorflow-cpu>=2.21' (the extra prepare), then the same command again"
-        )
+    if existing_builder(name) is not None:
+        return
     spec = DATASETS[name]
-    path = manual_folder() / spec.manual_files
-    roots = (manual_folder().parents[1], data_cache_dir() / "tfds" / name)
-    prepared = any((root / spec.builder).exists() for root in roots)
-    if not spec.downloadable and not path.exists() and not prepared:
+    path, prepared = manual_folder() / spec.manual_files, data_cache_dir() / "tfds" / name / spec.builder
+    if not spec.downloadable and not path.exists() and not prepared.exists():
         raise UserError(
             f"{spec.title} cannot be downloaded: make {spec.manual_files} by hand and put it at {path}, or "
             "give its images as config.data.source (docs/data.md says how)"
@@ -135,12 +130,21 @@ def check_preparable(config: ConfigDict) -> None:
 
 
 def cached_folder(config: ConfigDict) -> Path | None:
-    """The cache entry of the config's images, named by source and transform; None where nothing is prepared."""
+    """The cache entry of the config's images, named by source and transform; None where nothing is prepared.
+
+    Raises:
+      UserError: where the images are missing: `check_source`, or a dataset that is only taken from `data.source`.
+    """
     source = config.data.source and str(user_path(config.data.source, "config.data.source"))
     if source:
         check_source(source)
-    elif not DATASETS[config.data.name].builder:
+    elif DATASETS[config.data.name].bundled:
         return None
+    elif not DATASETS[config.data.name].builder:
+        raise UserError(
+            f"config.data.source is missing: {DATASETS[config.data.name].title} is not downloaded; give a folder, zip "
+            "or tar of its images, --config.data.source=PATH (docs/data.md says how)"
+        )
     transform = transform_of(config)
     name = Path(source).resolve().name if source else config.data.name
     identity = [_SOURCE_FORMAT if source else _FORMAT, fingerprint(source) if source else name, *transform]
@@ -189,7 +193,6 @@ def _finish(temporary: Path, folder: Path, description: dict, transform: ImageTr
         flush_to_disk(path)
     prepared = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     provenance = {**description, **transform._asdict(), "files": files, "prepared": prepared}
-    (temporary / RESULT).unlink(missing_ok=True)
     write_atomic(temporary / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
     os.rename(temporary, folder)
     flush_to_disk(folder.parent)
@@ -213,6 +216,4 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         if not acquire(file, fix=fix):
             print(f"another process prepares {name}; waiting for it …", flush=True)
             acquire(file, fix=fix, wait=True)
-        # The child process inherits the lock: no other process prepares before the child has ended.
-        os.set_inheritable(file.fileno(), True)
         yield

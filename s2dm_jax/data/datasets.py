@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.images import is_saturated
+from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.data.cache import PROVENANCE, cached_folder, check_hashes, is_ready, prepare_dataset
 from s2dm_jax.data.import_images import SPLITS
 
@@ -80,7 +81,7 @@ def saturation_at_hand(config: ConfigDict) -> float | None:
         return None
     if config.data.name in _BUNDLED:
         return _BUNDLED[config.data.name]().saturation
-    folder = cached_folder(config)
+    folder = cached_folder(config) if DATASETS[config.data.name].builder else None
     return _saturation(np.load(folder / "train.npy", mmap_mode="r")) if folder and is_ready(folder) else None
 
 

@@ -23,6 +23,9 @@ from s2dm_jax.data.folders import walk_folder
 from s2dm_jax.data.splits import is_split
 from s2dm_jax.data.transforms import SUFFIXES
 
+# The source of images that nobody has named; sampling needs none.
+UNKNOWN = "unknown"
+
 _SOURCE_SUFFIXES = {
     "zip": (".zip",),
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"),
@@ -35,6 +38,11 @@ def check_source(source: str) -> str:
     path, name = Path(source), source.lower()
     if path.is_dir():
         return "folder"
+    if not path.exists() and name == UNKNOWN:
+        raise UserError(
+            f"config.data.source={UNKNOWN}: the weights do not say what they were trained on; give its images, "
+            "--config.data.source=PATH, or convert the weights again with --data=NAME"
+        )
     if not path.exists():
         raise UserError(f"config.data.source={source}: there is no such file or folder")
     if not path.is_file():

@@ -1,16 +1,11 @@
-"""The child process that prepares a dataset with tensorflow-datasets, the only one to import TensorFlow.
+"""tensorflow-datasets: what it has prepared elsewhere, or prepares here, into the arrays of the cache."""
 
-`python -m s2dm_jax.data.tfds_builder REQUEST`, where REQUEST is a JSON list: name, transform, path of the result,
-folder of tensorflow-datasets. The arrays are written beside the result: entries of the provenance, or {"error": …}.
-"""
-
-import json
-import os
+import contextlib
+import dataclasses
+import io
 import shutil
-import subprocess
 import sys
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +15,118 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import data_cache_dir, environment_path
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.config.datasets import DATASETS
+from s2dm_jax.data.fetch import RemoteFile, fetch_files, mirrored
 from s2dm_jax.data.import_images import SplitWriter
 from s2dm_jax.data.splits import held_out_mask
 from s2dm_jax.data.transforms import ImageTransform, decode
 
-RESULT = "result.json"
-
 
 def run_tfds(name: str, transform: ImageTransform, temporary: Path) -> dict:
-    """Runs `main` in a child process that ends with this one; returns entries of the provenance."""
+    """Prepares a dataset in the cache and writes its arrays into `temporary`; returns entries of the provenance.
+
+    Raises:
+      UserError: where it cannot be downloaded or prepared; one sentence.
+    """
     print(f"preparing {name} with tensorflow-datasets in {data_cache_dir()}", flush=True)
-    request = json.dumps([name, transform, str(temporary / RESULT), str(data_cache_dir() / "tfds" / name)])
-    # Without the GPU's memory, and without remarks on how TensorFlow was built.
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-    if not sys.stderr.isatty():
-        # Its progress bars would fill a log.
-        quiet["TQDM_MININTERVAL"] = "10"
-    # The child inherits the cache's lock, and ends when its standard input closes: with this process, in any way.
-    command, environment = tfds_command(request), {**os.environ, **quiet}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, close_fds=False, env=environment) as child:
-        try:
-            status = child.wait()
-        except BaseException:
-            child.kill()
-            child.wait()
-            raise
-    try:
-        description = json.loads((temporary / RESULT).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"preparing {name} failed with status {status}; what went wrong is printed above") from error
-    if "error" in description:
-        raise UserError(f"preparing {name} failed: {description['error']}")
-    return description
+    folder = data_cache_dir() / "tfds" / name
+    with _as_user_error(name, folder):
+        return run(name, transform, temporary, folder)
 
 
-def tfds_command(request: str) -> list[str]:
-    """The command line of the child process."""
-    return [sys.executable, "-m", "s2dm_jax.data.tfds_builder", request]
+def tfds_folder() -> Path:
+    """Where tensorflow-datasets prepares by itself: its own default place."""
+    return environment_path("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
 
 def manual_folder() -> Path:
-    """Where tensorflow-datasets looks for manually downloaded files: its own default place."""
-    return environment_path("TFDS_DATA_DIR", "~/tensorflow_datasets") / "downloads" / "manual"
+    """Where tensorflow-datasets looks for manually downloaded files."""
+    return tfds_folder() / "downloads" / "manual"
+
+
+def existing_builder(name: str) -> Any:
+    """The builder of a dataset that tensorflow-datasets has prepared in its own folder; None where there is none.
+
+    Raises:
+      UserError: where it is there in another format than array_record.
+    """
+    folder = tfds_folder() / DATASETS[name].builder
+    if not folder.exists():
+        return None
+    with _as_user_error(name, folder):
+        builder = _make_builder(name, tfds_folder())
+        if not builder.data_path.exists():
+            return None
+        if (found := builder.info.file_format.value) != "array_record":
+            raise UserError(
+                f"{builder.data_path} is in the format {found}, which only TensorFlow reads: set TFDS_DATA_DIR to "
+                f"another folder, and {name} is prepared anew, or prepare it there with file_format='array_record'"
+            )
+        return builder
+
+
+def _make_builder(name: str, folder: Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    from s2dm_jax.data.builders import BUILDERS
+
+    # Its bars would fill a log.
+    tfds.display_progress_bar(sys.stderr.isatty())
+    builder, _, config = DATASETS[name].builder.partition("/")
+    if builder in BUILDERS:
+        return BUILDERS[builder](config=config or None, data_dir=folder)
+    return tfds.builder(DATASETS[name].builder, data_dir=folder)
 
 
 def build(name: str, folder: Path) -> Any:
     """The dataset's builder, prepared: that of tensorflow-datasets' own folder, or one made in `folder`."""
     import tensorflow_datasets as tfds
 
-    existing = tfds.builder(DATASETS[name].builder)
-    label_feature(name, existing.info.features)
-    if existing.data_path.exists():
+    if (existing := existing_builder(name)) is not None:
         return existing
-    # Left by an interrupted download, extraction or preparation; the caller holds this dataset's lock.
-    for leftover in [*folder.rglob("incomplete.*"), *folder.glob("downloads/**/*.tmp.*")]:
+    # Left by an interrupted preparation; the caller holds this dataset's lock.
+    for leftover in folder.rglob("incomplete.*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    builder = tfds.builder(DATASETS[name].builder, data_dir=folder)
-    config = tfds.download.DownloadConfig(manual_dir=manual_folder())
-    builder.download_and_prepare(file_format="array_record", download_config=config)
+    builder = _make_builder(name, folder)
+    label_feature(name, builder.info.features)
+    if builder.data_path.exists():
+        return builder
+    downloads = manual_folder()
+    if files := _remote_files(builder):
+        downloads = folder / "downloads"
+        fetch_files(DATASETS[name].title, files, downloads, manual_folder())
+    config = tfds.download.DownloadConfig(manual_dir=downloads, try_download_gcs=False)
+    # tensorflow-datasets prints sizes, which it does not know.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(file_format="array_record", download_config=config)
     return builder
+
+
+def _remote_files(builder: Any) -> list[RemoteFile]:
+    """The published files of one of our builders, or a mirror's; also those that tensorflow-datasets will check."""
+    infos = getattr(builder, "published_files", {})
+    if not infos:
+        return []
+    files = mirrored([RemoteFile(info.filename, url, int(info.size), info.checksum) for url, info in infos.items()])
+    builder.url_infos = {
+        url: dataclasses.replace(info, size=file.size, checksum=file.sha256)
+        for (url, info), file in zip(infos.items(), files, strict=True)
+    }
+    return files
+
+
+@contextlib.contextmanager
+def _as_user_error(name: str, folder: Path) -> Iterator[None]:
+    """For the block, what builders and damaged files raise, each in its own way, becomes a `UserError`."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        reason, files = " ".join(str(error).split())[:300], DATASETS[name].manual_files
+        raise UserError(
+            f"preparing {name} failed with {type(error).__name__}: {reason}; get {files} anew if they are in "
+            f"{manual_folder()}, remove {folder}, and run the same command again"
+        ) from error
 
 
 def encoded_examples(builder: Any, split: str) -> Iterable[dict]:
@@ -86,9 +134,7 @@ def encoded_examples(builder: Any, split: str) -> Iterable[dict]:
     import tensorflow_datasets as tfds
 
     decoders = {"image": tfds.decode.SkipDecoding()}
-    if builder.info.file_format.value == "array_record":
-        return builder.as_data_source(split=split, decoders=decoders)
-    return tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
+    return builder.as_data_source(split=split, decoders=decoders)
 
 
 def label_feature(name: str, features: Mapping[str, Any]) -> str:
@@ -144,27 +190,3 @@ def run(name: str, transform: ImageTransform, folder: Path, tfds_folder: Path) -
         "classes": list(DATASETS[name].classes) or (features[label].names if label else ["."]),
         "skipped": [],
     }
-
-
-def main() -> None:
-    name, transform, result, tfds_folder = json.loads(sys.argv[1])
-    # The parent holds the other end, which closes when the parent ends in any way.
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    try:
-        description = run(name, ImageTransform(*transform), Path(result).parent, Path(tfds_folder))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:
-        description = {"error": str(error)}
-    except Exception as error:
-        # Downloads, checksums and builders each have errors of their own.
-        reason, files = " ".join(str(error).split())[:300], DATASETS[name].manual_files
-        description = {
-            "error": f"{type(error).__name__}: {reason}; if the download is what fails, get {files} by hand, "
-            f"put it into {manual_folder()} and run the same command again"
-        }
-    Path(result).write_text(json.dumps(description), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,6 +19,7 @@ from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import from_json, to_json
 from s2dm_jax.config.validate import check_config
+from s2dm_jax.data.sources import UNKNOWN
 from s2dm_jax.weights import diffusers_names, model_card, torch_names
 from s2dm_jax.weights.model_card import CARD, NOT_STATED
 from s2dm_jax.weights.read import METADATA_PREFIX, SUMS, Weights
@@ -28,8 +29,6 @@ from s2dm_jax.workdir.load import Run
 from s2dm_jax.workdir.metadata import run_metadata
 from s2dm_jax.workdir.state import make_optimizer, new_state
 
-# The source of images that nobody has named; sampling needs none.
-UNKNOWN = "unknown"
 # The published codes read every network's output as ε.
 _EPSILON_ONLY = ("ddim", "sa_dpm", "pndm")
 # The config's group `model` has them under the same names.
@@ -41,7 +40,8 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
 
     Args:
       given: a config with the weights' network and schedule; others are a UserError.
-      data: name of a dataset, or the path of your own images; by default the dataset of images of that shape.
+      data: name of a dataset, or the path of your own images; by default the one dataset of images of that
+        shape, or `UNKNOWN`.
     """
     network = weights.network
     if network.in_channels != network.out_channels:
@@ -53,7 +53,9 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
     config = given or inherited or default_config()
     shape = (network.resolution, network.in_channels)
     if data or not (given or inherited):
-        name = data or next((name for name, spec in DATASETS.items() if spec.shape == shape), UNKNOWN)
+        names = [name for name, spec in DATASETS.items() if spec.shape == shape]
+        # Faces, animals and bedrooms are of one size: what several datasets have says nothing.
+        name = data or (names[0] if len(names) == 1 else UNKNOWN)
         if name in DATASETS:
             config.data.name, config.data.source = name, ""
         else:

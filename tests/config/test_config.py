@@ -19,9 +19,8 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import build_objective
 from s2dm_jax.config.datasets import CROPS, RESIZE_FILTERS
 from s2dm_jax.config.defaults import FIELDS, SAMPLER_OPTIONS, default_config
-from s2dm_jax.config.io import expand_paths, from_json, load_config, to_json
+from s2dm_jax.config.io import default_workdir, expand_paths, from_json, load_config, to_json
 from s2dm_jax.config.validate import check_config
-from s2dm_jax.data import cache
 from s2dm_jax.data.transforms import ImageTransform, crop_box, to_array
 from s2dm_jax.diffusion.objectives import PRESETS
 from s2dm_jax.diffusion.schedule import SCHEDULES
@@ -172,6 +171,54 @@ def test_flags_are_read_in_any_order_and_spelling(monkeypatch, tmp_path):
     assert again.to_dict() == load_config("configs/digits.py:s2").to_dict()
 
 
+@pytest.mark.parametrize(
+    ("config", "workdir"),
+    [
+        ("configs/cifar10.py", "runs/cifar10_s2_10"),
+        ("configs/digits.py", "runs/digits_s2_10+sa_2"),
+        ("configs/digits.py:s2sa", "runs/digits_s2_10+sa_2"),
+        ("configs/digits.py:cosine+sa_2+s2", "runs/digits_s2_10+sa_2+cosine"),
+        ("{mine}/mine.py", "runs/mine_ours"),
+        ("{mine}/mine.py:a/b [1]", "runs/mine_a-b-1-"),
+        ("{mine}/none.py", "runs/none"),
+        ("{mine}/config.json", "runs/config"),
+    ],
+)
+def test_the_workdir_is_named_by_config_and_objective(tmp_path, monkeypatch, config, workdir):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "mine.py").write_text("def get_config(kind='ours'): return 1 / 0")
+    (tmp_path / "none.py").write_text("def get_config(): return 1 / 0")
+    (tmp_path / "config.json").touch()
+    assert default_workdir(config.format(mine=tmp_path)) == workdir
+
+
+def test_a_command_without_workdir_names_it_first_and_resumes_it(monkeypatch, tmp_path, capsys):
+    found = []
+
+    def train(config, workdir):
+        found.append((config, workdir))
+        Path(workdir, "config.json").write_text(to_json(config))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("s2dm_jax.training.loop.train", train)
+    monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
+    for _ in range(2):
+        main.run(["main", "--config=configs/digits.py:ddpm"])
+        assert capsys.readouterr().out.splitlines()[0] == "workdir: runs/digits_ddpm"
+    assert [workdir for _, workdir in found] == ["runs/digits_ddpm"] * 2
+    with pytest.raises(UserError, match=r"--workdir=runs/digits_ddpm belongs to .*; give another --workdir or"):
+        main.run(["main", "--config=configs/digits.py:ddpm", "--config.train.lr=0.5"])
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"^runs/digits_ddpm holds no checkpoint"):
+        main.run(["main", "--mode=sample", "--config=configs/digits.py:ddpm"])
+    for mode in ("sample", "evaluate", "export"):
+        with pytest.raises(UserError, match=rf"^--workdir is missing; for example --mode={mode} --workdir="):
+            main.run(["main", f"--mode={mode}"])
+    with pytest.raises(UserError, match=r"^--config is missing; for example --config=configs/digits\.py$"):
+        main.run(["main"])
+    assert capsys.readouterr().out == ""
+
+
 def test_one_way_to_set_the_sampling_steps_replaces_another(monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from s2dm_jax.config import default_config\n\ndef get_config():\n    c = default_config()\n"
@@ -222,15 +269,6 @@ def test_unavailable_images_are_reported_before_anything_is_written(tmp_path, mo
         assert len(done.stderr.splitlines()) == 1
         assert sentence in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_without_tensorflow_the_error_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("S2DM_JAX_DATA", str(tmp_path))
-    monkeypatch.setattr(cache.importlib.util, "find_spec", lambda name: None)
-    config = small_config()
-    config.data.name = "cifar10"
-    with pytest.raises(UserError, match=r"-m pip install 'tensorflow-cpu>=2\.21' \(the extra prepare\)"):
-        cache.check_preparable(config)
 
 
 def small_config():

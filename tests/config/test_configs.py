@@ -5,15 +5,26 @@ from pathlib import Path
 import pytest
 from helpers import load_file
 
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import build_network, build_objective
 from s2dm_jax.config.datasets import CROPS, DATASETS
 from s2dm_jax.config.defaults import default_config, image_shape
 from s2dm_jax.config.presets import ALIASES, HEADS, OBJECTIVES, set_objective
 from s2dm_jax.config.validate import check_config
+from s2dm_jax.data.cache import check_preparable
+from s2dm_jax.data.datasets import saturation_at_hand
 from s2dm_jax.models.network import num_params
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PAPERS = {"cifar10": "cifar10", "celeba64": "celeba", "celebahq256": "celebahq"}
+# The networks are those of the golden parameter counts.
+PAPERS = {
+    "cifar10": "cifar10",
+    "celeba64": "celeba",
+    "celebahq256": "celebahq",
+    "ffhq64": "celeba",
+    "afhqv2_64": "celeba",
+    "lsun256": "celebahq",
+}
 JOINED = ("s2_10+sa_2", "sa_4+s2_50", "ddpm+cosine", "s2_2+sa_3+cosine", "linear+sa_2", "s2sa+cosine")
 
 
@@ -75,11 +86,15 @@ def test_objectives_that_make_no_sense(objective, sentence):
         set_objective(default_config(), objective)
 
 
-# The DDIM code's configs; CelebA-HQ: SA-DPM's. Steps: S²-DMs, section 4; SA-DPM's epochs × steps an epoch.
+# The DDIM code's configs; CelebA-HQ, FFHQ and AFHQv2: SA-DPM's. Steps: S²-DMs, section 4; SA-DPM's epochs × steps an
+# epoch; LSUN: DDPM's.
 VALUES = {
     "cifar10": (32, (1, 2, 2, 2), 0.1, True, 128, 2e-4, 1.0, 0.9999, 600_000, 1_200 * 390),
     "celeba64": (64, (1, 2, 2, 2, 4), 0.1, True, 128, 2e-4, 1.0, 0.9999, 400_000, 1_200 * 1_271),
     "celebahq256": (256, (1, 1, 2, 2, 4, 4), 0.0, False, 24, 2e-5, 0.0, 0.999, 900 * 1_125, 900 * 1_125),
+    "ffhq64": (64, (1, 2, 2, 2, 4), 0.1, True, 256, 2e-4, 1.0, 0.9999, 1_500 * 273, 1_500 * 273),
+    "afhqv2_64": (64, (1, 2, 2, 2, 4), 0.1, True, 128, 2e-4, 1.0, 0.9999, 2_000 * 112, 2_000 * 112),
+    "lsun256": (256, (1, 1, 2, 2, 4, 4), 0.0, True, 64, 2e-5, 0.0, 0.999, 2_400_000, 2_400_000),
 }
 
 
@@ -102,6 +117,20 @@ def test_values_and_parameter_counts_are_the_published_ones(name, golden):
     assert (c.model.ch, c.model.num_res_blocks, c.model.attn_resolutions) == (128, 2, (16,))
     assert (c.diffusion.T, c.diffusion.schedule) == (1000, "linear")
     assert num_params(build_network(c)) == golden("param_counts.json")[PAPERS[name]]
+
+
+@pytest.mark.parametrize(("name", "lam"), [("celebahq256", 0.1), ("ffhq64", 0.5), ("afhqv2_64", 0.2)])
+def test_the_weight_is_that_of_the_released_code(name, lam):
+    assert load(name).to_dict() == load(name, "sa_2").to_dict()
+    assert load(name).loss.lam == lam
+
+
+@pytest.mark.parametrize("name", ["ffhq64", "afhqv2_64", "lsun256"])
+def test_datasets_that_are_not_downloaded_ask_for_their_images(name):
+    config = load(name)
+    with pytest.raises(UserError, match=r"^config\.data\.source is missing: \w+ is not downloaded; give a folder"):
+        check_preparable(config)
+    assert saturation_at_hand(config) is None
 
 
 def test_every_dataset_has_a_config_file_and_a_crop_that_exists():

@@ -205,7 +205,7 @@ def test_a_config_is_a_file_or_comes_with_the_package(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "digits.py").touch()
     assert config_path("configs/digits.py:sa") == "configs/digits.py:sa"
-    with pytest.raises(UserError, match=r"those that come with s2dm_jax are configs/celeba64\.py, configs/"):
+    with pytest.raises(UserError, match=r"those that come with s2dm_jax are configs/afhqv2_64\.py, configs/"):
         config_path("configs/digit.py")
     with pytest.raises(UserError, match="there is no such file"):
         config_path("other/digits.py")

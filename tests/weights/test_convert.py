@@ -17,12 +17,12 @@ from safetensors.numpy import save_file
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.hashing import sha256_of_tensors
-from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.defaults import default_config, image_shape
 from s2dm_jax.config.io import from_json
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names
 from s2dm_jax.weights.export import export
-from s2dm_jax.weights.read import read_weights
+from s2dm_jax.weights.read import Weights, read_weights
 from s2dm_jax.weights.torch_pickle import write_torch
 from s2dm_jax.weights.write import infer_config, write_weights
 from s2dm_jax.workdir.load import load_run
@@ -400,9 +400,31 @@ def test_weights_from_elsewhere_sample_without_their_data_set(foreign, command_l
     assert len(list((foreign / "samples").glob("ddim_nfe1_*.png"))) == 1
     with pytest.raises(SystemExit):
         command_line(f"--workdir={foreign}")
+    sentence = "error: config.data.source=unknown: the weights do not say what they were trained on; give its images,"
     error = capsys.readouterr().err
-    assert error.startswith("error: config.data.source=unknown")
+    assert error.startswith(sentence)
     assert error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        command_line("--mode=evaluate", f"--workdir={foreign}", "--config.eval.nfe=1")
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "expected"),
+    [
+        ((64, 3), "", ("digits", "unknown")),
+        ((256, 3), "", ("digits", "unknown")),
+        ((64, 3), "celeba", ("celeba", "")),
+        ((64, 3), "ffhq", ("ffhq", "")),
+        ((32, 3), "", ("cifar10", "")),
+        ((8, 1), "", ("digits", "")),
+    ],
+)
+def test_the_dataset_of_weights_is_named_only_where_one_has_their_shape(shape, data, expected):
+    network = UNet(shape[0], shape[1], shape[1], 32, (1,), 1, ())
+    config = infer_config(Weights(network, {}, {}, None, None, 0, "", ""), data=data)
+    assert (config.data.name, config.data.source) == expected
+    assert image_shape(config) == shape
 
 
 def test_a_card_claims_nothing_about_a_training_that_it_does_not_know(command, foreign, tmp_path):
