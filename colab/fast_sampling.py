@@ -72,7 +72,8 @@ SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 #
 # Nearly all time is spent in the network, so samplers are compared at equal *NFE*, not at equal steps: F-PNDM
 # with S steps has an NFE of S + 9. `--mode=evaluate` takes several samplers and NFE; pairs that a sampler
-# cannot run are skipped. Each sampler has the timestep spacing that suits it best. [docs/samplers.md](../docs/samplers.md) has their formulas.
+# cannot run are skipped. Each sampler has the timestep spacing that suits it best.
+# [docs/samplers.md](../docs/samplers.md) has their formulas.
 #
 # `analytic` (Analytic-DPM) draws noise at every step, with the variance that is optimal for the network. It
 # follows from a statistic of the network that is estimated once, in the quick setting from 10 images per
