@@ -66,7 +66,7 @@ def test_quickstart(run):
     shapes, distance = run("quickstart", "[images.shape, strips.shape, rows.shape], distance")
     assert shapes == [[60, 8, 8, 1], [4, 10, 8, 8, 1], [4, 11, 8, 8, 1]]
     # Of noise 361, of real digits 3.
-    assert distance["unipc, timestep_spacing quadratic"] < 30
+    assert distance["unipc, truncated_logsnr"] < 30
 
 
 @pytest.mark.slow
