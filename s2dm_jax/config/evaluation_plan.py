@@ -6,7 +6,7 @@ import numpy as np
 
 from s2dm_jax.config.metrics import split_names
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, sampler_name
-from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps
+from s2dm_jax.samplers.timesteps import MIN_LOG_SNR, TimestepSpec, plan_timesteps, split_timestep_spec, unvisited_note
 
 FEATURES = ("auto", "inception", "classifier")
 REFERENCES = ("auto", "train", "held_out")
@@ -26,17 +26,27 @@ class EvalPoint(NamedTuple):
         spacing = {} if self.timestep_spacing == "uniform" else {"timestep_spacing": self.timestep_spacing}
         return ", ".join([self.sampler, *(f"{name} {value}" for name, value in (spacing | self.options).items())])
 
-    def timesteps(self, T: int) -> np.ndarray:
+    def timesteps(self, T: int, log_snr: np.ndarray | None = None) -> np.ndarray:
         """The timesteps [S] that it visits, ascending; for the spacing "optimal" as many others."""
-        spec = TimestepSpec(nfe=self.nfe, timestep_spacing=self.timestep_spacing)
-        return plan_timesteps(T, self.sampler, spec, **self.options)
+        spec, options = self.request()
+        return plan_timesteps(T, self.sampler, spec, log_snr=log_snr, **options)
+
+    def request(self) -> tuple[TimestepSpec, dict]:
+        """What stands for its timesteps, and the sampler's own options."""
+        fields = {"nfe": self.nfe, "timestep_spacing": self.timestep_spacing}
+        return split_timestep_spec(fields | self.options)
+
+    def note(self, T: int, log_snr: np.ndarray) -> str:
+        """One sentence where the last timesteps are not visited, else ""."""
+        spec, options = self.request()
+        return unvisited_note(T, self.sampler, spec, log_snr, **options)
 
 
-def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
+def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> tuple[list[EvalPoint], list[str]]:
     """The points that a config's group `eval` requests, sampler by sampler, and one sentence for each skipped pair.
 
     A pair of sampler and NFE that is impossible, as F-PNDM with 10, is skipped. An option applies to those of the
-    samplers that have it.
+    samplers that have it. `log_snr` is the schedule's λ at each timestep, for the bound `min_log_snr`.
 
     Raises:
       ValueError: for an unknown or repeated sampler, an option that no sampler has, an NFE that no sampler can run
@@ -57,13 +67,14 @@ def plan_evaluation(T: int, fields: dict) -> tuple[list[EvalPoint], list[str]]:
         if not any(name in SAMPLERS[sampler].options for sampler in samplers):
             owners = ", ".join(sampler for sampler, spec in SAMPLERS.items() if name in spec.options)
             raise ValueError(f"{name}={value!r} is no option of {', '.join(samplers)}, only of {owners}")
+    bound = {} if fields["min_log_snr"] == MIN_LOG_SNR else {"min_log_snr": fields["min_log_snr"]}
     points, skipped = [], {}
     for sampler in samplers:
-        options = {name: value for name, value in requested.items() if name in SAMPLERS[sampler].options}
+        options = {name: value for name, value in requested.items() if name in SAMPLERS[sampler].options} | bound
         for nfe in fields["nfe"]:
             point = EvalPoint(sampler, nfe, fields["timestep_spacing"], options)
             try:
-                point.timesteps(T)
+                point.timesteps(T, log_snr)
                 points.append(point)
             except ValueError as error:
                 skipped[sampler, nfe] = str(error)

@@ -6,9 +6,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from s2dm_jax.samplers.specs import check_options, nfe_of, steps_for_nfe
+from s2dm_jax.samplers.specs import SAMPLERS, check_options, clips_x0, nfe_of, steps_for_nfe
 
 DEFAULT_NFE = 10
+# The bound of DPM-Solver's authors for the cosine schedule, where alpha is 0.006 (`lambda_min_clipped` of diffusers);
+# the linear schedule of 1000 timesteps ends at −5.06.
+MIN_LOG_SNR = -5.1
+# λ below which `check_step_lengths` applies: sigma is 4.5 times alpha.
+_STEEP = -1.5
 # Of Karras et al. 2022.
 _RHO = 7
 
@@ -22,12 +27,15 @@ class TimestepSpec(NamedTuple):
       timestep_spacing: one of SPACINGS; ignored with `timesteps`. "optimal" depends on the network
         (`analytic.optimal_timesteps`): here it stands for as many timesteps of "uniform".
       timesteps: a list, ascending.
+      min_log_snr: the lowest λ = log(alpha/sigma) of a timestep that is visited by a sampler that divides the network's
+        error by alpha without clipping x_0 (`num_visitable`); −inf for no bound.
     """
 
     steps: int = 0
     nfe: int = 0
     timestep_spacing: str = "uniform"
     timesteps: Sequence[int] = ()
+    min_log_snr: float = MIN_LOG_SNR
 
 
 def split_timestep_spec(options: Mapping[str, Any]) -> tuple[TimestepSpec, dict[str, Any]]:
@@ -180,13 +188,47 @@ def check_published_pndm(T: int, last: int) -> None:
         )
 
 
+def num_visitable(T: int, sampler: str, min_log_snr: float, log_snr: np.ndarray | None, **options: Any) -> int:
+    """How many timesteps, from 0 on, a sampler with these options may visit: those with λ of `min_log_snr` and more.
+
+    The prediction x_0 = (x − sigma·ε)/alpha multiplies the network's error by sigma/alpha = e^(−λ). Where x_0 is
+    clipped this does no harm, and all T may be visited.
+    """
+    if log_snr is None or clips_x0(sampler, **options):
+        return T
+    allowed = int(np.count_nonzero(log_snr >= min_log_snr))
+    # The published PNDM reads alpha_bar one timestep later.
+    return allowed - (options.get("pndm_convention") == "published" and allowed < T)
+
+
+def check_step_lengths(sampler: str, timesteps: np.ndarray, log_snr: np.ndarray) -> None:
+    """Refuses timesteps between which an unclipped sampler takes a longer step in λ, [T], than its `max_step`.
+
+    Runge-Kutta and multistep formulas of ε are unstable there: an error of 1 % at λ = −5 grows to tens of standard
+    deviations of the data. Where λ is above `_STEEP` a long step is merely inaccurate.
+    """
+    spec, start = SAMPLERS[sampler], log_snr[timesteps[1:]]
+    steps = np.where(start < _STEEP, log_snr[timesteps[:-1]] - start, 0)
+    if spec.evaluations_per_step == 1 and not spec.extra_evaluations:
+        # Without a history the first step of a multistep solver is DDIM's.
+        steps[-1:] = 0
+    longest, limit = np.argmax(steps) if len(steps) else 0, spec.max_step
+    if len(steps) and steps[longest] > limit:
+        raise ValueError(
+            f"timesteps {timesteps[longest + 1]} and {timesteps[longest]} are {steps[longest]:.1f} apart in "
+            f"log(alpha/sigma), and {sampler} multiplies the network's error in steps above {limit:g}; give "
+            "clip_x0=True, dynamic_threshold=0.995, more steps or another timestep_spacing"
+        )
+
+
 def plan_timesteps(
     T: int, sampler: str, spec: TimestepSpec, *, log_snr: np.ndarray | None = None, **options: Any
 ) -> np.ndarray:
     """The timesteps int32 [S], ascending, that a sampler with these options visits, once all of them are checked.
 
-    `log_snr` is the schedule's λ at each timestep, float [T]; without it the spacings of LOG_SNR_SPACINGS, which end at
-    T−1 as "trailing" does, are checked as that.
+    `log_snr` is the schedule's λ at each timestep, float [T]. A spacing that would visit timesteps beyond
+    `num_visitable` is made over those that it allows. Without `log_snr` there is no bound, and the spacings of
+    LOG_SNR_SPACINGS, which end at T−1 as "trailing" does, are checked as that.
 
     Raises:
       ValueError: as `check_options`; for an unknown spacing, a number of steps that the sampler, the spacing or T does
@@ -195,14 +237,17 @@ def plan_timesteps(
     check_options(sampler, **options)
     if spec.timestep_spacing not in SPACINGS:
         raise ValueError(f"timestep_spacing={spec.timestep_spacing!r} is not one of {', '.join(SPACINGS)}")
+    visitable = num_visitable(T, sampler, spec.min_log_snr, log_snr, **options)
     if len(spec.timesteps):
         timesteps = check_timesteps(T, spec.timesteps)
         if spec.steps and spec.steps != len(timesteps):
             raise ValueError(
                 f"steps={spec.steps} contradicts timesteps, which are {len(timesteps)}; give one of the two"
             )
+        if timesteps[-1] >= visitable:
+            raise ValueError(f"timesteps end at {timesteps[-1]}{_beyond_bound(sampler, spec, visitable)}")
     else:
-        timesteps = _spaced_timesteps(T, sampler, spec, log_snr)
+        timesteps = _spaced_timesteps(T, sampler, spec, log_snr, visitable)
     nfe = nfe_of(sampler, len(timesteps))
     if spec.nfe and spec.nfe != nfe:
         source = "timesteps" if len(spec.timesteps) else f"steps={spec.steps}"
@@ -212,17 +257,56 @@ def plan_timesteps(
         )
     if options.get("pndm_convention") == "published":
         check_published_pndm(T, timesteps[-1])
+    if log_snr is not None and not clips_x0(sampler, **options):
+        check_step_lengths(sampler, timesteps, log_snr)
     return timesteps
 
 
-def _spaced_timesteps(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray | None) -> np.ndarray:
+def _beyond_bound(sampler: str, spec: TimestepSpec, visitable: int) -> str:
+    """Why timesteps from `visitable` on are not visited, and what to do about it, as the end of a sentence."""
+    last = f"timestep {visitable - 1}" if visitable else "none"
+    return (
+        f", but the last with log(alpha/sigma) of min_log_snr={spec.min_log_snr:g} or more is {last}, and {sampler} "
+        "divides by alpha without clipping; leave the later ones out, or give clip_x0=True, dynamic_threshold=0.995 or "
+        "a lower min_log_snr"
+    )
+
+
+def _spaced_timesteps(
+    T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray | None, visitable: int
+) -> np.ndarray:
     nfe = spec.nfe or DEFAULT_NFE
     steps = spec.steps or steps_for_nfe(sampler, nfe)
     try:
-        if spec.timestep_spacing in LOG_SNR_SPACINGS and log_snr is not None:
-            return LOG_SNR_SPACINGS[spec.timestep_spacing](log_snr, steps)
-        return SPACING_FUNCTIONS[_STAND_INS.get(spec.timestep_spacing, spec.timestep_spacing)](T, steps)
+        timesteps = _spacing(T, spec.timestep_spacing, steps, log_snr)
+        if timesteps[-1] < visitable:
+            return timesteps
+        if steps > visitable:
+            raise ValueError(f"steps={steps} end at {timesteps[-1]}{_beyond_bound(sampler, spec, visitable)}")
+        return _spacing(visitable, spec.timestep_spacing, steps, None if log_snr is None else log_snr[:visitable])
     except ValueError as error:
         if spec.steps:
             raise
         raise ValueError(f"nfe={nfe} is not possible: {error}") from error
+
+
+def _spacing(T: int, name: str, steps: int, log_snr: np.ndarray | None) -> np.ndarray:
+    """The timesteps of a spacing over all of 0 … T−1."""
+    if name in LOG_SNR_SPACINGS and log_snr is not None:
+        return LOG_SNR_SPACINGS[name](log_snr, steps)
+    return SPACING_FUNCTIONS[_STAND_INS.get(name, name)](T, steps)
+
+
+def unvisited_note(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray, **options: Any) -> str:
+    """One sentence where `min_log_snr` has moved a spacing away from the last timesteps, else ""."""
+    visitable = num_visitable(T, sampler, spec.min_log_snr, log_snr, **options)
+    if visitable == T or len(spec.timesteps):
+        return ""
+    # "optimal" ends at T−1, unlike what it is checked as.
+    if spec.timestep_spacing != "optimal" and _spaced_timesteps(T, sampler, spec, log_snr, T)[-1] < visitable:
+        return ""
+    left_out = f"timestep {T - 1} is" if visitable == T - 1 else f"timesteps {visitable} to {T - 1} are"
+    return (
+        f"{left_out} not visited by {sampler}: log(alpha/sigma) is below min_log_snr={spec.min_log_snr:g} there, and "
+        "dividing by alpha would multiply the network's error; clip_x0=True visits all"
+    )

@@ -32,7 +32,11 @@ def test_options_go_to_the_samplers_that_have_them():
     points, _ = plan(
         samplers="ddim,deis,unipc", nfe=(10,), eta=1.0, order=2, clip_x0=False, timestep_spacing="linspace"
     )
-    assert [point.options for point in points] == [{"clip_x0": False, "eta": 1.0}, {"order": 2}, {}]
+    assert [point.options for point in points] == [
+        {"clip_x0": False, "eta": 1.0},
+        {"clip_x0": False, "order": 2},
+        {"clip_x0": False},
+    ]
     assert points[0].name == "ddim, timestep_spacing linspace, clip_x0 False, eta 1.0"
     assert points[0].timesteps(1000)[-1] == 999
 

@@ -48,7 +48,7 @@ def workdir(tmp_path_factory):
     """A run with results."""
     path = tmp_path_factory.mktemp("runs") / "tiny"
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_start=1e-4, beta_end=0.02)
     config.model.update(ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(8,), dropout=0.2)
     config.sample.nfe, config.eval.nfe = 3, (10,)
     save_run(path, config, seed=3, ema_factor=0.5)
@@ -420,7 +420,7 @@ def test_a_card_claims_nothing_about_a_training_that_it_does_not_know(command, f
 def test_a_config_must_be_that_of_the_weights(files):
     weights = read_weights(str(files / "w.safetensors"))
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_start=1e-4, beta_end=0.02)
     config.model.update(ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(8,))
     config.eval.nfe, config.loss.skip = (10,), 2
     assert infer_config(weights, given=config.copy_and_resolve_references()).loss.skip == 2
