@@ -247,13 +247,12 @@ def _sampled(model, weights, point, features, batch_size, counts):
 
 
 def _notes_of_point(model, point, values):
-    """The timesteps that are not visited, and what makes the images nonsense; points of before 0.3 do not say."""
+    """The timesteps that are not visited, and what makes the images nonsense."""
     notes = [point.note(model.schedule.T, model.schedule.log_snr)]
-    if "saturated" in values:
+    if "saturated" in values:  # Points of before 0.3 do not say.
         ends = Ends(*(values[name] for name in ("num_images", "saturated", "not_finite")))
-        how = {"nfe": point.nfe, "timestep_spacing": point.timestep_spacing}
-        fault = model.fault_of(ends, point.sampler, **how, **point.options)
-        notes.append(fault.text if fault else "")
+        how = {"nfe": point.nfe, "timestep_spacing": point.timestep_spacing, **point.options}
+        notes += [fault.text] if (fault := model.fault_of(ends, point.sampler, **how)) else []
     return list(filter(None, notes))
 
 

@@ -347,7 +347,7 @@ BAD = [
 @pytest.mark.parametrize(("change", "sentence"), BAD)
 def test_bad_fields(change, sentence):
     with pytest.raises(UserError) as error:
-        check_config(small_config(**change))
+        check_config(small_config(**change), trained=True)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 

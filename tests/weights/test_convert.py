@@ -84,7 +84,7 @@ def files(weights, workdir, tmp_path_factory):
 @pytest.mark.parametrize("name", [*KINDS, "sampler.npz"])
 def test_there_and_back_to_the_bit(files, weights, name):
     back = read_weights(str(files / name))
-    assert (back.network, back.step, back.schedule) == (weights.network, 7, ("linear", 20))
+    assert (back.network, back.step, back.schedule) == (weights.network, 7, ("linear", 20, 1e-4, 0.02))
     assert_equal_trees(back.ema_params, weights.ema_params)
     # Only DDIM's list has both.
     assert_equal_trees(back.params, weights.params if name == "ckpt.pth" else weights.ema_params)
