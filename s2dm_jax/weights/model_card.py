@@ -12,8 +12,8 @@ from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import schedule_ends, schedule_fields
 from s2dm_jax.models.network import num_params
 from s2dm_jax.workdir import exported
-from s2dm_jax.workdir.folder import CARD
 from s2dm_jax.workdir.load import Run
+from s2dm_jax.workdir.paths import CARD
 from s2dm_jax.workdir.results import results_table
 
 NOT_STATED = "not stated"

@@ -16,11 +16,9 @@ from s2dm_jax.common.files import check_writable, write_atomic
 from s2dm_jax.common.locks import acquire
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
-from s2dm_jax.workdir.checkpoint_paths import checkpoint_folder, checkpoint_steps
+from s2dm_jax.workdir.paths import checkpoint_folder, checkpoint_steps
 
 _LOCK = ".lock"
-# The model card, in the folder of a run that was made from converted weights.
-CARD = "model_card.json"
 # A file that one host wrote may take as long to appear on another.
 _SHARED_SECONDS = 10.0
 

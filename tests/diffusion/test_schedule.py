@@ -44,7 +44,7 @@ def test_a_schedule_ends_in_noise_at_any_T(name):
     [
         (
             ScheduleSpec("linear", 20),
-            "T=20 is too small for the linear schedule: beta_end, 0.02 scaled by 1000/T, is 1 ",
+            "T=20 is too small for the linear schedule: beta_end, 0.02 scaled by 1000/T, is 1",
         ),
         (ScheduleSpec("linear", 20), "give a T of at least 21, or set beta_end"),
         (ScheduleSpec("cosine", 1000, None, 0.02), "beta_end=0.02 is no field of the cosine schedule"),

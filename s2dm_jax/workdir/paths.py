@@ -1,9 +1,12 @@
-"""Where the checkpoints of a run are, and of which steps. Imports no jax."""
+"""What the files in a run's folder are called. Imports no jax."""
 
 import os
 from pathlib import Path
 
 from s2dm_jax.common.errors import UserError
+
+# The model card, in the folder of a run that was made from converted weights.
+CARD = "model_card.json"
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> Path:
