@@ -258,7 +258,13 @@ def plan_timesteps(
     if options.get("pndm_convention") == "published":
         check_published_pndm(T, timesteps[-1])
     if log_snr is not None and not clips_x0(sampler, **options):
-        check_step_lengths(sampler, timesteps, log_snr)
+        try:
+            check_step_lengths(sampler, timesteps, log_snr)
+        except ValueError as error:
+            if len(spec.timesteps):
+                raise
+            request = f"steps={spec.steps}" if spec.steps else f"nfe={nfe}"
+            raise ValueError(f"{request} is not possible: {error}") from error
     return timesteps
 
 
