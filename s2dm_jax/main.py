@@ -221,7 +221,8 @@ def run(argv: Sequence[str]) -> None:
     _check_processes(values)
     if mode == "train":
         config = _training_config(config, named)
-        check_config(config)
+        # A run that is resumed, or the base of a variance head, was trained with its schedule.
+        check_config(config, trained=bool(config.variance_head.kind) or os.path.isfile(f"{workdir}/config.json"))
         check_preparable(config)
         check_evaluation_files(config)
         _show_default(values, workdir)
@@ -311,7 +312,7 @@ def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir:
             )
     for group in groups:
         own[group] = config[group]
-    check_config(own)
+    check_config(own, trained=True)
     if "sample" in groups:
         check_compared_runs(own)
     else:

@@ -12,6 +12,7 @@ from s2dm_jax.common.files import check_writable
 from s2dm_jax.common.jax_environment import check_jax_environment
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal
+from s2dm_jax.config.build import schedule_ends
 from s2dm_jax.config.io import load_config
 from s2dm_jax.weights.formats import FORMATS, format_of
 from s2dm_jax.weights.hub import PREFIX, check_hub_name, fetch_from_hub
@@ -113,7 +114,8 @@ def run(argv: list[str] | None) -> None:
         f"{network.attn_resolutions}"
     )
     assumed = "" if weights.schedule else " (assumed: the file does not have it)"
-    print(f"schedule {config.diffusion.schedule}, T = {config.diffusion.T:,}{assumed}")
+    diffusion = config.diffusion
+    print(f"schedule {diffusion.schedule}, T = {diffusion.T:,}{schedule_ends(diffusion)}{assumed}")
     source = {
         "file": origin or Path(args.source).name,
         "format": weights.description,

@@ -38,6 +38,7 @@ NO_JAX = [
     "config.metrics",
     "config.io",
     "config.validate",
+    "diffusion.betas",
     "data.cache",
     "data.import_images",
     "data.sources",

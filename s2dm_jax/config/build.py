@@ -1,11 +1,14 @@
 """From a config to the objects that it names; imports jax only when called."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.config.defaults import image_shape
+from s2dm_jax.diffusion.betas import ScheduleSpec, log_snr, schedule_betas
 from s2dm_jax.models.network import network_class
 
 if TYPE_CHECKING:
@@ -14,11 +17,32 @@ if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
 
 
+def schedule_spec(config: ConfigDict) -> ScheduleSpec:
+    """What names the noise schedule: the group `diffusion` of a config."""
+    return ScheduleSpec(**config.diffusion)
+
+
+def schedule_fields(config: ConfigDict) -> dict:
+    """The fields of the group `diffusion` that are set, as results record them."""
+    return {name: value for name, value in config.diffusion.items() if value is not None}
+
+
+def schedule_ends(fields: Mapping) -> str:
+    """The ends of the betas that are set, as the end of a sentence: ", beta_start 0.0001, beta_end 0.02"."""
+    ends = {name: fields.get(name) for name in ("beta_start", "beta_end")}
+    return "".join(f", {name} {value:g}" for name, value in ends.items() if value is not None)
+
+
+def log_snr_of(config: ConfigDict) -> np.ndarray:
+    """λ at each timestep of the config's schedule, float64 [T]; imports no jax."""
+    return log_snr(schedule_betas(schedule_spec(config)))
+
+
 def build_schedule(config: ConfigDict) -> "NoiseSchedule":
     """The noise schedule that the config names."""
-    from s2dm_jax.diffusion.schedule import SCHEDULES
+    from s2dm_jax.diffusion.schedule import NoiseSchedule
 
-    return SCHEDULES[config.diffusion.schedule](config.diffusion.T)
+    return NoiseSchedule(schedule_betas(schedule_spec(config)))
 
 
 def build_objective(config: ConfigDict) -> "Objective":

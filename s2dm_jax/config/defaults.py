@@ -12,15 +12,16 @@ from s2dm_jax.config.datasets import CROPS, DATASETS, RESIZE_FILTERS
 from s2dm_jax.config.fields import Field
 from s2dm_jax.config.metrics import METRICS
 from s2dm_jax.config.presets import HEADS
+from s2dm_jax.diffusion.betas import BETAS
 from s2dm_jax.models.network import NETWORKS
+from s2dm_jax.samplers.guards import MIN_LOG_SNR
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
 from s2dm_jax.samplers.timesteps import SPACINGS
 
 # A field that a run may resume with another value.
 Resumable = functools.partial(Field, resumable=True)
 
-# Keys of SCHEDULES, PREDICTIONS and PRESETS in diffusion/, which need jax.
-_SCHEDULES = ("linear", "cosine", "quadratic", "const", "sigmoid")
+# Keys of PREDICTIONS and PRESETS in diffusion/, which need jax.
 _PREDICTIONS = ("epsilon", "v", "x0")
 _PRESETS = ("paper", "released")
 _MAX_SEED = 2**31 - 1
@@ -34,8 +35,22 @@ SAMPLER_OPTIONS: dict[str, Field] = {
         choices=SPACINGS,
         doc="spacing of the timesteps; auto: the sampler's best; optimal: Analytic-DPM's dynamic programme",
     ),
+    "min_log_snr": Resumable(
+        MIN_LOG_SNR,
+        low=-1000.0,
+        high=0.0,
+        doc="lowest log(alpha/sigma) of a timestep that is visited where x_0 is not clipped; -1000: no bound",
+    ),
     "eta": Resumable(0.0, low=0.0, high=1.0, doc="DDIM's noise: 0 is deterministic, 1 has DDPM's posterior variance"),
     "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0"),
+    "dynamic_threshold": Resumable(
+        None,
+        type=float,
+        low=1e-6,
+        high=1.0,
+        doc="clip x_0 to this quantile of each image's values, such as 0.995, and scale it into [-1, 1] (Imagen); in "
+        "the place of clip_x0",
+    ),
     "raw_eps": Resumable(
         None, type=bool, doc="keep DDIM's ε as predicted where x_0 is clipped, as Analytic-DPM's code"
     ),
@@ -89,8 +104,14 @@ FIELDS: dict[str, Field] = {
     "data.max_device_memory_fraction": Resumable(
         0.4, low=0.0, high=1.0, doc="fraction of a device's memory for images; larger datasets stream from the host"
     ),
-    "diffusion.schedule": Field("linear", choices=_SCHEDULES, doc="noise schedule"),
+    "diffusion.schedule": Field("linear", choices=tuple(BETAS), doc="noise schedule"),
     "diffusion.T": Field(1000, low=2, high=_MAX_T, doc="number of timesteps"),
+    "diffusion.beta_start": Field(
+        None, type=float, low=1e-8, high=0.999, doc="beta of the first step; None: 1e-4 scaled by 1000/T"
+    ),
+    "diffusion.beta_end": Field(
+        None, type=float, low=1e-8, high=0.999, doc="beta of the last step; None: 0.02 scaled by 1000/T"
+    ),
     "model.name": Field("unet", choices=tuple(NETWORKS), doc="network"),
     "model.prediction": Field(
         "epsilon", choices=_PREDICTIONS, doc="what the network's output is: the noise, v or the clean image"

@@ -5,8 +5,16 @@ from typing import NamedTuple
 import numpy as np
 
 from s2dm_jax.config.metrics import split_names
+from s2dm_jax.samplers.guards import MIN_LOG_SNR
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, check_options, sampler_name
-from s2dm_jax.samplers.timesteps import SPACINGS, TimestepSpec, auto_spacing, plan_timesteps
+from s2dm_jax.samplers.timesteps import (
+    SPACINGS,
+    TimestepSpec,
+    auto_spacing,
+    plan_timesteps,
+    split_timestep_spec,
+    unvisited_note,
+)
 
 FEATURES = ("auto", "inception", "classifier")
 REFERENCES = ("auto", "train", "held_out")
@@ -30,15 +38,25 @@ class EvalPoint(NamedTuple):
 
     def timesteps(self, T: int, log_snr: np.ndarray | None = None) -> np.ndarray:
         """The timesteps [S] that it visits, ascending; for the spacing "optimal" as many others."""
-        spec = TimestepSpec(nfe=self.nfe, timestep_spacing=self.timestep_spacing)
-        return plan_timesteps(T, self.sampler, spec, log_snr=log_snr, **self.options)
+        spec, options = self.request()
+        return plan_timesteps(T, self.sampler, spec, log_snr=log_snr, **options)
+
+    def request(self) -> tuple[TimestepSpec, dict]:
+        """What stands for its timesteps, and the sampler's own options."""
+        fields = {"nfe": self.nfe, "timestep_spacing": self.timestep_spacing}
+        return split_timestep_spec(fields | self.options)
+
+    def note(self, T: int, log_snr: np.ndarray) -> str:
+        """One sentence where the last timesteps are not visited, else ""."""
+        spec, options = self.request()
+        return unvisited_note(T, self.sampler, spec, log_snr, **options)
 
 
 def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> tuple[list[EvalPoint], list[str]]:
     """The points that a config's group `eval` requests, sampler by sampler, and one sentence for each skipped pair.
 
     A pair of sampler and NFE that is impossible, as F-PNDM with 10, is skipped. An option applies to those of the
-    samplers that have it. `log_snr` is the schedule's, as for `plan_timesteps`.
+    samplers that have it. `log_snr` is the schedule's λ at each timestep, as for `plan_timesteps`.
 
     Raises:
       ValueError: for an unknown or repeated sampler, an option that no sampler has or a value that it cannot have, and
@@ -62,10 +80,12 @@ def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> 
     spacing = fields["timestep_spacing"]
     if spacing not in SPACINGS:
         raise ValueError(f"timestep_spacing={spacing!r} is not one of {', '.join(SPACINGS)}")
+    bound = {} if fields["min_log_snr"] == MIN_LOG_SNR else {"min_log_snr": fields["min_log_snr"]}
     points, reasons, skipped = [], [], []
     for sampler in samplers:
         options = {name: value for name, value in requested.items() if name in SAMPLERS[sampler].options}
         check_options(sampler, **options)
+        options |= bound
         for nfe in fields["nfe"]:
             point = EvalPoint(sampler, nfe, auto_spacing(sampler, log_snr) if spacing == "auto" else spacing, options)
             try:

@@ -67,7 +67,8 @@ def fields_help(fields: dict[str, Field]) -> str:
         else:
             allowed = "" if field.type is str else allowed_type(field)
         if field.default is None:
-            default = "None, the loss preset's" if name.startswith("loss.") else "None, the sampler's own"
+            source = {"loss": ", the loss preset's", "diffusion": ""}.get(name.split(".")[0], ", the sampler's own")
+            default = f"None{source}"
         else:
             default = repr(",".join(map(str, field.default)) if field.type is tuple else field.default)
         text = f"--config.{name}: {field.doc}"

@@ -17,6 +17,13 @@ from s2dm_jax.config.defaults import FIELDS, default_config
 from s2dm_jax.config.fields import allowed_type
 from s2dm_jax.config.presets import full_objective_name
 
+# The fields of betas that stand for what a config without them was trained with.
+_BETAS_BEFORE_0_3 = {
+    "linear": {"beta_start": 1e-4, "beta_end": 2e-2},
+    "quadratic": {"beta_start": 1e-4, "beta_end": 2e-2},
+    "sigmoid": {"beta_start": 1e-4, "beta_end": 2e-2},
+    "const": {"beta_end": 2e-2},
+}
 # What urllib fetches.
 _URL = re.compile("(https?|ftp|file)://", re.IGNORECASE)
 
@@ -89,11 +96,16 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote, with tuples for lists; fields that are newer get their default."""
-    config = default_config()
-    for group, values in json.loads(text).items():
+    """The config that `to_json` wrote, with tuples for lists; fields that are newer get their default.
+
+    A config of before 0.3 has no betas: those that were used at every T are set.
+    """
+    config, stored = default_config(), json.loads(text)
+    for group, values in stored.items():
         for name, value in values.items():
             config[group][name] = tuple(value) if isinstance(value, list) else value
+    if config.diffusion.T != 1000 and "beta_end" not in stored.get("diffusion", {"beta_end": None}):
+        config.diffusion.update(_BETAS_BEFORE_0_3.get(config.diffusion.schedule, {}))
     return config
 
 

@@ -5,22 +5,30 @@ import os
 import re
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.config.build import network_of
+from s2dm_jax.config.build import log_snr_of, network_of, schedule_spec
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import FIELDS, image_shape
 from s2dm_jax.config.evaluation_plan import FEATURES, REFERENCES, plan_evaluation
 from s2dm_jax.config.fields import Field, allowed_choices, allowed_range, allowed_type
 from s2dm_jax.config.io import flatten
 from s2dm_jax.config.metrics import METRICS, parse_metrics
+from s2dm_jax.diffusion.betas import log_alpha_bar_with_x0, schedule_betas
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
 from s2dm_jax.samplers.timesteps import plan_timesteps, split_timestep_spec
 
+# alpha_bar at the last timestep: DDPM's schedule ends at 4e-5, that of Stable Diffusion at 0.0047.
+_MAX_LAST_ALPHA_BAR = 0.01
 
-def check_config(config: ConfigDict) -> None:
+
+def check_config(config: ConfigDict, *, trained: bool = False) -> None:
     """Checks every field's name, type and range, and the fields against each other.
+
+    Args:
+      trained: the config is that of a network that was trained, whose schedule is what it is: it need not end in noise.
 
     Raises:
       UserError: one sentence that names the field, its value and what is allowed.
@@ -35,6 +43,7 @@ def check_config(config: ConfigDict) -> None:
     except ValueError as error:
         raise UserError(f"config.model.{error}") from error
     _check_training(config)
+    _check_schedule(config, trained)
     _check_timesteps(fields)
     _check_sampling(config)
     _check_evaluation(config)
@@ -120,6 +129,23 @@ def _check_training(config: ConfigDict) -> None:
         )
 
 
+def _check_schedule(config: ConfigDict, trained: bool) -> None:
+    """The betas are possible, and x_T, which sampling replaces by noise, is noise."""
+    spec = schedule_spec(config)
+    try:
+        alpha_bar = np.exp(log_alpha_bar_with_x0(schedule_betas(spec))[-1])
+    except ValueError as error:
+        raise UserError(f"config.diffusion.{error}") from error
+    if alpha_bar > _MAX_LAST_ALPHA_BAR and not trained:
+        ends = {name: getattr(spec, name) for name in ("beta_start", "beta_end")}
+        stated = " and ".join(f"config.diffusion.{name}={value}" for name, value in ends.items() if value is not None)
+        raise UserError(
+            f"{stated} with config.diffusion.T={spec.T} leave alpha_bar_T={alpha_bar:.2g} at the last timestep of the "
+            f"{spec.schedule} schedule, which must end in noise, at {_MAX_LAST_ALPHA_BAR} or less; leave them None, "
+            "which scales them by 1000/T, or raise beta_end"
+        )
+
+
 def _check_timesteps(fields: dict) -> None:
     T = fields["diffusion.T"]
     skips = ("loss.skip", T - 1), ("sample.skip_scale", T - 1), ("eval.skip_scale", T - 1)
@@ -133,7 +159,7 @@ def _check_sampling(config: ConfigDict) -> None:
     options = {name: sample[name] for name in ("eta", *OPTIONS) if sample[name] is not None}
     spec, _ = split_timestep_spec(sample)
     try:
-        plan_timesteps(config.diffusion.T, sample.sampler, spec, **options)
+        plan_timesteps(config.diffusion.T, sample.sampler, spec, log_snr=log_snr_of(config), **options)
     except ValueError as error:
         raise UserError(f"config.sample.{error}") from error
     sampler = SAMPLERS[sample.sampler]
@@ -174,7 +200,7 @@ def _check_head(config: ConfigDict, field: str, requires: str) -> None:
 def _check_evaluation(config: ConfigDict) -> None:
     group = config.eval
     try:
-        points, _ = plan_evaluation(config.diffusion.T, group.to_dict())
+        points, _ = plan_evaluation(config.diffusion.T, group.to_dict(), log_snr_of(config))
         metrics = parse_metrics(group.metrics)
     except ValueError as error:
         raise UserError(f"config.eval.{error}") from error

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from s2dm_jax.diffusion import betas
+from s2dm_jax.diffusion.betas import ScheduleSpec, cosine_betas, schedule_betas
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -54,13 +57,12 @@ class NoiseSchedule:
     @functools.cached_property
     def log_alpha_bar_with_x0(self) -> np.ndarray:
         """float64 [T+1]: logarithm of `alpha_bar_with_x0`, from 0 down."""
-        return np.concatenate([[0.0], np.cumsum(np.log1p(-self.beta))])
+        return betas.log_alpha_bar_with_x0(self.beta)
 
     @functools.cached_property
     def log_snr(self) -> np.ndarray:
         """float64 [T]: λ = log(alpha/sigma), half the log of the signal-to-noise ratio (Lu et al. 2022), descending."""
-        log_ab = self.log_alpha_bar_with_x0[1:]
-        return (log_ab - np.log(-np.expm1(log_ab))) / 2
+        return betas.log_snr(self.beta)
 
 
 def extract(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
@@ -103,34 +105,34 @@ def add_noise(schedule: NoiseSchedule, x0: jax.Array, t: jax.Array, noise: jax.A
     return signal * x0 + sigma * noise
 
 
-def linear_schedule(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> NoiseSchedule:
-    """beta linear in t (DDPM, section 4), the schedule of every published S²-DM and of SA-DPM's "LS"."""
-    return NoiseSchedule(np.linspace(beta_start, beta_end, T, dtype=np.float64))
+def linear_schedule(T: int = 1000, beta_start: float | None = None, beta_end: float | None = None) -> NoiseSchedule:
+    """beta linear in t (DDPM, section 4), the schedule of every published S²-DM and of SA-DPM's "LS".
+
+    Args:
+      beta_start, beta_end: of the first and the last step; None for 1e-4 and 0.02 scaled by 1000/T, with which
+        alpha_bar at the last timestep is about the same for every T (Nichol & Dhariwal 2021, code).
+    """
+    return NoiseSchedule(schedule_betas(ScheduleSpec("linear", T, beta_start, beta_end)))
 
 
-def quadratic_schedule(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> NoiseSchedule:
-    """√beta linear in t ("quad" of the DDIM code)."""
-    return NoiseSchedule(np.linspace(beta_start**0.5, beta_end**0.5, T, dtype=np.float64) ** 2)
+def quadratic_schedule(T: int = 1000, beta_start: float | None = None, beta_end: float | None = None) -> NoiseSchedule:
+    """√beta linear in t ("quad" of the DDIM code); its ends are as in `linear_schedule`."""
+    return NoiseSchedule(schedule_betas(ScheduleSpec("quadratic", T, beta_start, beta_end)))
 
 
-def const_schedule(T: int = 1000, beta_end: float = 2e-2) -> NoiseSchedule:
-    """The same beta at every step ("const" of the DDIM code)."""
-    return NoiseSchedule(np.full(T, beta_end, np.float64))
+def const_schedule(T: int = 1000, beta_end: float | None = None) -> NoiseSchedule:
+    """The same beta at every step ("const" of the DDIM code); beta_end is as in `linear_schedule`."""
+    return NoiseSchedule(schedule_betas(ScheduleSpec("const", T, None, beta_end)))
 
 
-def sigmoid_schedule(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> NoiseSchedule:
-    """beta follows a logistic curve over [−6, 6] ("sigmoid" of the DDIM code)."""
-    return NoiseSchedule(beta_start + (beta_end - beta_start) / (1.0 + np.exp(-np.linspace(-6, 6, T))))
+def sigmoid_schedule(T: int = 1000, beta_start: float | None = None, beta_end: float | None = None) -> NoiseSchedule:
+    """beta follows a logistic curve over [−6, 6] ("sigmoid" of the DDIM code); its ends are as in `linear_schedule`."""
+    return NoiseSchedule(schedule_betas(ScheduleSpec("sigmoid", T, beta_start, beta_end)))
 
 
 def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
     """alpha_bar(u) = cos²((u+s)/(1+s)·π/2), beta capped (Nichol & Dhariwal 2021, eq. 17): SA-DPM's "CS"."""
-
-    def alpha_bar(u):
-        return np.cos((u + s) / (1 + s) * np.pi / 2) ** 2
-
-    u = np.arange(T, dtype=np.float64) / T
-    return NoiseSchedule(np.minimum(1 - alpha_bar(u + 1 / T) / alpha_bar(u), max_beta))
+    return NoiseSchedule(cosine_betas(T, s, max_beta))
 
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {

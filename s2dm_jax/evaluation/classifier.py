@@ -15,7 +15,7 @@ from s2dm_jax.common.images import to_unit
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import shard_batch
-from s2dm_jax.inference.sampler import map_batches
+from s2dm_jax.inference.batches import map_batches
 from s2dm_jax.models.cpu_ops import conv2d
 
 # A feature is the same number on every device: not TF32 on one and bfloat16 on another.

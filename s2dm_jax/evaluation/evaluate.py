@@ -21,6 +21,7 @@ from s2dm_jax.common.files import check_writable, read_json, user_path, write_at
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
+from s2dm_jax.config.build import schedule_fields
 from s2dm_jax.config.defaults import SAMPLER_OPTIONS
 from s2dm_jax.config.evaluation_plan import plan_evaluation
 from s2dm_jax.config.metrics import METRICS, check_num_images, parse_metrics
@@ -183,7 +184,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         counts: list[np.ndarray] = []
         depends_on, batches = _sampled(model, weights, point, features, batch_size, counts)
         values = row(point.name + _skip_scale_name(options), point.nfe, depends_on, batches, counts)
-        values["notes"] = values["notes"] + _faults(model, point, values)
+        values["notes"] = values["notes"] + _notes_of_point(model, point, values)
         rows.append({**values, "steps": depends_on["point"]["steps"]})
     rows.append(row("noise (ceiling)", None, *_noise(options, floor_images.shape[1:], features, batch_size)))
     floor, ceiling = (rows[end].get("frechet_distance") for end in (0, -1))
@@ -230,11 +231,13 @@ def _real(options, images, features, batch_size):
 def _sampled(model, weights, point, features, batch_size, counts):
     depends_on = {
         "weights": weights,
-        "schedule": model.config.diffusion.to_dict(),
+        "schedule": schedule_fields(model.config),
         **_skip_scale_options(model.config.eval),
         "activations": model.network.dtype,
         "point": {**point._asdict(), "steps": len(point.timesteps(model.schedule.T, model.schedule.log_snr))},
     }
+    if note := point.note(model.schedule.T, model.schedule.log_snr):
+        depends_on["not_visited"] = note
     requires = SAMPLERS[point.sampler].requires
     if requires:
         # SN- and NPR-DPM require a variance head, Analytic-DPM the noise statistics.
@@ -243,14 +246,14 @@ def _sampled(model, weights, point, features, batch_size, counts):
     return depends_on, _sampled_batches(model, point, features, batch_size, counts)
 
 
-def _faults(model, point, values):
-    """What makes the images of a point nonsense, in at most one sentence; points of before 0.3 do not say."""
-    if "saturated" not in values:
-        return []
-    ends = Ends(values["num_images"], values["saturated"], values["not_finite"])
-    options = {"nfe": point.nfe, "timestep_spacing": point.timestep_spacing, **point.options}
-    fault = model.fault_of(ends, point.sampler, **options)
-    return [fault.text] if fault else []
+def _notes_of_point(model, point, values):
+    """The timesteps that are not visited, and what makes the images nonsense."""
+    notes = [point.note(model.schedule.T, model.schedule.log_snr)]
+    if "saturated" in values:  # Points of before 0.3 do not say.
+        ends = Ends(*(values[name] for name in ("num_images", "saturated", "not_finite")))
+        how = {"nfe": point.nfe, "timestep_spacing": point.timestep_spacing, **point.options}
+        notes += [fault.text] if (fault := model.fault_of(ends, point.sampler, **how)) else []
+    return list(filter(None, notes))
 
 
 def _sampled_batches(model, point, features, batch_size, counts):

@@ -19,7 +19,8 @@ from s2dm_jax.inference.sampler import CompiledSampler, configure_sampler, sampl
 from s2dm_jax.inference.saturation import Ends, Fault, Report, ends_of, fault_of, sampling_in_words, warn
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
-from s2dm_jax.samplers.specs import SAMPLERS
+from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, sampler_name
+from s2dm_jax.samplers.timesteps import split_timestep_spec, unvisited_note
 from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_run
 
@@ -122,6 +123,12 @@ class Model(NamedTuple):
         diffusion, dtype = self.config.diffusion, self.network.dtype
         words = sampling_in_words(self.schedule.log_snr, diffusion.schedule, dtype, sampler, **options)
         return fault_of(ends, self.real_saturation, *words)
+
+    def unvisited_note(self, sampler: str = "ddim", **options: Any) -> str:
+        """One sentence where `sampler` with these options leaves the last timesteps out (`min_log_snr`), else ""."""
+        spec, others = split_timestep_spec(options)
+        own = {name: value for name, value in others.items() if name in ("eta", *OPTIONS) and value is not None}
+        return unvisited_note(self.schedule.T, sampler_name(sampler), spec, self.schedule.log_snr, **own)
 
     def real_saturation(self) -> float | None:
         """The share of the values of real images that are 0 or 255: recorded, or counted; None without any."""

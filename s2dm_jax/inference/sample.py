@@ -19,12 +19,14 @@ from s2dm_jax.common.files import atomic_path, check_writable
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.version import __version__
+from s2dm_jax.config.build import schedule_fields
 from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.inference import visualize
 from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import sampler_options
 from s2dm_jax.inference.saturation import Fault
 from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
+from s2dm_jax.samplers.timesteps import TimestepSpec
 from s2dm_jax.workdir.folder import output_folder
 from s2dm_jax.workdir.load import check_compared_runs
 
@@ -60,6 +62,9 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
         if model.ema_note:
             print(f"note: {model.ema_note}", file=sys.stderr)
     print(f"sampler  {sampler}, {settings['steps']:,} steps, NFE {nfe:,}, seed {options.seed}, {device}", flush=True)
+    for note in dict.fromkeys(model.unvisited_note(**sampler_options(options)) for model in models):
+        if note:
+            print(f"note: {note}", file=sys.stderr)
 
     began = time.monotonic()
     digest = sha256_of_json(settings, digits=8)
@@ -101,7 +106,7 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
     """All that the images depend on."""
     timesteps = [model.sampler(**sampler_options(options))[1] for model in models]
     settings = {name: value for name, value in sampler_options(options).items() if value is not None}
-    for name in ("steps", "nfe", "timesteps", "timestep_spacing"):
+    for name in TimestepSpec._fields:
         del settings[name]
     if not options.skip_scale:
         del settings["skip_scale_tau"], settings["skip_scale_preset"]
@@ -110,7 +115,7 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
         {
             "step": model.step,
             "weights_sha256": sha256_of_arrays(jax.tree.leaves(model.ema_params)),
-            "schedule": model.config.diffusion.to_dict(),
+            "schedule": schedule_fields(model.config),
             "timesteps": visited.tolist(),
             "ms_eps_sha256": None if model.ms_eps is None or not reads_ms_eps else sha256_of_arrays([model.ms_eps]),
         }

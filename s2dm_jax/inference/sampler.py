@@ -15,18 +15,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.images import is_saturated, to_uint8
-from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.config.defaults import SAMPLER_OPTIONS
-from s2dm_jax.devices.distributed import is_main_process
-from s2dm_jax.devices.sharding import shard_batch, to_host
+from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.diffusion.types import SamplerOutput
+from s2dm_jax.inference.batches import map_batches
 from s2dm_jax.models import variance_head
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.analytic import cov_x0, optimal_timesteps
 from s2dm_jax.samplers.common import scale_eps
+from s2dm_jax.samplers.guards import num_visitable
 from s2dm_jax.samplers.noise import image_keys, initial_noise, per_image_noise
 from s2dm_jax.samplers.specs import SAMPLERS, get_sampler, sampler_name
 from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps, split_timestep_spec
@@ -81,7 +81,8 @@ def configure_sampler(
       network: the network that the weights belong to.
       schedule: the forward process; sampling again with the same object compiles nothing.
       sampler: one of `specs.SAMPLERS`.
-      **options: the fields of `TimestepSpec` (steps, nfe, timestep_spacing, timesteps) and those of `resolve_sampler`.
+      **options: the fields of `TimestepSpec` (steps, nfe, timestep_spacing, timesteps,
+        min_log_snr) and those of `resolve_sampler`.
 
     Returns:
       The function, and the timesteps int32 [S], ascending.
@@ -153,7 +154,9 @@ def resolve_sampler(
                 "timestep_spacing='optimal' needs ms_eps, the network's statistic; "
                 "noise_statistics.estimate_noise_statistics makes it"
             )
-        timesteps = optimal_timesteps(schedule, ms_eps, len(timesteps))
+        visitable = num_visitable(schedule.T, sampler, spec.min_log_snr, schedule.log_snr, **options)
+        visited = NoiseSchedule(schedule.beta[:visitable])
+        timesteps = optimal_timesteps(visited, ms_eps[:visitable], len(timesteps))
     if skip_scale is None or np.ndim(skip_scale) == 0:
         skip = operator.index(skip_scale or 0)
         if not 0 <= skip < schedule.T:
@@ -303,27 +306,3 @@ def sample_batches(
         if counts is not None:
             counts.append(counted)
         yield batch
-
-
-def map_batches(
-    compute: Callable[[np.ndarray], Any], num_images: int, batch_size: int, progress: bool = True
-) -> Iterator[Any]:
-    """`compute` of the indices 0 … num_images−1, a batch at a time on the host; its arguments are `sample_batches`'s.
-
-    `compute` is a function of indices int [B] → array [B, …] on the device, or a tuple of them; B is the same in every
-    call, so that one program serves, and the results for indices from num_images on are dropped.
-    """
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is out of range: it must be at least 1")
-    batch_size = min(batch_size, num_images)
-    with progress_bar(num_images, "images", shown=progress and is_main_process()) as advance:
-        firsts = range(0, num_images, batch_size)
-        pending = compute(np.arange(batch_size))
-        for first in firsts[1:]:
-            computing = compute(first + np.arange(batch_size))
-            # The previous batch is fetched while this one is computed.
-            yield jax.tree.map(to_host, pending)
-            advance(batch_size)
-            pending = computing
-        yield jax.tree.map(lambda array: to_host(array)[: num_images - firsts[-1]], pending)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from s2dm_jax.samplers.specs import SAMPLERS, nfe_of
+from s2dm_jax.samplers.guards import MIN_LOG_SNR
+from s2dm_jax.samplers.specs import SAMPLERS, clips_x0, nfe_of
 from s2dm_jax.samplers.timesteps import auto_spacing, plan_timesteps, split_timestep_spec
 
 # Where no real images are at hand: drawings on a plain ground may have as many, photographs never.
@@ -99,7 +100,9 @@ def sampling_in_words(log_snr: np.ndarray, schedule: str, dtype: str, sampler: s
     helps = {
         "timestep_spacing=uniform": len(spec.timesteps) or chosen != "uniform",
         "a higher nfe": nfe < T,
-        "clip_x0=True": "clip_x0" in SAMPLERS[sampler].options and not own.get("clip_x0"),
+        "clip_x0=True": not clips_x0(sampler, **own),
+        "dynamic_threshold=0.995": own.get("dynamic_threshold") is None,
+        f"min_log_snr={MIN_LOG_SNR}": spec.min_log_snr < MIN_LOG_SNR and not clips_x0(sampler, **own),
         "model.dtype=float32": dtype != "float32",
         "a longer training": True,
     }

@@ -12,7 +12,9 @@ The contract of every sampler; each one's own docstring lists only what it adds 
         values are not: other timesteps of the same number compile nothing.
       noise_fn: of the stochastic samplers (`ddpm`, `analytic`, `sn`, `npr`, and `ddim` with eta above 0): index of the
         step, from 0 → standard normal [B, H, W, C] (`noise.per_image_noise`). The step to the clean image adds none.
-      clip_x0: of these samplers and `ddim`: clip each prediction of x_0 to [−1, 1].
+      clip_x0: clip each prediction of x_0 to [−1, 1]; the default of these samplers but `ddim`.
+      dynamic_threshold: clip it to this quantile of each image's |x_0| instead, such as 0.995, and scale it into
+        [−1, 1] (`thresholding.threshold_x0`); None for none.
       return_x0: also return the prediction of x_0 that each step makes.
 
     Returns:

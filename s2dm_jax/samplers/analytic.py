@@ -15,6 +15,7 @@ from s2dm_jax.diffusion.parameterization import predict_x0
 from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, EpsVarianceFn, NoiseFn, SamplerOutput
 from s2dm_jax.samplers.common import call_network, check_concrete_options, scan_sampler, timestep_pairs
+from s2dm_jax.samplers.thresholding import threshold_x0
 from s2dm_jax.samplers.timesteps import check_steps
 
 # The last noisy step's noise may have this mean absolute value at most, in grey values (reference code).
@@ -65,6 +66,7 @@ def analytic(
     eta: float | jax.Array = 0.0,
     clip_pixel: float | None = None,
     clip_x0: bool = True,
+    dynamic_threshold: float | None = None,
     return_x0: bool = False,
 ) -> SamplerOutput:
     """Analytic-DPM (Bao et al. 2022a): sampling with the optimal variance. Contract: `s2dm_jax.samplers`.
@@ -84,7 +86,8 @@ def analytic(
     def predict(x, t, odds):
         return call_network(eps_fn, x, t), table[t.astype(jnp.int32)]
 
-    return _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, clip_x0, return_x0)
+    bounds = clip_x0, dynamic_threshold
+    return _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, bounds, return_x0)
 
 
 def sn(
@@ -98,6 +101,7 @@ def sn(
     eta: float | jax.Array = 0.0,
     clip_pixel: float | None = None,
     clip_x0: bool = True,
+    dynamic_threshold: float | None = None,
     return_x0: bool = False,
 ) -> SamplerOutput:
     """SN-DPM (Bao et al. 2022b): the variance head predicts E[ε²|x_t], and cov(ε|x_t) = E[ε²|x_t] − ε̂².
@@ -110,7 +114,8 @@ def sn(
         eps, eps_squared = call_network(eps_variance_fn, x, t)
         return eps, jnp.clip(odds * (eps_squared - eps**2), 0, 1)
 
-    return _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, clip_x0, return_x0)
+    bounds = clip_x0, dynamic_threshold
+    return _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, bounds, return_x0)
 
 
 def npr(
@@ -124,6 +129,7 @@ def npr(
     eta: float | jax.Array = 0.0,
     clip_pixel: float | None = None,
     clip_x0: bool = True,
+    dynamic_threshold: float | None = None,
     return_x0: bool = False,
 ) -> SamplerOutput:
     """NPR-DPM (Bao et al. 2022b): the variance head predicts E[(ε−ε̂)²|x_t], the residual of ε̂ as it is.
@@ -136,12 +142,13 @@ def npr(
         eps, residual = call_network(eps_variance_fn, x, t)
         return eps, jnp.clip(odds * residual, 0, 1)
 
-    return _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, clip_x0, return_x0)
+    bounds = clip_x0, dynamic_threshold
+    return _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, bounds, return_x0)
 
 
-def _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, clip_x0, return_x0):
+def _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, bounds, return_x0):
     """The sampler of all three; predict: (x, t, (1−ᾱ)/ᾱ) → ε̂ and cov(x_0 | x), per pixel or one number."""
-    check_concrete_options("analytic", mean=mean, eta=eta)
+    check_concrete_options("analytic", mean=mean, eta=eta, dynamic_threshold=bounds[1])
     t, t_next = timestep_pairs(schedule, timesteps)
     log_ab, log_ab_next = (log_alpha_bar(schedule, s, x_T.dtype) for s in (t, t_next))
     signal, sigma = alpha_sigma(log_ab)
@@ -155,9 +162,7 @@ def _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel,
     def step(x, inputs):
         index, t, signal, sigma, a, b, base_var, cov_gain, max_var = inputs
         eps, cov = predict(x, t, (sigma / signal) ** 2)
-        x0 = predict_x0(x, eps, signal, sigma)
-        if clip_x0:
-            x0 = jnp.clip(x0, -1, 1)
+        x0 = threshold_x0(predict_x0(x, eps, signal, sigma), *bounds)
         std = jnp.sqrt(jnp.minimum(base_var + cov_gain * cov, max_var))
         # As in the reference code, ε̂ stays the network's output where x_0 is clipped.
         return a * x0 + b * (x if mean == "ddpm" else eps) + std * noise_fn(index).astype(x.dtype), x0

@@ -8,6 +8,7 @@ from s2dm_jax.diffusion.parameterization import predict_x0
 from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, NoiseFn, SamplerOutput
 from s2dm_jax.samplers.common import call_network, check_concrete_options, scan_sampler, timestep_pairs
+from s2dm_jax.samplers.thresholding import threshold_x0
 
 
 def ddim(
@@ -19,6 +20,7 @@ def ddim(
     eta: float | jax.Array = 0.0,
     noise_fn: NoiseFn | None = None,
     clip_x0: bool = False,
+    dynamic_threshold: float | None = None,
     raw_eps: bool = False,
     return_x0: bool = False,
 ) -> SamplerOutput:
@@ -27,11 +29,13 @@ def ddim(
     Args:
       eta: 0 is deterministic, 1 has the posterior variance of DDPM; may be traced.
       noise_fn: needed unless eta is 0.
-      clip_x0: also makes the step's ε agree with the clipped prediction, unless `raw_eps`.
+      clip_x0, dynamic_threshold: also make the step's ε agree with the bounded prediction, unless `raw_eps`.
       raw_eps: whether ε stays the network's where the prediction is clipped, as in the plain DDIM of Analytic-DPM's
-        code (Bao et al. 2022a), which SA-DPM's CelebA results come from; needs clip_x0.
+        code (Bao et al. 2022a), which SA-DPM's CelebA results come from; needs one of the two.
     """
-    check_concrete_options("ddim", eta=eta, clip_x0=clip_x0, raw_eps=raw_eps)
+    bounds = clip_x0, dynamic_threshold
+    options = {"clip_x0": clip_x0, "dynamic_threshold": dynamic_threshold, "raw_eps": raw_eps}
+    check_concrete_options("ddim", eta=eta, **options)
     if not isinstance(eta, jax.core.Tracer) and eta == 0:
         noise_fn = None
     elif noise_fn is None:
@@ -51,10 +55,9 @@ def ddim(
         index, t, signal, sigma, signal_next, sigma_eps, sigma_fresh = inputs
         eps = call_network(eps_fn, x, t)
         x0 = predict_x0(x, eps, signal, sigma)
-        if clip_x0:
-            x0 = jnp.clip(x0, -1, 1)
-            if not raw_eps:
-                eps = (x - signal * x0) / sigma
+        x0 = threshold_x0(x0, *bounds)
+        if (clip_x0 or dynamic_threshold is not None) and not raw_eps:
+            eps = (x - signal * x0) / sigma
         # Move to the next timestep along the predicted noise, a part of which is replaced by fresh noise.
         x = signal_next * x0 + sigma_eps * eps
         if noise_fn is not None:
@@ -74,6 +77,7 @@ def ddpm(
     noise_fn: NoiseFn,
     variance: str = "large",
     clip_x0: bool = True,
+    dynamic_threshold: float | None = None,
     return_x0: bool = False,
 ) -> SamplerOutput:
     """DDPM's ancestral sampling (Ho et al. 2020, eq. 6, 7; DDIM code's `ddpm_steps`). Contract: `s2dm_jax.samplers`.
@@ -81,7 +85,8 @@ def ddpm(
     Args:
       variance: of each step: "large" is beta, "small" the posterior's, beta·(1−alpha_bar_next)/(1−alpha_bar).
     """
-    check_concrete_options("ddpm", variance=variance)
+    bounds = clip_x0, dynamic_threshold
+    check_concrete_options("ddpm", variance=variance, clip_x0=clip_x0, dynamic_threshold=dynamic_threshold)
     t, t_next = timestep_pairs(schedule, timesteps)
     log_ab, log_ab_next = (log_alpha_bar(schedule, s, x_T.dtype) for s in (t, t_next))
     signal, sigma = alpha_sigma(log_ab)
@@ -95,9 +100,7 @@ def ddpm(
 
     def step(x, inputs):
         index, t, signal, sigma, posterior_x0, posterior_x, std = inputs
-        x0 = predict_x0(x, call_network(eps_fn, x, t), signal, sigma)
-        if clip_x0:
-            x0 = jnp.clip(x0, -1, 1)
+        x0 = threshold_x0(predict_x0(x, call_network(eps_fn, x, t), signal, sigma), *bounds)
         # Draw from q(x_next | x, x_0) with the prediction in the place of x_0.
         return posterior_x0 * x0 + posterior_x * x + std * noise_fn(index).astype(x.dtype), x0
 

@@ -8,8 +8,10 @@ from s2dm_jax.diffusion.parameterization import predict_x0
 from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, SamplerOutput
 from s2dm_jax.samplers.common import call_network, scan_sampler, timestep_pairs
+from s2dm_jax.samplers.thresholding import with_thresholding
 
 
+@with_thresholding
 def heun(
     eps_fn: EpsFn,
     x_T: jax.Array,

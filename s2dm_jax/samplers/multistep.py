@@ -13,12 +13,18 @@ from s2dm_jax.diffusion.parameterization import predict_x0
 from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.diffusion.types import EpsFn, SamplerOutput
 from s2dm_jax.samplers.common import call_network, check_concrete_options, scan_sampler, timestep_pairs, weighted_sum
+from s2dm_jax.samplers.thresholding import with_thresholding
 
 # Gauss-Legendre quadrature moved from [−1, 1] to [0, 1]; all its weights are positive.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
+# Fewer than these, and DPM-Solver++(3M) ends with lower orders (`lower_order_final` of the released code).
+_FEW_STEPS = 10
+# A step of DEIS in t, in units of the one before, beyond which it does not extrapolate.
+_LONGEST_EXTRAPOLATION = 2
 
 
+@with_thresholding
 def deis(
     eps_fn: EpsFn,
     x_T: jax.Array,
@@ -31,7 +37,8 @@ def deis(
     """DEIS tAB (Zhang & Chen 2023, eq. 14, 15); NFE S. Contract: `s2dm_jax.samplers`.
 
     ε is extrapolated as a polynomial in t through the last `order` evaluations and integrated against the
-    probability-flow ODE. The first steps have the order that their history allows, the last one is a DDIM step.
+    probability-flow ODE. The first steps have the order that their history allows; the last one, and one that is more
+    than twice as long in t as the one before, are DDIM steps.
 
     Args:
       order: evaluations that a step combines, 1 (this is DDIM) to 3; the polynomial's degree is one less.
@@ -65,9 +72,11 @@ def _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order):
     all_t = jnp.arange(-1, schedule.T, dtype=dtype)  # [T + 1], from the clean image
     t_q = jnp.interp(jnp.log1p(rho_q**2), jnp.asarray(-schedule.log_alpha_bar_with_x0, dtype), all_t)
 
-    # Evaluations that exist already; in the last step the newest alone.
+    # Evaluations that exist already; the newest alone in the last step, and in one that is far longer than the one
+    # before: a polynomial would multiply the network's error there.
     step, age = jnp.arange(len(t))[:, None], jnp.arange(order)
-    used = (age <= step) & ((t_next[:, None] >= 0) | (age == 0))  # [S, order]
+    looks_back = (t_next >= 0) & (t - t_next <= _LONGEST_EXTRAPOLATION * (jnp.roll(t, 1) - t))
+    used = (age <= step) & (looks_back[:, None] | (age == 0))  # [S, order]
     node = t.astype(dtype)[jnp.maximum(step - age, 0)]  # [S, order]
     # Axes: step, evaluation whose polynomial it is, evaluation where that is 0, quadrature point.
     pairs = used[:, :, None] & used[:, None, :] & ~jnp.eye(order, dtype=bool)  # [S, order, order]
@@ -78,6 +87,7 @@ def _deis_weights(schedule, t, t_next, log_ab, log_ab_next, order):
     return jnp.where(used, mean, 0) * (rho_next - rho)[:, None]
 
 
+@with_thresholding
 def dpmpp(
     eps_fn: EpsFn,
     x_T: jax.Array,
@@ -96,7 +106,7 @@ def dpmpp(
     Args:
       order: predictions that a step combines, 1 to 3. Order 2 takes the line half a step ahead, as the paper. Order 3
         integrates the parabola exactly; the released code's coefficient of the second difference is half of that, which
-        is of order 2.
+        is of order 2; with fewer than 10 steps the one before the last has order 2.
     """
     check_concrete_options("dpmpp", order=order)
     t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
@@ -120,6 +130,7 @@ def dpmpp(
     return scan_sampler(step, (x_T, zeros, zeros), (t, signal, sigma, decay, gain, weights), return_x0)
 
 
+@with_thresholding
 def dpmpp_2m(
     eps_fn: EpsFn,
     x_T: jax.Array,
@@ -132,6 +143,7 @@ def dpmpp_2m(
     return dpmpp(eps_fn, x_T, schedule, timesteps, order=2, return_x0=return_x0)
 
 
+@with_thresholding
 def dpmpp_3m(
     eps_fn: EpsFn,
     x_T: jax.Array,
@@ -150,7 +162,9 @@ def _parabola_weights(h, growth):
     """
     # x_0 = newest + u·first + u·(u + 1/growth)·second, u = 0 … 1 in the step, with divided differences in u.
     two_before = jnp.roll(h, 2)
-    has_two = (jnp.arange(len(h)) >= 2) & (growth > 0)
+    index = jnp.arange(len(h))
+    # With few steps order 2 in the one before the last, which is by far the longest in λ, as in the released code.
+    has_two = (index >= 2) & (index < len(h) - (2 if len(h) < _FEW_STEPS else 1))
     mean_u, mean_u2 = (jnp.where(growth > 0, mean, 0) for mean in _weighted_means(h, 2))
     growth_before = jnp.where(has_two, h / two_before, 0)
     before = jnp.where(growth > 0, 1 / jnp.where(growth > 0, growth, 1), 0)  # The step before in units of this one.
@@ -159,6 +173,7 @@ def _parabola_weights(h, growth):
     return mean_u, second, growth, growth_before
 
 
+@with_thresholding
 def unipc(
     eps_fn: EpsFn,
     x_T: jax.Array,

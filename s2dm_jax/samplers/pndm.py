@@ -19,6 +19,7 @@ from s2dm_jax.samplers.common import (
     weighted_sum,
 )
 from s2dm_jax.samplers.specs import nfe_of
+from s2dm_jax.samplers.thresholding import bounded_eps, threshold_eps
 from s2dm_jax.samplers.timesteps import check_published_pndm
 
 # Where in a starting step the network is called, from 0 (its timestep) to 1 (the next one); the weights of these
@@ -36,6 +37,8 @@ def f_pndm(
     timesteps: jax.Array | np.ndarray,
     *,
     pndm_convention: str = "corrected",
+    clip_x0: bool = False,
+    dynamic_threshold: float | None = None,
     return_x0: bool = False,
 ) -> SamplerOutput:
     """F-PNDM (Liu et al. 2022, algorithm 2); NFE S + 9. Contract: `s2dm_jax.samplers`.
@@ -48,9 +51,11 @@ def f_pndm(
         half-way timesteps may be fractional, for the network and for alpha_bar (see `log_alpha_bar`). "published" is
         the released code: alpha_bar one timestep later, the end at alpha_bar[0], half-way timesteps truncated for
         alpha_bar; it cannot run timesteps that contain T−1.
+      clip_x0, dynamic_threshold: bound the x_0 of each evaluation, with alpha_bar in the PNDM convention.
       return_x0: the predictions are those of the first evaluation of every step.
     """
-    return _pndm("f_pndm", eps_fn, x_T, schedule, timesteps, pndm_convention, return_x0)
+    bounds = clip_x0, dynamic_threshold
+    return _pndm("f_pndm", eps_fn, x_T, schedule, timesteps, pndm_convention, bounds, return_x0)
 
 
 def s_pndm(
@@ -60,6 +65,8 @@ def s_pndm(
     timesteps: jax.Array | np.ndarray,
     *,
     pndm_convention: str = "corrected",
+    clip_x0: bool = False,
+    dynamic_threshold: float | None = None,
     return_x0: bool = False,
 ) -> SamplerOutput:
     """S-PNDM (Liu et al. 2022); NFE S + 1. Contract: `s2dm_jax.samplers`.
@@ -70,18 +77,27 @@ def s_pndm(
       timesteps: equally spaced; S at least 2.
       pndm_convention: as for `f_pndm`; no timestep is fractional.
     """
-    return _pndm("s_pndm", eps_fn, x_T, schedule, timesteps, pndm_convention, return_x0)
+    bounds = clip_x0, dynamic_threshold
+    return _pndm("s_pndm", eps_fn, x_T, schedule, timesteps, pndm_convention, bounds, return_x0)
 
 
-def _pndm(sampler, eps_fn, x_T, schedule, timesteps, pndm_convention, return_x0):
+def _pndm(sampler, eps_fn, x_T, schedule, timesteps, pndm_convention, bounds, return_x0):
     """Steps of several evaluations until the multistep formula has its history, then the formula."""
-    check_concrete_options(sampler, pndm_convention=pndm_convention)
+    check_concrete_options(sampler, pndm_convention=pndm_convention, dynamic_threshold=bounds[1])
     t, t_next = timestep_pairs(schedule, timesteps)
     # With fewer steps a starting step would reach the clean image, and call the network at t = −1.
     nfe_of(sampler, len(t))
     stages, stage_weights, multistep_weights = _FORMULAS[sampler]
     start = len(multistep_weights) - 1
     log_ab_at = _log_alpha_bar_of(schedule, timesteps, pndm_convention, x_T.dtype)
+    # What is bounded is the x_0 of the sampler's own steps, in its convention: that of each evaluation, and that of the
+    # ε that a formula makes of them.
+    eps_fn = threshold_eps(eps_fn, log_ab_at, *bounds)
+
+    def combined_step(x, weights, slopes, log_ab, log_ab_next):
+        eps = bounded_eps(x, weighted_sum(weights, slopes), log_ab, *bounds)
+        return ddim_step(x, eps, log_ab, log_ab_next)
+
     t_stages = t[:, None] + jnp.asarray(stages, t.dtype) * (t_next - t)[:, None]  # [S, stages]
     log_ab, log_ab_next, log_ab_stages = (log_ab_at(s) for s in (t, t_next, t_stages))
 
@@ -95,7 +111,7 @@ def _pndm(sampler, eps_fn, x_T, schedule, timesteps, pndm_convention, return_x0)
             return eps, eps
 
         _, slopes = jax.lax.scan(stage, jnp.zeros_like(x), (t_stages, log_ab_stages))  # [stages, B, H, W, C]
-        x_next = ddim_step(x, weighted_sum(stage_weights, slopes), log_ab, log_ab_next)
+        x_next = combined_step(x, stage_weights, slopes, log_ab, log_ab_next)
         # Only the first evaluation is at this timestep on this path: it alone enters the history.
         prediction = predict_x0(x, slopes[0], *alpha_sigma(log_ab)) if return_x0 else None
         return x_next, (slopes[0], prediction)
@@ -105,7 +121,7 @@ def _pndm(sampler, eps_fn, x_T, schedule, timesteps, pndm_convention, return_x0)
         t, log_ab, log_ab_next = inputs
         eps = call_network(eps_fn, x, t)
         slopes = jnp.concatenate([eps[None], history])  # [start + 1, B, H, W, C]
-        x_next = ddim_step(x, weighted_sum(multistep_weights, slopes), log_ab, log_ab_next)
+        x_next = combined_step(x, multistep_weights, slopes, log_ab, log_ab_next)
         return (x_next, slopes[:-1]), predict_x0(x, eps, *alpha_sigma(log_ab))
 
     # Two scans, so that no step makes evaluations that it does not use.

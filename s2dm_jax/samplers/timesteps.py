@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from s2dm_jax.samplers.specs import check_options, nfe_of, spec_of, steps_for_nfe
+from s2dm_jax.samplers.guards import MIN_LOG_SNR, beyond_bound, check_step_lengths, num_visitable
+from s2dm_jax.samplers.specs import check_options, clips_x0, nfe_of, spec_of, steps_for_nfe
 
 DEFAULT_NFE = 10
 # Of Karras et al. 2022.
@@ -25,12 +26,15 @@ class TimestepSpec(NamedTuple):
         "optimal" depends on the network (`analytic.optimal_timesteps`): here it stands for as many timesteps of
         "uniform".
       timesteps: a list, ascending.
+      min_log_snr: the lowest λ = log(alpha/sigma) of a timestep that is visited by a sampler that divides the network's
+        error by alpha without clipping x_0 (`num_visitable`); −inf for no bound.
     """
 
     steps: int = 0
     nfe: int = 0
     timestep_spacing: str = "auto"
     timesteps: Sequence[int] = ()
+    min_log_snr: float = MIN_LOG_SNR
 
 
 def split_timestep_spec(options: Mapping[str, Any]) -> tuple[TimestepSpec, dict[str, Any]]:
@@ -230,8 +234,9 @@ def plan_timesteps(
 ) -> np.ndarray:
     """The timesteps int32 [S], ascending, that a sampler with these options visits, once all of them are checked.
 
-    `log_snr` is the schedule's λ at each timestep, float [T]; without it the spacings of LOG_SNR_SPACINGS, which end at
-    T−1 as "trailing" does, are checked as that.
+    `log_snr` is the schedule's λ at each timestep, float [T]. A spacing that would visit timesteps beyond
+    `num_visitable` is made over those that it allows. Without `log_snr` there is no bound, and the spacings of
+    LOG_SNR_SPACINGS, which end at T−1 as "trailing" does, are checked as that.
 
     Raises:
       ValueError: as `check_options`; for an unknown spacing, a number of steps that the sampler, the spacing or T does
@@ -240,14 +245,17 @@ def plan_timesteps(
     check_options(sampler, **options)
     if spec.timestep_spacing not in SPACINGS:
         raise ValueError(f"timestep_spacing={spec.timestep_spacing!r} is not one of {', '.join(SPACINGS)}")
+    visitable = num_visitable(T, sampler, spec.min_log_snr, log_snr, **options)
     if len(spec.timesteps):
         timesteps = check_timesteps(T, spec.timesteps)
         if spec.steps and spec.steps != len(timesteps):
             raise ValueError(
                 f"steps={spec.steps} contradicts timesteps, which are {len(timesteps)}; give one of the two"
             )
+        if timesteps[-1] >= visitable:
+            raise ValueError(f"timesteps end at {timesteps[-1]}{beyond_bound(sampler, spec.min_log_snr, visitable)}")
     else:
-        timesteps = _spaced_timesteps(T, sampler, spec, log_snr)
+        timesteps = _spaced_timesteps(T, sampler, spec, log_snr, visitable)
     nfe = nfe_of(sampler, len(timesteps))
     if spec.nfe and spec.nfe != nfe:
         source = "timesteps" if len(spec.timesteps) else f"steps={spec.steps}"
@@ -257,18 +265,55 @@ def plan_timesteps(
         )
     if options.get("pndm_convention") == "published":
         check_published_pndm(T, timesteps[-1])
+    if log_snr is not None and not clips_x0(sampler, **options):
+        try:
+            check_step_lengths(sampler, timesteps, log_snr, **options)
+        except ValueError as error:
+            if len(spec.timesteps):
+                raise
+            request = f"steps={spec.steps}" if spec.steps else f"nfe={nfe}"
+            raise ValueError(f"{request} is not possible: {error}") from error
     return timesteps
 
 
-def _spaced_timesteps(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray | None) -> np.ndarray:
+def _spaced_timesteps(
+    T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray | None, visitable: int
+) -> np.ndarray:
     nfe = spec.nfe or DEFAULT_NFE
     steps = spec.steps or steps_for_nfe(sampler, nfe)
     spacing = auto_spacing(sampler, log_snr) if spec.timestep_spacing == "auto" else spec.timestep_spacing
     try:
-        if spacing in LOG_SNR_SPACINGS and log_snr is not None:
-            return LOG_SNR_SPACINGS[spacing](log_snr, steps)
-        return SPACING_FUNCTIONS[_STAND_INS.get(spacing, spacing)](T, steps)
+        timesteps = _spacing(T, spacing, steps, log_snr)
+        if timesteps[-1] < visitable:
+            return timesteps
+        if steps > visitable:
+            raise ValueError(
+                f"steps={steps} end at {timesteps[-1]}{beyond_bound(sampler, spec.min_log_snr, visitable)}"
+            )
+        return _spacing(visitable, spacing, steps, None if log_snr is None else log_snr[:visitable])
     except ValueError as error:
         if spec.steps:
             raise
         raise ValueError(f"nfe={nfe} is not possible: {error}") from error
+
+
+def _spacing(T: int, name: str, steps: int, log_snr: np.ndarray | None) -> np.ndarray:
+    """The timesteps of a spacing over all of 0 … T−1."""
+    if name in LOG_SNR_SPACINGS and log_snr is not None:
+        return LOG_SNR_SPACINGS[name](log_snr, steps)
+    return SPACING_FUNCTIONS[_STAND_INS.get(name, name)](T, steps)
+
+
+def unvisited_note(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray, **options: Any) -> str:
+    """One sentence where `min_log_snr` has moved a spacing away from the last timesteps, else ""."""
+    visitable = num_visitable(T, sampler, spec.min_log_snr, log_snr, **options)
+    if visitable == T or len(spec.timesteps):
+        return ""
+    # "optimal" ends at T−1, unlike what it is checked as.
+    if spec.timestep_spacing != "optimal" and _spaced_timesteps(T, sampler, spec, log_snr, T)[-1] < visitable:
+        return ""
+    left_out = f"timestep {T - 1} is" if visitable == T - 1 else f"timesteps {visitable} to {T - 1} are"
+    return (
+        f"{left_out} not visited by {sampler}: log(alpha/sigma) is below min_log_snr={spec.min_log_snr:g} there, and "
+        "dividing by alpha would multiply the network's error; clip_x0=True visits all"
+    )

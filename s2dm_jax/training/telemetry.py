@@ -19,7 +19,7 @@ from s2dm_jax.common.errors import naming
 from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.progress import ProgressDisplay
 from s2dm_jax.common.version import __version__
-from s2dm_jax.config.build import build_objective
+from s2dm_jax.config.build import build_objective, schedule_ends
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import peak_memory
@@ -39,7 +39,7 @@ def run_summary(config: ConfigDict, network: Network, data: Dataset, step: int) 
         f"data     {data.provenance}",
         *data.split.splitlines(),
         f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in {network.dtype}",
-        f"loss     {loss}, {diffusion.schedule} schedule, T = {diffusion.T:,}",
+        f"loss     {loss}, {diffusion.schedule} schedule, T = {diffusion.T:,}{schedule_ends(diffusion)}",
         f"train    {start}, {batch}, Adam {train.lr:g}, EMA {train.ema_decay:g}, seed {train.seed}",
     )
     return "\n".join(lines)

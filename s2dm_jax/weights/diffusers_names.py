@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from s2dm_jax.diffusion.schedule import SCHEDULES
+from s2dm_jax.diffusion.betas import BETAS, ScheduleSpec, same_betas, schedule_betas
 from s2dm_jax.models.layers import NORM_EPS
 from s2dm_jax.models.network import NORM_GROUPS
 from s2dm_jax.models.unet import UNet
@@ -87,6 +87,8 @@ _NETWORK_FIELDS = ("block_out_channels", "down_block_types", "up_block_types", "
 _OTHER_PROCESSES = re.compile(
     "FlowMatch|EDM|ScoreSde|KarrasVe|Consistency|VQDiffusion|Amused|CogVideoX|CosineDPM|UnCLIP|LCM|TCD"
 )
+# 1/(1 + e⁶): how far the sigmoid schedule's first beta is above beta_start, in units of beta_end − beta_start.
+_LOGISTIC_INSET = 1 / (1 + np.exp(6))
 # The schedules that both sides compute alike; others go as a list of betas.
 _BETA_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
@@ -109,13 +111,13 @@ def unet_config(network: UNet) -> dict:
     }
 
 
-def scheduler_config(schedule: str, T: int, prediction: str = "epsilon") -> dict:
+def scheduler_config(spec: ScheduleSpec, prediction: str = "epsilon") -> dict:
     """The scheduler_config.json of the `DDIMScheduler` that takes our DDIM's steps, where their number divides T."""
-    beta = SCHEDULES[schedule](T).beta
+    beta, schedule = schedule_betas(spec), spec.schedule
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": VERSION,
-        "num_train_timesteps": T,
+        "num_train_timesteps": spec.T,
         "beta_schedule": _BETA_SCHEDULES.get(schedule, "linear"),
         "beta_start": float(beta[0]),
         "beta_end": float(beta[-1]),
@@ -169,8 +171,8 @@ def read_unet_config(config: Mapping) -> UNet:
     )
 
 
-def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
-    """Schedule, T and prediction type, in our names, from a scheduler_config.json; ValueError where we have none."""
+def read_scheduler_config(config: Mapping) -> tuple[ScheduleSpec, str]:
+    """Schedule and prediction type, in our names, from a scheduler_config.json; ValueError where we have none."""
     kind = str(config.get("_class_name", ""))
     if _OTHER_PROCESSES.search(kind):
         raise ValueError(f"it is a {kind}, whose forward process is none of ours; DDPMScheduler and DDIMScheduler are")
@@ -190,20 +192,53 @@ def read_scheduler_config(config: Mapping) -> tuple[str, int, str]:
         )
     if config.get("snr_shift_scale", 1.0) not in (1.0, None):
         raise ValueError(f"its snr_shift_scale is {config['snr_shift_scale']!r}, which makes other betas than ours")
+    return _read_schedule(config, T), predictions[prediction_type]
+
+
+def _read_schedule(config: Mapping, T: int) -> ScheduleSpec:
+    """The schedule in a scheduler_config.json; its ends are None where they are our defaults for T."""
     betas, beta_schedule = config.get("trained_betas"), config.get("beta_schedule", "linear")
-    named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(beta_schedule)
-    ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-    for name, make_schedule in SCHEDULES.items():
-        beta = make_schedule(T).beta
-        if betas is not None:
-            found = np.shape(betas) == beta.shape and np.allclose(betas, beta, rtol=1e-5, atol=0)
-        else:
-            # The cosine's betas do not depend on the two ends that its config still states.
-            found = name == named and (name == "cosine" or np.allclose(ends, beta[[0, -1]], rtol=1e-5, atol=0))
-        if found:
-            return name, T, predictions[prediction_type]
-    described = f"{beta_schedule} from {ends[0]} to {ends[1]}" if betas is None else "trained_betas"
-    raise ValueError(f"its betas ({described}) are none of our schedules {', '.join(SCHEDULES)}")
+    first, last = ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+    if betas is not None:
+        found = _schedule_of(np.asarray(betas, np.float64), T)
+        described = "trained_betas"
+    else:
+        named = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}.get(beta_schedule)
+        # The cosine's betas do not depend on the two ends that its config still states.
+        found = ScheduleSpec(named, T, *(() if named == "cosine" else ends)) if named else None
+        described = f"{beta_schedule} from {first} to {last}"
+    if not found:
+        raise ValueError(f"its betas ({described}) are none of our schedules {', '.join(BETAS)}")
+    schedule_betas(found)
+    default = ScheduleSpec(found.schedule, T)
+    try:
+        return default if same_betas(found, default) else found
+    except ValueError:
+        # With so few timesteps the schedule has no default.
+        return found
+
+
+def _schedule_of(betas: np.ndarray, T: int) -> ScheduleSpec | None:
+    """The schedule whose betas these are, None where there is none."""
+    if betas.shape != (T,) or not ((betas > 0) & (betas < 1)).all():
+        return None
+    first, last = float(betas[0]), float(betas[-1])
+    # The logistic curve begins and ends a four-hundredth of its height inside its range.
+    inset = (last - first) / (1 / _LOGISTIC_INSET - 2)
+    candidates = [
+        ScheduleSpec("const", T, None, last),
+        ScheduleSpec("linear", T, first, last),
+        ScheduleSpec("cosine", T),
+        ScheduleSpec("quadratic", T, first, last),
+        ScheduleSpec("sigmoid", T, first - inset, last + inset),
+    ]
+    for spec in candidates:
+        try:
+            if np.allclose(betas, schedule_betas(spec), rtol=1e-5, atol=0):
+                return spec
+        except ValueError:
+            continue
+    return None
 
 
 def unused_scheduler_options(config: Mapping) -> list[str]:

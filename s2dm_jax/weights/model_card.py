@@ -9,10 +9,11 @@ import jax
 from s2dm_jax.common.files import read_json
 from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.common.version import __version__
+from s2dm_jax.config.build import schedule_ends, schedule_fields
 from s2dm_jax.models.network import num_params
 from s2dm_jax.workdir import exported
-from s2dm_jax.workdir.folder import CARD
 from s2dm_jax.workdir.load import Run
+from s2dm_jax.workdir.paths import CARD
 from s2dm_jax.workdir.results import results_table
 
 NOT_STATED = "not stated"
@@ -97,7 +98,7 @@ def make_card(run: Run, *, license: str = "", source: dict | None = None, metric
             "sha256": _sha256_of(run),
             "note": run.ema_note or None,
         },
-        "schedule": config.diffusion.to_dict(),
+        "schedule": schedule_fields(config),
         "data": config.data.name if trained else NOT_STATED,
         "training": {**config.train.to_dict(), "steps": steps} if trained else NOT_STATED,
         "objective": config.loss.to_dict() if trained else NOT_STATED,
@@ -118,7 +119,7 @@ def card_to_markdown(card: dict, front_matter: dict[str, str] | None = None) -> 
         "Network": f"{network['name']}, {network['parameters']:,} parameters; {_sentence(network['fields'])}",
         "Images": f"{'×'.join(map(str, network['image_shape']))}, in [−1, 1]",
         "Predicts": f"{card['predicts']}; t counts 0 … T−1",
-        "Noise schedule": f"{schedule['schedule']}, T = {schedule['T']:,}",
+        "Noise schedule": f"{schedule['schedule']}, T = {schedule['T']:,}{schedule_ends(schedule)}",
         "Weights": _sentence(card["weights"]),
         "Data": card["data"],
         "Objective": _sentence(card["objective"]),

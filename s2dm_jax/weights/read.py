@@ -16,7 +16,8 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.file_kinds import kind_of_file
 from s2dm_jax.common.files import user_path
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
-from s2dm_jax.config.build import build_network
+from s2dm_jax.config.build import build_network, schedule_spec
+from s2dm_jax.diffusion.betas import ScheduleSpec, same_betas
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import diffusers_names, model_card, nesting, torch_names
 from s2dm_jax.weights.torch_pickle import Tensor, open_torch, read_note
@@ -41,7 +42,7 @@ class Weights(NamedTuple):
       ema_params: nested dict of float32 arrays, the EMA; the weights themselves where there is none.
       params: the weights that training changes; `ema_params` where there are no others.
       model_card: the model card (`model_card.make_card`) in a file written by s2dm_jax, with its config; else None.
-      schedule: (name, T), where the file has it.
+      schedule: where the file has it.
       step: training steps so far, according to the file.
       description: one line: format, what was taken from it, how it was checked.
       sha256: of the file, or of the file with the weights in a folder; "" for a run's folder.
@@ -51,7 +52,7 @@ class Weights(NamedTuple):
     ema_params: dict
     params: dict
     model_card: dict | None
-    schedule: tuple[str, int] | None
+    schedule: ScheduleSpec | None
     step: int
     description: str
     sha256: str
@@ -108,7 +109,7 @@ def _read_run(path: str, kind: str) -> Weights:
             f"{path} is the run of a variance head, which other formats have no place for; give its base, "
             f"{run.config.variance_head.base_workdir}"
         )
-    schedule = (run.config.diffusion.schedule, run.config.diffusion.T)
+    schedule = schedule_spec(run.config)
     card = model_card.card_of_run(run, path)
     kind += f"; {run.ema_note}" * bool(run.ema_note)
     return Weights(torch_names.as_unet(run.network), run.ema_params, run.params, card, schedule, run.step, kind, "")
@@ -149,11 +150,11 @@ def _infer(state: Mapping[str, np.ndarray], resolution: int | None) -> UNet:
         raise ValueError(f"{error}; it holds {len(state)} tensors: {shown or 'none'}") from error
 
 
-def _read_card(text: str, path: Path) -> tuple[dict, UNet, tuple[str, int]]:
+def _read_card(text: str, path: Path) -> tuple[dict, UNet, ScheduleSpec]:
     """The model card in a file, with the network and schedule of its config."""
     card = model_card.parse_card(text)
     config = checked_config(json.dumps(card["config"]), path)
-    return card, torch_names.as_unet(build_network(config)), (config.diffusion.schedule, config.diffusion.T)
+    return card, torch_names.as_unet(build_network(config)), schedule_spec(config)
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
@@ -201,10 +202,10 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     schedule = text = card = None
     if (scheduler / "scheduler_config.json").exists():
         described_by = scheduler / "scheduler_config.json"
-        name, T, prediction = _described(described_by, diffusers_names.read_scheduler_config)
+        schedule, prediction = _described(described_by, diffusers_names.read_scheduler_config)
         if unused := _described(described_by, diffusers_names.unused_scheduler_options):
             note += f"; its scheduler's options of sampling are not used: {', '.join(unused)}"
-        schedule, network = (name, T), dataclasses.replace(network, prediction=prediction)
+        network = dataclasses.replace(network, prediction=prediction)
     sha256 = _check_digest(weights, digest)
     if weights.suffix == ".safetensors":
         state, text = _load_safetensors(weights)
@@ -212,9 +213,10 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
         state, *_, has_checksums = _load_torch(weights)
     state, network = diffusers_names.from_diffusers(_finite(state), network)
     if text is not None:
-        described = (network.resolution, network.attn_resolutions, network.prediction, schedule)
+        described, read = (network.resolution, network.attn_resolutions, network.prediction), schedule
         card, network, schedule = _read_card(text, weights)
-        if described != (network.resolution, network.attn_resolutions, network.prediction, schedule):
+        same = described == (network.resolution, network.attn_resolutions, network.prediction)
+        if not same or read is None or not same_betas(read, schedule):
             raise ValueError(f"its configs are not those that {weights.name} was written with")
     params = torch_names.from_torch(state, network)
     step = card["step"] if card else 0

@@ -15,11 +15,13 @@ from safetensors.numpy import save_file
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_outputs, user_path
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
+from s2dm_jax.config.build import schedule_fields, schedule_spec
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import from_json, to_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.data.sources import UNKNOWN
+from s2dm_jax.diffusion.betas import same_betas
 from s2dm_jax.weights import diffusers_names, model_card, torch_names
 from s2dm_jax.weights.model_card import CARD, NOT_STATED
 from s2dm_jax.weights.read import METADATA_PREFIX, SUMS, Weights
@@ -70,11 +72,11 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
             # As the published configs have it.
             config.model.dropout = network.dropout or (0.0 if network.resolution >= 256 else 0.1)
         if weights.schedule:
-            config.diffusion.schedule, config.diffusion.T = weights.schedule
+            config.diffusion.update(weights.schedule._asdict())
     # The EMA that comes with the weights is where it starts.
     config.train.ema_start = "initial"
     config.eval.nfe = tuple(nfe for nfe in config.eval.nfe if nfe <= config.diffusion.T) or (1,)
-    check_config(config)
+    check_config(config, trained=weights.schedule is not None)
     return config
 
 
@@ -89,13 +91,12 @@ def _check_network(config: ConfigDict, weights: Weights) -> None:
                 f"the weights are of a network with model.{name}={value}, but the config has "
                 f"{config.model[name]}; give the config that suits"
             )
-    if weights.schedule:
-        schedule = {"schedule": weights.schedule[0], "T": weights.schedule[1]}
-        if config.diffusion.to_dict() != schedule:
-            raise UserError(
-                f"the weights are of a network for {schedule}, but the config has {config.diffusion.to_dict()}; "
-                "give the config that suits"
-            )
+    if weights.schedule and not same_betas(weights.schedule, schedule_spec(config)):
+        stated = {name: value for name, value in weights.schedule._asdict().items() if value is not None}
+        raise UserError(
+            f"the weights are of a network for {stated}, but the config has {schedule_fields(config)}; give the config "
+            "that suits"
+        )
 
 
 def write_weights(
@@ -158,8 +159,8 @@ def _write_workdir(folder: Path, run: Run, card: dict) -> None:
 
 
 def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
-    network, diffusion = torch_names.as_unet(run.network), run.config.diffusion
-    scheduler = diffusers_names.scheduler_config(diffusion.schedule, diffusion.T, network.prediction)
+    network = torch_names.as_unet(run.network)
+    scheduler = diffusers_names.scheduler_config(schedule_spec(run.config), network.prediction)
     configs = {
         "model_index.json": {
             "_class_name": "DDIMPipeline",

@@ -22,7 +22,7 @@ import tensorstore
 from s2dm_jax.common.errors import UnfinishedWrite, UserError
 from s2dm_jax.devices.distributed import any_process, barrier, is_main_process
 from s2dm_jax.devices.sharding import replicated
-from s2dm_jax.workdir.folder import checkpoint_folder, checkpoint_steps
+from s2dm_jax.workdir.paths import checkpoint_folder, checkpoint_steps
 
 State = TypeVar("State")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.workdir.folder import CARD
+from s2dm_jax.workdir.paths import CARD
 
 if TYPE_CHECKING:
     from s2dm_jax.models.network import Network

@@ -16,10 +16,9 @@ from s2dm_jax.common.files import check_writable, write_atomic
 from s2dm_jax.common.locks import acquire
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import flatten, from_json
+from s2dm_jax.workdir.paths import checkpoint_folder, checkpoint_steps
 
 _LOCK = ".lock"
-# The model card, in the folder of a run that was made from converted weights.
-CARD = "model_card.json"
 # A file that one host wrote may take as long to appear on another.
 _SHARED_SECONDS = 10.0
 
@@ -35,25 +34,6 @@ _FOLDERS = (
 )
 _APPENDED = (_LOCK, "metrics.jsonl")
 _REPLACED = ("config.json", "parameters.txt", "metrics.jsonl", "results.json", "results.md")
-
-
-def checkpoint_folder(workdir: str | os.PathLike) -> Path:
-    """Where a run's checkpoints are, each in a folder named by its step."""
-    return Path(workdir) / "checkpoints"
-
-
-def checkpoint_steps(workdir: str | os.PathLike) -> list[int]:
-    """The steps of the complete checkpoints of a run, ascending."""
-    try:
-        names = os.listdir(checkpoint_folder(workdir))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise UserError(
-            f"{checkpoint_folder(workdir)} cannot be read ({error.strerror}); get the permission to, or give another "
-            "run"
-        ) from error
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def output_folder(workdir: str | os.PathLike, out: str, name: str) -> Path:

@@ -58,7 +58,7 @@ def checked_config(text: str, place: str | Path) -> ConfigDict:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise unreadable_config(place, error) from error
     try:
-        check_config(config)
+        check_config(config, trained=True)
     except UserError as error:
         raise UserError(f"{place} cannot be used: {error}") from error
     return config
@@ -102,7 +102,7 @@ def check_compared_runs(config: ConfigDict) -> list[str]:
             )
         other.sample = config.sample
         try:
-            check_config(other)
+            check_config(other, trained=True)
         except UserError as error:
             raise UserError(f"config.sample.compare names {workdir}, where {error}") from error
     return workdirs

@@ -3,6 +3,7 @@ written.
 """
 
 import errno
+import json
 import math
 import re
 import resource
@@ -16,7 +17,7 @@ from PIL import Image
 
 from s2dm_jax import main
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.config.build import build_objective
+from s2dm_jax.config.build import build_objective, build_schedule
 from s2dm_jax.config.datasets import CROPS, RESIZE_FILTERS
 from s2dm_jax.config.defaults import FIELDS, SAMPLER_OPTIONS, default_config
 from s2dm_jax.config.io import default_workdir, expand_paths, from_json, load_config, to_json
@@ -130,6 +131,12 @@ def test_bad_config_files(tmp_path, config, sentence):
         ("model.attn_resolutions", (16,), "names 16, which never occurs; this model's resolutions are 8, 4, 2"),
         ("model.ch_mult", (1, 1, 1, 1, 1), "halves images of 8 pixels 4 times"),
         ("diffusion.schedule", "log", "choose one of linear, cosine, quadratic, const, sigmoid"),
+        ("diffusion.T", 20, "config.diffusion.T=20 is too small for the linear schedule: beta_end"),
+        (
+            "diffusion.beta_end",
+            0.002,
+            "config.diffusion.beta_end=0.002 with config.diffusion.T=1000 leave alpha_bar_T=0.35 at the last timestep",
+        ),
         ("data.name", "mnist", "choose one of digits, cifar10, celeba, celebahq"),
         ("data.resolution", 16, "config.data.resolution=16 and config.data.channels=0 do not go with the digits"),
         ("data.channels", 2, "choose one of 0, 1, 3"),
@@ -146,6 +153,24 @@ def test_bad_fields(field, value, sentence):
         check_config(config)
     assert sentence in str(error.value)
     assert field in str(error.value)
+
+
+def test_a_config_of_before_0_3_has_the_betas_that_it_was_trained_with():
+    """They were 1e-4 and 0.02 at every T."""
+    for T, ends in ((100, (1e-4, 0.02)), (1000, (None, None))):
+        config = small_config()
+        config.diffusion.T, config.eval.nfe = T, (10,)
+        stored = json.loads(to_json(config))
+        del stored["diffusion"]["beta_start"], stored["diffusion"]["beta_end"]
+        old = from_json(json.dumps(stored))
+        assert (old.diffusion.beta_start, old.diffusion.beta_end) == ends
+        np.testing.assert_array_equal(build_schedule(old).beta, np.linspace(1e-4, 0.02, T))
+        check_config(old, trained=True)
+        # What was stored since is read as it is.
+        assert from_json(to_json(config)).diffusion.beta_end is None
+    old.diffusion.update(T=100, beta_start=1e-4, beta_end=0.02)
+    with pytest.raises(UserError, match=r"leave alpha_bar_T=0\.36 at the last timestep of the linear schedule"):
+        check_config(old)
 
 
 def trained_config(argv, monkeypatch, tmp_path):

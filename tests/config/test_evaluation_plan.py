@@ -40,8 +40,8 @@ def test_options_go_to_the_samplers_that_have_them():
     )
     assert [point.options for point in points] == [
         {"clip_x0": False, "eta": 1.0},
-        {"order": 3},
-        {"order": 3, "variant": "bh1"},
+        {"clip_x0": False, "order": 3},
+        {"clip_x0": False, "order": 3, "variant": "bh1"},
     ]
     assert points[0].name == "ddim, linspace, clip_x0 False, eta 1.0"
     assert points[0].timesteps(1000)[-1] == 999

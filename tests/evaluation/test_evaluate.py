@@ -61,7 +61,7 @@ def function(tmp_path):
 @pytest.fixture
 def config(function):
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_end=0.5)
     config.model.attn_resolutions = ()
     config.eval.update({"feature_extractor": f"{function}:means", "num_images": 50, "nfe": (2, 4), "batch_size": 16})
     return config
@@ -85,7 +85,7 @@ def sampled(monkeypatch, data):
 
 def run(config, data, workdir, params=None):
     check_config(config)
-    model = Model(config, NETWORK, linear_schedule(20), params or {"w": np.zeros(1)}, 7)
+    model = Model(config, NETWORK, linear_schedule(20, beta_end=0.5), params or {"w": np.zeros(1)}, 7)
     return evaluation.evaluate(model, data, workdir)
 
 
@@ -124,7 +124,7 @@ def test_nonsense_is_noted_and_leaves_a_gap_where_it_is_not_finite(config, data,
     found = {}
     for name, factor in (("saturated", -1e5), ("nan", np.nan)):
         network = FunctionNetwork(lambda params, x, t, factor=factor: factor * x)
-        model = Model(config, network, linear_schedule(20), {"w": np.full(1, factor)}, 7)
+        model = Model(config, network, linear_schedule(20, beta_end=0.5), {"w": np.full(1, factor)}, 7)
         # The second time, from the cache.
         results, again = (evaluation.evaluate(model, data, tmp_path) for _ in range(2))
         assert results == again
@@ -227,12 +227,12 @@ def test_the_scaling_of_the_output_acts_and_makes_a_row_of_its_own(config, data,
     plain, *scaled = scales
     assert plain is None
     for scale, options in zip(scaled, ((), (0.5,), (0.5, "released"), (0.99, "released")), strict=True):
-        np.testing.assert_array_equal(scale, skip_scale(linear_schedule(20), 10, *options))
+        np.testing.assert_array_equal(scale, skip_scale(linear_schedule(20, beta_end=0.5), 10, *options))
     assert len(list((tmp_path / "evaluations" / "points").glob("ddim*.json"))) == 5
 
 
 def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):
-    model = Model(config, NETWORK, linear_schedule(20), NETWORK.init(0), 7)
+    model = Model(config, NETWORK, linear_schedule(20, beta_end=0.5), NETWORK.init(0), 7)
     monkeypatch.setattr(evaluation, "load", lambda _, step: model)
     monkeypatch.setattr(evaluation, "load_dataset", lambda _: data)
     config.eval.update({"nfe": (2,), "num_images": 24})

@@ -22,11 +22,11 @@ WORDS = ("ddim, timestep_spacing linspace", "timestep_spacing=uniform")
 def model_of(function, saturation=0.3):
     """A model whose network is a function of (x, t), at T = 20."""
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_end=0.5)
     config.sample.update({"nfe": 2, "num_images": 3, "batch_size": 2})
     network = FunctionNetwork(lambda params, x, t: function(x, t), image_shape=(8, 8, 3), dtype="bfloat16")
     params = {"w": np.zeros(1, np.float32)}
-    return Model(config, network, linear_schedule(20), params, 7, saturation=saturation)
+    return Model(config, network, linear_schedule(20, beta_end=0.5), params, 7, saturation=saturation)
 
 
 SATURATED = model_of(lambda x, t: -1e5 * x)

@@ -8,6 +8,7 @@ from published import LINEAR, golden_eps
 
 from s2dm_jax.diffusion.schedule import cosine_schedule, linear_schedule
 from s2dm_jax.samplers.ddim import ddim
+from s2dm_jax.samplers.guards import MIN_LOG_SNR
 from s2dm_jax.samplers.timesteps import (
     LOG_SNR_SPACINGS,
     SPACING_FUNCTIONS,
@@ -25,16 +26,22 @@ from s2dm_jax.samplers.timesteps import (
 @pytest.mark.parametrize("schedule", [LINEAR, cosine_schedule(), linear_schedule(50)])
 @pytest.mark.parametrize("name", [*SPACING_FUNCTIONS, *LOG_SNR_SPACINGS])
 def test_spacings_have_exactly_the_requested_steps(name, schedule):
-    T = schedule.T
+    # The cosine schedule's last timesteps, and those of a short one, have no signal to divide by.
+    T, visitable = schedule.T, np.count_nonzero(schedule.log_snr >= MIN_LOG_SNR)
 
     def spaced(steps):
         return plan_timesteps(T, "ddim", TimestepSpec(steps, timestep_spacing=name), log_snr=schedule.log_snr)
 
-    for steps in range(1 + (name == "linspace"), T + 1):
+    for steps in range(1 + (name == "linspace"), visitable + 1):
         timesteps = spaced(steps)
         assert (len(timesteps), timesteps.dtype) == (steps, np.int32)
         np.testing.assert_array_equal(check_timesteps(T, timesteps), timesteps)
-    np.testing.assert_array_equal(timesteps, np.arange(T))
+    np.testing.assert_array_equal(timesteps, np.arange(visitable))
+    if visitable < T:
+        with pytest.raises(
+            ValueError, match=rf"min_log_snr=-5.1 or more is timestep {visitable - 1}, and ddim divides"
+        ):
+            spaced(visitable + 1)
     with pytest.raises(ValueError, match=f"steps={T + 1} is out of range"):
         spaced(T + 1)
 

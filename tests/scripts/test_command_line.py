@@ -152,7 +152,7 @@ def test_benchmarks_report_user_errors_first(arguments, sentence, monkeypatch, c
 @pytest.fixture
 def workdir(tmp_path):
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_start=1e-4, beta_end=0.02)
     config.model.update(ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
     config.sample.nfe, config.eval.nfe = 3, (10,)
     save_run(tmp_path / "run", config, seed=0, ema_factor=1.0)

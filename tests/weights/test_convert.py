@@ -48,7 +48,7 @@ def workdir(tmp_path_factory):
     """A run with results."""
     path = tmp_path_factory.mktemp("runs") / "tiny"
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_start=1e-4, beta_end=0.02)
     config.model.update(ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(8,), dropout=0.2)
     config.sample.nfe, config.eval.nfe = 3, (10,)
     save_run(path, config, seed=3, ema_factor=0.5)
@@ -84,7 +84,7 @@ def files(weights, workdir, tmp_path_factory):
 @pytest.mark.parametrize("name", [*KINDS, "sampler.npz"])
 def test_there_and_back_to_the_bit(files, weights, name):
     back = read_weights(str(files / name))
-    assert (back.network, back.step, back.schedule) == (weights.network, 7, ("linear", 20))
+    assert (back.network, back.step, back.schedule) == (weights.network, 7, ("linear", 20, 1e-4, 0.02))
     assert_equal_trees(back.ema_params, weights.ema_params)
     # Only DDIM's list has both.
     assert_equal_trees(back.params, weights.params if name == "ckpt.pth" else weights.ema_params)
@@ -442,7 +442,7 @@ def test_a_card_claims_nothing_about_a_training_that_it_does_not_know(command, f
 def test_a_config_must_be_that_of_the_weights(files):
     weights = read_weights(str(files / "w.safetensors"))
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_start=1e-4, beta_end=0.02)
     config.model.update(ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(8,))
     config.eval.nfe, config.loss.skip = (10,), 2
     assert infer_config(weights, given=config.copy_and_resolve_references()).loss.skip == 2

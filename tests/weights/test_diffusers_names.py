@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.diffusion.betas import ScheduleSpec
 from s2dm_jax.diffusion.parameterization import PREDICTIONS
 from s2dm_jax.diffusion.schedule import SCHEDULES
 from s2dm_jax.models.unet import UNet
@@ -65,7 +66,8 @@ def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
     scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 50, "beta_schedule": "linear"}
     (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
     weights = read_weights(str(tmp_path))
-    assert weights.schedule == ("linear", 50)
+    # diffusers takes its betas literally, at any T.
+    assert weights.schedule == ("linear", 50, 1e-4, 0.02)
     for name, value in published().items():
         np.testing.assert_array_equal(torch_names.to_torch(weights.ema_params)[name], value)
     (tmp_path / "config.json").write_text("[]")
@@ -75,18 +77,28 @@ def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_is_known_again(name):
-    for prediction in PREDICTIONS:
-        config = diffusers_names.scheduler_config(name, 40, prediction)
-        assert diffusers_names.read_scheduler_config(json.loads(json.dumps(config))) == (name, 40, prediction)
-    config["beta_start"], config["trained_betas"] = 0.2, None
-    if name == "cosine":
-        config["beta_schedule"] = "sigmoid"
+    ends = {"cosine": {}, "const": {"beta_end": 0.3}}.get(name, {"beta_start": 2e-3, "beta_end": 0.3})
+    for spec in (ScheduleSpec(name, 40), ScheduleSpec(name, 40, **ends)):
+        for prediction in PREDICTIONS:
+            config = diffusers_names.scheduler_config(spec, prediction)
+            found, predicted = diffusers_names.read_scheduler_config(json.loads(json.dumps(config)))
+            assert (found[:2], predicted) == (spec[:2], prediction)
+            assert [end and pytest.approx(end) for end in spec[2:]] == list(found[2:])
+    config["trained_betas"] = [0.2, 0.1] * 20
     with pytest.raises(ValueError, match="none of our schedules"):
         diffusers_names.read_scheduler_config(config)
 
 
+def test_stable_diffusions_schedule_is_read():
+    config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    spec, _ = diffusers_names.read_scheduler_config(config)
+    assert spec == ("quadratic", 1000, 0.00085, 0.012)
+    with pytest.raises(ValueError, match="none of our schedules"):
+        diffusers_names.read_scheduler_config(config | {"beta_schedule": "sigmoid"})
+
+
 def test_options_of_sampling_that_are_not_used_are_named():
-    config = diffusers_names.scheduler_config("linear", 40)
+    config = diffusers_names.scheduler_config(ScheduleSpec("linear", 40))
     assert diffusers_names.unused_scheduler_options(config) == []
     config |= {"clip_sample": True, "timestep_spacing": "trailing", "use_karras_sigmas": None}
     assert diffusers_names.unused_scheduler_options(config) == ["timestep_spacing='trailing'", "clip_sample=True"]
@@ -136,7 +148,7 @@ def test_the_ema_of_a_training_is_preferred(tmp_path):
     ],
 )
 def test_a_scheduler_of_another_kind_is_refused(field, value, sentence):
-    config = {**diffusers_names.scheduler_config("linear", 40), field: value}
+    config = {**diffusers_names.scheduler_config(ScheduleSpec("linear", 40)), field: value}
     with pytest.raises(ValueError, match=sentence):
         diffusers_names.read_scheduler_config(config)
 

@@ -34,7 +34,7 @@ def workdir(tmp_path_factory):
     """A run of 7 steps that were never trained."""
     path = tmp_path_factory.mktemp("runs") / "tiny"
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_start=1e-4, beta_end=0.02)
     config.model.update(ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
     config.sample.nfe, config.eval.nfe = 3, (10,)
     # The initial network changes little.

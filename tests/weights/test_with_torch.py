@@ -14,6 +14,7 @@ import pytest
 from published import group
 
 from s2dm_jax.config.defaults import default_config
+from s2dm_jax.diffusion.betas import ScheduleSpec
 from s2dm_jax.diffusion.schedule import SCHEDULES
 from s2dm_jax.inference.model import Model
 from s2dm_jax.models.unet import UNet
@@ -73,7 +74,7 @@ def golden_weights(golden, name):
 
 def as_weights(network, state):
     params = torch_names.from_torch(state, network)
-    return Weights(network, params, params, None, ("linear", 1000), 0, "", "")
+    return Weights(network, params, params, None, ScheduleSpec("linear", 1000), 0, "", "")
 
 
 def write(path, kind, weights):
@@ -179,7 +180,7 @@ def test_diffusers_pipeline_draws_our_ddim(tmp_path, monkeypatch, name, steps):
     params["conv_out"] = {key: value * signal for key, value in params["conv_out"].items()}
     config = default_config()
     config.diffusion.schedule = name
-    weights = Weights(network, params, params, None, (name, 1000), 0, "", "")
+    weights = Weights(network, params, params, None, ScheduleSpec(name, 1000), 0, "", "")
     write(tmp_path / "folder", "diffusers", weights)
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "folder")
     x_T = (np.random.default_rng(0).standard_normal((4, 16, 16, 3)) * signal / 2).astype(np.float32)

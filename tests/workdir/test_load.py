@@ -27,7 +27,7 @@ def command():
 @pytest.fixture(scope="module")
 def config():
     config = default_config()
-    config.diffusion.T = 20
+    config.diffusion.update(T=20, beta_start=1e-4, beta_end=0.02)
     config.model.ch, config.model.ch_mult, config.model.num_res_blocks = 32, (1,), 1
     config.model.attn_resolutions = ()
     config.sample.steps, config.eval.nfe = 10, (10,)

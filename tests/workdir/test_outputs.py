@@ -20,6 +20,8 @@ from s2dm_jax.workdir.folder import checkpoint_steps, evaluation_folder, output_
 UNWRITABLE = "/proc/self/task"
 CONFIG = {
     "diffusion.T": 20,
+    "diffusion.beta_start": 1e-4,
+    "diffusion.beta_end": 0.02,
     "sample.sampler": "analytic",
     "sample.noise_stat_images": 4,
     "sample.batch_size": 4,
