@@ -67,9 +67,8 @@ def mirrored(files: Iterable[RemoteFile]) -> list[RemoteFile]:
     lines = re.findall(r"^\S+\t(\d+)\t([0-9a-f]{64})\t(\S+)$", text, re.MULTILINE)
     own = {name: (int(size), sha256) for size, sha256, name in lines}
     found = [RemoteFile(f.name, f"{mirror}/{f.name}", *own.get(f.name, (f.size, f.sha256))) for f in files]
-    for file, other in zip(files, found, strict=True):
-        if file.sha256 != other.sha256:
-            print(f"note: {other.url} is not the published file, as {mirror}/{_CHECKSUMS} says", file=sys.stderr)
+    if others := [file.name for file, other in zip(files, found, strict=True) if file.sha256 != other.sha256]:
+        print(f"note: {mirror} has {', '.join(others)} of its own, not as published", file=sys.stderr)
     return found
 
 

@@ -1,9 +1,11 @@
 """Diffusers folders on the Hugging Face Hub, hf://OWNER/NAME[@REVISION]; needs huggingface_hub, the extra `hub`."""
 
+import contextlib
 import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from s2dm_jax.common.errors import UserError
@@ -36,24 +38,36 @@ def fetch_from_hub(text: str) -> tuple[Path, str]:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise UserError(f"{text} needs huggingface_hub; install it with pip install 's2dm_jax[hub]'")
     import huggingface_hub
-    from huggingface_hub import errors
     from huggingface_hub.utils import disable_progress_bars
 
     name, _, revision = text.removeprefix(PREFIX).partition("@")
     endpoint = os.environ.get("HF_ENDPOINT") or None
     if not sys.stderr.isatty():
         disable_progress_bars()
-    try:
+    with _as_user_error(text):
         info = huggingface_hub.HfApi(endpoint=endpoint).model_info(name, revision=revision or None)
         files = _needed_files([file.rfilename for file in info.siblings or ()])
-        for file in files:
-            path = huggingface_hub.hf_hub_download(name, file, revision=info.sha, endpoint=endpoint)
+        paths = [huggingface_hub.hf_hub_download(name, file, revision=info.sha, endpoint=endpoint) for file in files]
+    if not files:
+        raise UserError(
+            f"{text} holds no network of diffusers, which is a diffusion_pytorch_model.safetensors with its config.json"
+        )
+    return Path(paths[-1]).parents[len(Path(files[-1]).parts) - 1], f"{PREFIX}{name}@{info.sha}"
+
+
+@contextlib.contextmanager
+def _as_user_error(text: str) -> Iterator[None]:
+    """For the block, what the Hub's client raises becomes a `UserError`."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise UserError(
             f"{text} is open only to those who accept its conditions; do so on its page, and log in with hf auth login"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{text}: {name} has no revision {revision}; give a branch, tag or commit") from error
+        raise UserError(f"{text}: the model has no such revision; give a branch, tag or commit after the @") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{text}: the Hub has no model of this name, or it is private; check the name, or log in with hf auth login"
@@ -65,14 +79,6 @@ def fetch_from_hub(text: str) -> tuple[Path, str]:
             f"{text} cannot be fetched ({reason}); check the network and run the same command again, which keeps the "
             "files that are complete, or download the folder yourself and give its path"
         ) from error
-    if not files:
-        raise UserError(
-            f"{text} holds no network of diffusers, which is a diffusion_pytorch_model.safetensors with its config.json"
-        )
-    folder = Path(path)
-    for _ in Path(file).parts:
-        folder = folder.parent
-    return folder, f"{PREFIX}{name}@{info.sha}"
 
 
 def _needed_files(names: list[str]) -> list[str]:

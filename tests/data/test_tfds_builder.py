@@ -47,8 +47,9 @@ def places(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(places, tmp_path, monkeypatch):
-    """A mirror with an empty folder."""
+    """A mirror with an empty folder; beside it, features that need no training."""
     (tmp_path / "mirror").mkdir()
+    (tmp_path / "mean.py").write_text("def mean(images): return images.mean((1, 2)) / 255")
     with mirror(tmp_path / "mirror") as running:
         monkeypatch.setenv("S2DM_JAX_MIRROR", running.url)
         yield running
@@ -66,12 +67,13 @@ def as_pairs(images, labels):
 
 TWENTY_STEPS = [
     "--config.train.steps=20",
-    "--config.train.batch_size=4",
+    "--config.train.batch_size=2",
     "--config.sample.num_images=4",
     "--config.sample.nfe=2",
     "--config.eval.num_images=4",
     "--config.eval.batch_size=4",
     "--config.eval.nfe=2",
+    "--config.eval.feature_extractor=mean.py:mean",
 ]
 TINY = ["--config.model.ch=32", "--config.model.ch_mult=1", "--config.model.num_res_blocks=1"]
 TINY += [
@@ -97,7 +99,6 @@ def test_labels_of_another_name_are_not_taken_for_none(monkeypatch):
 def test_the_literal_command_downloads_cifar10_and_trains(server, tmp_path):
     expected = make_cifar10(server.folder)
     write_checksums(server.folder)
-    (tmp_path / "mean.py").write_text("def mean(images): return images.mean((1, 2)) / 255")
     command = [sys.executable, "-c", COMMAND_WITHOUT_TENSORFLOW, "--config=configs/cifar10.py", *TWENTY_STEPS, *TINY]
     fast = {**environment(), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=fast)

@@ -120,7 +120,7 @@ def test_a_model_of_the_hub_is_converted_as_a_local_folder(server, tmp_path, cap
     [
         ("us/none", "hf://us/none: the Hub has no model of this name, or it is private; check the name, or log in"),
         ("us/gated", "hf://us/gated is open only to those who accept its conditions; do so on its page, and log in"),
-        ("us/ddpm@v9", "hf://us/ddpm@v9: us/ddpm has no revision v9; give a branch, tag or commit"),
+        ("us/ddpm@v9", "hf://us/ddpm@v9: the model has no such revision; give a branch, tag or commit after the @"),
         ("us/ddpm", "hf://us/ddpm holds no network of diffusers, which is a diffusion_pytorch_model.safetensors"),
     ],
 )
