@@ -18,8 +18,8 @@ from s2dm_jax.samplers.thresholding import with_thresholding
 # Gauss-Legendre quadrature moved from [−1, 1] to [0, 1]; all its weights are positive.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
-# Fewer than these, and DPM-Solver++(3M) ends with lower orders (`lower_order_final` of the released code).
-_FEW_STEPS = 10
+# Fewer than these, and DPM-Solver++(3M) ends with lower orders (`lower_order_final` of diffusers).
+_FEW_STEPS = 15
 # A step of DEIS in t, in units of the one before, beyond which it does not extrapolate.
 _LONGEST_EXTRAPOLATION = 2
 
@@ -106,7 +106,7 @@ def dpmpp(
     Args:
       order: predictions that a step combines, 1 to 3. Order 2 takes the line half a step ahead, as the paper. Order 3
         integrates the parabola exactly; the released code's coefficient of the second difference is half of that, which
-        is of order 2; with fewer than 10 steps the one before the last has order 2.
+        is of order 2; with fewer than 15 steps the one before the last has order 2.
     """
     check_concrete_options("dpmpp", order=order)
     t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)
@@ -163,7 +163,7 @@ def _parabola_weights(h, growth):
     # x_0 = newest + u·first + u·(u + 1/growth)·second, u = 0 … 1 in the step, with divided differences in u.
     two_before = jnp.roll(h, 2)
     index = jnp.arange(len(h))
-    # With few steps order 2 in the one before the last, which is by far the longest in λ, as in the released code.
+    # With few steps order 2 in the one before the last, which is by far the longest in λ, as in diffusers.
     has_two = (index >= 2) & (index < len(h) - (2 if len(h) < _FEW_STEPS else 1))
     mean_u, mean_u2 = (jnp.where(growth > 0, mean, 0) for mean in _weighted_means(h, 2))
     growth_before = jnp.where(has_two, h / two_before, 0)

@@ -155,7 +155,7 @@ def test_products_of_the_loss_keep_float32_on_accelerators():
     sample = objectives.sample_noise(objective, jax.random.key(0), 10, x0.shape)
 
     def mean_loss(scale):
-        return objectives.loss(lambda x, t: scale * x, linear_schedule(10), objective, x0, sample)[0].mean()
+        return objectives.loss(lambda x, t: scale * x, linear_schedule(10, 1e-4, 0.02), objective, x0, sample)[0].mean()
 
     program = jax.make_jaxpr(jax.grad(mean_loss))(1.0)
     products = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
