@@ -27,7 +27,9 @@ NFE = (5, 8, 10, 15, 20, 30, 50, 100)
 # Two Gaussians of equal weight each: mean of both, distance of either from it, standard deviation of either.
 DATA = {"two modes": (0.0, 0.5, 0.1), "Gaussian": (0.2, 0.0, 0.3)}
 _SAMPLES = 1024
-_EXAMPLE = "python scripts/compare_spacings.py --samplers=dpmpp_2m,unipc --spacings=uniform,quadratic,logsnr"
+_EXAMPLE = (
+    "example:\n  python scripts/compare_spacings.py --samplers=dpmpp_2m,unipc --spacings=uniform,quadratic,logsnr"
+)
 
 
 def perfect_eps(schedule: NoiseSchedule, x: jax.Array, t: jax.Array) -> jax.Array:

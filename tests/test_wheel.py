@@ -92,6 +92,6 @@ def test_it_trains_in_an_empty_folder(wheel, tmp_path):
     flags += ["--config.eval.num_images=8", "--config.eval.nfe=2", "--config.sample.num_images=4"]
     command = [sys.executable, "-m", "s2dm_jax.main", "--config=configs/digits.py:s2", "--workdir=run"]
     said = run(*command, *flags, **there).stdout
-    assert re.search(r"^\| ddim +\| 2 +\| \d+\.\d\d +\|", said, re.MULTILINE)
+    assert re.search(r"^\| ddim, quadratic +\| 2 +\| \d+\.\d\d +\|", said, re.MULTILINE)
     assert said.splitlines()[-1] == "samples: run/samples"
     assert sorted(path.name for path in folder.iterdir()) == ["run"]

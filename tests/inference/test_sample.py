@@ -231,7 +231,12 @@ def test_files_tell_what_is_in_them(toy, workdir, capsys):
     before = path.read_bytes()
     assert sample(small_config(sampler="s_pndm"), str(workdir)) == path
     assert path.read_bytes() == before
-    others = [{"pndm_convention": "published"}, {"skip_scale": 10}, {"timesteps": (0, 1)}, {"num_images": 3}]
+    others = [
+        {"pndm_convention": "published", "timestep_spacing": "uniform"},
+        {"skip_scale": 10},
+        {"timesteps": (0, 1)},
+        {"num_images": 3},
+    ]
     others = [small_config(sampler="s_pndm", **change) for change in others]
     assert len({path, *(sample(other, str(workdir)) for other in others)}) == 5
 
@@ -323,7 +328,7 @@ BAD = [
     ({"timesteps": (0, 1.5, 2)}, "config.sample.timesteps=(0, 1.5, 2) has the wrong type"),
     (
         {"timestep_spacing": "cosine"},
-        "config.sample.timestep_spacing='cosine' is not known; choose one of uniform, quadratic",
+        "config.sample.timestep_spacing='cosine' is not known; choose one of auto, uniform, quadratic",
     ),
     (
         {"timestep_spacing": "linspace", "nfe": 1},

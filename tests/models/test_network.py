@@ -50,7 +50,12 @@ def test_a_toy_network_is_evaluated(run, tmp_path):
     model = load(run, network=NETWORK)
     model.config.eval.update({"nfe": (3,), "samplers": "ddim,analytic", "num_images": 80, "noise_stat_images": 4})
     results = evaluate(model, load_dataset(model.config), tmp_path)
-    assert [row["name"] for row in results["rows"]] == ["real (floor)", "ddim", "analytic", "noise (ceiling)"]
+    assert [row["name"] for row in results["rows"]] == [
+        "real (floor)",
+        "ddim, quadratic",
+        "analytic, quadratic",
+        "noise (ceiling)",
+    ]
     assert all(np.isfinite(row["frechet_distance"]) for row in results["rows"])
 
 

@@ -23,6 +23,7 @@ COMMANDS = (
     "benchmarks/gpu_table",
     "compare_covariance",
     "compare_objectives",
+    "compare_spacings",
     "convert",
     "estimation_gap",
     "dev/stress_resume",

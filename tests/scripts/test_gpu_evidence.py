@@ -205,7 +205,6 @@ def test_one_program_samples_with_every_scale(tmp_path):
         expected = np.asarray(sampler(params, timesteps, evidence_train.SEED, indices), int)
         assert np.abs(samples[-1] - expected).max() <= 1
     assert list(compiler.seconds()) == [4]
-    assert np.abs(samples[0] - samples[1]).max() > 0
     assert np.abs(samples[0] - samples[2]).max() > 1
 
 

@@ -46,7 +46,7 @@ def test_a_run_leaves_its_files(straight):
     assert {"loss", "loss_simple", "loss_skip", "loss_sequence", "grad_norm", "images_per_second"} < lines[0].keys()
     assert [p.name for p in (workdir / "samples").iterdir()] == ["step_0000004.png"]
     results = json.loads((workdir / "results.json").read_text())
-    assert [row["name"] for row in results["rows"]] == ["real (floor)", "ddim", "noise (ceiling)"]
+    assert [row["name"] for row in results["rows"]] == ["real (floor)", "ddim, quadratic", "noise (ceiling)"]
     assert results["step"] == 4
     assert "not FID" in results["provenance"]["metric"]
 

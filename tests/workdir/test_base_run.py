@@ -58,7 +58,7 @@ def test_only_the_head_is_trained_and_saved(runs):
     rows = json.loads((runs / "head" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
         "real (floor)",
-        "sn, timestep_spacing linspace",
+        "sn, linspace",
         "noise (ceiling)",
     ]
 
