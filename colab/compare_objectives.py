@@ -128,9 +128,9 @@ EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:ddpm --workdir={RUNS}/ddpm \
 #     --config.train.steps={STEPS} {LENGTH} {SHOWN}
-# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUNS}/s2 \
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2_10 --workdir={RUNS}/s2 \
 #     --config.train.steps={STEPS} {LENGTH} {SHOWN}
-# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:sa --workdir={RUNS}/sa \
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:sa_2 --workdir={RUNS}/sa \
 #     --config.train.steps={STEPS // 2} {LENGTH} {SHOWN}
 
 # %% [markdown]

@@ -65,7 +65,7 @@ LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else 
 SAMPLING = "--config.sample.sampler=unipc"
 EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
-# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2_10 --workdir={RUN} {LENGTH} {SHOWN}
 
 # %% [markdown]
 # ## Samplers at equal network evaluations
@@ -110,7 +110,7 @@ shutil.rmtree(OUT, ignore_errors=True)
 Path(OUT).mkdir()
 # !{sys.executable} scripts/convert.py {RUN} {OUT}/digits.pth
 # !{sys.executable} scripts/convert.py {OUT}/digits.pth {OUT}/imported \
-#     --resolution=8 --config=configs/digits.py:s2
+#     --resolution=8 --config=configs/digits.py:s2_10
 
 # %% [markdown]
 # ## Export a sampler

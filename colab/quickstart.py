@@ -56,9 +56,9 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # ## Train
 #
 # One command trains, saves checkpoints, and evaluates the result. The objective is named after the colon of
-# `digits.py:s2`: `ddpm`, `s2`, `sa` or `s2sa`. Every field of `s2dm_jax/config/defaults.py` can be set on the
-# command line, as the quick setting does here. After an interruption the same command resumes; after the end
-# it only prints the table.
+# `digits.py:s2_10`: `ddpm`, `s2_10`, `sa_2` or `s2_10+sa_2`. Every field of `s2dm_jax/config/defaults.py` can
+# be set on the command line, as the quick setting does here. After an interruption the same command resumes;
+# after the end it only prints the table.
 
 # %%
 RUN = f"{RUNS}/s2"
@@ -66,7 +66,7 @@ LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else 
 SAMPLING = "--config.sample.sampler=unipc"
 EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
-# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2 --workdir={RUN} {LENGTH} {SHOWN}
+# !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2_10 --workdir={RUN} {LENGTH} {SHOWN}
 
 # %% [markdown] The table is the Fréchet distance between 500 images and 500 held-out digits, in the features
 # of a small classifier of digits. It is not FID: other real digits (the floor) and noise (the ceiling) give
