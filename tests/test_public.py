@@ -27,7 +27,10 @@ PUBLIC = {
     "models.variance_head": ["VarianceHead"],
     "samplers.specs": ["SAMPLERS", "get_sampler"],
     "samplers.timesteps": [
-        *(f"{name}_timesteps" for name in ("uniform", "quadratic", "linspace", "trailing", "log_snr", "karras")),
+        *(
+            f"{name}_timesteps"
+            for name in ("uniform", "quadratic", "linspace", "trailing", "log_snr", "truncated_log_snr", "karras")
+        ),
     ],
     "samplers.ddim": ["ddim", "ddpm"],
     "samplers.pndm": ["f_pndm", "s_pndm"],
