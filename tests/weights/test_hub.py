@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, TINY, load_file
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.diffusion.betas import ScheduleSpec
 from s2dm_jax.weights import hub
 from s2dm_jax.weights.read import read_weights
 
@@ -98,7 +99,7 @@ def write_model(folder, tmp_path):
     from s2dm_jax.weights.write import infer_config, write_weights
 
     params = TINY.init(3)
-    weights = Weights(TINY, params, params, None, ("linear", 1000), 0, "", "")
+    weights = Weights(TINY, params, params, None, ScheduleSpec("linear", 1000), 0, "", "")
     source = {"file": "a", "format": "", "sha256": "", "steps_there": 0, "first_step": 0}
     folder.rmdir()
     write_weights(str(folder), "diffusers", weights, infer_config(weights, data="digits"), source=source)
