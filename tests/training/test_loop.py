@@ -25,6 +25,7 @@ from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.training import loop, telemetry
 from s2dm_jax.training.step import StepConfig, loss_by_timestep, update
 from s2dm_jax.workdir import checkpoint
+from s2dm_jax.workdir.ema import sampling_ema
 from s2dm_jax.workdir.state import build_optimizer, init_state, make_optimizer
 
 NETWORK = ToyNetwork()
@@ -89,9 +90,11 @@ def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tm
 
 
 def test_resume_within_warm_up_is_exact(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.TrainingLoop, "evaluate", lambda self: None)
+    for name in ("evaluate", "_save_samples"):
+        monkeypatch.setattr(loop.TrainingLoop, name, lambda self: None)
     options = {"train__warmup_steps": 25, "train__lr_schedule": "cosine", "train__weight_decay": 0.1}
     options |= {"train__steps": 40, "train__decay_steps": 36, "train__checkpoint_every": 20}
+    options |= {"loss__skip": 0, "loss__K": 1, "loss__lam": 0.0}
     config, workdir = run_config(train__log_every=10, **options), tmp_path / "run"
     train(config, workdir)
     expected = newest_state(workdir, config)
@@ -103,6 +106,7 @@ def test_resume_within_warm_up_is_exact(tmp_path, monkeypatch):
     train(run_config(train__log_every=5, **options), workdir)
     assert [line["step"] for line in lines(workdir)] == [10, 20, 25, 30, 35, 40]
     jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, config), expected)
+    assert "sampled from the EMA corrected" in sampling_ema(config, NETWORK, expected, workdir)[1]
 
 
 def numbers(workdir):
