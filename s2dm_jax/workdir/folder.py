@@ -175,9 +175,10 @@ def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
         saved["train.decay_steps"], given["train.decay_steps"] = decay_steps(saved_config), decay_steps(config)
     for name, value in given.items():
         if not FIELDS[name].resumable and saved[name] != value:
+            same = f"--config.{name}={saved[name]}" if name == "train.decay_steps" else "the same config"
             raise UserError(
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
-                "give another --workdir or the same config"
+                f"give another --workdir or {same}"
             )
     old, new = saved["data.source"], config.data.source
     if bool(old) != bool(new):

@@ -466,7 +466,7 @@ def test_a_decay_that_ends_with_the_training_is_not_stretched_by_more_steps(tmp_
     config.train.update(lr_schedule="cosine", steps=400)
     (tmp_path / "config.json").write_text(to_json(config))
     config.train.steps = 800
-    with pytest.raises(UserError, match=r"belongs to a run with config\.train\.decay_steps=400, not 800"):
+    with pytest.raises(UserError, match=r"decay_steps=400, not 800; give .* or --config\.train\.decay_steps=400$"):
         prepare_workdir(tmp_path, config)
     config.train.decay_steps = 400
     prepare_workdir(tmp_path, config)
