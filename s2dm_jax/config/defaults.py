@@ -156,7 +156,7 @@ FIELDS: dict[str, Field] = {
     "variance_head.dropout": Field(False, doc="whether the frozen network's dropout is on"),
     "train.steps": Resumable(500_000, low=1, high=_MAX_STEPS, doc="optimizer steps in total"),
     "train.batch_size": Field(128, low=1, high=_MAX_BATCH, doc="global batch size, over all devices"),
-    "train.lr": Field(2e-4, low=1e-12, high=10.0, doc="learning rate of Adam; with a schedule the largest"),
+    "train.lr": Field(2e-4, low=1e-12, high=10.0, doc="learning rate of Adam"),
     "train.warmup_steps": Field(
         0, low=0, high=_MAX_STEPS, doc="steps over which the learning rate rises linearly from 0; 0: none"
     ),
