@@ -27,6 +27,8 @@ _PRESETS = ("paper", "released")
 _MAX_SEED = 2**31 - 1
 # Beyond reason: what is larger is a slip of the keyboard, and would hang or end in a traceback.
 _MAX_T, _MAX_STEPS, _MAX_BATCH, _MAX_IMAGES = 100_000, 10**9, 2**20, 10**8
+# In float32, 1 − beta is positive.
+_MAX_BETA = 0.999999
 
 # The keyword arguments of `inference.sampler.configure_sampler` that the groups `sample` and `eval` share.
 SAMPLER_OPTIONS: dict[str, Field] = {
@@ -155,6 +157,22 @@ FIELDS: dict[str, Field] = {
     "train.steps": Resumable(500_000, low=1, high=_MAX_STEPS, doc="optimizer steps in total"),
     "train.batch_size": Field(128, low=1, high=_MAX_BATCH, doc="global batch size, over all devices"),
     "train.lr": Field(2e-4, low=1e-12, high=10.0, doc="learning rate of Adam"),
+    "train.warmup_steps": Field(
+        0, low=0, high=_MAX_STEPS, doc="steps over which the learning rate rises linearly from 0; 0: none"
+    ),
+    "train.lr_schedule": Field(
+        "constant", choices=("constant", "cosine", "linear"), doc="decay of the learning rate after the warm-up"
+    ),
+    "train.lr_end": Field(0.0, low=0.0, high=10.0, doc="learning rate after a cosine or linear decay"),
+    "train.decay_steps": Field(
+        0, low=0, high=_MAX_STEPS, doc="step at which a decay, which starts after the warm-up, ends; 0: train.steps"
+    ),
+    "train.adam_b1": Field(0.9, low=0.0, high=_MAX_BETA, doc="Adam's decay of the mean of the gradients"),
+    "train.adam_b2": Field(0.999, low=0.0, high=_MAX_BETA, doc="Adam's decay of the mean of their squares"),
+    "train.adam_eps": Field(1e-8, low=1e-20, high=1.0, doc="Adam's epsilon"),
+    "train.weight_decay": Field(
+        0.0, low=0.0, high=1e6, doc="weight decay of AdamW, times the learning rate, on all weights; 0: Adam"
+    ),
     "train.grad_clip": Field(1.0, low=0.0, doc="largest global norm of the gradient; 0: no clipping"),
     "train.ema_decay": Field(0.9999, low=0.0, high=1.0, doc="decay of the EMA of the weights per step"),
     "train.ema_start": Field("initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"),
@@ -252,6 +270,12 @@ def image_shape(config: ConfigDict) -> tuple[int, int]:
     """Pixels of a side and channels of the images that the config trains on."""
     size, channels = DATASETS[config.data.name].shape
     return config.data.resolution or size, config.data.channels or channels
+
+
+def decay_steps(config: ConfigDict) -> int:
+    """The step at which the decay of the learning rate ends: `train.steps` where none is set; 0 without a decay."""
+    train = config.train
+    return train.decay_steps or (0 if train.lr_schedule == "constant" else train.steps)
 
 
 def dataset_name(config: ConfigDict) -> str:

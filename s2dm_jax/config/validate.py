@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import log_snr_of, network_of, schedule_spec
 from s2dm_jax.config.datasets import DATASETS
-from s2dm_jax.config.defaults import FIELDS, image_shape
+from s2dm_jax.config.defaults import FIELDS, decay_steps, image_shape
 from s2dm_jax.config.evaluation_plan import FEATURES, REFERENCES, plan_evaluation
 from s2dm_jax.config.fields import Field, allowed_choices, allowed_range, allowed_type
 from s2dm_jax.config.io import flatten
@@ -43,6 +43,7 @@ def check_config(config: ConfigDict, *, trained: bool = False) -> None:
     except ValueError as error:
         raise UserError(f"config.model.{error}") from error
     _check_training(config)
+    _check_optimizer(config)
     _check_schedule(config, trained)
     _check_timesteps(fields)
     _check_sampling(config)
@@ -126,6 +127,38 @@ def _check_training(config: ConfigDict) -> None:
         raise UserError(
             f"config.train.grad_accum_steps={parts} does not go with config.variance_head.kind={head!r}, whose steps "
             "keep no activations; it must be 1"
+        )
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    """The learning rate's schedule is possible, and weight decay shrinks weights."""
+    train, decays = config.train, config.train.lr_schedule != "constant"
+    for name in ("lr_end", "decay_steps"):
+        if train[name] and not decays:
+            raise UserError(
+                f"config.train.{name}={train[name]} is for a decay, which config.train.lr_schedule='constant' has "
+                "not; choose cosine or linear, or leave it 0"
+            )
+    if train.warmup_steps > train.steps:
+        raise UserError(
+            f"config.train.warmup_steps={train.warmup_steps} must be at most config.train.steps={train.steps}: the "
+            "learning rate would never be reached"
+        )
+    if decays and decay_steps(config) <= train.warmup_steps:
+        end = f"config.train.decay_steps={train.decay_steps}" + (
+            "" if train.decay_steps else f", which stands for config.train.steps={train.steps},"
+        )
+        raise UserError(
+            f"{end} must be more than config.train.warmup_steps={train.warmup_steps}, after which the decay starts"
+        )
+    if train.lr_end > train.lr:
+        raise UserError(
+            f"config.train.lr_end={train.lr_end} must be at most config.train.lr={train.lr}, from which it decays"
+        )
+    if train.lr * train.weight_decay >= 1:
+        raise UserError(
+            f"config.train.weight_decay={train.weight_decay} must be less than 1/config.train.lr={1 / train.lr:g}: a "
+            "step would take more than the weights"
         )
 
 

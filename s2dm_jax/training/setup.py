@@ -24,7 +24,7 @@ from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.training.step import step_config
 from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_base_params
-from s2dm_jax.workdir.state import TrainState, init_state, make_optimizer, new_state
+from s2dm_jax.workdir.state import TrainState, build_optimizer, init_state, new_state
 
 # Of each parameter: weight, EMA and Adam's two moments in float32.
 _STATE_BYTES = 16
@@ -57,7 +57,7 @@ class Setup(NamedTuple):
 def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     """Builds and checks everything before the first long work; writes config.json."""
     network = network or build_network(config)
-    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+    optimizer = build_optimizer(config)
     step = step_config(config, network, optimizer)
     _check(config, step.objective.terms)
     _check_memory(config, network)

@@ -19,7 +19,7 @@ from s2dm_jax.diffusion.objectives import NoiseSample, Objective
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.models import variance_head
 from s2dm_jax.models.network import Network
-from s2dm_jax.workdir.state import TrainState
+from s2dm_jax.workdir.state import TrainState, learning_rate, num_updates
 
 # L_simple is logged for as many equal groups of timesteps.
 _TIMESTEP_GROUPS = 10
@@ -35,7 +35,7 @@ class StepConfig:
       network: what is trained, or what is frozen while its variance head is trained.
       schedule: the forward process.
       objective: what is minimised.
-      optimizer: clipping and Adam (`state.make_optimizer`).
+      optimizer: clipping and Adam or AdamW (`state.build_optimizer`).
       ema_decay: of the EMA of the weights.
       ema_start: the EMA starts at the "initial" weights (DDIM code), or at those after the "first_step" (SA-DPM code).
       grad_accum_steps: number of equal parts of a batch that go through the network one after another.
@@ -191,6 +191,7 @@ def make_train_chunk(
     fixed = step_config(config, network, optimizer)
     random_flip, head_dropout = config.data.random_flip, config.variance_head.dropout
     skip_nonfinite = config.train.on_nonfinite == "skip"
+    rate = learning_rate(config)
 
     def chunk(state, images, rows, key, base_params=None, span=None):
         # Traced once, for the shapes of the metrics and for the loop.
@@ -207,6 +208,9 @@ def make_train_chunk(
                 new, metrics = update_variance_head(fixed, base_params, state, x0, sample, dropout_key)
             else:
                 new, metrics = update(fixed, state, x0, sample, dropout_key)
+            if callable(rate):
+                # Skipped steps are no updates.
+                metrics["learning_rate"] = jnp.float32(rate(num_updates(state.opt_state)))
             # A step whose loss is not finite changes nothing but the count of steps.
             if skip_nonfinite:
                 finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])

@@ -20,6 +20,7 @@ from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.progress import ProgressDisplay
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import build_objective, schedule_ends
+from s2dm_jax.config.defaults import FIELDS, decay_steps
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import peak_memory
@@ -40,9 +41,22 @@ def run_summary(config: ConfigDict, network: Network, data: Dataset, step: int) 
         *data.split.splitlines(),
         f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in {network.dtype}",
         f"loss     {loss}, {diffusion.schedule} schedule, T = {diffusion.T:,}{schedule_ends(diffusion)}",
-        f"train    {start}, {batch}, Adam {train.lr:g}, EMA {train.ema_decay:g}, seed {train.seed}",
+        f"train    {start}, {batch}, {_optimizer_summary(config)}, EMA {train.ema_decay:g}, seed {train.seed}",
     )
     return "\n".join(lines)
+
+
+def _optimizer_summary(config: ConfigDict) -> str:
+    train = config.train
+    parts = [f"AdamW {train.lr:g}, weight decay {train.weight_decay:g}" if train.weight_decay else f"Adam {train.lr:g}"]
+    for name, label in (("adam_b1", "beta_1"), ("adam_b2", "beta_2"), ("adam_eps", "epsilon")):
+        if train[name] != FIELDS[f"train.{name}"].default:
+            parts.append(f"{label} {train[name]:g}")
+    if train.warmup_steps:
+        parts.append(f"warm-up over {train.warmup_steps:,} steps")
+    if train.lr_schedule != "constant":
+        parts.append(f"{train.lr_schedule} decay to {train.lr_end:g} by step {decay_steps(config):,}")
+    return ", ".join(parts)
 
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
@@ -218,7 +232,7 @@ class Profile:
 
 
 def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:
-    """The means over a chunk of steps.
+    """The means over a chunk of steps, and the learning rate of the last one where a schedule changes it.
 
     Args:
       metrics: "by_timestep" [n, 2, G], sums of L_simple and counts of the examples in each of G equal groups of
@@ -233,6 +247,8 @@ def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int
     if not finite.any():
         return {"skipped_steps": len(finite)}
     means = {name: float(values[finite].mean()) for name, values in metrics.items() if name != "by_timestep"}
+    if "learning_rate" in means:
+        means["learning_rate"] = float(metrics["learning_rate"][-1])
     sums, counts = metrics["by_timestep"][finite].astype(np.float64).sum(0)  # [G] each
     edges = np.ceil(np.arange(len(sums) + 1) * T / len(sums)).astype(int)
     digits = len(str(T - 1))

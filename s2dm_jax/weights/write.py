@@ -29,7 +29,7 @@ from s2dm_jax.weights.torch_pickle import write_torch
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.load import Run
 from s2dm_jax.workdir.metadata import run_metadata
-from s2dm_jax.workdir.state import make_optimizer, new_state
+from s2dm_jax.workdir.state import build_optimizer, new_state
 
 # The published codes read every network's output as ε.
 _EPSILON_ONLY = ("ddim", "sa_dpm", "pndm")
@@ -149,7 +149,7 @@ def write_weights(
 
 
 def _write_workdir(folder: Path, run: Run, card: dict) -> None:
-    optimizer = make_optimizer(run.config.train.lr, run.config.train.grad_clip)
+    optimizer = build_optimizer(run.config)
     state = new_state(run.params, optimizer)._replace(step=np.asarray(run.step, np.int32), ema_params=run.ema_params)
     (folder / "config.json").write_text(to_json(run.config), encoding="utf-8")
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

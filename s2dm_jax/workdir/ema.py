@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 NEGLIGIBLE = 0.01
 # Above this share, the first step of Adam, which `ema_start="first_step"` leaves unknown, would be magnified.
 _UNKNOWN_FIRST_STEP = 0.5
-# Upper bound of Adam's |m|/√v for its betas: √((1−β₁)²/((1−β₂)(1−β₁²/β₂))) = 7.3.
-_LARGEST_UPDATE = 8.0
+# Room for rounding above the bound on Adam's updates.
+_MARGIN = 1.1
 
 
 class Averaging(NamedTuple):
@@ -94,13 +94,13 @@ def sampling_ema(config: ConfigDict, network: "Network", state: "TrainState", wo
       workdir: folder of the run.
     """
     import jax
-    import optax
 
     from s2dm_jax.devices.sharding import replicate
     from s2dm_jax.models import variance_head
+    from s2dm_jax.workdir.state import num_updates
 
-    train, count = config.train, optax.tree.get(state.opt_state, "count")
-    averaging = Averaging(train.ema_decay, train.ema_start, 0 if count is None else int(count))
+    train = config.train
+    averaging = Averaging(train.ema_decay, train.ema_start, int(num_updates(state.opt_state)))
     share = averaging.initial_share
     if not averaging.updates or share <= NEGLIGIBLE or (Path(workdir) / CARD).exists():
         return state.ema_params, ""
@@ -113,25 +113,38 @@ def sampling_ema(config: ConfigDict, network: "Network", state: "TrainState", wo
     is_head = bool(config.variance_head.kind)
     initial = variance_head.init_params(network, train.seed) if is_head else network.init(train.seed)
     ema = jax.tree.map(np.asarray, state.ema_params)
-    if not _reachable(ema, initial, averaging, train.lr):
+    if not _reachable(ema, initial, averaging, train):
         return state.ema_params, f"{held}, but not of those that train.seed={train.seed} gives; it is used uncorrected"
     corrected = replicate(corrected_ema(ema, initial, averaging))
     return corrected, f"{held}; images are sampled from the EMA corrected for this"
 
 
-def _reachable(ema: dict, initial: dict, averaging: Averaging, lr: float) -> bool:
-    """Whether the EMA can have come from these initial weights: Adam's steps are bounded."""
+def largest_update(b1: float, b2: float) -> float:
+    """Upper bound of Adam's |m̂|/√v̂ by Cauchy and Schwarz, with bias correction; infinite where β₁² ≥ β₂.
+
+    It is √((1−β₁)²/((1−β₂)(1−β₁²/β₂))), times √(1−β₂)/(1−β₁) where that is more than 1: 7.3 for 0.9 and 0.999.
+    """
+    if b1**2 >= b2:
+        return float("inf")
+    ratio = (1 - b1) / (1 - b2) ** 0.5
+    return max(ratio, 1.0) / (1 - b1**2 / b2) ** 0.5
+
+
+def _reachable(ema: dict, initial: dict, averaging: Averaging, train: ConfigDict) -> bool:
+    """Whether the EMA can have come from these initial weights: AdamW's steps are bounded."""
     import jax
 
     steps = averaging.updates
-    moved = lr * steps * _LARGEST_UPDATE
+    moved = train.lr * steps * _MARGIN * largest_update(train.adam_b1, train.adam_b2)
+    # No schedule exceeds train.lr, so that n steps of weight decay take at most this share of a weight.
+    decayed = 1 - (1 - train.lr * train.weight_decay) ** steps
     if averaging.start == "initial":
         moved *= 1 - averaging.initial_share
     # Each step rounds the EMA once or twice.
     rounding = 2 * steps * np.finfo(np.float32).eps
 
     def reachable(average, start):
-        bound = moved + rounding * (np.abs(start) + np.abs(average))
+        bound = moved + decayed * np.abs(start) + rounding * (np.abs(start) + np.abs(average))
         # NaN is no sign of other initial weights.
         return average.shape == start.shape and not np.any(np.abs(average - start) > bound)
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError, naming
 from s2dm_jax.common.files import check_writable, write_atomic
 from s2dm_jax.common.locks import acquire
-from s2dm_jax.config.defaults import FIELDS
+from s2dm_jax.config.defaults import FIELDS, decay_steps
 from s2dm_jax.config.io import flatten, from_json
 from s2dm_jax.workdir.paths import checkpoint_folder, checkpoint_steps
 
@@ -165,14 +165,20 @@ def _lock(file: TextIO, workdir: str, shared: bool = False) -> None:
 
 def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
     try:
-        saved = flatten(from_json(saved_path.read_text(encoding="utf-8")))
+        saved_config = from_json(saved_path.read_text(encoding="utf-8"))
+        saved = flatten(saved_config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise unreadable_config(saved_path, error) from error
-    for name, value in flatten(config).items():
+    given = flatten(config)
+    if saved["train.lr_schedule"] == given["train.lr_schedule"]:
+        # A decay that ended at train.steps is not stretched to other ones.
+        saved["train.decay_steps"], given["train.decay_steps"] = decay_steps(saved_config), decay_steps(config)
+    for name, value in given.items():
         if not FIELDS[name].resumable and saved[name] != value:
+            same = f"--config.{name}={saved[name]}" if name == "train.decay_steps" else "the same config"
             raise UserError(
                 f"--workdir={workdir} belongs to a run with config.{name}={saved[name]!r}, not {value!r}; "
-                "give another --workdir or the same config"
+                f"give another --workdir or {same}"
             )
     old, new = saved["data.source"], config.data.source
     if bool(old) != bool(new):

@@ -135,11 +135,11 @@ def load_run(
     from s2dm_jax.models import variance_head
     from s2dm_jax.workdir import checkpoint
     from s2dm_jax.workdir.ema import sampling_ema
-    from s2dm_jax.workdir.state import TrainState, make_optimizer
+    from s2dm_jax.workdir.state import TrainState, build_optimizer
 
     kind = config.variance_head.kind
     params = variance_head.param_shapes(network) if kind else network.param_shapes()
-    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+    optimizer = build_optimizer(config)
     like = TrainState(np.zeros((), np.int32), params, params, jax.eval_shape(optimizer.init, params))
     with contextlib.closing(checkpoint.open_checkpoints(workdir, config.train.max_to_keep)) as manager:
         state = checkpoint.restore_latest(manager, like, step=step)

@@ -183,7 +183,7 @@ def _lower(config, target: Target, devices: list[Any]) -> tuple[Any, Any]:
     from s2dm_jax.config.defaults import image_shape
     from s2dm_jax.devices import sharding
     from s2dm_jax.training.step import make_train_chunk
-    from s2dm_jax.workdir.state import init_state, make_optimizer
+    from s2dm_jax.workdir.state import build_optimizer, init_state
 
     mesh = Mesh(np.array(devices), ("data",))
 
@@ -196,7 +196,7 @@ def _lower(config, target: Target, devices: list[Any]) -> tuple[Any, Any]:
         mock.patch.object(sharding, "data_mesh", return_value=mesh),
     ):
         network = build_network(config)
-        optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+        optimizer = build_optimizer(config)
         chunk = make_train_chunk(config, network, optimizer)
         state = init_state(network, optimizer, 0)
         shardings, replicated = (

@@ -155,6 +155,37 @@ def test_bad_fields(field, value, sentence):
     assert field in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"lr_end": 1e-5},
+            "config.train.lr_end=1e-05 is for a decay, which config.train.lr_schedule='constant' has not",
+        ),
+        ({"decay_steps": 4}, "config.train.decay_steps=4 is for a decay"),
+        ({"warmup_steps": 5}, "config.train.warmup_steps=5 must be at most config.train.steps=4"),
+        (
+            {"lr_schedule": "cosine", "warmup_steps": 3, "decay_steps": 3},
+            "config.train.decay_steps=3 must be more than config.train.warmup_steps=3",
+        ),
+        (
+            {"lr_schedule": "linear", "warmup_steps": 4},
+            "config.train.decay_steps=0, which stands for config.train.steps=4, must be more than",
+        ),
+        ({"lr_schedule": "cosine", "lr_end": 0.01}, "config.train.lr_end=0.01 must be at most config.train.lr=0.001"),
+        ({"weight_decay": 1e3}, "config.train.weight_decay=1000.0 must be less than 1/config.train.lr=1000"),
+        ({"adam_b2": 1.0}, "config.train.adam_b2=1.0 is out of range: it must be from 0.0 to 0.999999"),
+        ({"lr_schedule": "step"}, "config.train.lr_schedule='step' is not known; choose one of constant, cosine, lin"),
+    ],
+)
+def test_options_of_the_optimizer_that_contradict_one_another(changes, sentence):
+    config = small_config()
+    config.train.update({"steps": 4, "lr": 1e-3, **changes})
+    with pytest.raises(UserError, match=r"^config\.train") as error:
+        check_config(config)
+    assert sentence in str(error.value)
+
+
 def test_a_config_of_before_0_3_has_the_betas_that_it_was_trained_with():
     """They were 1e-4 and 0.02 at every T."""
     for T, ends in ((100, (1e-4, 0.02)), (1000, (None, None))):
@@ -428,6 +459,17 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"belongs to a run with config\.loss\.skip=0, not 10"):
         prepare_workdir(tmp_path, config)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_decay_that_ends_with_the_training_is_not_stretched_by_more_steps(tmp_path):
+    config = small_config()
+    config.train.update(lr_schedule="cosine", steps=400)
+    (tmp_path / "config.json").write_text(to_json(config))
+    config.train.steps = 800
+    with pytest.raises(UserError, match=r"decay_steps=400, not 800; give .* or --config\.train\.decay_steps=400$"):
+        prepare_workdir(tmp_path, config)
+    config.train.decay_steps = 400
+    prepare_workdir(tmp_path, config)
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -25,7 +25,8 @@ from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.training import loop, telemetry
 from s2dm_jax.training.step import StepConfig, loss_by_timestep, update
 from s2dm_jax.workdir import checkpoint
-from s2dm_jax.workdir.state import init_state, make_optimizer
+from s2dm_jax.workdir.ema import sampling_ema
+from s2dm_jax.workdir.state import build_optimizer, init_state, make_optimizer
 
 NETWORK = ToyNetwork()
 FEATURES = """
@@ -62,7 +63,7 @@ def run_config(**changes):
 
 
 def newest_state(workdir, config):
-    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
+    optimizer = build_optimizer(config)
     like = init_state(NETWORK, optimizer, 0)
     return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
 
@@ -86,6 +87,26 @@ def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tm
         train(run_config(train__steps=200, train__log_every=log_every), workdir)
         train(run_config(train__log_every=log_every), workdir)
         jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
+
+
+def test_resume_within_warm_up_is_exact(tmp_path, monkeypatch):
+    for name in ("evaluate", "_save_samples"):
+        monkeypatch.setattr(loop.TrainingLoop, name, lambda self: None)
+    options = {"train__warmup_steps": 25, "train__lr_schedule": "cosine", "train__weight_decay": 0.1}
+    options |= {"train__steps": 40, "train__decay_steps": 36, "train__checkpoint_every": 20}
+    options |= {"loss__skip": 0, "loss__K": 1, "loss__lam": 0.0}
+    config, workdir = run_config(train__log_every=10, **options), tmp_path / "run"
+    train(config, workdir)
+    expected = newest_state(workdir, config)
+    # Of the last of ten steps: the rate after as many updates as came before.
+    rates = [line["learning_rate"] for line in lines(workdir)]
+    decayed = [1e-3 * (1 + np.cos(np.pi * 4 / 11)) / 2, 0.0]
+    np.testing.assert_allclose(rates, [1e-3 * 9 / 25, 1e-3 * 19 / 25, *decayed], rtol=1e-5, atol=1e-10)
+    shutil.rmtree(workdir / "checkpoints" / "40")
+    train(run_config(train__log_every=5, **options), workdir)
+    assert [line["step"] for line in lines(workdir)] == [10, 20, 25, 30, 35, 40]
+    jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, config), expected)
+    assert "sampled from the EMA corrected" in sampling_ema(config, NETWORK, expected, workdir)[1]
 
 
 def numbers(workdir):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from gpu_stages.evidence_plan import Size
@@ -28,7 +27,7 @@ from s2dm_jax.evaluation.reference import Reference
 from s2dm_jax.inference.sampler import resolve_program, run_sampler, sample_batches
 from s2dm_jax.models.network import Network
 from s2dm_jax.training.step import jit_step, make_train_chunk
-from s2dm_jax.workdir.state import TrainState, make_optimizer, new_state
+from s2dm_jax.workdir.state import TrainState, build_optimizer, new_state
 
 METRICS = ["fid"]
 # Of the weights that no program depends on, and of the noise that all samples start from.
@@ -91,7 +90,7 @@ class Compiler:
     def _lower_train(self, objective: str) -> jax.stages.Lowered:
         # The images are an argument, not rows of the dataset: no program waits for the dataset.
         config = config_of(self.size, objective, self.images)
-        chunk = make_train_chunk(config, self.network, _optimizer(config))
+        chunk = make_train_chunk(config, self.network, build_optimizer(config))
         batches = np.zeros((self.size.chunk, config.train.batch_size, *self.network.image_shape), np.uint8)
         arguments = shard_batch(batches, axis=1), replicate_key(run_keys(config.train.seed)[1])
         jitted = jit_step(chunk, out_shardings=replicated())
@@ -112,7 +111,7 @@ class Compiler:
 
 def new_state_of(config: ConfigDict, network: Network, trained: Trained | None = None) -> TrainState:
     """The state before the first step, or after those of an earlier run but with new moments of Adam."""
-    optimizer = _optimizer(config)
+    optimizer = build_optimizer(config)
     if trained is None:
         state = new_state(network.init(config.train.seed), optimizer)
     else:
@@ -120,10 +119,6 @@ def new_state_of(config: ConfigDict, network: Network, trained: Trained | None =
         step = np.asarray(trained.record["step"], np.int32)
         state = new_state(trained.params, optimizer)._replace(step=step, ema_params=ema)
     return jax.device_put(state, replicated())
-
-
-def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    return make_optimizer(config.train.lr, config.train.grad_clip)
 
 
 class Session(NamedTuple):

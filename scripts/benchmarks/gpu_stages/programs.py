@@ -110,9 +110,9 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
     from s2dm_jax.models.flops import step_flops
     from s2dm_jax.models.network import num_params
     from s2dm_jax.training.step import make_train_chunk
-    from s2dm_jax.workdir.state import init_state, make_optimizer
+    from s2dm_jax.workdir.state import build_optimizer, init_state
 
-    network, optimizer = build_network(config), make_optimizer(config.train.lr, config.train.grad_clip)
+    network, optimizer = build_network(config), build_optimizer(config)
     size, channels = image_shape(config)
     rng = np.random.default_rng(0)
     num_images = min(_NUM_IMAGES, 2**28 // (size * size * channels))
