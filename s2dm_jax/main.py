@@ -48,6 +48,7 @@ from s2dm_jax.config.io import default_workdir, expand_paths, load_config
 from s2dm_jax.config.validate import check_config, check_evaluation_files, check_names
 from s2dm_jax.data.cache import check_preparable, prepare_dataset
 from s2dm_jax.samplers.specs import sampler_name
+from s2dm_jax.training.wandb_run import check_wandb
 from s2dm_jax.workdir.folder import evaluation_folder, output_folder, prepare_workdir
 from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
 
@@ -225,6 +226,8 @@ def run(argv: Sequence[str]) -> None:
         check_config(config, trained=bool(config.variance_head.kind) or os.path.isfile(f"{workdir}/config.json"))
         check_preparable(config)
         check_evaluation_files(config)
+        if not values.process_id:
+            check_wandb(config)
         _show_default(values, workdir)
         _prepare_jax()
         prepare_workdir(workdir, config)

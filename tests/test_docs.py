@@ -108,6 +108,7 @@ def checked(monkeypatch, tmp_path, command_line):
     for module, function in (
         (main, "prepare_dataset"),
         (main, "check_preparable"),
+        (main, "check_wandb"),
         (sharding, "set_cpu_device_count"),
         (distributed, "initialize_distributed"),
     ):

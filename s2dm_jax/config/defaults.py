@@ -198,6 +198,10 @@ FIELDS: dict[str, Field] = {
     ),
     "train.shard_state": Resumable(False, doc="shard weights, EMA and Adam's moments over the devices (ZeRO)"),
     "train.profile_steps": Resumable(0, low=0, high=_MAX_STEPS, doc="steps to trace into workdir/profile; 0: none"),
+    "train.wandb": Resumable(
+        "", choices=("", "online", "offline"), doc="log to Weights & Biases as well; empty: not (extra wandb)"
+    ),
+    "train.wandb_project": Resumable("s2dm_jax", doc="project of Weights & Biases"),
     "sample.sampler": Resumable("ddim", choices=tuple(SAMPLERS), doc="sampler"),
     "sample.steps": Resumable(0, low=0, high=_MAX_T, doc="sampling steps; 0: from nfe or timesteps"),
     "sample.nfe": Resumable(

@@ -110,6 +110,10 @@ class TrainingLoop:
             write_atomic(workdir / "parameters.txt", overview + "\n")
         _log(run_summary(config, setup.network, setup.data, self.step))
 
+        # Before the compilation, which takes minutes: Weights & Biases may refuse the run.
+        self.writer = MetricWriter(workdir, self.step, config)
+        stack.callback(self.writer.close)
+
         # The data, and the compiled program of all chunks.
         order_key, step_key = run_keys(train.seed)
         self.step_key = replicate_key(step_key)
@@ -122,11 +126,10 @@ class TrainingLoop:
         self.program: Any = self._compile() if self.step < train.steps else None
 
         # What is logged, and what stops the run.
-        self.writer = MetricWriter(workdir, self.step)
         peak = peak_flops(setup.network.dtype)
         self.progress = Progress(self.step, train.steps, train.batch_size, setup.flops_per_step, peak)
         self.profile = Profile(workdir, self.step, train.profile_steps)
-        for opened in (self.writer, self.progress, self.profile):
+        for opened in (self.progress, self.profile):
             stack.callback(opened.close)
         self.saturation = setup.data.saturation
         self.metadata = {**run_metadata(config), "saturation": self.saturation}
@@ -219,6 +222,7 @@ class TrainingLoop:
             _log(f"trained {self.config.train.steps:,} steps; no distance to real images is measured: {error}")
         else:
             show_results(self.workdir, results)
+            self.writer.results(results)
         _log(f"samples: {self.workdir / 'samples'}")
 
     def _rows(self, first: int) -> jax.Array | None:

@@ -22,6 +22,7 @@ from s2dm_jax.models.flops import forward_flops, step_flops
 from s2dm_jax.models.network import Network, num_params
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.training.step import step_config
+from s2dm_jax.training.wandb_run import check_wandb
 from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_base_params
 from s2dm_jax.workdir.state import TrainState, build_optimizer, init_state, new_state
@@ -61,6 +62,8 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     step = step_config(config, network, optimizer)
     _check(config, step.objective.terms)
     _check_memory(config, network)
+    if is_main_process():
+        check_wandb(config)
     # Preparing a dataset may take hours.
     data = load_dataset(config)
     check_evaluation(config, data)

@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar or plain lines, `metrics.jsonl`, TensorBoard events, a profile."""
+"""What a run reports: a progress bar or plain lines, `metrics.jsonl`, TensorBoard events, W&B, a profile."""
 
 import contextlib
 import json
@@ -25,6 +25,7 @@ from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import peak_memory
 from s2dm_jax.models.network import Network, num_params
+from s2dm_jax.training.wandb_run import WandbRun
 
 
 def run_summary(config: ConfigDict, network: Network, data: Dataset, step: int) -> str:
@@ -98,13 +99,14 @@ class _Events:
 
 
 class MetricWriter:
-    """Appends scalars to `metrics.jsonl` and TensorBoard events in `workdir`, images to the latter.
+    """Appends scalars to `metrics.jsonl` and TensorBoard events in `workdir`, images to the latter; both to W&B.
 
     A resumed run computes the steps after its checkpoint again: their old lines are dropped first. Only the main
     process writes.
     """
 
-    def __init__(self, workdir: Path, resume_step: int):
+    def __init__(self, workdir: Path, resume_step: int, config: ConfigDict | None = None):
+        """Opens the files of `workdir`, and its run on Weights & Biases if `config.train.wandb` is set."""
         self._writes = is_main_process()
         if not self._writes:
             return
@@ -113,6 +115,7 @@ class MetricWriter:
             lines = path.read_text(encoding="utf-8").splitlines()
             write_atomic(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= resume_step))
         self._events = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else 0)
+        self._wandb = WandbRun(workdir, config) if config is not None and config.train.wandb else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records `values` after `step` steps."""
@@ -123,15 +126,28 @@ class MetricWriter:
             lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add(Event(step=step, summary=summary.scalar(name, value)))
+        if self._wandb:
+            self._wandb.scalars(step, values)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Records an image, uint8 [H, W, C]."""
-        if self._writes:
-            self._events.add(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
+        if not self._writes:
+            return
+        self._events.add(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
+        if self._wandb:
+            self._wandb.image(step, name, image)
+
+    def results(self, results: dict) -> None:
+        """Records the results of the run's evaluation, on Weights & Biases alone."""
+        if self._writes and self._wandb:
+            self._wandb.results(results)
 
     def close(self) -> None:
-        if self._writes:
-            self._events.close()
+        if not self._writes:
+            return
+        if self._wandb:
+            self._wandb.close()
+        self._events.close()
 
 
 def _step_of(line: str) -> float:

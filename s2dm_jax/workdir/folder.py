@@ -27,13 +27,14 @@ _FOLDERS = (
     "samples",
     "tensorboard",
     "profile",
+    "wandb",
     "checkpoints",
     "damaged_checkpoints",
     "evaluations",
     "evaluations/points",
 )
 _APPENDED = (_LOCK, "metrics.jsonl")
-_REPLACED = ("config.json", "parameters.txt", "metrics.jsonl", "results.json", "results.md")
+_REPLACED = ("config.json", "parameters.txt", "metrics.jsonl", "results.json", "results.md", "wandb_run_id")
 
 
 def output_folder(workdir: str | os.PathLike, out: str, name: str) -> Path:

@@ -374,6 +374,8 @@ RESUMABLE = {
     "train.on_nonfinite",
     "train.shard_state",
     "train.profile_steps",
+    "train.wandb",
+    "train.wandb_project",
 }
 
 # Names and paths of the user's own, and lists that are checked entry by entry.
@@ -381,6 +383,7 @@ FREE_TEXT = {
     "data.source",
     "variance_head.base_workdir",
     "train.keep_best",
+    "train.wandb_project",
     "sample.compare",
     "eval.samplers",
     "eval.feature_extractor",
