@@ -21,7 +21,7 @@ from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.diffusion.schedule import SCHEDULES, NoiseSchedule, alpha_sigma, log_alpha_bar
 from s2dm_jax.samplers.noise import image_keys, per_image_noise
 from s2dm_jax.samplers.specs import SAMPLERS, get_sampler, nfe_of, steps_for_nfe
-from s2dm_jax.samplers.timesteps import SPACINGS, TimestepSpec, auto_spacing, plan_timesteps
+from s2dm_jax.samplers.timesteps import SPACINGS, TimestepSpec, plan_timesteps, resolve_spacing
 
 NFE = (5, 8, 10, 15, 20, 30, 50, 100)
 # Two Gaussians of equal weight each: mean of both, distance of either from it, standard deviation of either.
@@ -102,7 +102,7 @@ def table(schedule: NoiseSchedule, samplers: Sequence[str], spacings: Sequence[s
     rows = {}
     for sampler in samplers:
         for spacing in spacings:
-            shown = auto_spacing(sampler, schedule.log_snr) if spacing == "auto" else spacing
+            shown = resolve_spacing(spacing, sampler, schedule.log_snr)
             for data in DATA:
                 rows[data, sampler, spacing] = [data, sampler, shown]
             for nfe in NFE:

@@ -10,8 +10,8 @@ from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, check_options, sampler_na
 from s2dm_jax.samplers.timesteps import (
     SPACINGS,
     TimestepSpec,
-    auto_spacing,
     plan_timesteps,
+    resolve_spacing,
     split_timestep_spec,
     unvisited_note,
 )
@@ -87,7 +87,7 @@ def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> 
         check_options(sampler, **options)
         options |= bound
         for nfe in fields["nfe"]:
-            point = EvalPoint(sampler, nfe, auto_spacing(sampler, log_snr) if spacing == "auto" else spacing, options)
+            point = EvalPoint(sampler, nfe, resolve_spacing(spacing, sampler, log_snr), options)
             try:
                 point.timesteps(T, log_snr)
                 points.append(point)

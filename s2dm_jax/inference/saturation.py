@@ -9,7 +9,7 @@ import numpy as np
 
 from s2dm_jax.samplers.guards import MIN_LOG_SNR
 from s2dm_jax.samplers.specs import SAMPLERS, clips_x0, nfe_of
-from s2dm_jax.samplers.timesteps import auto_spacing, plan_timesteps, split_timestep_spec
+from s2dm_jax.samplers.timesteps import plan_timesteps, resolve_spacing, split_timestep_spec
 
 # Where no real images are at hand: drawings on a plain ground may have as many, photographs never.
 _LIMIT_WITHOUT_DATA = 0.95
@@ -95,7 +95,7 @@ def sampling_in_words(log_snr: np.ndarray, schedule: str, dtype: str, sampler: s
     spec, others = split_timestep_spec(options)
     own = {name: value for name, value in others.items() if name in SAMPLERS[sampler].options and value is not None}
     nfe = nfe_of(sampler, len(plan_timesteps(T, sampler, spec, log_snr=log_snr, **own)))
-    chosen = auto_spacing(sampler, log_snr) if spec.timestep_spacing == "auto" else spec.timestep_spacing
+    chosen = resolve_spacing(spec.timestep_spacing, sampler, log_snr)
     spacing = "explicit timesteps" if len(spec.timesteps) else f"timestep_spacing {chosen}"
     helps = {
         "timestep_spacing=uniform": len(spec.timesteps) or chosen != "uniform",

@@ -205,6 +205,11 @@ def auto_spacing(sampler: str, log_snr: np.ndarray | None = None) -> str:
     return near_noise if log_snr is None or log_snr[int(0.8 * len(log_snr)) - 1] <= _ALMOST_NOISE else other
 
 
+def resolve_spacing(spacing: str, sampler: str, log_snr: np.ndarray | None = None) -> str:
+    """A spacing by its own name: what "auto" is for the sampler (`auto_spacing`), any other as it is."""
+    return auto_spacing(sampler, log_snr) if spacing == "auto" else spacing
+
+
 def check_timesteps(T: int, timesteps: ArrayLike) -> np.ndarray:
     """`timesteps` as int32 [S]; a ValueError unless they are 1 to T integers in [0, T), ascending without repeats."""
     array = np.asarray(timesteps)
@@ -281,7 +286,7 @@ def _spaced_timesteps(
 ) -> np.ndarray:
     nfe = spec.nfe or DEFAULT_NFE
     steps = spec.steps or steps_for_nfe(sampler, nfe)
-    spacing = auto_spacing(sampler, log_snr) if spec.timestep_spacing == "auto" else spec.timestep_spacing
+    spacing = resolve_spacing(spec.timestep_spacing, sampler, log_snr)
     try:
         timesteps = _spacing(T, spacing, steps, log_snr)
         if timesteps[-1] < visitable:
