@@ -9,6 +9,9 @@ from helpers import load_file
 from published import LINEAR
 
 from s2dm_jax.diffusion.schedule import cosine_schedule
+from s2dm_jax.samplers.analytic import analytic, cov_x0
+from s2dm_jax.samplers.ddim import ddpm
+from s2dm_jax.samplers.noise import image_keys, per_image_noise
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.samplers.timesteps import TimestepSpec, auto_spacing, plan_timesteps, quadratic_timesteps
 
@@ -41,6 +44,40 @@ def test_no_solver_is_worse_than_ddim_at_its_default_spacing(sampler):
 @pytest.mark.parametrize("nfe", [5, 10, 15, 30, 50, 100])
 def test_no_solver_is_worse_than_ddim_at_any_nfe(sampler, nfe):
     compare(sampler, nfe)
+
+
+def perfect_cov_x0(eps_fn, x0):
+    """cov(x_0 | x_t) at each timestep, [T], from the mean square of the perfect ε on data x0."""
+    signal, sigma = (np.sqrt(each)[:, None, None, None, None] for each in (LINEAR.alpha_bar, 1 - LINEAR.alpha_bar))
+    x = signal * x0 + sigma * np.random.default_rng(0).standard_normal((LINEAR.T, *x0.shape))
+    eps = eps_fn(x.reshape(-1, *x0.shape[1:]), np.repeat(np.arange(LINEAR.T, dtype=float), len(x0)))
+    return cov_x0(LINEAR, np.mean(np.asarray(eps).reshape(LINEAR.T, -1) ** 2, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("index", "has_modes"), [(0, True), (1, False)])
+def test_the_optimal_variance_is_not_worse_than_ddpms_at_its_default_spacing(index, has_modes):
+    """Samplers that draw noise, among themselves, by the quantiles of their samples."""
+    with jax.enable_x64(True):
+        x_T, exact = (array[..., [index]] for array in spacings.exact_solution())
+
+        def eps_fn(x, t):
+            return spacings.perfect_eps(LINEAR, x, t)[..., [index]]
+
+        noise_fn = per_image_noise(image_keys(0, np.arange(len(x_T))), x_T.shape[1:], np.float64)
+        cov = perfect_cov_x0(eps_fn, exact)
+        runs = {
+            "ddpm": jax.jit(lambda x, t: ddpm(eps_fn, x, LINEAR, t, noise_fn=noise_fn)),
+            "analytic": jax.jit(lambda x, t: analytic(eps_fn, x, LINEAR, t, cov_x0=cov, noise_fn=noise_fn)),
+        }
+        for nfe in spacings.NFE:
+            errors = {}
+            for name, run in runs.items():
+                timesteps = plan_timesteps(1000, name, TimestepSpec(nfe=nfe), log_snr=LINEAR.log_snr)
+                # The two modes get as many samples as chance will have it.
+                x, expected = (np.sort(abs(y) if has_modes else y, 0) for y in (np.asarray(run(x_T, timesteps)), exact))
+                errors[name] = np.sqrt(np.mean((x - expected) ** 2))
+            assert errors["analytic"] <= errors["ddpm"], (nfe, errors)
 
 
 def test_uniform_timesteps_would_break_that_promise():
