@@ -259,11 +259,6 @@ def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str)
     # Orbax logs with a traceback what it also raises, and what it raises is reported in one sentence.
     logging.set_verbosity(logging.FATAL)
     # jax takes seconds to import: user errors are reported before.
-    if mode in ("train", "evaluate"):
-        from s2dm_jax.devices.sharding import set_cpu_device_count
-
-        # Evaluation too, so that a run's own and a later one are the same.
-        set_cpu_device_count(config.train.batch_size // (values.num_processes or 1))
     if mode == "train":
         from s2dm_jax.devices.distributed import initialize_distributed, noticing_lost_processes
         from s2dm_jax.devices.hardware import check_devices

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from s2dm_jax import main
 from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.config.io import to_json
-from s2dm_jax.devices import distributed, sharding
+from s2dm_jax.devices import distributed
 from s2dm_jax.evaluation import evaluate
 from s2dm_jax.inference import sample
 from s2dm_jax.training import loop
@@ -109,7 +109,6 @@ def checked(monkeypatch, tmp_path, command_line):
         (main, "prepare_dataset"),
         (main, "check_preparable"),
         (main, "check_wandb"),
-        (sharding, "set_cpu_device_count"),
         (distributed, "initialize_distributed"),
     ):
         monkeypatch.setattr(module, function, lambda *_: None)

@@ -4,7 +4,6 @@ Batches are split over all devices. All else is replicated, or, with `train.shar
 optimizer's moments are split as well (ZeRO; Rajbhandari et al. 2020).
 """
 
-import os
 from typing import TypeVar
 
 import jax
@@ -12,11 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from s2dm_jax.common.jax_environment import xla_flags
-
 Tree = TypeVar("Tree")
-
-_IMAGES_PER_CPU_DEVICE = 16
 
 # Smaller arrays are not worth the traffic of splitting them.
 _MIN_SHARDED_SIZE = 2**12
@@ -83,17 +78,3 @@ def state_shardings(state: Tree, split: bool) -> Tree:
         return split_along(max(divisible, key=lambda axis: leaf.shape[axis]))
 
     return jax.tree.map(sharding, state)
-
-
-def set_cpu_device_count(batch_size: int) -> None:
-    """Makes JAX, before its first computation, see a CPU as several devices that can share a batch.
-
-    Two devices of one core each do a step in about 0.7 of the time that one device of two cores needs: small operations
-    do not split well over threads. A number of devices set in XLA_FLAGS or JAX_NUM_CPU_DEVICES stays as it is.
-    """
-    forced = any("xla_force_host_platform_device_count" in flag for flag in xla_flags())
-    if forced or os.environ.get("JAX_NUM_CPU_DEVICES", "-1") != "-1":
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(1, min(cores, batch_size // _IMAGES_PER_CPU_DEVICE))
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))

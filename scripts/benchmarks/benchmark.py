@@ -135,14 +135,13 @@ def _time_feeds(arguments, folder: Path):
     from s2dm_jax.config.build import build_network
     from s2dm_jax.config.defaults import default_config
     from s2dm_jax.data.device_feed import make_feed
-    from s2dm_jax.devices.sharding import replicate, replicated, set_cpu_device_count
+    from s2dm_jax.devices.sharding import replicate, replicated
     from s2dm_jax.training.step import jit_step, make_train_chunk
     from s2dm_jax.workdir.state import init_state, make_optimizer
 
     length = 2
     config = default_config()
     config.data.update(name="cifar10", random_flip=True)
-    set_cpu_device_count(arguments.batch)
     images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
     np.save(folder / "images.npy", images)
     mapped = np.load(folder / "images.npy", mmap_mode="r")

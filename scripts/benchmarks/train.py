@@ -46,7 +46,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--K", type=int, default=1, help="timesteps per image; above 1 with L_sa (default: 1)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
     parser.add_argument("--steps", type=int, help="steps per round (default: 5, on a GPU 50)")
-    parser.add_argument("--devices", type=int, default=0, help="number of CPU devices (default: as in training)")
+    parser.add_argument("--devices", type=int, default=0, help="number of CPU devices (default: 1, as in training)")
     parser.add_argument(
         "--torch-python",
         default=sys.executable,
@@ -148,15 +148,11 @@ def work(s: dict) -> None:
     """The worker of s2dm_jax: it runs the same compiled chunk of steps as training."""
     import jax
 
-    from s2dm_jax.devices import sharding
-
     # JSON has no tuples.
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in s["fields"].items()}
     config = published_config(s["config"], s["tiny"], **fields)
     if s.get("devices"):
         jax.config.update("jax_num_cpu_devices", s["devices"])
-    elif s["device"] == "cpu":
-        sharding.set_cpu_device_count(config.train.batch_size)
     rate = matmul_rate() if s.get("measures_rate") else None
     program = compile_train(config, s["steps"])
     ready = {

@@ -208,7 +208,6 @@ def trained_config(argv, monkeypatch, tmp_path):
     """The config that the command line would train, in this process."""
     found = []
     monkeypatch.setattr("s2dm_jax.training.loop.train", lambda config, workdir: found.append(config))
-    monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
     main.run(["main", f"--workdir={tmp_path / 'run'}", *argv])
     return found[0]
 
@@ -257,7 +256,6 @@ def test_a_command_without_workdir_names_it_first_and_resumes_it(monkeypatch, tm
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("s2dm_jax.training.loop.train", train)
-    monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
     for _ in range(2):
         main.run(["main", "--config=configs/digits.py:ddpm"])
         assert capsys.readouterr().out.splitlines()[0] == "workdir: runs/digits_ddpm"

@@ -29,7 +29,6 @@ def config_of(monkeypatch):
         found = []
         module = {"sample": "inference.sample.sample", "evaluate": "evaluation.evaluate.evaluate_run"}[mode]
         monkeypatch.setattr(f"s2dm_jax.{module}", lambda config, *_, **__: found.append(config))
-        monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
         main.run(["main", f"--mode={mode}", *arguments])
         return found[0]
 

@@ -82,7 +82,6 @@ def test_a_mode_that_cannot_write_says_so_before_the_work(run, tmp_path, monkeyp
     module = {"sample": "inference.sample", "evaluate": "evaluation.evaluate", "export": "weights.export"}[mode]
     work = "evaluate_run" if mode == "evaluate" else mode
     monkeypatch.setattr(f"s2dm_jax.{module}.{work}", lambda config, *folders: calls.append(folders))
-    monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
     arguments = ["main", f"--mode={mode}", f"--workdir={run}", "--config.sample.sampler=ddim"][
         : 3 + (mode != "evaluate")
     ]
