@@ -42,8 +42,9 @@ _PEAK_TFLOPS = {
 }
 
 # Of what XLA:CPU leaves to YNNPACK, only the sums: its convolutions take three times as long as Eigen's over the
-# weights' gradients, without its sums a step takes half as long again. With this, several devices of one CPU compute
-# some images wrongly after some iterations of a loop (jaxlib 0.10.2; `tests/devices/test_sharding.py`).
+# weights' gradients, without its sums a step takes half as long again. Eigen's convolutions in a loop are wrong for
+# some images on several devices of one CPU (jaxlib 0.10.2): `scripts/dev/xla_cpu_devices.py` shows it,
+# `tests/devices/test_sharding.py` compares the steps of a training.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 

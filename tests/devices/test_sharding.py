@@ -70,9 +70,12 @@ from s2dm_jax.config.build import build_network
 from s2dm_jax.data.batches import batch_indices, run_keys
 from s2dm_jax.data.datasets import load_digits
 from s2dm_jax.devices import sharding
+from s2dm_jax.devices.hardware import compiler_options
 from s2dm_jax.training import step
 from s2dm_jax.workdir.state import init_state, make_optimizer
 
+assert jax.device_count() == int(sys.argv[2])
+assert bool(compiler_options()) == (jax.device_count() == 1)
 config = runpy.run_path(sys.argv[1])["get_config"]("sa")
 network = build_network(config)
 optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
@@ -97,12 +100,24 @@ np.testing.assert_allclose(losses(20), losses(1), rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_steps_in_a_loop_on_two_devices_are_those_done_one_by_one():
-    """With options that are faster on one device, XLA computes the 10th step wrongly on two."""
+@pytest.mark.parametrize(
+    ("devices", "environment"),
+    [
+        (1, {}),
+        (2, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}),
+        (2, {"JAX_NUM_CPU_DEVICES": "2"}),
+    ],
+)
+def test_steps_in_a_loop_are_those_done_one_by_one(devices, environment):
+    """With the compiler options of one device, XLA computes the 10th step wrongly on two."""
     # As users compile: the quick compilation of the other tests does not show it.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "XLA_FLAGS": "", **environment}
     digits = Path(__file__).parents[2] / "configs" / "digits.py"
     done = subprocess.run(
-        [sys.executable, "-c", LOOP, str(digits)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", LOOP, str(digits), str(devices)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
