@@ -2,9 +2,9 @@
 
   python scripts/dev/xla_cpu_devices.py
 
-Needs JAX alone and takes half a minute to a minute. Each row compares a program on two devices with the same one on a single
-device. With jaxlib 0.10.2 on two cores the convolutions that are left to Eigen (first row) are wrong from about the
-100th iteration on, for a few images at the ends of each device's part of the batch; those of YNNPACK are right.
+Needs JAX alone and takes half a minute to a minute. Each row compares a program on two devices with the same one on a
+single device. With jaxlib 0.10.2 on two cores the convolutions that are left to Eigen (first row) are wrong from about
+the 100th iteration on, for a few images at the ends of each device's part of the batch; those of YNNPACK are right.
 """
 
 import argparse
