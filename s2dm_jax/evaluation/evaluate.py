@@ -33,6 +33,7 @@ from s2dm_jax.evaluation import metrics
 from s2dm_jax.evaluation.checks import check_evaluation
 from s2dm_jax.evaluation.features import Features, build_features
 from s2dm_jax.evaluation.reference import Reference, image_batches, load_reference, sha256_of_images
+from s2dm_jax.inference.batches import device_batch_size
 from s2dm_jax.inference.model import Model, load
 from s2dm_jax.inference.sampler import map_batches, sample_batches
 from s2dm_jax.inference.saturation import Ends, ends_of
@@ -41,20 +42,8 @@ from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.workdir.folder import check_same_images, evaluation_folder
 from s2dm_jax.workdir.results import results_files, results_table, write_results
 
-_CPU_BATCH = 16
 # Vectors for a covariance.
 _MIN_IMAGES = 2
-
-
-def device_batch_size(batch_size: int) -> int:
-    """Images per batch on the devices: on CPU a number that does not depend on `batch_size`.
-
-    Rounding depends on the shapes of a computation, and the byte of one pixel in 30,000 on the rounding. On a GPU that
-    is the price of speed; on CPU larger batches are no faster.
-    """
-    if jax.default_backend() != "cpu":
-        return batch_size
-    return -(-_CPU_BATCH // jax.device_count()) * jax.device_count()
 
 
 def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference: Reference, names: list[str]) -> dict:

@@ -10,6 +10,19 @@ from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.sharding import to_host
 
+_CPU_BATCH = 16
+
+
+def device_batch_size(batch_size: int) -> int:
+    """Images per batch on the devices: on CPU a number that does not depend on `batch_size`.
+
+    Rounding depends on the shapes of a computation, and the byte of one pixel in 30,000 on the rounding. On a GPU that
+    is the price of speed; on CPU larger batches are no faster.
+    """
+    if jax.default_backend() != "cpu":
+        return batch_size
+    return -(-_CPU_BATCH // jax.device_count()) * jax.device_count()
+
 
 def map_batches(
     compute: Callable[[np.ndarray], Any], num_images: int, batch_size: int, progress: bool = True

@@ -31,6 +31,7 @@ from s2dm_jax.devices.hardware import peak_flops
 from s2dm_jax.devices.sharding import replicate_key, replicated, state_shardings, unshard
 from s2dm_jax.evaluation.evaluate import evaluate, show_results
 from s2dm_jax.evaluation.features import FeaturesUnavailable
+from s2dm_jax.inference.batches import device_batch_size
 from s2dm_jax.inference.model import Model
 from s2dm_jax.inference.saturation import Fault
 from s2dm_jax.models.network import Network
@@ -274,7 +275,10 @@ class TrainingLoop:
 
     def _save_samples(self) -> None:
         """Leaves a grid of samples in samples/ and TensorBoard."""
-        batches = self._model().batches(self.config.sample, progress=False, report=self._report)
+        # In the batches of the evaluation, which then finds the sampler compiled.
+        sample = copy.deepcopy(self.config.sample)
+        sample.batch_size = device_batch_size(sample.batch_size)
+        batches = self._model().batches(sample, progress=False, report=self._report)
         grid = image_grid(np.concatenate(list(batches)))
         if is_main_process():
             save_png(self.workdir / "samples" / f"step_{self.step:07d}.png", grid)
