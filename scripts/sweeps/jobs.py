@@ -88,6 +88,11 @@ def task_of(number: int | None, count: int | None, environment: Mapping[str, str
     return Task(number, count, f"{_ARRAY[0]}={index} of {_ARRAY[1]}={count}")
 
 
+def renamed(path: Path, before: Path) -> Path:
+    """A path, or the one where an earlier version has stored what belongs there."""
+    return before if before.exists() and not path.exists() else path
+
+
 def run_jobs(jobs: Sequence[Job], out: Path, stored: Callable[[Job], dict | None]) -> Outcome:
     """Runs the jobs whose results are not stored; one that fails is recorded, and the others are run.
 
@@ -122,6 +127,14 @@ def outcome_of(jobs: Sequence[Job], out: Path, stored: Callable[[Job], dict | No
         else:
             outcome.left.append(job.name)
     return outcome
+
+
+def print_incomplete(outcome: Outcome) -> None:
+    """Prints which jobs failed, and why, and which are left."""
+    for name, reason in outcome.failures.items():
+        print(f"{name} failed: {reason}; the same command tries it again", file=sys.stderr)
+    if outcome.left:
+        print(f"{', '.join(outcome.left)}: under way in another process; the same command shows the results after it")
 
 
 def is_under_way(job: Job, out: Path) -> bool:

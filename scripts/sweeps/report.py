@@ -14,6 +14,7 @@ from sweeps.plan import Run
 from s2dm_jax.common.files import atomic_path, write_atomic
 from s2dm_jax.common.markdown import markdown_table
 from s2dm_jax.config.metrics import METRICS, Column
+from s2dm_jax.evaluation.comparison import Series, plot_series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -199,8 +200,7 @@ def report_text(runs: Sequence[Run], results: Mapping[str, dict], failures: Mapp
                 f"{metric}; {one['provenance']['num_images']:,} images; real images (floor) {ends[0]:.2f}, noise "
                 f"(ceiling) {ends[1]:.2f}."
             )
-        notes = {note: None for each in results.values() for note in each["provenance"]["notes"]}
-        lines += ["\n".join(f"- {note}" for note in notes)] if notes else []
+        lines += _notes(results)
     missing = [run.name for run in runs if run.name not in results and run.name not in failures]
     if failures:
         lines.append("Failed:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items()))
@@ -209,29 +209,26 @@ def report_text(runs: Sequence[Run], results: Mapping[str, dict], failures: Mapp
     return "\n\n".join(lines) + "\n"
 
 
+def _notes(results: Mapping[str, dict]) -> list[str]:
+    """The notes of all results as one list, and which results have others, whose numbers differ from run to run."""
+    found = {name: each["provenance"]["notes"] for name, each in results.items()}
+    shared = [note for note in next(iter(found.values())) if all(note in notes for notes in found.values())]
+    others = [name for name, notes in found.items() if set(notes) - set(shared)]
+    more = [f"{len(others)} runs have notes of their own, in their results.md: {', '.join(others)}"] if others else []
+    lines = "\n".join(f"- {note}" for note in shared + more)
+    return [lines] if lines else []
+
+
 def plot(runs: Sequence[Run], results: Mapping[str, dict]) -> "Figure":
     """A matplotlib figure: mean distance ± standard error against NFE, both axes logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    budgets: set[int] = set()
+    series = []
     for row, by_nfe in measured(runs, results, "frechet_distance").items():
         means = {nfe: mean_of(list(by_seed.values())) for nfe, by_seed in sorted(by_nfe.items())}
-        budgets |= means.keys()
-        errors = [mean.error or 0.0 for mean in means.values()]
-        axes.errorbar(
-            list(means), [mean.mean for mean in means.values()], errors, marker="o", capsize=3, label=row.label
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(sorted(budgets), list(map(str, sorted(budgets))))
-    axes.minorticks_off()
-    distance = next(iter(results.values()))["provenance"].get("distance", "Fréchet distance")
-    axes.set(xlabel="NFE, network evaluations per image", ylabel=f"{distance}, mean ± standard error over seeds")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    return figure
+        seeds = {str(seed) for by_seed in by_nfe.values() for seed in by_seed}
+        series.append(Series(row.label, sorted(seeds), [(nfe, mean.mean, mean.error) for nfe, mean in means.items()]))
+    one = next(iter(results.values()))
+    distance = one["provenance"].get("distance", "Fréchet distance")
+    return plot_series(series, one["rows"][0].get("frechet_distance"), f"{distance}, mean ± standard error")
 
 
 def write_report(out: Path, runs: Sequence[Run], results: Mapping[str, dict], failures: Mapping[str, str]) -> str:
