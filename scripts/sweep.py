@@ -21,6 +21,7 @@ from sweeps.plan import (
     plan_runs,
     read_plan,
     split_fields,
+    text_of,
     write_plan,
 )
 from sweeps.report import write_plot, write_report
@@ -102,8 +103,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Request | None]:
 def job_of(run: Run, out: Path) -> Job:
     """How a run of the sweep in `out` is made."""
     workdir = out / "runs" / run.folder
-    command = main_command(*run.flags, f"--workdir={workdir}")
-    return Job(run.name, run.folder, workdir, out / "results" / f"{run.name}.json", [command])
+    commands = [main_command(*run.flags, f"--workdir={workdir}")]
+    if run.evaluation["checkpoint_step"]:
+        # The training evaluates its last step, whatever this field says.
+        texts = {name: "none" if value in (None, "", []) else text_of(value) for name, value in run.evaluation.items()}
+        flags = [f"--config.eval.{name}={text}" for name, text in texts.items()]
+        commands.append(main_command("--mode=evaluate", f"--workdir={workdir}", *flags))
+    return Job(run.name, run.folder, workdir, out / "results" / f"{run.name}.json", commands)
 
 
 def stored_results(run: Run, out: Path) -> dict | None:
@@ -160,7 +166,7 @@ def print_list(runs: Sequence[Run], out: Path, task: Task | None) -> None:
             state = f"failed before: {outcome.failures[job.name]}"
         if job.name not in outcome.results and is_under_way(job, out):
             state = "under way in another process"
-        print(f"{job.name} ({state})\n  {shell_line(job.commands[0])}")
+        print("\n  ".join([f"{job.name} ({state})", *map(shell_line, job.commands)]))
     print(f"{len(own)} runs, {sum(job.name in outcome.results for job in own)} of them finished")
 
 
@@ -226,7 +232,7 @@ def sweep(argv: Sequence[str]) -> int:
     if args.report or not outcome.left:
         report(out, runs, outcome.results, outcome.failures)
     else:
-        print(f"{len(outcome.left)} of {len(runs)} runs are left to other tasks; the last one makes the report")
+        print(f"{len(outcome.left)} of {len(runs)} runs are left to other processes; the last one makes the report")
     return int(any(job.name in outcome.failures for job in own))
 
 

@@ -51,7 +51,7 @@ class Run(NamedTuple):
       values: the varied fields as text, by name.
       seed: of the training.
       flags: of `s2dm_jax.main`, but --workdir.
-      steps: train steps.
+      steps: of the network that is evaluated.
       evaluation: the group `eval` of its config as plain data.
     """
 
@@ -183,7 +183,7 @@ def _run(request: Request, out: Path, objective: str, values: Mapping[str, str],
     config = _checked(flags, out / "runs")
     fields = flatten(config)
     label = objective or Path(default_workdir(request.config)).name
-    shown = {name: _text(fields[name]) for name in values}
+    shown = {name: text_of(fields[name]) for name in values}
     trained = {name: text for name, text in shown.items() if not name.startswith("eval.")}
     folder = _name(label, trained, seed)
     name = _safe("_".join([folder, *_parts({key: text for key, text in shown.items() if key not in trained})]))
@@ -192,7 +192,7 @@ def _run(request: Request, out: Path, objective: str, values: Mapping[str, str],
         config = _checked(flags, workdir)
         check_same_run(workdir / "config.json", str(workdir), config)
     evaluation = json.loads(json.dumps(config.eval.to_dict()))
-    return Run(name, folder, label, shown, seed, flags, config.train.steps, evaluation)
+    return Run(name, folder, label, shown, seed, flags, config.eval.checkpoint_step or config.train.steps, evaluation)
 
 
 def _checked(flags: Sequence[str], workdir: Path) -> Any:
@@ -201,8 +201,9 @@ def _checked(flags: Sequence[str], workdir: Path) -> Any:
         return training_config(["sweep", *flags, f"--workdir={workdir}"])
 
 
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def text_of(value: Any) -> str:
+    """A field's value as on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _parts(values: Mapping[str, str]) -> list[str]:

@@ -86,7 +86,12 @@ def differences(values: Measured, first: Run) -> dict[tuple[Row, Row], dict[int,
     found: dict[tuple[Row, Row], dict[int, Mean]] = {}
     for row, by_nfe in values.items():
         base = row._replace(objective=objective) if several else row._replace(values=fields)
-        if base == row or base not in values:
+        if base not in values:
+            # A sampler that is named by the fields that are varied has no other of its name.
+            (base, *others), own = [each for each in values if each[:2] == base[:2]] or [row], row[:2]
+            if others or sum(each[:2] == own for each in values) > 1:
+                continue
+        if base == row:
             continue
         for nfe, by_seed in by_nfe.items():
             other = values[base].get(nfe, {})
@@ -198,7 +203,8 @@ def report_text(runs: Sequence[Run], results: Mapping[str, dict], failures: Mapp
             ends = [row.get("frechet_distance", math.nan) for row in (one["rows"][0], one["rows"][-1])]
             lines.append(
                 f"{metric}; {one['provenance']['num_images']:,} images; real images (floor) {ends[0]:.2f}, noise "
-                f"(ceiling) {ends[1]:.2f}."
+                f"(ceiling) {ends[1]:.2f}; s2dm_jax {one['provenance'].get('s2dm_jax')}, "
+                f"{one['provenance'].get('device')}."
             )
         lines += _notes(results)
     missing = [run.name for run in runs if run.name not in results and run.name not in failures]
@@ -214,7 +220,7 @@ def _notes(results: Mapping[str, dict]) -> list[str]:
     found = {name: each["provenance"]["notes"] for name, each in results.items()}
     shared = [note for note in next(iter(found.values())) if all(note in notes for notes in found.values())]
     others = [name for name, notes in found.items() if set(notes) - set(shared)]
-    more = [f"{len(others)} runs have notes of their own, in their results.md: {', '.join(others)}"] if others else []
+    more = [f"{len(others)} runs have notes of their own, in results/: {', '.join(others)}"] if others else []
     lines = "\n".join(f"- {note}" for note in shared + more)
     return [lines] if lines else []
 

@@ -80,6 +80,13 @@ def test_the_plan_is_a_grid_whose_runs_share_a_training_where_only_the_evaluatio
     assert last.values == {"train.lr": "0.0003", "eval.eta": "1.0", "model.ch_mult": "1,2,2"}
     config = main.training_config(["main", *last.flags, f"--workdir={tmp_path}"])
     assert (config.loss.skip, config.loss.K, config.train.seed, config.model.ch_mult) == (10, 2, 4, (1, 2, 2))
+    # The training itself evaluates its last step alone.
+    train, evaluate = sweep.job_of(
+        last._replace(evaluation={**last.evaluation, "checkpoint_step": 7}), tmp_path
+    ).commands
+    assert train[3:] == [*last.flags, f"--workdir={tmp_path / 'runs' / last.folder}"]
+    assert {"--mode=evaluate", "--config.eval.checkpoint_step=7", "--config.eval.nfe=10,20,50"} < set(evaluate)
+    assert {"--config.eval.eta=1.0", "--config.eval.variance=none"} < set(evaluate)
     assert not list(tmp_path.iterdir())
 
 
@@ -183,7 +190,7 @@ def test_the_last_of_the_tasks_makes_the_report(launched, tmp_path, capsys, monk
     source = "SLURM_ARRAY_TASK_ID=1 of SLURM_ARRAY_TASK_COUNT=4"
     output = capsys.readouterr().out
     assert output.startswith(f"task 1 of 4 ({source}): 2 of 6 runs\n")
-    assert "4 of 6 runs are left to other tasks" in output
+    assert "4 of 6 runs are left to other processes" in output
     for number in (0, 2, 3):
         assert not (tmp_path / "report.md").exists()
         assert status_of(f"--out={tmp_path}", f"--task={number}", "--num-tasks=4") == 0
