@@ -115,7 +115,7 @@ def run_commands(
             f"{workdir} has no results, for the command above measured no distance, and says why; mend that and "
             "rerun this script, which resumes"
         )
-        raise RunFailed(sentence, "the command measured no distance, and its log says why")
+        raise RunFailed(sentence, why_unmeasured(log))
     text = made.read_text(encoding="utf-8")
     results = json.loads(text)
     _check_distances(made, results)
@@ -138,6 +138,13 @@ def _reason(log: Path | None, start: int, status: int) -> str:
     if number in set(signal.Signals):
         return f"the command was ended by {signal.Signals(number).name}"
     return f"the command ended with status {status}"
+
+
+def why_unmeasured(log: Path | None) -> str:
+    """Why a command that succeeded left no results, by its log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
+    found = [line for line in lines if "no distance to real images is measured" in line]
+    return found[-1] if found else "the command measured no distance, and its output says why"
 
 
 def check_nfe(path: Path, results: dict, nfe: Sequence[int] | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from run_once import RunFailed, run_commands
+from run_once import RunFailed, run_commands, why_unmeasured
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import read_json, write_atomic
@@ -112,7 +112,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, stored: Callable[[Job], dict | None
             if lock is None:
                 print(f"{job.name} is under way in another process, and is left to it", flush=True)
             elif stored(job) is None:
-                _run_job(job, out, lock)
+                _run_job(job, out, lock, stored)
     return outcome_of(jobs, out, stored)
 
 
@@ -145,11 +145,14 @@ def is_under_way(job: Job, out: Path) -> bool:
         return lock is None
 
 
-def _run_job(job: Job, out: Path, lock: TextIO) -> None:
+def _run_job(job: Job, out: Path, lock: TextIO, stored: Callable[[Job], dict | None]) -> None:
     log, failure = out / "logs" / f"{job.name}.log", _failure_path(out, job)
     try:
         # The commands hold the lock too: they may outlive this process.
         run_commands(job.result_path, job.workdir, job.commands, log=log, inherited=(lock.fileno(),))
+        if stored(job) is None:
+            # Those of an earlier evaluation.
+            raise RunFailed(f"{job.workdir} has no results of its last command", why_unmeasured(log))
     except RunFailed as error:
         write_atomic(failure, json.dumps({"reason": error.reason, "log": str(log)}, indent=1) + "\n")
         print(f"{job.name} failed: {error.reason} (see {log})", file=sys.stderr, flush=True)

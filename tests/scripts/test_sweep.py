@@ -45,6 +45,9 @@ def launched(monkeypatch):
         if config.train.lr == 1:
             log.write_text("step 2\nerror: the loss of step 3 is not finite; lower config.train.lr\n")
             return 2
+        if config.eval.inception_weights == "nowhere":
+            log.write_text("trained 7 steps; no distance to real images is measured: no weights\n")
+            return 0
         distance = DISTANCES["s2_10" if config.loss.skip else "ddpm"][config.train.seed] + config.eval.eta
         distances = [(None, 3.0), *((nfe, distance) for nfe in config.eval.nfe), (None, 300.0)]
         rows = [{"name": "ddim" if nfe else "end", "nfe": nfe, "frechet_distance": value} for nfe, value in distances]
@@ -161,6 +164,11 @@ def test_the_report_has_standard_errors_and_differences_paired_by_seed(launched,
     assert status_of(*argv, "--config.eval.nfe=5,10", "--seeds=0,1") == 0
     assert launched[6:] == ["ddpm_seed0", "s2_10_seed0", "ddpm_seed1", "s2_10_seed1"]
     assert "also holds 2 other runs of an earlier command" in capsys.readouterr().out
+    assert status_of(*argv, "--config.eval.inception_weights=nowhere") == 1
+    assert (
+        "ddpm_seed0 failed: trained 7 steps; no distance to real images is measured: no weights"
+        in capsys.readouterr().err
+    )
     assert status_of(*argv, "--config.train.lr=0.1") == 2
     assert "ddpm_seed0 belongs to a run with config.train.lr=0.001, not 0.1" in capsys.readouterr().err
 
