@@ -35,6 +35,7 @@ from s2dm_jax.common.jax_environment import check_jax_environment, check_platfor
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal, install_handlers, signal_advice
 from s2dm_jax.config.command_line import (
+    check_processes,
     check_values,
     describe_flag_error,
     describe_stray_argument,
@@ -54,8 +55,6 @@ from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read
 
 # Three ways to set the number of sampling steps: one on the command line replaces another in the config.
 _STEP_FIELDS = ("steps", "nfe", "timesteps")
-
-_LARGEST_PORT = 65_535
 
 # The groups of a run's config that a mode may change.
 _GROUPS = {"sample": ("sample",), "evaluate": ("eval",), "export": ("sample", "export")}
@@ -177,30 +176,32 @@ def _set_fields(values: flags.FlagValues, config: ConfigDict, arguments: list[st
     return named
 
 
-def _check_processes(values: flags.FlagValues) -> None:
-    """Checks the flags of several hosts against each other."""
-    names = ("coordinator_address", "num_processes", "process_id")
-    hosts: list[Any] = [values[name].value for name in names]
-    missing = [name for name, value in zip(names, hosts, strict=True) if value is None]
-    if missing == list(names):
-        return
-    if missing:
-        raise UserError(
-            f"--{missing[0]} is missing: --coordinator_address=HOST:PORT, --num_processes=N and --process_id=I go "
-            "together"
-        )
-    coordinator, count, number = hosts
-    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
-    if not port or int(port[1]) > _LARGEST_PORT:
-        raise UserError(
-            f"--coordinator_address={coordinator} is not HOST:PORT; for example --coordinator_address=node0:1234"
-        )
-    if number >= count:
-        raise UserError(
-            f"--process_id={number} is out of range: with --num_processes={count} it must be from 0 to {count - 1}"
-        )
-    if values.mode != "train":
-        raise UserError(f"--coordinator_address does not go with --mode={values.mode}, which is for one process")
+def _read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The flags beside the config's fields, and the arguments that are left."""
+    values = _define_flags()
+    check_values(argv, ("config", "workdir", "out", "mode", "coordinator_address", "num_processes", "process_id"))
+    return values, _parse(values, argv, known_only=True)
+
+
+def _named_config(values: flags.FlagValues, workdir: str, arguments: list[str]) -> tuple[ConfigDict, list[str]]:
+    """The config with the fields that the command line sets, unchecked, and their names."""
+    config = _starting_config(values, workdir)
+    named = _set_fields(values, config, arguments)
+    expand_paths(config)
+    return config, named
+
+
+def training_config(argv: Sequence[str]) -> ConfigDict:
+    """The checked config that a command would train, from its arguments as in `sys.argv`; writes nothing.
+
+    Raises:
+      UserError: for a wrong flag or config.
+    """
+    values, arguments = _read_flags(argv)
+    workdir = _workdir(values)
+    config = _training_config(*_named_config(values, workdir, arguments), workdir)
+    check_wandb(config)
+    return config
 
 
 def run(argv: Sequence[str]) -> None:
@@ -209,23 +210,15 @@ def run(argv: Sequence[str]) -> None:
     Raises:
       UserError: for a wrong flag, config or folder.
     """
-    values = _define_flags()
-    check_values(argv, ("config", "workdir", "out", "mode", "coordinator_address", "num_processes", "process_id"))
-    arguments = _parse(values, argv, known_only=True)
+    values, arguments = _read_flags(argv)
     if values.help:
         print(_help(values))
         return
     mode, workdir, out = values.mode, _workdir(values), _out(values)
-    config = _starting_config(values, workdir)
-    named = _set_fields(values, config, arguments)
-    expand_paths(config)
-    _check_processes(values)
+    config, named = _named_config(values, workdir, arguments)
+    check_processes(values, mode)
     if mode == "train":
-        config = _training_config(config, named)
-        # A run that is resumed, or the base of a variance head, was trained with its schedule.
-        check_config(config, trained=bool(config.variance_head.kind) or os.path.isfile(f"{workdir}/config.json"))
-        check_preparable(config)
-        check_evaluation_files(config)
+        config = _training_config(config, named, workdir)
         if not values.process_id:
             check_wandb(config)
         _show_default(values, workdir)
@@ -283,15 +276,20 @@ def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str)
         export(config, workdir, out)
 
 
-def _training_config(config: ConfigDict, named: Iterable[str]) -> ConfigDict:
-    """The config of a variance head with what it has from its base; any other config as it is."""
+def _training_config(config: ConfigDict, named: Iterable[str], workdir: str) -> ConfigDict:
+    """The config to train, checked: that of a variance head has its base's groups, any other is as it is."""
     for name in named:
         if config.variance_head.kind and name.startswith(("data.", "diffusion.", "model.")):
             raise UserError(
                 f"--config.{name} cannot be changed with config.variance_head.kind={config.variance_head.kind!r}, "
                 "which takes it from the run in config.variance_head.base_workdir"
             )
-    return inherit_base_config(config)
+    config = inherit_base_config(config)
+    # A run that is resumed, or the base of a variance head, was trained with its schedule.
+    check_config(config, trained=bool(config.variance_head.kind) or os.path.isfile(f"{workdir}/config.json"))
+    check_preparable(config)
+    check_evaluation_files(config)
+    return config
 
 
 def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir: str) -> ConfigDict:

@@ -1,36 +1,38 @@
 """Compares the reverse variances of SA-DPM's Table 2 over several seeds; docs/covariance.md has the table."""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
-from run_once import main_command, mean_cell, parse_nfe, run_once, say_gaps
+from run_once import main_command, mean_cell, parse_nfe, say_gaps, stored_results
+from sweeps.jobs import Job, print_incomplete, renamed, run_jobs
 
 from s2dm_jax.common.cli import Parser, path_argument
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.markdown import markdown_table
-from s2dm_jax.common.progress import iterate_with_eta
 from s2dm_jax.common.report import report_user_errors
 from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.config.io import config_path
+from s2dm_jax.config.presets import ALIASES
 
 _DESCRIPTION = """\
-Trains ddpm and sa with each seed, and on each of them one variance head for SN-DPM and one for NPR-DPM;
+Trains ddpm and sa_2 with each seed, and on each of them one variance head for SN-DPM and one for NPR-DPM;
 samples them by DDPM with the posterior variance (plain), Analytic-DPM (A), NPR and SN at the timesteps
 linspace 1 ... T; and prints mean and standard deviation over the seeds of the Frechet distance in the
 features of a classifier of the dataset (not FID).
 
 Runs of scripts/compare_objectives.py in the same DIR are used. Rerun the same command to resume: finished
-runs
-are not repeated."""
+runs are not repeated. A run that fails is reported at the end, with exit status 1, and leaves gaps."""
 _EXAMPLE = """\
 example (digits, 3 seeds, about half an hour on 2 cores after compare_objectives.py):
   python scripts/compare_covariance.py runs/objectives"""
 
-# Train steps at an equal number of network evaluations, as multiples of --steps (sa evaluates K = 2
+# Train steps at an equal number of network evaluations, as multiples of --steps (sa_2 evaluates K = 2
 # timesteps).
-_OBJECTIVES = {"ddpm": 2, "sa": 1}
+_OBJECTIVES = {"ddpm": 2, "sa_2": 1}
+# The names that folders and files of results had before 0.3.
+_BEFORE = {full: short for short, full in ALIASES.items()}
 # The table's names of the samplers.
 _NAMES = {"ddpm": "plain", "analytic": "A", "npr": "NPR", "sn": "SN"}
 
@@ -47,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of training seeds, at least 2 (3)")
-    parser.add_argument("--steps", type=int, default=500, help="train steps of sa; ddpm makes twice as many (500)")
+    parser.add_argument("--steps", type=int, default=500, help="train steps of sa_2; ddpm makes twice as many (500)")
     parser.add_argument("--head-steps", type=int, default=300, help="train steps of each variance head (300)")
     parser.add_argument("--images", type=int, default=50, help="images per timestep for A's statistic (50)")
     parser.add_argument(
@@ -63,22 +65,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-class Job(NamedTuple):
-    """A run with its evaluations.
-
-    Attributes:
-      objective: of the run, or of a variance head's base.
-      result_path: where its results are stored.
-      workdir: of the run.
-      commands: train and evaluate it.
-    """
-
-    objective: str
-    result_path: Path
-    workdir: Path
-    commands: list[list[str]]
-
-
 def distances_of(results: dict) -> dict[str, list[float | None]]:
     """Frechet distance by sampler, one for each NFE, None for a gap."""
     distances = {}
@@ -89,54 +75,69 @@ def distances_of(results: dict) -> dict[str, list[float | None]]:
     return distances
 
 
-def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """The runs in the order in which they are made: each base before its variance heads."""
-    out, jobs, nfe = Path(args.out), [], f"--config.eval.nfe={args.nfe}"
-    for seed in range(args.seeds):
-        for objective, factor in _OBJECTIVES.items():
-            steps, base = factor * args.steps, out / objective / f"seed{seed}"
-            seed_flag = f"--config.train.seed={seed}"
-            train = [f"--config={args.config}:{objective}", seed_flag, nfe, f"--config.train.steps={steps}"]
-            train += ["--config.eval.timestep_spacing=uniform"]
-            evaluate = ["--mode=evaluate", nfe, "--config.eval.samplers=ddpm,analytic"]
-            evaluate += ["--config.eval.timestep_spacing=linspace", "--config.eval.variance=small"]
-            evaluate += [f"--config.eval.noise_stat_images={args.images}"]
-            commands = [main_command(f"--workdir={base}", *flags) for flags in (train, evaluate)]
-            path = out / "covariance" / f"{objective}_seed{seed}_step{steps}.json"
-            jobs.append(Job(objective, path, base, commands))
-            for kind in ("npr", "sn"):
-                workdir = out / f"{objective}_{kind}" / f"seed{seed}"
-                flags = [f"--config={args.config}:{kind}", f"--config.variance_head.base_workdir={base}", nfe]
-                flags += [seed_flag, f"--config.train.steps={args.head_steps}"]
-                name = f"{objective}_{kind}_seed{seed}_step{steps}_{args.head_steps}.json"
-                command = main_command(f"--workdir={workdir}", *flags)
-                jobs.append(Job(objective, out / "covariance" / name, workdir, [command]))
-    return jobs
+def jobs_of(args: argparse.Namespace) -> dict[tuple[str, int, str], Job]:
+    """The runs by objective, seed and variance head, "" for none, in the order in which they are made: each base before
+    its heads.
+    """
+    keys = [(objective, seed) for seed in range(args.seeds) for objective in _OBJECTIVES]
+    return {(*key, kind): _job_of(args, *key, kind) for key in keys for kind in ("", "npr", "sn")}
 
 
-def compare(args: argparse.Namespace) -> str:
-    """Runs what is missing and returns the table."""
-    jobs, found = jobs_of(args), {}
-    nfe = parse_nfe(args.nfe)
-    for job in iterate_with_eta(jobs, [not job.result_path.exists() for job in jobs]):
-        results = run_once(job.result_path, job.workdir, job.commands, nfe)
-        say_gaps(str(job.workdir), results)
-        for sampler, distances in distances_of(results).items():
-            found.setdefault((job.objective, _NAMES[sampler]), []).append(distances)
+def _job_of(args: argparse.Namespace, objective: str, seed: int, kind: str) -> Job:
+    """How a base, or a variance head on it, is made; its folder and its results may have the objective's short name."""
+    out, before = Path(args.out), _BEFORE.get(objective, objective)
+    nfe, seed_flag = f"--config.eval.nfe={args.nfe}", f"--config.train.seed={seed}"
+    steps, head = _OBJECTIVES[objective] * args.steps, f"_{kind}" if kind else ""
+    base = renamed(out / objective / f"seed{seed}", out / before / f"seed{seed}")
+    end = f"{head}_seed{seed}_step{steps}" + (f"_{args.head_steps}" if kind else "")
+    path = renamed(out / "covariance" / f"{objective}{end}.json", out / "covariance" / f"{before}{end}.json")
+    if kind:
+        workdir = renamed(out / f"{objective}{head}" / f"seed{seed}", out / f"{before}{head}" / f"seed{seed}")
+        flags = [f"--config={args.config}:{kind}", f"--config.variance_head.base_workdir={base}", nfe]
+        commands = [[*flags, seed_flag, f"--config.train.steps={args.head_steps}"]]
+    else:
+        workdir = base
+        train = [f"--config={args.config}:{objective}", seed_flag, nfe, f"--config.train.steps={steps}"]
+        evaluate = ["--mode=evaluate", nfe, "--config.eval.samplers=ddpm,analytic"]
+        evaluate += ["--config.eval.timestep_spacing=linspace", "--config.eval.variance=small"]
+        evaluate += [f"--config.eval.noise_stat_images={args.images}"]
+        commands = [[*train, "--config.eval.timestep_spacing=uniform"], evaluate]
+    made = [main_command(f"--workdir={workdir}", *flags) for flags in commands]
+    # One lock for a base and its heads, which is that of scripts/compare_objectives.py.
+    return Job(f"{objective}{end}", f"{objective}_seed{seed}", workdir, path, made)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Runs what is missing, and writes and prints the table once nothing is; returns the exit status."""
+    jobs, nfe = jobs_of(args), parse_nfe(args.nfe)
+    outcome = run_jobs(list(jobs.values()), Path(args.out), lambda job: stored_results(job.result_path, nfe))
+    print_incomplete(outcome)
+    if outcome.left or not outcome.results:
+        return int(bool(outcome.failures))
+    found: dict[tuple[str, str], list[list[float | None]]] = {}
+    for (objective, _, kind), job in jobs.items():
+        results = outcome.results.get(job.name)
+        if results:
+            say_gaps(str(job.workdir), results)
+        distances = distances_of(results) if results else {}
+        for sampler in [kind] if kind else ["ddpm", "analytic"]:
+            gaps: list[float | None] = [None] * len(nfe)
+            found.setdefault((objective, _NAMES[sampler]), []).append(distances.get(sampler, gaps))
     rows = []
     for (objective, name), per_seed in found.items():
         cells = (mean_cell(d) for d in zip(*per_seed, strict=True))
         rows.append([objective, name, *cells])
-    return markdown_table(["objective", "variance", *args.nfe.split(",")], rows)
+    table = markdown_table(["objective", "variance", *args.nfe.split(",")], rows)
+    write_atomic(Path(args.out) / "covariance.md", table + "\n")
+    print(f"\n{table}")
+    return int(bool(outcome.failures))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; user errors and signals are one sentence on stderr and exit status 2 or 128 + signal."""
+    """Entry point; status 1 for a failed run; user errors and signals are one sentence and status 2 or 128 + signal."""
     with end_on_signal("finished runs are stored, and the same command resumes"), report_user_errors():
-        args = parse(argv)
-        table = compare(args)
-        write_atomic(Path(args.out) / "covariance.md", table + "\n")
-        print(f"\n{table}")
+        if status := compare(parse(argv)):
+            sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -12,20 +13,33 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import read_json, write_atomic
 
 
+class RunFailed(UserError):
+    """A run whose command failed, or measured nothing; `reason` is one sentence of the command itself."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def main_command(*flags: str) -> list[str]:
     """The command that runs `s2dm_jax.main` with these flags."""
     return [sys.executable, "-m", "s2dm_jax.main", *flags]
 
 
+def shell_line(command: Sequence[str]) -> str:
+    """A command as it can be pasted into a shell, without the path of the interpreter."""
+    return shlex.join(["python", *command[1:]])
+
+
 def print_command(command: Sequence[str]) -> None:
-    """Prints a command as it can be pasted into a shell, without the path of the interpreter."""
-    print(shlex.join(["python", *command[1:]]), flush=True)
+    """Prints the `shell_line` of a command."""
+    print(shell_line(command), flush=True)
 
 
 def mean_cell(values: Sequence[float | None], sign: str = "") -> str:
     """Mean ± standard deviation of at least 2 values as a cell of a table; "–" where one is missing."""
     present = [value for value in values if value is not None]
-    if len(present) < len(values):
+    if len(present) < max(len(values), 2):
         return "–"
     return f"{statistics.mean(present):{sign}.2f} ± {statistics.stdev(present):.2f}"
 
@@ -49,40 +63,105 @@ def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nf
     Raises:
       UserError: if a command fails or measures no distance, or the stored results have other NFE.
     """
-    results = read_json(result_path, ("rows",), "it is made again")
+    results = stored_results(result_path, nfe)
     if results is None:
-        for command in commands:
-            print_command(command)
-            if run_command(command):
-                raise UserError(
-                    f"{workdir} could not be trained or evaluated; the command above reports why; fix that "
-                    "and rerun this script to resume"
-                )
-        made = workdir / "results.json"
-        if not made.exists():
-            raise UserError(
-                f"{workdir} has no results, for the command above measured no distance, and says why; mend that and "
-                "rerun this script, which resumes"
-            )
-        text = made.read_text(encoding="utf-8")
-        _check_distances(made, json.loads(text))
-        result_path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(result_path, text)
-        results = json.loads(text)
-    _check_distances(result_path, results)
-    if nfe is not None and results["eval"]["nfe"] != list(nfe):
-        raise UserError(
-            f"{result_path} was made with --nfe={','.join(map(str, results['eval']['nfe']))}; give the same "
-            "--nfe, or another DIR"
-        )
+        results = run_commands(result_path, workdir, commands)
+        check_nfe(result_path, results, nfe)
     return results
 
 
+def stored_results(path: Path, nfe: Sequence[int] | None = None) -> dict | None:
+    """The results stored at a path; None where there are none.
+
+    Raises:
+      UserError: for results without a distance, or with other NFE.
+    """
+    results = read_json(path, ("rows",), "it is made again")
+    if results is not None:
+        _check_distances(path, results)
+        check_nfe(path, results, nfe)
+    return results
+
+
+def run_commands(
+    result_path: Path,
+    workdir: Path,
+    commands: Sequence[list[str]],
+    *,
+    log: Path | None = None,
+    inherited: Sequence[int] = (),
+) -> dict:
+    """Runs the commands of a run, stores its results at `result_path` and returns them.
+
+    Args:
+      log, inherited: of `run_command`.
+
+    Raises:
+      RunFailed: if a command fails or measures no distance.
+    """
+    for command in commands:
+        print_command(command)
+        start = log.stat().st_size if log and log.exists() else 0
+        status = run_command(command, **({"log": log, "inherited": inherited} if log else {}))
+        if status:
+            raise RunFailed(
+                f"{workdir} could not be trained or evaluated; the command above reports why; fix that "
+                "and rerun this script to resume",
+                _reason(log, start, status),
+            )
+    made = workdir / "results.json"
+    if not made.exists():
+        sentence = (
+            f"{workdir} has no results, for the command above measured no distance, and says why; mend that and "
+            "rerun this script, which resumes"
+        )
+        raise RunFailed(sentence, why_unmeasured(log))
+    text = made.read_text(encoding="utf-8")
+    results = json.loads(text)
+    _check_distances(made, results)
+    result_path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(result_path, text)
+    return results
+
+
+def _reason(log: Path | None, start: int, status: int) -> str:
+    """Why a command failed: its last error in the log from byte `start` on, else how it ended."""
+    if log:
+        with log.open("rb") as file:
+            file.seek(start)
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        if errors := [line for line in lines if line.startswith("error: ")]:
+            return errors[-1].removeprefix("error: ")
+        if lines and "Traceback (most recent call last):" in lines:
+            return lines[-1]
+    number = -status if status < 0 else status - 128
+    if number in set(signal.Signals):
+        return f"the command was ended by {signal.Signals(number).name}"
+    return f"the command ended with status {status}"
+
+
+def why_unmeasured(log: Path | None) -> str:
+    """Why a command that succeeded left no results, by its log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
+    found = [line for line in lines if "no distance to real images is measured" in line]
+    return found[-1] if found else "the command measured no distance, and its output says why"
+
+
+def check_nfe(path: Path, results: dict, nfe: Sequence[int] | None) -> None:
+    """Raises a `UserError` where results were not measured at these NFE."""
+    if nfe is not None and results["eval"]["nfe"] != list(nfe):
+        raise UserError(
+            f"{path} was made with --nfe={','.join(map(str, results['eval']['nfe']))}; give the same --nfe, or another "
+            "DIR"
+        )
+
+
 def _check_distances(path: Path, results: dict) -> None:
-    """Raises a `UserError` where no row has a distance; single gaps are left in a table."""
+    """Raises a `RunFailed` where no row has a distance; single gaps are left in a table."""
     if not any("frechet_distance" in row for row in results["rows"]):
         names, notes = ", ".join(row["name"] for row in results["rows"]), "; ".join(results["provenance"]["notes"])
-        raise UserError(f"{path} has no distance for {names} ({notes}); mend that, and give another DIR")
+        reason = f"there is no distance for {names} ({notes})"
+        raise RunFailed(f"{path} has no distance for {names} ({notes}); mend that, and give another DIR", reason)
 
 
 def parse_nfe(text: str) -> list[int]:

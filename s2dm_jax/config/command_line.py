@@ -17,6 +17,7 @@ from s2dm_jax.config.fields import Field, allowed_type
 from s2dm_jax.config.metrics import split_names
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS, sampler_name
 
+_LARGEST_PORT = 65_535
 _FIELD = re.compile(r"--?config\.([^=]*)(=?)(.*)", re.DOTALL)
 
 
@@ -31,6 +32,32 @@ def check_values(arguments: Sequence[str], names: Iterable[str]) -> None:
         name = argument.lstrip("-")
         if argument.startswith("-") and name in needing and (following.startswith("--") or following == "-h"):
             raise UserError(f"--{name} has no value: it is followed by {following}; give --{name}=VALUE")
+
+
+def check_processes(values: flags.FlagValues, mode: str) -> None:
+    """Raises a `UserError` where the flags of several hosts do not go together, or with `mode`."""
+    names = ("coordinator_address", "num_processes", "process_id")
+    hosts: list[Any] = [values[name].value for name in names]
+    missing = [name for name, value in zip(names, hosts, strict=True) if value is None]
+    if missing == list(names):
+        return
+    if missing:
+        raise UserError(
+            f"--{missing[0]} is missing: --coordinator_address=HOST:PORT, --num_processes=N and --process_id=I go "
+            "together"
+        )
+    coordinator, count, number = hosts
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if not port or int(port[1]) > _LARGEST_PORT:
+        raise UserError(
+            f"--coordinator_address={coordinator} is not HOST:PORT; for example --coordinator_address=node0:1234"
+        )
+    if number >= count:
+        raise UserError(
+            f"--process_id={number} is out of range: with --num_processes={count} it must be from 0 to {count - 1}"
+        )
+    if mode != "train":
+        raise UserError(f"--coordinator_address does not go with --mode={mode}, which is for one process")
 
 
 def _nothing(field: Field) -> Any:

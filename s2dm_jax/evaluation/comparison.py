@@ -121,28 +121,33 @@ def comparison_cells(runs: Sequence[Evaluated]) -> tuple[list[str], list[list[st
 
 
 def plot_distances(runs: Sequence[Evaluated]) -> "Figure":
-    """A matplotlib figure: distance against NFE, both axes logarithmic."""
+    """A matplotlib figure: distance against NFE, both axes logarithmic; mean and standard deviation over seeds."""
+    results = runs[0].results
+    distance = results["provenance"].get("distance", "Fréchet distance")
+    return plot_series(series_of(runs), results["rows"][0]["frechet_distance"], distance)
+
+
+def plot_series(series: Sequence[Series], floor: float | None, label: str) -> "Figure":
+    """The figure of `plot_distances`, of any series with their spread as error bars; `floor` None: no line of it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    series = series_of(runs)
     for each in series:
         nfe, means, spreads = zip(*each.points, strict=True)
         seeds = f" ({len(each.workdirs)} seeds)" if len(each.workdirs) > 1 else ""
         axes.errorbar(nfe, means, yerr=[sd or 0 for sd in spreads], marker="o", capsize=3, label=each.name + seeds)
     budgets = sorted({nfe for each in series for nfe, *_ in each.points})
-    floor = runs[0].results["rows"][0]["frechet_distance"]
-    axes.axhline(floor, color="0.5", linestyle="--", linewidth=1, label="real images")
+    if floor is not None:
+        axes.axhline(floor, color="0.5", linestyle="--", linewidth=1, label="real images")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(budgets, map(str, budgets))
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    distance = runs[0].results["provenance"].get("distance", "Fréchet distance")
-    axes.set(xlabel="NFE, network evaluations per image", ylabel=distance)
+    axes.set(xlabel="NFE, network evaluations per image", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

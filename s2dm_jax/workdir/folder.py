@@ -69,7 +69,7 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
         _check_permissions(path)
     saved_path = path / "config.json"
     if saved_path.exists():
-        _check_same_run(saved_path, workdir, config)
+        check_same_run(saved_path, workdir, config)
     elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise UserError(f"--workdir={workdir} holds files but no run of s2dm_jax; give a new or an empty folder")
     try:
@@ -164,7 +164,8 @@ def _lock(file: TextIO, workdir: str, shared: bool = False) -> None:
         )
 
 
-def _check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
+def check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
+    """Raises a `UserError` where the run whose config is in `saved_path` cannot resume with `config`."""
     try:
         saved_config = from_json(saved_path.read_text(encoding="utf-8"))
         saved = flatten(saved_config)

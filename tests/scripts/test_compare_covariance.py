@@ -40,13 +40,13 @@ def test_every_variance_on_every_base(launched, tmp_path, capsys):
     argv = [str(tmp_path), "--seeds=2", "--steps=100", "--head-steps=7", "--nfe=5"]
     compare_covariance.main(argv)
     table = capsys.readouterr().out
-    for objective in ("ddpm", "sa"):
+    for objective in ("ddpm", "sa_2"):
         for name, mean in (("plain", 6), ("A", 7), ("NPR", 8), ("SN", 9)):
             assert re.search(rf"\| {objective} +\| {name} +\| {mean}\.00 ± 7\.07 \|", table)
     trained = {(f["config"].split(":")[1], int(f["config.train.steps"])) for f in launched if "config" in f}
-    assert trained == {("ddpm", 200), ("sa", 100), ("npr", 7), ("sn", 7)}
+    assert trained == {("ddpm", 200), ("sa_2", 100), ("npr", 7), ("sn", 7)}
     bases = {f["config.variance_head.base_workdir"] for f in launched if "config.variance_head.base_workdir" in f}
-    assert bases == {f"{tmp_path}/{name}/seed{seed}" for name in ("ddpm", "sa") for seed in (0, 1)}
+    assert bases == {f"{tmp_path}/{name}/seed{seed}" for name in ("ddpm", "sa_2") for seed in (0, 1)}
 
     count = len(launched)
     compare_covariance.main(argv)
