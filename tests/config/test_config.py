@@ -380,6 +380,7 @@ RESUMABLE = {
 
 # Names and paths of the user's own, and lists that are checked entry by entry.
 FREE_TEXT = {
+    "train.loss_scale",
     "data.source",
     "variance_head.base_workdir",
     "train.keep_best",
