@@ -109,9 +109,7 @@ def test_half_precision_stays_near_float32(dtype, tolerance):
     params = network.init(seed=0)
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
     t = np.array([10, 900])
-    full, half = (
-        jax.jit(dataclasses.replace(network, dtype=each).apply)(params, x, t) for each in ("float32", dtype)
-    )
+    full, half = (jax.jit(dataclasses.replace(network, dtype=each).apply)(params, x, t) for each in ("float32", dtype))
     assert half.dtype == jnp.float32
     error = np.abs(half - full).max() / np.abs(full).max()
     assert 0 < error < tolerance
