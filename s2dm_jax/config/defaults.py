@@ -27,6 +27,8 @@ _PRESETS = ("paper", "released")
 _MAX_SEED = 2**31 - 1
 # Beyond reason: what is larger is a slip of the keyboard, and would hang or end in a traceback.
 _MAX_T, _MAX_STEPS, _MAX_BATCH, _MAX_IMAGES = 100_000, 10**9, 2**20, 10**8
+# Beyond these, float32 has no room for the scaled gradient.
+LOSS_SCALES = 1e-6, 1e30
 # In float32, 1 − beta is positive.
 _MAX_BETA = 0.999999
 
@@ -126,7 +128,7 @@ FIELDS: dict[str, Field] = {
     "model.resamp_with_conv": Field(True, doc="resample with convolutions, as the published networks"),
     "model.dtype": Field(
         "auto",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         doc="dtype of the activations; auto: float32 on CPU, where bfloat16 is slower, else bfloat16",
     ),
     "model.remat": Resumable(False, doc="recompute activations in the backward pass: less memory, more time"),
@@ -174,6 +176,14 @@ FIELDS: dict[str, Field] = {
         0.0, low=0.0, high=1e6, doc="weight decay of AdamW, times the learning rate, on all weights; 0: Adam"
     ),
     "train.grad_clip": Field(1.0, low=0.0, doc="largest global norm of the gradient; 0: no clipping"),
+    "train.loss_scale": Field(
+        "auto",
+        doc="factor on the loss whose gradient is taken: dynamic, none or a number such as 1024; auto: dynamic for "
+        "model.dtype=float16, else none",
+    ),
+    "train.loss_scale_growth_interval": Field(
+        2000, low=1, high=_MAX_STEPS, doc="steps without an overflow after which a dynamic loss scale doubles"
+    ),
     "train.ema_decay": Field(0.9999, low=0.0, high=1.0, doc="decay of the EMA of the weights per step"),
     "train.ema_start": Field("initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"),
     "train.seed": Field(0, low=0, high=_MAX_SEED, doc="seed of everything random in training"),
@@ -280,6 +290,23 @@ def decay_steps(config: ConfigDict) -> int:
     """The step at which the decay of the learning rate ends: `train.steps` where none is set; 0 without a decay."""
     train = config.train
     return train.decay_steps or (0 if train.lr_schedule == "constant" else train.steps)
+
+
+def fixed_loss_scale(config: ConfigDict) -> float | None:
+    """The factor on the loss, 1 for none, or None where it is dynamic.
+
+    Raises:
+      ValueError: for text that is neither a known word nor a number in the range of LOSS_SCALES.
+    """
+    text = config.train.loss_scale
+    if text == "auto":
+        text = "dynamic" if config.model.dtype == "float16" else "none"
+    if text in ("dynamic", "none"):
+        return None if text == "dynamic" else 1.0
+    scale, (low, high) = float(text), LOSS_SCALES
+    if not low <= scale <= high:
+        raise ValueError(f"{text} is not from {low} to {high}")
+    return scale
 
 
 def dataset_name(config: ConfigDict) -> str:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import log_snr_of, network_of, schedule_spec
 from s2dm_jax.config.datasets import DATASETS
-from s2dm_jax.config.defaults import FIELDS, decay_steps, image_shape
+from s2dm_jax.config.defaults import FIELDS, LOSS_SCALES, decay_steps, fixed_loss_scale, image_shape
 from s2dm_jax.config.evaluation_plan import FEATURES, REFERENCES, plan_evaluation
 from s2dm_jax.config.fields import Field, allowed_choices, allowed_range, allowed_type
 from s2dm_jax.config.io import flatten
@@ -127,6 +127,25 @@ def _check_training(config: ConfigDict) -> None:
         raise UserError(
             f"config.train.grad_accum_steps={parts} does not go with config.variance_head.kind={head!r}, whose steps "
             "keep no activations; it must be 1"
+        )
+    _check_loss_scale(config)
+
+
+def _check_loss_scale(config: ConfigDict) -> None:
+    train = config.train
+    try:
+        scale = fixed_loss_scale(config)
+    except ValueError as error:
+        raise UserError(
+            f"config.train.loss_scale={train.loss_scale!r} is not known; choose auto, dynamic, none or a number such "
+            f"as 1024, from {LOSS_SCALES[0]} to {LOSS_SCALES[1]}"
+        ) from error
+    interval, default = train.loss_scale_growth_interval, FIELDS["train.loss_scale_growth_interval"].default
+    if scale is not None and interval != default:
+        raise UserError(
+            f"config.train.loss_scale_growth_interval={interval} is for a dynamic loss scale, which "
+            f"config.train.loss_scale={train.loss_scale!r} with config.model.dtype={config.model.dtype!r} is not; "
+            f"choose dynamic, or leave it {default}"
         )
 
 

@@ -13,7 +13,8 @@ import jax
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.jax_environment import unusable_platform, xla_flags
 
-# Dense bfloat16 (V100, T4: float16) TFLOP/s of the makers' data sheets. The first prefix of a device's name counts.
+# Dense bfloat16 and float16 (V100, T4: float16) TFLOP/s of the makers' data sheets. The first prefix of a device's
+# name counts.
 _PEAK_TFLOPS = {
     "NVIDIA GB200": 2500,
     "NVIDIA B200": 2250,
@@ -119,7 +120,7 @@ def peak_flops(dtype: str) -> float | None:
     """FLOP/s of matrix products over all devices; None where unknown, as float32's, which depends on settings."""
     kind = jax.devices()[0].device_kind
     for name, tflops in _PEAK_TFLOPS.items():
-        if kind.startswith(name) and dtype == "bfloat16":
+        if kind.startswith(name) and dtype in ("bfloat16", "float16"):
             return tflops * 1e12 * jax.device_count()
     return None
 

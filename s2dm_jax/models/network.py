@@ -30,7 +30,7 @@ class Network(Protocol):
 
     Attributes:
       image_shape: (H, W, C) of the images.
-      dtype: of activations, "float32" or "bfloat16".
+      dtype: of activations, "float32", "bfloat16" or "float16".
     """
 
     def __hash__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""What can stop a run: losses that are not finite."""
+"""What can stop a run: losses that are not finite, a loss scale that falls without end."""
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def check_finite(finite: np.ndarray, first: int, on_nonfinite: str, saved: int |
     bad = first + np.flatnonzero(~finite)
     if not len(bad):
         return 0
-    checkpoint = "no checkpoint was saved yet" if saved is None else f"the last good checkpoint is step {saved:,}"
+    checkpoint = _last_checkpoint(saved)
     cure = "a lower config.train.lr in a new --workdir is the usual cure"
     if on_nonfinite == "stop":
         resume = "leaves such steps out" if saved is None else "resumes from there and leaves such steps out"
@@ -45,3 +45,26 @@ def check_finite(finite: np.ndarray, first: int, on_nonfinite: str, saved: int |
     which = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
     print(f"skipped {len(bad)} steps whose loss or gradient is not finite ({which})", flush=True)
     return in_a_row
+
+
+def check_loss_scale(metrics: dict[str, np.ndarray], first: int, saved: int | None) -> None:
+    """Stops a run whose gradient overflows in float16 with a loss scale of 1 and less: the scale is not to blame.
+
+    Args:
+      metrics: "loss_scale" [n], after each of a chunk's steps, where it is dynamic.
+      first, saved: as in `check_finite`.
+
+    Raises:
+      UserError: for a scale below 1.
+    """
+    below = np.flatnonzero(metrics.get("loss_scale", np.ones(1)) < 1)
+    if len(below):
+        raise UserError(
+            f"the gradient is not finite at step {first + below[0]} with a loss scale of 1: config.train.loss_scale="
+            f"dynamic has halved it after each overflow, from 65536 on; {_last_checkpoint(saved)}; a lower "
+            "config.train.lr, or config.model.dtype=bfloat16 or float32, in a new --workdir is the usual cure"
+        )
+
+
+def _last_checkpoint(saved: int | None) -> str:
+    return "no checkpoint was saved yet" if saved is None else f"the last good checkpoint is step {saved:,}"

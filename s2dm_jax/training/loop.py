@@ -36,10 +36,10 @@ from s2dm_jax.inference.model import Model
 from s2dm_jax.inference.saturation import Fault
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
-from s2dm_jax.training.failures import check_finite
+from s2dm_jax.training.failures import check_finite, check_loss_scale
 from s2dm_jax.training.setup import Setup, save_config, set_up
 from s2dm_jax.training.step import Metrics, jit_step, make_train_chunk
-from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, run_summary
+from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, overflows, run_summary
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.ema import sampling_ema
 from s2dm_jax.workdir.folder import open_workdir
@@ -254,7 +254,9 @@ class TrainingLoop:
         last = pieces[-1][2]
         first = last - len(metrics["loss"])
         finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
-        self.skipped = check_finite(finite, first, self.config.train.on_nonfinite, self.saved, self.skipped)
+        good = finite | overflows(metrics)
+        self.skipped = check_finite(good, first, self.config.train.on_nonfinite, self.saved, self.skipped)
+        check_loss_scale(metrics, first, self.saved)
         means = aggregate_metrics(metrics, finite, self.setup.schedule.T)
         self.since_save.append(means)
         speed = self.progress.update(last, means.get("loss", np.nan))

@@ -25,7 +25,7 @@ from s2dm_jax.training.step import step_config
 from s2dm_jax.training.wandb_run import check_wandb
 from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_base_params
-from s2dm_jax.workdir.state import TrainState, build_optimizer, init_state, new_state
+from s2dm_jax.workdir.state import TrainState, build_optimizer, init_state, initial_loss_scale, new_state
 
 # Of each parameter: weight, EMA and Adam's two moments in float32.
 _STATE_BYTES = 16
@@ -70,13 +70,13 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     if is_main_process():
         save_config(config, workdir, data)
         (workdir / "samples").mkdir(exist_ok=True)
-    batch_size = config.train.batch_size
+    batch_size, loss_scale = config.train.batch_size, initial_loss_scale(config)
     if config.variance_head.kind:
         base_params = replicate(load_base_params(workdir, config, network=network))
-        state = new_state(variance_head.init_params(network, config.train.seed), optimizer)
+        state = new_state(variance_head.init_params(network, config.train.seed), optimizer, loss_scale)
         flops = forward_flops(network) * batch_size
     else:
-        base_params, state = None, init_state(network, optimizer, config.train.seed)
+        base_params, state = None, init_state(network, optimizer, config.train.seed, loss_scale)
         flops = step_flops(network, batch_size, step.objective.num_timesteps_per_image)
     return Setup(config, workdir, data, network, step.schedule, optimizer, base_params, state, flops)
 

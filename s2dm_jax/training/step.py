@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from s2dm_jax.config.build import build_objective, build_schedule
+from s2dm_jax.config.defaults import fixed_loss_scale
 from s2dm_jax.data.batches import preprocess_batch, step_keys
 from s2dm_jax.devices.hardware import compiler_options
 from s2dm_jax.devices.sharding import replicated
@@ -19,12 +20,14 @@ from s2dm_jax.diffusion.objectives import NoiseSample, Objective
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.models import variance_head
 from s2dm_jax.models.network import Network
+from s2dm_jax.training.loss_scale import Factor, next_loss_scale, scale_loss, unscale_gradient
 from s2dm_jax.workdir.state import TrainState, learning_rate, num_updates
 
 # L_simple is logged for as many equal groups of timesteps.
 _TIMESTEP_GROUPS = 10
 
 Metrics = dict[str, jax.Array]
+State = TypeVar("State")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,8 @@ class StepConfig:
       grad_accum_steps: number of equal parts of a batch that go through the network one after another.
       shard_state: whether weights, EMA and moments are split over the devices.
       variance_head: kind of the variance head that is trained, "" for the network itself.
+      loss_scale: factor on the loss where the state has no dynamic one.
+      loss_scale_growth_interval: number of steps without an overflow after which a dynamic one doubles.
     """
 
     network: Network
@@ -52,6 +57,8 @@ class StepConfig:
     grad_accum_steps: int = 1
     shard_state: bool = False
     variance_head: str = ""
+    loss_scale: float = 1.0
+    loss_scale_growth_interval: int = 2000
 
 
 def step_config(config: ConfigDict, network: Network, optimizer: optax.GradientTransformation) -> StepConfig:
@@ -59,7 +66,8 @@ def step_config(config: ConfigDict, network: Network, optimizer: optax.GradientT
     kind = config.variance_head.kind
     # A variance head's timesteps and noise are sampled as plain training's.
     objective = objectives.paper() if kind else build_objective(config)
-    options = {name: config.train[name] for name in ("ema_decay", "ema_start", "grad_accum_steps", "shard_state")}
+    fields = ("ema_decay", "ema_start", "grad_accum_steps", "shard_state", "loss_scale_growth_interval")
+    options = {name: config.train[name] for name in fields} | {"loss_scale": fixed_loss_scale(config) or 1.0}
     return StepConfig(network, build_schedule(config), objective, optimizer, variance_head=kind, **options)
 
 
@@ -82,19 +90,24 @@ def update(
 
     Returns:
       The state after the step, and scalars: "loss", "loss_TERM" for the mean of each of its terms, "grad_norm" before
-      clipping; and "by_timestep", L_simple by groups of timesteps (`loss_by_timestep`).
+      clipping, "loss_scale" where it is dynamic; and "by_timestep", L_simple by groups of timesteps
+      (`loss_by_timestep`).
     """
     # Forward and backward.
     gradient = _gradient if config.grad_accum_steps == 1 else _accumulated_gradient
-    metrics, grads = gradient(config, state.params, x0, noise_sample, dropout_key)
+    metrics, grads = gradient(config, state, x0, noise_sample, dropout_key)
     # Clipping, Adam, EMA.
-    return apply_gradient(config, state, grads), {**metrics, "grad_norm": optax.tree.norm(grads)}
+    return _apply_scaled_gradient(config, state, metrics, grads)
+
+
+def _loss_factor(config: StepConfig, state: TrainState) -> Factor:
+    return config.loss_scale if state.loss_scale is None else state.loss_scale.scale
 
 
 def _gradient(
-    config: StepConfig, params: dict, x0: jax.Array, noise_sample: NoiseSample, key: jax.Array | None
+    config: StepConfig, state: TrainState, x0: jax.Array, noise_sample: NoiseSample, key: jax.Array | None
 ) -> tuple[Metrics, dict]:
-    """Metrics of a batch, and the gradient of its mean loss."""
+    """Metrics of a batch, and the gradient of its mean loss times the loss scale."""
 
     def mean_loss(params):
         if config.shard_state:
@@ -104,14 +117,16 @@ def _gradient(
         per_example, terms = objectives.loss(eps_fn, config.schedule, config.objective, x0, noise_sample)  # [B] each
         by_timestep = loss_by_timestep(terms["simple"], noise_sample.t, config.schedule.T)
         means = {f"loss_{name}": term.mean() for name, term in terms.items()}
-        return per_example.mean(), {**means, "by_timestep": by_timestep}
+        loss = per_example.mean()
+        metrics = {"loss": loss, **means, "by_timestep": by_timestep}
+        return scale_loss(loss, _loss_factor(config, state)), metrics
 
-    (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
-    return {"loss": loss, **metrics}, grads
+    (_, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    return metrics, grads
 
 
 def _accumulated_gradient(
-    config: StepConfig, params: dict, x0: jax.Array, noise_sample: NoiseSample, key: jax.Array | None
+    config: StepConfig, state: TrainState, x0: jax.Array, noise_sample: NoiseSample, key: jax.Array | None
 ) -> tuple[Metrics, dict]:
     """`_gradient` with the parts of the batch one after another."""
     n = config.grad_accum_steps
@@ -123,14 +138,38 @@ def _accumulated_gradient(
     def add_part(total, part):
         i, (x0, noise_sample) = part
         part_key = None if key is None else jax.random.fold_in(key, i)
-        metrics, grads = _gradient(config, params, x0, noise_sample, part_key)
+        metrics, grads = _gradient(config, state, x0, noise_sample, part_key)
         return jax.tree.map(jnp.add, total, grads), metrics
 
     parts = jnp.arange(n), jax.tree.map(split, (x0, noise_sample))
-    total, metrics = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, params), parts)
+    total, metrics = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, state.params), parts)
     by_timestep = metrics.pop("by_timestep").sum(0)  # [n, 2, groups] → [2, groups]
     grads = jax.tree.map(lambda g: g / n, total)
     return {**jax.tree.map(jnp.mean, metrics), "by_timestep": by_timestep}, grads
+
+
+def _apply_scaled_gradient(
+    config: StepConfig, state: TrainState, metrics: Metrics, scaled: dict
+) -> tuple[TrainState, Metrics]:
+    """`apply_gradient` with the gradient of a scaled loss, and the metrics with its norm.
+
+    A step that overflows, whose loss is finite and whose gradient is not, changes nothing but the count of steps and a
+    dynamic loss scale. Where the loss is not finite, the scale is not to blame, and stays.
+    """
+    grads = unscale_gradient(scaled, _loss_factor(config, state))
+    metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+    new = apply_gradient(config, state, grads)
+    if state.loss_scale is None:
+        return new, metrics
+    finite = jnp.isfinite(metrics["grad_norm"])
+    after = next_loss_scale(state.loss_scale, ~finite, config.loss_scale_growth_interval)
+    loss_scale = _where(jnp.isfinite(metrics["loss"]), after, state.loss_scale)
+    new = _where(finite, new, state._replace(step=new.step))._replace(loss_scale=loss_scale)
+    return new, {**metrics, "loss_scale": jnp.asarray(loss_scale.scale)}
+
+
+def _where(condition: jax.Array, yes: State, no: State) -> State:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def apply_gradient(config: StepConfig, state: TrainState, grads: dict) -> TrainState:
@@ -139,9 +178,10 @@ def apply_gradient(config: StepConfig, state: TrainState, grads: dict) -> TrainS
     params = optax.apply_updates(state.params, updates)
     rate: float | jax.Array = 1 - config.ema_decay
     if config.ema_start == "first_step":
-        rate = jnp.where(state.step == 0, 1.0, rate)
+        # Of those that were not skipped.
+        rate = jnp.where(num_updates(state.opt_state) == 0, 1.0, rate)
     ema_params = optax.incremental_update(params, state.ema_params, rate)
-    return TrainState(state.step + 1, params, ema_params, opt_state)
+    return state._replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
 
 
 def update_variance_head(
@@ -164,11 +204,11 @@ def update_variance_head(
         simple = jnp.square(noise - eps_hat).sum((1, 2, 3))  # [B]
         by_timestep = loss_by_timestep(simple, t, schedule.T)
         loss = variance_head.loss(config.variance_head, noise, eps_hat, variance).mean()
-        return loss, {"loss_simple": simple.mean(), "by_timestep": by_timestep}
+        metrics = {"loss": loss, "loss_simple": simple.mean(), "by_timestep": by_timestep}
+        return scale_loss(loss, _loss_factor(config, state)), metrics
 
-    (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
-    return apply_gradient(config, state, grads), metrics
+    (_, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    return _apply_scaled_gradient(config, state, metrics, grads)
 
 
 def loss_by_timestep(simple: jax.Array, t: jax.Array, T: int) -> jax.Array:
@@ -214,8 +254,7 @@ def make_train_chunk(
             # A step whose loss is not finite changes nothing but the count of steps.
             if skip_nonfinite:
                 finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-                skipped = state._replace(step=new.step)
-                new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, skipped)
+                new = _where(finite, new, state._replace(step=new.step, loss_scale=new.loss_scale))
             return new, metrics
 
         def do_row(i, carry):

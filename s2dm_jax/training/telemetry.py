@@ -20,7 +20,7 @@ from s2dm_jax.common.files import write_atomic
 from s2dm_jax.common.progress import ProgressDisplay
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import build_objective, schedule_ends
-from s2dm_jax.config.defaults import FIELDS, decay_steps
+from s2dm_jax.config.defaults import FIELDS, decay_steps, fixed_loss_scale
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import peak_memory
@@ -57,10 +57,14 @@ def _optimizer_summary(config: ConfigDict) -> str:
         parts.append(f"warm-up over {train.warmup_steps:,} steps")
     if train.lr_schedule != "constant":
         parts.append(f"{train.lr_schedule} decay to {train.lr_end:g} by step {decay_steps(config):,}")
+    scale = fixed_loss_scale(config)
+    if scale != 1:
+        parts.append("dynamic loss scale" if scale is None else f"loss scale {scale:g}")
     return ", ".join(parts)
 
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
+_OF_THE_LAST_STEP = ("learning_rate", "loss_scale")
 
 
 class _Events:
@@ -247,8 +251,20 @@ class Profile:
             print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
 
 
+def overflows(metrics: dict[str, np.ndarray]) -> np.ndarray:
+    """Steps whose gradient overflowed under a dynamic loss scale, which alone they changed: bool [n].
+
+    `metrics` are "loss", "grad_norm" and, where the loss scale is dynamic, "loss_scale", each [n].
+    """
+    if "loss_scale" not in metrics:
+        return np.zeros(len(metrics["loss"]), bool)
+    return np.isfinite(metrics["loss"]) & ~np.isfinite(metrics["grad_norm"])
+
+
 def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:
-    """The means over a chunk of steps, and the learning rate of the last one where a schedule changes it.
+    """The means over a chunk of steps, and learning rate and loss scale of the last one where these change.
+
+    Of steps that overflowed all counts but the norm of the gradient.
 
     Args:
       metrics: "by_timestep" [n, 2, G], sums of L_simple and counts of the examples in each of G equal groups of
@@ -258,19 +274,25 @@ def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int
 
     Returns:
       The mean of each metric, that of L_simple in each group of timesteps that occurred as
-      "loss_simple_by_t/000-099", and "skipped_steps" if there are some.
+      "loss_simple_by_t/000-099"; "overflow_steps" where the loss scale is dynamic, "skipped_steps" if there are some.
     """
-    if not finite.any():
+    overflow = overflows(metrics)
+    counted = finite | overflow
+    if not counted.any():
         return {"skipped_steps": len(finite)}
-    means = {name: float(values[finite].mean()) for name, values in metrics.items() if name != "by_timestep"}
-    if "learning_rate" in means:
-        means["learning_rate"] = float(metrics["learning_rate"][-1])
-    sums, counts = metrics["by_timestep"][finite].astype(np.float64).sum(0)  # [G] each
+    means = {}
+    for name, values in metrics.items():
+        rows = finite if name == "grad_norm" else counted
+        if name != "by_timestep" and rows.any():
+            means[name] = float(values[-1] if name in _OF_THE_LAST_STEP else values[rows].mean())
+    sums, counts = metrics["by_timestep"][counted].astype(np.float64).sum(0)  # [G] each
     edges = np.ceil(np.arange(len(sums) + 1) * T / len(sums)).astype(int)
     digits = len(str(T - 1))
     for i in np.flatnonzero(counts):
         name = f"loss_simple_by_t/{edges[i]:0{digits}d}-{edges[i + 1] - 1:0{digits}d}"
         means[name] = float(sums[i] / counts[i])
-    if not finite.all():
-        means["skipped_steps"] = int((~finite).sum())
+    if "loss_scale" in metrics:
+        means["overflow_steps"] = int(overflow.sum())
+    if not counted.all():
+        means["skipped_steps"] = int((~counted).sum())
     return means

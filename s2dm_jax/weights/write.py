@@ -29,7 +29,7 @@ from s2dm_jax.weights.torch_pickle import write_torch
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.load import Run
 from s2dm_jax.workdir.metadata import run_metadata
-from s2dm_jax.workdir.state import build_optimizer, new_state
+from s2dm_jax.workdir.state import build_optimizer, initial_loss_scale, new_state
 
 # The published codes read every network's output as ε.
 _EPSILON_ONLY = ("ddim", "sa_dpm", "pndm")
@@ -150,7 +150,8 @@ def write_weights(
 
 def _write_workdir(folder: Path, run: Run, card: dict) -> None:
     optimizer = build_optimizer(run.config)
-    state = new_state(run.params, optimizer)._replace(step=np.asarray(run.step, np.int32), ema_params=run.ema_params)
+    state = new_state(run.params, optimizer, initial_loss_scale(run.config))
+    state = state._replace(step=np.asarray(run.step, np.int32), ema_params=run.ema_params)
     (folder / "config.json").write_text(to_json(run.config), encoding="utf-8")
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     manager = checkpoint.open_checkpoints(folder, run.config.train.max_to_keep)

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+from collections import namedtuple
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,9 +86,25 @@ def save(
     if step in manager.all_steps():
         return
     metadata = {**(metadata or {}), "digests": digests(state)}
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(metadata))
+    items = ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), about=ocp.args.JsonSave(metadata))
     with _as_user_error(manager):
         manager.save(step, args=items, metrics=metrics)
+
+
+def _stored(state: Any) -> Any:
+    """A state as it is stored: without its fields that are None, which Orbax would store as such.
+
+    A checkpoint without an option is then the same as of a version from before that option.
+    """
+    if not hasattr(state, "_asdict"):
+        return state
+    fields = {name: value for name, value in state._asdict().items() if value is not None}
+    return namedtuple(type(state).__name__, fields)(**fields)
+
+
+def _with_fields(like: Any, stored: Any) -> Any:
+    """The state that `_stored` made `stored` of, where its other fields are those of `like`."""
+    return like._replace(**stored._asdict()) if hasattr(like, "_asdict") else stored
 
 
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict:
@@ -196,12 +213,13 @@ def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State
     # A checkpoint that one process cannot read no process may use: the others would wait for it forever.
     if any_process(bool(reason)):
         return None, reason or "another process cannot read it"
-    item = ocp.args.StandardRestore(abstract)
+    item = ocp.args.StandardRestore(_stored(abstract))
     try:
         if old:
-            state = manager.restore(step, args=item)
+            restored = manager.restore(step, args=item)
         else:
-            state = manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+            restored = manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+        state = _with_fields(abstract, restored)
     except (ValueError, KeyError, TypeError, OSError) as error:
         # Orbax's ValueError is for a structure that is not `like`'s; the others come from metadata that lack a part.
         reason = _reason(error)

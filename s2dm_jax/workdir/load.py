@@ -135,12 +135,13 @@ def load_run(
     from s2dm_jax.models import variance_head
     from s2dm_jax.workdir import checkpoint
     from s2dm_jax.workdir.ema import sampling_ema
-    from s2dm_jax.workdir.state import TrainState, build_optimizer
+    from s2dm_jax.workdir.state import TrainState, build_optimizer, initial_loss_scale
 
     kind = config.variance_head.kind
     params = variance_head.param_shapes(network) if kind else network.param_shapes()
     optimizer = build_optimizer(config)
-    like = TrainState(np.zeros((), np.int32), params, params, jax.eval_shape(optimizer.init, params))
+    opt_state = jax.eval_shape(optimizer.init, params)
+    like = TrainState(np.zeros((), np.int32), params, params, opt_state, initial_loss_scale(config))
     with contextlib.closing(checkpoint.open_checkpoints(workdir, config.train.max_to_keep)) as manager:
         state = checkpoint.restore_latest(manager, like, step=step)
     if state is None:

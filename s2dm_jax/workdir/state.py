@@ -1,4 +1,4 @@
-"""The training state: weights, EMA, optimizer state, step."""
+"""The training state: weights, EMA, optimizer state, step, loss scale."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,23 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from s2dm_jax.config.defaults import decay_steps
+from s2dm_jax.config.defaults import decay_steps, fixed_loss_scale
 from s2dm_jax.models.network import Network
+
+# PyTorch's and Flax's default.
+_INITIAL_LOSS_SCALE = 65536.0
+
+
+class LossScale(NamedTuple):
+    """A dynamic loss scale (`training/loss_scale.py`).
+
+    Attributes:
+      scale: float32 [], the factor on the loss.
+      finite_steps: int32 [], number of steps without an overflow since it last changed.
+    """
+
+    scale: jax.Array | np.ndarray
+    finite_steps: jax.Array | np.ndarray
 
 
 class TrainState(NamedTuple):
@@ -18,12 +33,14 @@ class TrainState(NamedTuple):
       step: int32 [], number of steps done.
       params, ema_params: nested dicts of float32 arrays, the weights and their EMA.
       opt_state: of the optimizer.
+      loss_scale: None unless it is dynamic.
     """
 
     step: jax.Array | np.ndarray
     params: dict
     ema_params: dict
     opt_state: optax.OptState
+    loss_scale: LossScale | None = None
 
 
 def make_optimizer(
@@ -79,15 +96,24 @@ def num_updates(opt_state: optax.OptState) -> jax.Array | np.ndarray | int:
     return 0 if adam is None else adam.count
 
 
-def init_state(network: Network, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def initial_loss_scale(config: ConfigDict) -> LossScale | None:
+    """The loss scale before the first step, or None where it is not dynamic."""
+    if fixed_loss_scale(config) is not None:
+        return None
+    return LossScale(np.full((), _INITIAL_LOSS_SCALE, np.float32), np.zeros((), np.int32))
+
+
+def init_state(
+    network: Network, optimizer: optax.GradientTransformation, seed: int, loss_scale: LossScale | None = None
+) -> TrainState:
     """The state before the first step; the EMA starts at the initial weights."""
-    return new_state(network.init(seed), optimizer)
+    return new_state(network.init(seed), optimizer, loss_scale)
 
 
-def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(params: dict, optimizer: optax.GradientTransformation, loss_scale: LossScale | None = None) -> TrainState:
     """The state before the first step, from initial weights."""
     # Adam starts from zeros; made by numpy, because compiling the optimizer's own init takes a second.
     opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
     # Steps donate their buffers, so the EMA must not share them with the weights.
     ema = jax.tree.map(np.copy, params)
-    return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state))
+    return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state, loss_scale))

@@ -19,7 +19,7 @@ from s2dm_jax import main
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import build_objective, build_schedule
 from s2dm_jax.config.datasets import CROPS, RESIZE_FILTERS
-from s2dm_jax.config.defaults import FIELDS, SAMPLER_OPTIONS, default_config
+from s2dm_jax.config.defaults import FIELDS, SAMPLER_OPTIONS, default_config, fixed_loss_scale
 from s2dm_jax.config.io import default_workdir, expand_paths, from_json, load_config, to_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.data.transforms import ImageTransform, crop_box, to_array
@@ -176,6 +176,18 @@ def test_bad_fields(field, value, sentence):
         ({"weight_decay": 1e3}, "config.train.weight_decay=1000.0 must be less than 1/config.train.lr=1000"),
         ({"adam_b2": 1.0}, "config.train.adam_b2=1.0 is out of range: it must be from 0.0 to 0.999999"),
         ({"lr_schedule": "step"}, "config.train.lr_schedule='step' is not known; choose one of constant, cosine, lin"),
+        *(
+            (
+                {"loss_scale": text},
+                f"config.train.loss_scale={text!r} is not known; choose auto, dynamic, none or a num",
+            )
+            for text in ("static", "", "None", "0", "-2", "nan", "inf", "1e31")
+        ),
+        (
+            {"loss_scale_growth_interval": 100},
+            "config.train.loss_scale_growth_interval=100 is for a dynamic loss scale, which "
+            "config.train.loss_scale='auto' with config.model.dtype='auto' is not",
+        ),
     ],
 )
 def test_options_of_the_optimizer_that_contradict_one_another(changes, sentence):
@@ -184,6 +196,23 @@ def test_options_of_the_optimizer_that_contradict_one_another(changes, sentence)
     with pytest.raises(UserError, match=r"^config\.train") as error:
         check_config(config)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text", "scale"),
+    [
+        ("auto", "auto", 1.0),
+        ("float16", "auto", None),
+        ("float16", "none", 1.0),
+        ("float16", "1e3", 1000.0),
+        ("bfloat16", "dynamic", None),
+    ],
+)
+def test_the_loss_scale_is_dynamic_for_float16(dtype, text, scale):
+    config = small_config()
+    config.model.dtype, config.train.loss_scale = dtype, text
+    check_config(config)
+    assert fixed_loss_scale(config) == scale
 
 
 def test_a_config_of_before_0_3_has_the_betas_that_it_was_trained_with():
@@ -378,6 +407,7 @@ RESUMABLE = {
 
 # Names and paths of the user's own, and lists that are checked entry by entry.
 FREE_TEXT = {
+    "train.loss_scale",
     "data.source",
     "variance_head.base_workdir",
     "train.keep_best",

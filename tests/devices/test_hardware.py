@@ -64,10 +64,10 @@ class FakeDevice:
         ("cpu", None),
     ],
 )
-def test_peak_is_that_of_all_devices_in_bfloat16(monkeypatch, kind, tflops):
+def test_peak_is_that_of_all_devices_in_half_precision(monkeypatch, kind, tflops):
     monkeypatch.setattr(jax, "devices", lambda: [FakeDevice(kind)] * 4)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert peak_flops("bfloat16") == (tflops and 4e12 * tflops)
+    assert peak_flops("bfloat16") == peak_flops("float16") == (tflops and 4e12 * tflops)
     assert peak_flops("float32") is None
 
 

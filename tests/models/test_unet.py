@@ -103,19 +103,21 @@ def test_dropout_follows_its_key_and_differs_between_images():
     np.testing.assert_allclose(off[0], off[1], atol=1e-6)
 
 
-def test_bfloat16_activations_stay_near_float32():
-    params = TINY.init(seed=0)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.03), ("float16", 0.003)])
+def test_half_precision_stays_near_float32(dtype, tolerance):
+    network = dataclasses.replace(TINY, attn_resolutions=(8,))
+    params = network.init(seed=0)
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
     t = np.array([10, 900])
-    full = TINY.apply(params, x, t)
-    half = UNet(**{**vars(TINY), "dtype": "bfloat16"}).apply(params, x, t)
+    full, half = (jax.jit(dataclasses.replace(network, dtype=each).apply)(params, x, t) for each in ("float32", dtype))
     assert half.dtype == jnp.float32
     error = np.abs(half - full).max() / np.abs(full).max()
-    assert 0 < error < 0.03
+    assert 0 < error < tolerance
 
 
-def test_gradients_sum_over_pixels_in_float32():
-    network = dataclasses.replace(TINY, ch_mult=(1, 2), attn_resolutions=(4,), dropout=0.1, dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_sum_over_pixels_in_float32(dtype):
+    network = dataclasses.replace(TINY, ch_mult=(1, 2), attn_resolutions=(4,), dropout=0.1, dtype=dtype)
     x, t = np.ones((2, 8, 8, 1), np.float32), np.array([10, 900])
 
     def loss(params):

@@ -108,8 +108,10 @@ def test_first_signal_saves_and_says_how_to_go_on(tmp_path):
 
 def test_ema_starts_at_the_initial_weights_or_at_those_after_the_first_step():
     for start, expected in (("initial", [0.1, 0.19]), ("first_step", [1.0, 1.0])):
-        made_of = StepConfig(ToyNetwork(), linear_schedule(), objectives.paper(), optax.sgd(0.0), 0.9, start)
-        state = TrainState(np.int32(0), {"w": np.float32(1)}, {"w": np.float32(0)}, optax.sgd(0.0).init({}))
+        optimizer, params = optax.adam(0.0), {"w": np.float32(1)}
+        made_of = StepConfig(ToyNetwork(), linear_schedule(), objectives.paper(), optimizer, 0.9, start)
+        # Step 7 is the first update after 7 that were skipped.
+        state = TrainState(np.int32(7), params, {"w": np.float32(0)}, optimizer.init(params))
         for average in expected:
             state = apply_gradient(made_of, state, {"w": np.float32(0)})
             np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-6)
