@@ -3,6 +3,7 @@
 Orbax silently restores corrupted bytes: a digest of every leaf is saved with each state and checked on restore.
 """
 
+import collections
 import contextlib
 import errno
 import functools
@@ -84,10 +85,29 @@ def save(
     """
     if step in manager.all_steps():
         return
+    state = _without_unused(state)
     metadata = {**(metadata or {}), "digests": digests(state)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(metadata))
     with _as_user_error(manager):
         manager.save(step, args=items, metrics=metrics)
+
+
+def _without_unused(state: Any) -> Any:
+    """A NamedTuple without the optional fields that hold no array; anything else as it is.
+
+    What a state does not use is not stored, so that checkpoints of before a field existed are read as newer ones.
+    """
+    optional = getattr(state, "_field_defaults", {})
+    unused = {name for name in optional if not jax.tree.leaves(getattr(state, name))}
+    if not unused:
+        return state
+    used = {name: value for name, value in state._asdict().items() if name not in unused}
+    return collections.namedtuple(type(state).__name__, used)(**used)
+
+
+def _with_unused(state: Any, like: Any) -> Any:
+    """What `_without_unused` has made of `like`, with the fields that it left out."""
+    return state if type(state) is type(like) else like._replace(**state._asdict())
 
 
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict:
@@ -162,6 +182,7 @@ def restore_latest(
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, shardings
     )
+    abstract = _without_unused(abstract)
     damaged = {}
     for candidate in steps:
         state, reason = _restore_verified(manager, candidate, abstract)
@@ -172,7 +193,7 @@ def restore_latest(
             _report(f"the checkpoint of step {bad:,} is damaged ({why}); step {candidate:,} is used instead")
         if quarantine and damaged:
             _quarantine(manager, list(damaged))
-        return state
+        return _with_unused(state, like)
     others = f", nor can the {len(steps) - 1} before it" if len(steps) > 1 else ""
     raise UserError(
         f"the checkpoint {Path(manager.directory) / str(steps[0])} cannot be read, it is damaged or of "

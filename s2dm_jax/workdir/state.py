@@ -1,5 +1,6 @@
 """The training state: weights, EMA, optimizer state, step."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,12 +19,14 @@ class TrainState(NamedTuple):
       step: int32 [], number of steps done.
       params, ema_params: nested dicts of float32 arrays, the weights and their EMA.
       opt_state: of the optimizer.
+      ema_extra: further EMAs by name (`config.ema.extra_names`), as `ema_params`.
     """
 
     step: jax.Array | np.ndarray
     params: dict
     ema_params: dict
     opt_state: optax.OptState
+    ema_extra: dict = {}  # noqa: RUF012
 
 
 def make_optimizer(
@@ -79,15 +82,18 @@ def num_updates(opt_state: optax.OptState) -> jax.Array | np.ndarray | int:
     return 0 if adam is None else adam.count
 
 
-def init_state(network: Network, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step; the EMA starts at the initial weights."""
-    return new_state(network.init(seed), optimizer)
+def init_state(
+    network: Network, optimizer: optax.GradientTransformation, seed: int, ema_extra: Sequence[str] = ()
+) -> TrainState:
+    """The state before the first step; the EMAs, those of the names `ema_extra` too, start at the initial weights."""
+    return new_state(network.init(seed), optimizer, ema_extra)
 
 
-def new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(params: dict, optimizer: optax.GradientTransformation, ema_extra: Sequence[str] = ()) -> TrainState:
     """The state before the first step, from initial weights."""
     # Adam starts from zeros; made by numpy, because compiling the optimizer's own init takes a second.
     opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
-    # Steps donate their buffers, so the EMA must not share them with the weights.
-    ema = jax.tree.map(np.copy, params)
-    return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state))
+    # Steps donate their buffers, so the EMAs must not share them with the weights.
+    ema, *extra = (jax.tree.map(np.copy, params) for _ in ("", *ema_extra))
+    extras = dict(zip(ema_extra, extra, strict=True))
+    return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state, extras))

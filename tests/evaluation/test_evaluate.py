@@ -240,7 +240,7 @@ def test_the_scaling_of_the_output_acts_and_makes_a_row_of_its_own(config, data,
 
 def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):
     model = Model(config, NETWORK, linear_schedule(20, beta_end=0.5), NETWORK.init(0), 7)
-    monkeypatch.setattr(evaluation, "load", lambda _, step: model)
+    monkeypatch.setattr(evaluation, "load", lambda _, step, ema: model)
     monkeypatch.setattr(evaluation, "load_dataset", lambda _: data)
     config.eval.update({"nfe": (2,), "num_images": 24})
     texts = []

@@ -90,7 +90,7 @@ def toy(monkeypatch, quick_noise):
     monkeypatch.setattr(
         sample_mode,
         "load",
-        lambda path, step=None: model._replace(ema_params=np.float32(0.5 + len(path) / 1000)),
+        lambda path, step=None, ema="": model._replace(ema_params=np.float32(0.5 + len(path) / 1000), ema=ema),
     )
     return model, traced
 
