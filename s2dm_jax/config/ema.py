@@ -100,10 +100,11 @@ def extra_names(train: ConfigDict) -> list[str]:
 
 
 def ema_summary(train: ConfigDict) -> str:
-    """A run's EMAs in a few words, as "EMA 0.9999" or "EMA with a half-life of 500,000 images, ramp-up 0.05"."""
+    """A run's EMAs in a few words, as "EMA 0.9999 (also 0.999, sigma_rel=0.05)"."""
     if not train.ema_halflife_images:
         words = f"EMA {train.ema_decay:g}"
     else:
         ramp = f", ramp-up {train.ema_rampup_ratio:g}" if train.ema_rampup_ratio else ""
         words = f"EMA with a half-life of {train.ema_halflife_images:,.0f} images{ramp}"
-    return " and ".join([words, *extra_names(train)])
+    also = ", ".join(extra_names(train))
+    return f"{words} (also {also})" if also else words

@@ -30,6 +30,7 @@ COMMANDS = (
     "report",
     "reproduce",
     "dev/run_docs",
+    "sweep_ema",
 )
 
 
