@@ -127,6 +127,8 @@ def write_weights(
     run = run._replace(ema_note=old["weights"].get("note") or "")
     license = license or old["license"]
     card = model_card.make_card(run, license=license, source=old["source"], metrics=old["metrics"])
+    # Those chosen by --ema.
+    card["weights"]["kind"] = old["weights"].get("kind", card["weights"]["kind"])
     path = user_path(out, "out")
     if kind in ("workdir", "diffusers"):
         write_folder = _write_workdir if kind == "workdir" else _write_diffusers

@@ -14,6 +14,7 @@ from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import to_json
 from s2dm_jax.inference.model import load
+from s2dm_jax.weights.read import read_weights
 from s2dm_jax.workdir.folder import prepare_workdir
 from s2dm_jax.workdir.load import load_run, read_config
 from s2dm_jax.workdir.power_ema import write_snapshot
@@ -178,6 +179,7 @@ def test_a_run_is_loaded_with_the_weights_that_ema_names(averaged):
             np.testing.assert_allclose(leaf, value, rtol=1e-6)
         assert (model.step, model.ema_note) == (step or 7, "")
     assert model.weights == "EMA sigma_rel=0.1"
+    assert read_weights(str(averaged), ema="weights").model_card["weights"]["kind"] == "weights without EMA"
     with pytest.raises(UserError, match=r"no snapshot of its power-function EMAs of step 4; there are: 3, 7$"):
         load(averaged, 4, ema="sigma_rel=0.1")
     with pytest.raises(UserError, match=r"holds no checkpoint of step 3; there are: 7$"):
