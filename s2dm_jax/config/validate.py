@@ -176,6 +176,11 @@ def _check_ema(config: ConfigDict) -> None:
             f"config.train.ema_rampup_ratio={train.ema_rampup_ratio} is for a half-life, which "
             "config.train.ema_halflife_images=0 is not; set one in images"
         )
+    if train.ema_snapshot_every and not train.ema_sigma_rel:
+        raise UserError(
+            f"config.train.ema_snapshot_every={train.ema_snapshot_every} is for power-function EMAs, of which "
+            "config.train.ema_sigma_rel=() names none; give two widths, such as 0.05,0.1"
+        )
     for name in ("ema_decays", "ema_sigma_rel"):
         if len(set(train[name])) < len(train[name]):
             raise UserError(f"config.train.{name}={','.join(map(str, train[name]))} has a number twice; give each once")

@@ -216,6 +216,10 @@ def test_a_run_is_loaded_with_the_weights_that_ema_names(averaged):
             "config.train.ema_decays=(1.5,) has the wrong type: it must be a tuple of num",
         ),
         (
+            ["--config.train.ema_snapshot_every=5", "--config.train.ema_sigma_rel="],
+            "config.train.ema_snapshot_every=5 is",
+        ),
+        (
             ["--config.train.ema_rampup_ratio=0.1"],
             "config.train.ema_rampup_ratio=0.1 is for a half-life, which config.",
         ),
