@@ -51,7 +51,7 @@ from s2dm_jax.data.cache import check_preparable, prepare_dataset
 from s2dm_jax.samplers.specs import sampler_name
 from s2dm_jax.training.wandb_run import check_wandb
 from s2dm_jax.workdir.folder import evaluation_folder, output_folder, prepare_workdir
-from s2dm_jax.workdir.load import check_compared_runs, inherit_base_config, read_config
+from s2dm_jax.workdir.load import check_compared_runs, ema_of_run, inherit_base_config, read_config
 
 # Three ways to set the number of sampling steps: one on the command line replaces another in the config.
 _STEP_FIELDS = ("steps", "nfe", "timesteps")
@@ -309,6 +309,9 @@ def _config_of_run(config: ConfigDict, named: Iterable[str], mode: str, workdir:
     for group in groups:
         own[group] = config[group]
     check_config(own, trained=True)
+    chosen = own[groups[0]]
+    # An export is of the newest checkpoint.
+    ema_of_run(workdir, own, chosen.ema, 0 if mode == "export" else chosen.checkpoint_step, group=groups[0])
     if "sample" in groups:
         check_compared_runs(own)
     else:

@@ -54,6 +54,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=FORMATS, default="", help="format of OUT (default: by its name)")
     parser.add_argument("--resolution", type=int, help="height and width in pixels, where the shapes leave it open")
     parser.add_argument("--key", default="", help="where the state_dict is in a file with several, such as model.ema")
+    parser.add_argument(
+        "--ema", default="", help="which weights of a run's folder, as config.sample.ema (default: the run's EMA)"
+    )
     parser.add_argument("--digest", default="", help="the SHA-256 or MD5 that the file IN must have")
     parser.add_argument(
         "--config", default="", help="config FILE[:OBJECTIVE] for the run's folder to continue training with"
@@ -97,7 +100,7 @@ def run(argv: list[str] | None) -> None:
     from s2dm_jax.weights.write import infer_config, write_weights
 
     check_devices()
-    weights = read_weights(str(place), resolution=args.resolution, digest=args.digest, key=args.key)
+    weights = read_weights(str(place), resolution=args.resolution, digest=args.digest, key=args.key, ema=args.ema)
     config = infer_config(weights, given=given_config, data=args.data)
     if weights.model_card and args.step is not None:
         raise UserError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from s2dm_jax.config import default_config
 from s2dm_jax.config.build import build_network
+from s2dm_jax.config.ema import extra_names
 from s2dm_jax.config.io import to_json
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.samplers.specs import get_sampler
@@ -147,7 +148,7 @@ def save_run(path, config, *, seed, ema_factor):
     path.mkdir()
     (path / "config.json").write_text(to_json(config))
     optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
-    state = init_state(build_network(config), optimizer, seed)
+    state = init_state(build_network(config), optimizer, seed, ema_extra=extra_names(config.train))
     ema = jax.tree.map(lambda leaf: np.asarray(leaf) * ema_factor, state.params)
     manager = checkpoint.open_checkpoints(path)
     checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema_params=ema)))

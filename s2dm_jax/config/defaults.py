@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from s2dm_jax.config.datasets import CROPS, DATASETS, RESIZE_FILTERS
+from s2dm_jax.config.ema import EMA_RAMPUP_RATIO, MAX_SIGMA_REL, MIN_SIGMA_REL
 from s2dm_jax.config.fields import Field
 from s2dm_jax.config.metrics import METRICS
 from s2dm_jax.config.presets import HEADS
@@ -82,6 +83,11 @@ SAMPLER_OPTIONS: dict[str, Field] = {
 # All that these two groups share.
 _SHARED = {
     **SAMPLER_OPTIONS,
+    "ema": Resumable(
+        "",
+        doc="weights to use; empty: the run's EMA; weights: those without an average; a decay of train.ema_decays; "
+        "sigma_rel=0.1: the power-function EMA of that width, with train.ema_sigma_rel",
+    ),
     "noise_stat_images": Resumable(100, low=2, doc="training images per timestep for Analytic-DPM's noise statistic"),
 }
 
@@ -186,6 +192,32 @@ FIELDS: dict[str, Field] = {
     ),
     "train.ema_decay": Field(0.9999, low=0.0, high=1.0, doc="decay of the EMA of the weights per step"),
     "train.ema_start": Field("initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"),
+    "train.ema_halflife_images": Field(
+        0.0, low=0.0, high=1e15, doc="half-life of the EMA in images, in the place of ema_decay; 0: ema_decay"
+    ),
+    "train.ema_rampup_ratio": Field(
+        EMA_RAMPUP_RATIO,
+        low=0.0,
+        high=1.0,
+        doc="with ema_halflife_images, the half-life is at most this share of the images seen (EDM); 0: no ramp-up",
+    ),
+    "train.ema_decays": Field(
+        (), entries=float, low=0.0, high=1.0, doc="decays of further EMAs beside the main one, such as 0.999,0.9999"
+    ),
+    "train.ema_sigma_rel": Field(
+        (),
+        entries=float,
+        low=MIN_SIGMA_REL,
+        high=MAX_SIGMA_REL,
+        doc="relative widths of power-function EMAs (Karras et al. 2024), such as 0.05,0.1, from whose snapshots that "
+        "of any width is synthesised after the training",
+    ),
+    "train.ema_snapshot_every": Resumable(
+        0, low=0, high=_MAX_STEPS, doc="steps between snapshots of the power-function EMAs; 0: checkpoint_every"
+    ),
+    "train.ema_snapshot_dtype": Resumable(
+        "float32", choices=("float32", "float16"), doc="dtype of the snapshots' files; float16 halves them"
+    ),
     "train.seed": Field(0, low=0, high=_MAX_SEED, doc="seed of everything random in training"),
     "train.log_every": Resumable(100, low=1, high=_MAX_STEPS, doc="steps between logged metrics"),
     "train.sample_every": Resumable(5_000, low=1, high=_MAX_STEPS, doc="steps between saved sample grids"),

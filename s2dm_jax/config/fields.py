@@ -16,8 +16,9 @@ class Field:
       min_length: fewest entries of a tuple.
       choices: the only values allowed, or None for any.
       resumable: whether a run may resume with another value.
+      entries: int or float, the type of a tuple's entries.
       path: whether a value may be a path: "path", "paths" separated by commas, "URL" for a path or a URL, "" for none.
-      type: int, float, bool, str or tuple (of int); by default that of `default`.
+      type: int, float, bool, str or tuple; by default that of `default`.
     """
 
     default: Any
@@ -28,6 +29,7 @@ class Field:
     min_length: int = 0
     choices: tuple | None = None
     resumable: bool = False
+    entries: Any = int
     path: Literal["", "path", "paths", "URL"] = ""
     type: Any = None
 
@@ -37,6 +39,8 @@ class Field:
 
 def allowed_type(field: Field) -> str:
     """The type of a field's values in words, as in "an integer"."""
+    if field.entries is float:
+        return f"a tuple of numbers {allowed_range(field)}, separated by commas"
     if field.type is tuple:
         return f"a tuple of {'' if field.low is None else 'positive '}integers such as 1,2,2"
     return {int: "an integer", float: "a finite number", bool: "True or False", str: "a name"}[field.type]

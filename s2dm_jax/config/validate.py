@@ -12,6 +12,7 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import log_snr_of, network_of, schedule_spec
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import FIELDS, LOSS_SCALES, decay_steps, fixed_loss_scale, image_shape
+from s2dm_jax.config.ema import EMA_RAMPUP_RATIO, check_choice, parse_choice
 from s2dm_jax.config.evaluation_plan import FEATURES, REFERENCES, plan_evaluation
 from s2dm_jax.config.fields import Field, allowed_choices, allowed_range, allowed_type
 from s2dm_jax.config.io import flatten
@@ -44,6 +45,7 @@ def check_config(config: ConfigDict, *, trained: bool = False) -> None:
         raise UserError(f"config.model.{error}") from error
     _check_training(config)
     _check_optimizer(config)
+    _check_ema(config)
     _check_schedule(config, trained)
     _check_timesteps(fields)
     _check_sampling(config)
@@ -82,10 +84,14 @@ def _check_field(name: str, field: Field, value: Any) -> None:
 def _has_type(field: Field, value: Any) -> bool:
     if field.type is tuple:
         entries = isinstance(value, tuple) and len(value) >= field.min_length
-        return entries and all(type(entry) is int and _in_range(field, entry) for entry in value)
+        return entries and all(_is_number(field.entries, entry) and _in_range(field, entry) for entry in value)
     if field.type is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return _is_number(float, value)
     return type(value) is field.type
+
+
+def _is_number(kind: type, value: Any) -> bool:
+    return type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
 
 
 def _in_range(field: Field, value: float) -> bool:
@@ -179,6 +185,29 @@ def _check_optimizer(config: ConfigDict) -> None:
             f"config.train.weight_decay={train.weight_decay} must be less than 1/config.train.lr={1 / train.lr:g}: a "
             "step would take more than the weights"
         )
+
+
+def _check_ema(config: ConfigDict) -> None:
+    """The EMAs differ from one another, and those that are sampled from and evaluated are among them."""
+    train = config.train
+    if not train.ema_halflife_images and train.ema_rampup_ratio not in (0, EMA_RAMPUP_RATIO):
+        raise UserError(
+            f"config.train.ema_rampup_ratio={train.ema_rampup_ratio} is for a half-life, which "
+            "config.train.ema_halflife_images=0 is not; set one in images"
+        )
+    if train.ema_snapshot_every and not train.ema_sigma_rel:
+        raise UserError(
+            f"config.train.ema_snapshot_every={train.ema_snapshot_every} is for power-function EMAs, of which "
+            "config.train.ema_sigma_rel=() names none; give two widths, such as 0.05,0.1"
+        )
+    for name in ("ema_decays", "ema_sigma_rel"):
+        if len(set(train[name])) < len(train[name]):
+            raise UserError(f"config.train.{name}={','.join(map(str, train[name]))} has a number twice; give each once")
+    for group in ("sample", "eval"):
+        try:
+            check_choice(parse_choice(config[group].ema), train)
+        except ValueError as error:
+            raise UserError(f"config.{group}.{error}") from error
 
 
 def _check_schedule(config: ConfigDict, trained: bool) -> None:

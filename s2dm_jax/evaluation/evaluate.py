@@ -172,7 +172,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
     for point in points:
         counts: list[np.ndarray] = []
         depends_on, batches = _sampled(model, weights, point, features, batch_size, counts)
-        values = row(point.name + _skip_scale_name(options), point.nfe, depends_on, batches, counts)
+        values = row(_row_name(model, point), point.nfe, depends_on, batches, counts)
         values["notes"] = values["notes"] + _notes_of_point(model, point, values)
         rows.append({**values, "steps": depends_on["point"]["steps"]})
     rows.append(row("noise (ceiling)", None, *_noise(options, floor_images.shape[1:], features, batch_size)))
@@ -190,12 +190,12 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         "score": "Inception Score" if features.name == "inception" else "score of the classifier",
         **common,
         "data": data.provenance,
-        "weights": f"EMA at step {model.step}, sha256 {weights}",
+        "weights": f"{model.weights} at step {model.step}, sha256 {weights}",
         "sampler": _sampler_note(options),
         "activations": model.network.dtype,
         "notes": notes,
     }
-    return {"step": model.step, "eval": options.to_dict(), "rows": rows, "provenance": provenance}
+    return {"step": model.step, "eval": {**options.to_dict(), "ema": model.ema}, "rows": rows, "provenance": provenance}
 
 
 def _notes(rows: list[dict]) -> list[str]:
@@ -269,12 +269,11 @@ def _noise(options, shape, features, batch_size):
 
 
 def evaluate_run(config: ConfigDict, workdir: str, out: str = "") -> dict:
-    """`--mode=evaluate`: evaluates a run by the group `eval` of its checked config, writes and prints the table.
-
-    `out` is the folder to write to in place of `workdir`.
+    """`--mode=evaluate`: evaluates a run by the group `eval` of its checked config, and prints and writes the table, to
+    the folder `out` or else `workdir`.
     """
-    model = load(workdir, config.eval.checkpoint_step or None)._replace(config=config)
-    print(f"run      {workdir}, EMA at step {model.step:,}", flush=True)
+    model = load(workdir, config.eval.checkpoint_step or None, ema=config.eval.ema)._replace(config=config)
+    print(f"run      {workdir}, {model.weights} at step {model.step:,}", flush=True)
     data = load_dataset(config)
     check_same_images(workdir, data.digest, data.labels_digest, record=False)
     check_evaluation(config, data)
@@ -298,7 +297,7 @@ def show_results(workdir: str | Path, results: dict) -> None:
 
 
 def _results_name(step: int, options: dict) -> str:
-    options = {name: value for name, value in options.items() if name != "batch_size"}
+    options = {name: value for name, value in options.items() if name != "batch_size" and (name, value) != ("ema", "")}
     return f"step{step}_{sha256_of_json(options, digits=8)}"
 
 
@@ -308,10 +307,11 @@ def _skip_scale_options(options: ConfigDict) -> dict:
     return {name: options[name] for name in (names if options.skip_scale else names[:1])}
 
 
-def _skip_scale_name(options: ConfigDict) -> str:
-    """The scaling options that are not the defaults, as in a row's name: ", skip_scale 10"."""
-    values = _skip_scale_options(options).items()
-    return "".join(f", {name} {value}" for name, value in values if value != SAMPLER_OPTIONS[name].default)
+def _row_name(model, point):
+    """With the options that are not the defaults, as "ddim, uniform, skip_scale 10, EMA 0.999"."""
+    values = _skip_scale_options(model.config.eval).items()
+    changed = [f"{name} {value}" for name, value in values if value != SAMPLER_OPTIONS[name].default]
+    return ", ".join([point.name, *changed, *([model.weights] if model.ema else [])])
 
 
 def _sampler_note(options: ConfigDict) -> str:

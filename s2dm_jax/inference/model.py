@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import user_path, why_not_writable
 from s2dm_jax.config.build import build_schedule
+from s2dm_jax.config.ema import parse_choice
 from s2dm_jax.data.datasets import load_dataset, saturation_at_hand
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.inference import noise_statistics
@@ -37,6 +38,7 @@ class Model(NamedTuple):
       variance_head: of SN- or NPR-DPM, or None.
       ema_note: a sentence where an EMA is not just the checkpoint's, else "".
       saturation: share of the values of real images that are 0 or 255, or None where it is not recorded.
+      ema: which weights `ema_params`, or the variance head's, are, as in `config.sample.ema`; "" is the run's EMA.
     """
 
     config: ConfigDict
@@ -48,6 +50,12 @@ class Model(NamedTuple):
     variance_head: Head | None = None
     ema_note: str = ""
     saturation: float | None = None
+    ema: str = ""
+
+    @property
+    def weights(self) -> str:
+        """What is sampled from in words, as "EMA" or "EMA sigma_rel=0.1"."""
+        return parse_choice(self.ema).words
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -167,21 +175,25 @@ class Model(NamedTuple):
         return self._replace(ms_eps=statistic.ms_eps)
 
 
-def load(workdir: str | os.PathLike, step: int | None = None, *, network: Network | None = None) -> Model:
+def load(
+    workdir: str | os.PathLike, step: int | None = None, *, network: Network | None = None, ema: str = ""
+) -> Model:
     """The newest checkpoint of the run in `workdir` that verifies, or that of one step, to sample from.
 
     Args:
       workdir: folder of a run, or the file of an exported sampler, whose weights any sampler can use.
       step: of the checkpoint; None for the newest.
       network: what was trained, where that is not the network that the run's config names.
+      ema: the weights to sample from, as in `config.sample.ema`: "" for the run's EMA, "weights", "0.999",
+        "sigma_rel=0.1".
 
     Raises:
-      errors.UserError: if the folder holds no run, or no such checkpoint that is complete.
+      errors.UserError: if the folder holds no run, no such checkpoint that is complete, or no such EMA.
     """
     workdir = user_path(workdir, "workdir")
-    run = load_run(workdir, step, network=network)
+    run = load_run(workdir, step, network=network, ema=ema)
     schedule = build_schedule(run.config)
     statistic = noise_statistics.load_cached(schedule, run.ema_params, statistics_folder(workdir))
     ms_eps = statistic and statistic.ms_eps
-    notes = run.ema_note, run.saturation
+    notes = run.ema_note, run.saturation, run.ema
     return Model(run.config, run.network, schedule, run.ema_params, run.step, ms_eps, run.variance_head, *notes)

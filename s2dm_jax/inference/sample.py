@@ -49,7 +49,7 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
     parent = output_folder(workdir, out, "samples")
     models: list[Model] = []
     for folder, step in zip(workdirs, steps, strict=True):
-        model = load(folder, step)
+        model = load(folder, step, ema=options.ema)
         if not models:
             # Its images may have moved.
             model = model._replace(config=config)
@@ -58,7 +58,7 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
     settings = _settings(options, models)
     nfe, device = settings["nfe"], jax.devices()[0].device_kind
     for folder, model in zip(workdirs, models, strict=True):
-        print(f"run      {folder}, EMA at step {model.step:,}")
+        print(f"run      {folder}, {model.weights} at step {model.step:,}")
         if model.ema_note:
             print(f"note: {model.ema_note}", file=sys.stderr)
     print(f"sampler  {sampler}, {settings['steps']:,} steps, NFE {nfe:,}, seed {options.seed}, {device}", flush=True)
@@ -72,7 +72,8 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
     run = Path(workdir)
     parent.mkdir(parents=True, exist_ok=True)
     output = "grid" if kind else options.output
-    stem, suffix = f"{sampler}_nfe{nfe}_seed{options.seed}{kind}_{digest}", {"grid": ".png", "npz": ".npz", "png": ""}
+    named = f"{kind}_{models[0].ema.replace('=', '')}" if models[0].ema else kind
+    stem, suffix = f"{sampler}_nfe{nfe}_seed{options.seed}{named}_{digest}", {"grid": ".png", "npz": ".npz", "png": ""}
     path = parent / f"{stem}{suffix[output]}"
     # The same images may be there; a folder of them is emptied.
     emptied = [path] if output == "png" else []
@@ -114,6 +115,7 @@ def _settings(options: ConfigDict, models: list[Model]) -> dict:
     runs = [
         {
             "step": model.step,
+            **({"ema": model.ema} if model.ema else {}),
             "weights_sha256": sha256_of_arrays(jax.tree.leaves(model.ema_params)),
             "schedule": schedule_fields(model.config),
             "timesteps": visited.tolist(),

@@ -22,6 +22,7 @@ from s2dm_jax.common.files import read_json, user_path, write_atomic
 from s2dm_jax.common.images import image_grid, save_png
 from s2dm_jax.common.signals import deferred, signal_advice
 from s2dm_jax.config.defaults import FIELDS, default_config
+from s2dm_jax.config.ema import parse_choice
 from s2dm_jax.config.io import to_json
 from s2dm_jax.data.batches import run_keys
 from s2dm_jax.data.datasets import load_dataset
@@ -41,7 +42,7 @@ from s2dm_jax.training.setup import Setup, save_config, set_up
 from s2dm_jax.training.step import Metrics, jit_step, make_train_chunk
 from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, overflows, run_summary
 from s2dm_jax.workdir import checkpoint
-from s2dm_jax.workdir.ema import sampling_ema
+from s2dm_jax.workdir.ema import chosen_weights, save_snapshot
 from s2dm_jax.workdir.folder import open_workdir
 from s2dm_jax.workdir.metadata import run_metadata
 from s2dm_jax.workdir.results import results_table
@@ -122,6 +123,8 @@ class TrainingLoop:
         self.feed = make_feed(setup.data.train, order_key, train.batch_size, train.steps, max_fraction)
         _log(f"images   {self.feed.summary}")
         self.chunk_steps = min(train.log_every, train.steps)
+        every = train.ema_snapshot_every or train.checkpoint_every
+        self.snapshot_every = every if train.ema_sigma_rel else train.steps
         self.rows: jax.Array | None = None
         self.rows_from = -1
         self.program: Any = self._compile() if self.step < train.steps else None
@@ -167,7 +170,10 @@ class TrainingLoop:
         train, agree = self.config.train, make_agreement()
         while self.step < train.steps and (most := agree(0 if received else self._steps_in_time())):
             first = self.step - self.step % self.chunk_steps
-            self._run_piece(first, most)
+            # A snapshot's step does not depend on the chunks.
+            self._run_piece(first, min(most, self.snapshot_every - self.step % self.snapshot_every))
+            if train.ema_sigma_rel and self.step % self.snapshot_every == 0:
+                save_snapshot(self.workdir, self.config, self.state)
             # Samples and checkpoints after whole chunks, wherever the pieces end.
             last = self.step == train.steps
             if self.step < first + self.chunk_steps and not last:
@@ -218,7 +224,7 @@ class TrainingLoop:
         _log(f"evaluating with {self.config.eval.num_images:,} images …")
         try:
             with signal_advice("the training is saved, and the same command evaluates it"):
-                results = evaluate(self._model(), self.setup.data, self.workdir)
+                results = evaluate(self._model(self.config.eval.ema), self.setup.data, self.workdir)
         except FeaturesUnavailable as error:
             _log(f"trained {self.config.train.steps:,} steps; no distance to real images is measured: {error}")
         else:
@@ -263,24 +269,25 @@ class TrainingLoop:
         self.seconds_per_step = speed["seconds_per_step"]
         self.writer.scalars(last, {**means, **speed})
 
-    def _model(self) -> Model:
+    def _model(self, ema_name: str) -> Model:
         """The run so far, to sample from; the first time that its EMA is corrected, this is said."""
-        setup, state = self.setup, self.state._replace(ema_params=unshard(self.state.ema_params))
-        ema, note = sampling_ema(self.config, setup.network, state, self.workdir)
+        setup = self.setup
+        ema, note = chosen_weights(self.config, setup.network, self.state, self.workdir, parse_choice(ema_name))
         if note and not self.ema_note:
             _log(f"note: {note}")
         self.ema_note = note
         head, params = None, ema
         if setup.base_params is not None:
             head, params = Head(self.config.variance_head.kind, ema), setup.base_params
-        return Model(self.config, setup.network, setup.schedule, params, self.step, None, head, note, self.saturation)
+        notes = note, self.saturation, ema_name
+        return Model(self.config, setup.network, setup.schedule, params, self.step, None, head, *notes)
 
     def _save_samples(self) -> None:
         """Leaves a grid of samples in samples/ and TensorBoard."""
         # In the batches of the evaluation, which then finds the sampler compiled.
         sample = copy.deepcopy(self.config.sample)
         sample.batch_size = device_batch_size(sample.batch_size)
-        batches = self._model().batches(sample, progress=False, report=self._report)
+        batches = self._model(self.config.sample.ema).batches(sample, progress=False, report=self._report)
         grid = image_grid(np.concatenate(list(batches)))
         if is_main_process():
             save_png(self.workdir / "samples" / f"step_{self.step:07d}.png", grid)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import write_atomic
 from s2dm_jax.config.build import build_network
+from s2dm_jax.config.ema import extra_names
 from s2dm_jax.config.io import to_json
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
@@ -27,8 +28,8 @@ from s2dm_jax.workdir.folder import check_same_images
 from s2dm_jax.workdir.load import load_base_params
 from s2dm_jax.workdir.state import TrainState, build_optimizer, init_state, initial_loss_scale, new_state
 
-# Of each parameter: weight, EMA and Adam's two moments in float32.
-_STATE_BYTES = 16
+# Of each parameter, in float32: weight, EMA and Adam's two moments; each further EMA.
+_STATE_BYTES, _EMA_BYTES = 16, 4
 
 
 class Setup(NamedTuple):
@@ -70,13 +71,14 @@ def set_up(config: ConfigDict, workdir: Path, network: Network | None) -> Setup:
     if is_main_process():
         save_config(config, workdir, data)
         (workdir / "samples").mkdir(exist_ok=True)
-    batch_size, loss_scale = config.train.batch_size, initial_loss_scale(config)
+    batch_size = config.train.batch_size
+    extras = initial_loss_scale(config), extra_names(config.train)
     if config.variance_head.kind:
         base_params = replicate(load_base_params(workdir, config, network=network))
-        state = new_state(variance_head.init_params(network, config.train.seed), optimizer, loss_scale)
+        state = new_state(variance_head.init_params(network, config.train.seed), optimizer, *extras)
         flops = forward_flops(network) * batch_size
     else:
-        base_params, state = None, init_state(network, optimizer, config.train.seed, loss_scale)
+        base_params, state = None, init_state(network, optimizer, config.train.seed, *extras)
         flops = step_flops(network, batch_size, step.objective.num_timesteps_per_image)
     return Setup(config, workdir, data, network, step.schedule, optimizer, base_params, state, flops)
 
@@ -85,7 +87,8 @@ def _check_memory(config: ConfigDict, network: Network) -> None:
     """Raises a `UserError` for a network whose weights, EMA and Adam's moments alone do not fit; activations come on
     top.
     """
-    state, limit = _STATE_BYTES * num_params(network), memory_limit()
+    per_param = _STATE_BYTES + _EMA_BYTES * len(extra_names(config.train))
+    state, limit = per_param * num_params(network), memory_limit()
     if config.train.shard_state:
         state //= jax.device_count()
     if state > limit:

@@ -20,6 +20,7 @@ from s2dm_jax.diffusion.objectives import NoiseSample, Objective
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.models import variance_head
 from s2dm_jax.models.network import Network
+from s2dm_jax.training.averages import Averages, averages_of, update_averages
 from s2dm_jax.training.loss_scale import Factor, next_loss_scale, scale_loss, unscale_gradient
 from s2dm_jax.workdir.state import TrainState, learning_rate, num_updates
 
@@ -39,11 +40,11 @@ class StepConfig:
       schedule: the forward process.
       objective: what is minimised.
       optimizer: clipping and Adam or AdamW (`state.build_optimizer`).
-      ema_decay: of the EMA of the weights.
-      ema_start: the EMA starts at the "initial" weights (DDIM code), or at those after the "first_step" (SA-DPM code).
+      ema_decay, ema_start: `Averages.decay` and `.start`, where there are no `averages`.
       grad_accum_steps: number of equal parts of a batch that go through the network one after another.
       shard_state: whether weights, EMA and moments are split over the devices.
       variance_head: kind of the variance head that is trained, "" for the network itself.
+      averages: the EMAs of the weights; None for one, by `ema_decay`.
       loss_scale: factor on the loss where the state has no dynamic one.
       loss_scale_growth_interval: number of steps without an overflow after which a dynamic one doubles.
     """
@@ -57,6 +58,7 @@ class StepConfig:
     grad_accum_steps: int = 1
     shard_state: bool = False
     variance_head: str = ""
+    averages: Averages | None = None
     loss_scale: float = 1.0
     loss_scale_growth_interval: int = 2000
 
@@ -66,8 +68,10 @@ def step_config(config: ConfigDict, network: Network, optimizer: optax.GradientT
     kind = config.variance_head.kind
     # A variance head's timesteps and noise are sampled as plain training's.
     objective = objectives.paper() if kind else build_objective(config)
-    fields = ("ema_decay", "ema_start", "grad_accum_steps", "shard_state", "loss_scale_growth_interval")
+    averages = averages_of(config.train)
+    fields = ("grad_accum_steps", "shard_state", "loss_scale_growth_interval")
     options = {name: config.train[name] for name in fields} | {"loss_scale": fixed_loss_scale(config) or 1.0}
+    options |= {"ema_decay": averages.decay, "ema_start": averages.start, "averages": averages}
     return StepConfig(network, build_schedule(config), objective, optimizer, variance_head=kind, **options)
 
 
@@ -173,15 +177,14 @@ def _where(condition: jax.Array, yes: State, no: State) -> State:
 
 
 def apply_gradient(config: StepConfig, state: TrainState, grads: dict) -> TrainState:
-    """The state after a step with this gradient: clipping, Adam, ema ← decay·ema + (1−decay)·params."""
+    """The state after a step with this gradient: clipping, Adam, EMAs."""
     updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    rate: float | jax.Array = 1 - config.ema_decay
-    if config.ema_start == "first_step":
-        # Of those that were not skipped.
-        rate = jnp.where(num_updates(state.opt_state) == 0, 1.0, rate)
-    ema_params = optax.incremental_update(params, state.ema_params, rate)
-    return state._replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
+    averages = config.averages or Averages(config.ema_decay, config.ema_start)
+    emas = state.ema_params, state.ema_extra
+    ema_params, ema_extra = update_averages(averages, *emas, params, num_updates(state.opt_state))
+    new = {"params": params, "ema_params": ema_params, "opt_state": opt_state, "ema_extra": ema_extra}
+    return state._replace(step=state.step + 1, **new)
 
 
 def update_variance_head(

@@ -21,6 +21,7 @@ from s2dm_jax.common.progress import ProgressDisplay
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import build_objective, schedule_ends
 from s2dm_jax.config.defaults import FIELDS, decay_steps, fixed_loss_scale
+from s2dm_jax.config.ema import ema_summary
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import peak_memory
@@ -42,7 +43,7 @@ def run_summary(config: ConfigDict, network: Network, data: Dataset, step: int) 
         *data.split.splitlines(),
         f"network  {type(network).__name__}, {num_params(network):,} parameters, activations in {network.dtype}",
         f"loss     {loss}, {diffusion.schedule} schedule, T = {diffusion.T:,}{schedule_ends(diffusion)}",
-        f"train    {start}, {batch}, {_optimizer_summary(config)}, EMA {train.ema_decay:g}, seed {train.seed}",
+        f"train    {start}, {batch}, {_optimizer_summary(config)}, {ema_summary(train)}, seed {train.seed}",
     )
     return "\n".join(lines)
 

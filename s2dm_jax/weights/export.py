@@ -99,7 +99,7 @@ def export(config: ConfigDict, workdir: str, out: str = "", *, network: Network 
         file.
       network: what was trained, where that is not the network that the config names.
     """
-    run = load_run(workdir, network=network)
+    run = load_run(workdir, network=network, ema=config.sample.ema)
     schedule = build_schedule(config)
     # One file for all platforms: in float32, unless the run says otherwise.
     if config.model.dtype == "auto":

@@ -10,6 +10,7 @@ from s2dm_jax.common.files import read_json
 from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import schedule_ends, schedule_fields
+from s2dm_jax.config.ema import parse_choice
 from s2dm_jax.models.network import num_params
 from s2dm_jax.workdir import exported
 from s2dm_jax.workdir.load import Run
@@ -94,7 +95,7 @@ def make_card(run: Run, *, license: str = "", source: dict | None = None, metric
         },
         "predicts": _PREDICTS[config.model.prediction],
         "weights": {
-            "kind": "EMA" if trained else NOT_STATED,
+            "kind": parse_choice(run.ema).words if trained else NOT_STATED,
             "sha256": _sha256_of(run),
             "note": run.ema_note or None,
         },

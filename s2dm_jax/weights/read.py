@@ -17,6 +17,7 @@ from s2dm_jax.common.file_kinds import kind_of_file
 from s2dm_jax.common.files import user_path
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
 from s2dm_jax.config.build import build_network, schedule_spec
+from s2dm_jax.config.ema import parse_choice
 from s2dm_jax.diffusion.betas import ScheduleSpec, same_betas
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import diffusers_names, model_card, nesting, torch_names
@@ -58,13 +59,16 @@ class Weights(NamedTuple):
     sha256: str
 
 
-def read_weights(path: str, *, resolution: int | None = None, digest: str = "", key: str = "") -> Weights:
+def read_weights(
+    path: str, *, resolution: int | None = None, digest: str = "", key: str = "", ema: str = ""
+) -> Weights:
     """The weights in a run's folder, a diffusers folder, an exported sampler, a `.safetensors` or a `.pth`.
 
     Args:
       resolution: of the images in pixels, where shapes leave it open (`torch_names.infer_network`).
       digest: SHA-256 or MD5 that the file, or the file with the weights in a folder, must have.
       key: where the state_dict is in a file with several, as "model.ema"; "" to look for it.
+      ema: which weights of a run, as in `config.sample.ema`; "" for its EMA.
 
     Raises:
       UserError: for a file that is missing, damaged, hostile, or of another network, naming the tensor and both shapes.
@@ -75,7 +79,9 @@ def read_weights(path: str, *, resolution: int | None = None, digest: str = "", 
         raise UserError(f"{path} does not exist; give a checkpoint's file, or a folder")
     try:
         if checkpoint_folder(place).is_dir():
-            return _read_run(path, "a run's folder")
+            return _read_run(path, "a run's folder", ema)
+        if ema:
+            raise ValueError(f"ema={ema!r} is for a run's folder")
         if place.is_dir():
             return _read_diffusers(place, digest)
         if place.suffix == ".npz":
@@ -102,8 +108,8 @@ def _how_checked(has_checksums: bool, digest: str) -> str:
     return "it has the digest given" if digest else "it has no checksums: compare its SHA-256 with its publisher's"
 
 
-def _read_run(path: str, kind: str) -> Weights:
-    run = load_run(path)
+def _read_run(path: str, kind: str, ema: str = "") -> Weights:
+    run = load_run(path, ema=ema)
     if run.variance_head is not None:
         raise UserError(
             f"{path} is the run of a variance head, which other formats have no place for; give its base, "
@@ -111,7 +117,7 @@ def _read_run(path: str, kind: str) -> Weights:
         )
     schedule = schedule_spec(run.config)
     card = model_card.card_of_run(run, path)
-    kind += f"; {run.ema_note}" * bool(run.ema_note)
+    kind += f", {parse_choice(ema).words}" * bool(ema) + f"; {run.ema_note}" * bool(run.ema_note)
     return Weights(torch_names.as_unet(run.network), run.ema_params, run.params, card, schedule, run.step, kind, "")
 
 

@@ -18,6 +18,7 @@ from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
 from s2dm_jax.config.build import schedule_fields, schedule_spec
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.ema import extra_names
 from s2dm_jax.config.io import from_json, to_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.data.sources import UNKNOWN
@@ -73,7 +74,7 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
             config.model.dropout = network.dropout or (0.0 if network.resolution >= 256 else 0.1)
         if weights.schedule:
             config.diffusion.update(weights.schedule._asdict())
-    # The EMA that comes with the weights is where it starts.
+    # The EMA that comes with the weights is where all start.
     config.train.ema_start = "initial"
     config.eval.nfe = tuple(nfe for nfe in config.eval.nfe if nfe <= config.diffusion.T) or (1,)
     check_config(config, trained=weights.schedule is not None)
@@ -126,6 +127,8 @@ def write_weights(
     run = run._replace(ema_note=old["weights"].get("note") or "")
     license = license or old["license"]
     card = model_card.make_card(run, license=license, source=old["source"], metrics=old["metrics"])
+    # Those chosen by --ema.
+    card["weights"]["kind"] = old["weights"].get("kind", card["weights"]["kind"])
     path = user_path(out, "out")
     if kind in ("workdir", "diffusers"):
         write_folder = _write_workdir if kind == "workdir" else _write_diffusers
@@ -150,8 +153,9 @@ def write_weights(
 
 def _write_workdir(folder: Path, run: Run, card: dict) -> None:
     optimizer = build_optimizer(run.config)
+    extra = dict.fromkeys(extra_names(run.config.train), run.ema_params)
     state = new_state(run.params, optimizer, initial_loss_scale(run.config))
-    state = state._replace(step=np.asarray(run.step, np.int32), ema_params=run.ema_params)
+    state = state._replace(step=np.asarray(run.step, np.int32), ema_params=run.ema_params, ema_extra=extra)
     (folder / "config.json").write_text(to_json(run.config), encoding="utf-8")
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     manager = checkpoint.open_checkpoints(folder, run.config.train.max_to_keep)

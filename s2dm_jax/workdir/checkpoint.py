@@ -3,13 +3,13 @@
 Orbax silently restores corrupted bytes: a digest of every leaf is saved with each state and checked on restore.
 """
 
+import collections
 import contextlib
 import errno
 import functools
 import json
 import os
 import sys
-from collections import namedtuple
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,26 +85,29 @@ def save(
     """
     if step in manager.all_steps():
         return
+    state = _without_unused(state)
     metadata = {**(metadata or {}), "digests": digests(state)}
-    items = ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), about=ocp.args.JsonSave(metadata))
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(metadata))
     with _as_user_error(manager):
         manager.save(step, args=items, metrics=metrics)
 
 
-def _stored(state: Any) -> Any:
-    """A state as it is stored: without its fields that are None, which Orbax would store as such.
+def _without_unused(state: Any) -> Any:
+    """A NamedTuple without the optional fields that hold no array; anything else as it is.
 
-    A checkpoint without an option is then the same as of a version from before that option.
+    What a state does not use is not stored, so that checkpoints of before a field existed are read as newer ones.
     """
-    if not hasattr(state, "_asdict"):
+    optional = getattr(state, "_field_defaults", {})
+    unused = {name for name in optional if not jax.tree.leaves(getattr(state, name))}
+    if not unused:
         return state
-    fields = {name: value for name, value in state._asdict().items() if value is not None}
-    return namedtuple(type(state).__name__, fields)(**fields)
+    used = {name: value for name, value in state._asdict().items() if name not in unused}
+    return collections.namedtuple(type(state).__name__, used)(**used)
 
 
-def _with_fields(like: Any, stored: Any) -> Any:
-    """The state that `_stored` made `stored` of, where its other fields are those of `like`."""
-    return like._replace(**stored._asdict()) if hasattr(like, "_asdict") else stored
+def _with_unused(state: Any, like: Any) -> Any:
+    """What `_without_unused` has made of `like`, with the fields that it left out."""
+    return state if type(state) is type(like) else like._replace(**state._asdict())
 
 
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict:
@@ -179,6 +182,7 @@ def restore_latest(
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, shardings
     )
+    abstract = _without_unused(abstract)
     damaged = {}
     for candidate in steps:
         state, reason = _restore_verified(manager, candidate, abstract)
@@ -189,7 +193,7 @@ def restore_latest(
             _report(f"the checkpoint of step {bad:,} is damaged ({why}); step {candidate:,} is used instead")
         if quarantine and damaged:
             _quarantine(manager, list(damaged))
-        return state
+        return _with_unused(state, like)
     others = f", nor can the {len(steps) - 1} before it" if len(steps) > 1 else ""
     raise UserError(
         f"the checkpoint {Path(manager.directory) / str(steps[0])} cannot be read, it is damaged or of "
@@ -213,13 +217,12 @@ def _restore_verified(manager: ocp.CheckpointManager, step: int, abstract: State
     # A checkpoint that one process cannot read no process may use: the others would wait for it forever.
     if any_process(bool(reason)):
         return None, reason or "another process cannot read it"
-    item = ocp.args.StandardRestore(_stored(abstract))
+    item = ocp.args.StandardRestore(abstract)
     try:
         if old:
-            restored = manager.restore(step, args=item)
+            state = manager.restore(step, args=item)
         else:
-            restored = manager.restore(step, args=ocp.args.Composite(state=item))["state"]
-        state = _with_fields(abstract, restored)
+            state = manager.restore(step, args=ocp.args.Composite(state=item))["state"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         # Orbax's ValueError is for a structure that is not `like`'s; the others come from metadata that lack a part.
         reason = _reason(error)

@@ -5,13 +5,17 @@ what is sampled from it is noise. The initial weights are a function of the seed
 checkpoint holds the EMA as the steps made it.
 """
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from s2dm_jax.config.ema import EmaChoice, has_rampup, main_decay, sigma_rel_name
 from s2dm_jax.workdir.paths import CARD
+from s2dm_jax.workdir.power_ema import Average, read_snapshots, synthesize, write_snapshot
 
 if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
@@ -29,7 +33,7 @@ class Averaging(NamedTuple):
     """How an EMA was made.
 
     Attributes:
-      decay, start: `train.ema_decay` and `train.ema_start`.
+      decay, start: the decay per step, `train.ema_start`.
       updates: n, the number of optimizer steps, without those that were skipped.
     """
 
@@ -81,17 +85,83 @@ def corrected_ema(ema: dict, initial: dict, averaging: Averaging) -> dict:
     return jax.tree.map(correct, ema, initial)
 
 
-def sampling_ema(config: ConfigDict, network: "Network", state: "TrainState", workdir: str | Path) -> tuple[dict, str]:
+def chosen_weights(
+    config: ConfigDict, network: "Network", state: "TrainState", workdir: str | Path, choice: EmaChoice
+) -> tuple[dict, str]:
+    """The weights that a field `ema` names, and a sentence where they are not just what their name says.
+
+    The arguments are as for `sampling_ema`, but no array needs to be replicated.
+
+    Raises:
+      UserError: for a snapshot that is damaged.
+    """
+    from s2dm_jax.devices.sharding import unshard
+
+    if choice.kind == "weights":
+        return unshard(state.params), ""
+    if choice.kind == "sigma_rel":
+        own = _power_averages(config, state)
+        return synthesized_weights(workdir, choice.value, own[0].step, own)
+    # The run's EMA is named by its decay too, where that is constant.
+    decay = choice.value if choice.name in state.ema_extra else None
+    ema = unshard(state.ema_params if decay is None else state.ema_extra[choice.name])
+    return sampling_ema(config, network, state._replace(ema_params=ema), workdir, decay)
+
+
+def save_snapshot(workdir: str | Path, config: ConfigDict, state: "TrainState") -> None:
+    """Writes the state's power-function EMAs to a file in the run's folder; every process calls this."""
+    from s2dm_jax.devices.distributed import barrier, is_main_process
+
+    averages = _power_averages(config, state)
+    if is_main_process():
+        ema = {one.sigma_rel: one.read() for one in averages}
+        write_snapshot(workdir, averages[0].step, averages[0].updates, ema, config.train.ema_snapshot_dtype)
+    barrier("snapshot is written")
+
+
+def _power_averages(config: ConfigDict, state: "TrainState") -> list[Average]:
+    from s2dm_jax.devices.sharding import unshard
+    from s2dm_jax.workdir.state import num_updates
+
+    step, updates = int(state.step), int(num_updates(state.opt_state))
+    found = {value: unshard(state.ema_extra[sigma_rel_name(value)]) for value in config.train.ema_sigma_rel}
+    return [Average(step, updates, value, functools.partial(_flat, ema)) for value, ema in found.items()]
+
+
+def synthesized_weights(
+    workdir: str | Path, sigma_rel: float, step: int, own: Sequence[Average] = ()
+) -> tuple[dict, str]:
+    """The power-function EMA from the snapshots up to `step` and the checkpoint's `own`, and a sentence or ""."""
+    from flax import traverse_util
+
+    from s2dm_jax.devices.sharding import replicate
+
+    # A snapshot is there for longer than the checkpoint, and with float16 differs from it.
+    made = synthesize([*read_snapshots(workdir, step), *own], sigma_rel, step)
+    return replicate(traverse_util.unflatten_dict(made.weights, sep=".")), made.note
+
+
+def _flat(params: dict) -> dict[str, np.ndarray]:
+    from flax import traverse_util
+
+    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep=".").items()}
+
+
+def sampling_ema(
+    config: ConfigDict, network: "Network", state: "TrainState", workdir: str | Path, decay: float | None = None
+) -> tuple[dict, str]:
     """The weights to sample from, and a sentence where they are not just the EMA of the state.
 
     They are the EMA where at most NEGLIGIBLE of it are initial weights, else `corrected_ema`. The EMA of a run that
-    started from converted weights (a folder with a model card) started from those: nothing is subtracted.
+    started from converted weights (a folder with a model card) started from those: nothing is subtracted. Neither is it
+    with a ramp-up, whose first update replaces the initial weights.
 
     Args:
       config: the run's.
       network: what is trained, or what the variance head in `state` belongs to.
       state: with its EMA replicated.
       workdir: folder of the run.
+      decay: that of the EMA where it is one of `train.ema_decays`; None for the run's own.
     """
     import jax
 
@@ -100,12 +170,17 @@ def sampling_ema(config: ConfigDict, network: "Network", state: "TrainState", wo
     from s2dm_jax.workdir.state import num_updates
 
     train = config.train
-    averaging = Averaging(train.ema_decay, train.ema_start, int(num_updates(state.opt_state)))
+    if decay is None and has_rampup(train):
+        return state.ema_params, ""
+    field = "ema_halflife_images" if train.ema_halflife_images else "ema_decay"
+    stated = f"decay={decay:g}" if decay is not None else f"train.{field}={train[field]:g}"
+    decay = main_decay(train) if decay is None else decay
+    averaging = Averaging(decay, train.ema_start, int(num_updates(state.opt_state)))
     share = averaging.initial_share
     if not averaging.updates or share <= NEGLIGIBLE or (Path(workdir) / CARD).exists():
         return state.ema_params, ""
-    held = f"the EMA still holds {100 * share:.3g} % of the initial weights (train.ema_decay={train.ema_decay:g})"
-    if train.ema_decay == 1:
+    held = f"the EMA still holds {100 * share:.3g} % of the initial weights ({stated})"
+    if decay == 1:
         return state.ema_params, f"{held} and never changes; images are sampled from those weights"
     if train.ema_start == "first_step" and share > _UNKNOWN_FIRST_STEP:
         reason = "after its first step, which is not stored; it is used uncorrected while that is above 50 %"

@@ -30,6 +30,7 @@ _FOLDERS = (
     "wandb",
     "checkpoints",
     "damaged_checkpoints",
+    "ema_snapshots",
     "evaluations",
     "evaluations/points",
 )

@@ -16,14 +16,17 @@ from s2dm_jax.common.hashing import sha256_of_arrays
 from s2dm_jax.common.jax_environment import check_jax_environment
 from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import dataset_name
+from s2dm_jax.config.ema import EmaChoice, check_choice, extra_names, parse_choice
 from s2dm_jax.config.io import from_json
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.workdir import exported
 from s2dm_jax.workdir.folder import check_readable_name, checkpoint_steps, unreadable_config
+from s2dm_jax.workdir.power_ema import snapshot_steps
 
 if TYPE_CHECKING:
     from s2dm_jax.models.network import Network
     from s2dm_jax.models.variance_head import Head
+    from s2dm_jax.workdir.state import TrainState
 
 
 class Run(NamedTuple):
@@ -39,6 +42,7 @@ class Run(NamedTuple):
       variance_head: the variance head with the EMA of its weights, or None.
       ema_note: a sentence where the EMA that was trained is not just the checkpoint's, else "".
       saturation: share of the values of its training images that are 0 or 255, or None where it is not recorded.
+      ema: what was chosen to sample from, as in `config.sample.ema`; "" is the run's EMA.
     """
 
     config: ConfigDict
@@ -49,6 +53,7 @@ class Run(NamedTuple):
     variance_head: "Head | None" = None
     ema_note: str = ""
     saturation: float | None = None
+    ema: str = ""
 
 
 def checked_config(text: str, place: str | Path) -> ConfigDict:
@@ -109,14 +114,24 @@ def check_compared_runs(config: ConfigDict) -> list[str]:
 
 
 def load_run(
-    workdir: str | os.PathLike, step: int | None = None, *, network: "Network | None" = None, correct_ema: bool = True
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    *,
+    network: "Network | None" = None,
+    correct_ema: bool = True,
+    ema: str = "",
 ) -> Run:
     """The newest checkpoint of a run that verifies, or that of `step`; or an exported sampler.
 
-    `network` is what was trained, where that is not the network of the run's config; `correct_ema=False` leaves the EMA
-    as it is in the checkpoint.
+    Args:
+      workdir: folder of the run, or file of the sampler.
+      step: of the checkpoint; a power-function EMA needs only a snapshot of it.
+      network: what was trained, where that is not the network of the run's config.
+      correct_ema: False leaves the EMA as it is in the checkpoint.
+      ema: the weights to sample from, as in `config.sample.ema`.
     """
     config = read_config(workdir)
+    choice = ema_of_run(workdir, config, ema, step)
     check_jax_environment()
 
     from s2dm_jax.devices.hardware import check_devices
@@ -130,29 +145,68 @@ def load_run(
             raise UserError(f"{workdir} holds the weights of step {header['step']}, not of step {step}")
         return Run(config, network, params, header["step"], params, saturation=header.get("saturation"))
 
+    from s2dm_jax.models import variance_head
+    from s2dm_jax.workdir import checkpoint
+    from s2dm_jax.workdir.ema import chosen_weights, synthesized_weights
+
+    if choice.kind == "sigma_rel" and step is not None and step not in checkpoint_steps(workdir):
+        averaged, note = synthesized_weights(workdir, choice.value, step)
+        params = averaged
+    else:
+        state = _restore(workdir, config, network, step)
+        averaged, note = state.ema_params, ""
+        if correct_ema:
+            averaged, note = chosen_weights(config, network, state, workdir, choice)
+        step, params = int(state.step), state.params
+    saturation = checkpoint.read_metadata(workdir, step).get("saturation")
+    run = Run(config, network, averaged, step, params, None, note, saturation, choice.name)
+    if not config.variance_head.kind:
+        return run
+    base_params = load_base_params(workdir, config, network=network, record=False)
+    head = variance_head.Head(config.variance_head.kind, averaged)
+    return run._replace(ema_params=base_params, variance_head=head)
+
+
+def _restore(workdir: Path, config: ConfigDict, network: "Network", step: int | None) -> "TrainState":
     import jax
 
     from s2dm_jax.models import variance_head
     from s2dm_jax.workdir import checkpoint
-    from s2dm_jax.workdir.ema import sampling_ema
     from s2dm_jax.workdir.state import TrainState, build_optimizer, initial_loss_scale
 
-    kind = config.variance_head.kind
-    params = variance_head.param_shapes(network) if kind else network.param_shapes()
-    optimizer = build_optimizer(config)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    like = TrainState(np.zeros((), np.int32), params, params, opt_state, initial_loss_scale(config))
+    params = variance_head.param_shapes(network) if config.variance_head.kind else network.param_shapes()
+    opt_state = jax.eval_shape(build_optimizer(config).init, params)
+    extra = dict.fromkeys(extra_names(config.train), params)
+    like = TrainState(np.zeros((), np.int32), params, params, opt_state, initial_loss_scale(config), extra)
     with contextlib.closing(checkpoint.open_checkpoints(workdir, config.train.max_to_keep)) as manager:
         state = checkpoint.restore_latest(manager, like, step=step)
     if state is None:
         raise _no_checkpoint(workdir)
-    ema, note = sampling_ema(config, network, state, workdir) if correct_ema else (state.ema_params, "")
-    step, saturation = int(state.step), checkpoint.read_metadata(workdir, int(state.step)).get("saturation")
-    if not kind:
-        return Run(config, network, ema, step, state.params, None, note, saturation)
-    base_params = load_base_params(workdir, config, network=network, record=False)
-    head = variance_head.Head(kind, ema)
-    return Run(config, network, base_params, step, state.params, head, note, saturation)
+    return state
+
+
+def ema_of_run(
+    workdir: str | os.PathLike, config: ConfigDict, ema: str, step: int | None, group: str = ""
+) -> EmaChoice:
+    """The weights that `ema`, the field of a `group`, names; raises a `UserError` if the run has none such."""
+    path = user_path(workdir, "workdir")
+    try:
+        choice = parse_choice(ema)
+        if path.is_file() and choice.kind != "main":
+            raise ValueError(
+                f"ema={ema!r} is for a run: {workdir} is an exported sampler, which has one set of weights"
+            )
+        check_choice(choice, config.train)
+    except ValueError as error:
+        raise UserError(f"config.{group}.{error}" if group else f"{error}") from error
+    if choice.kind == "sigma_rel" and step:
+        steps = sorted({*checkpoint_steps(path), *snapshot_steps(path)})
+        if step not in steps:
+            raise UserError(
+                f"{workdir} holds no checkpoint and no snapshot of its power-function EMAs of step {step}; there are: "
+                f"{', '.join(map(str, steps))}"
+            )
+    return choice
 
 
 def _no_checkpoint(workdir: str | os.PathLike) -> UserError:

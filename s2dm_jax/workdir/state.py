@@ -1,5 +1,6 @@
 """The training state: weights, EMA, optimizer state, step, loss scale."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ class TrainState(NamedTuple):
       params, ema_params: nested dicts of float32 arrays, the weights and their EMA.
       opt_state: of the optimizer.
       loss_scale: None unless it is dynamic.
+      ema_extra: further EMAs by name (`config.ema.extra_names`), as `ema_params`.
     """
 
     step: jax.Array | np.ndarray
@@ -41,6 +43,7 @@ class TrainState(NamedTuple):
     ema_params: dict
     opt_state: optax.OptState
     loss_scale: LossScale | None = None
+    ema_extra: dict = {}  # noqa: RUF012
 
 
 def make_optimizer(
@@ -104,16 +107,26 @@ def initial_loss_scale(config: ConfigDict) -> LossScale | None:
 
 
 def init_state(
-    network: Network, optimizer: optax.GradientTransformation, seed: int, loss_scale: LossScale | None = None
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    loss_scale: LossScale | None = None,
+    ema_extra: Sequence[str] = (),
 ) -> TrainState:
-    """The state before the first step; the EMA starts at the initial weights."""
-    return new_state(network.init(seed), optimizer, loss_scale)
+    """The state before the first step; the EMAs, those of the names `ema_extra` too, start at the initial weights."""
+    return new_state(network.init(seed), optimizer, loss_scale, ema_extra)
 
 
-def new_state(params: dict, optimizer: optax.GradientTransformation, loss_scale: LossScale | None = None) -> TrainState:
+def new_state(
+    params: dict,
+    optimizer: optax.GradientTransformation,
+    loss_scale: LossScale | None = None,
+    ema_extra: Sequence[str] = (),
+) -> TrainState:
     """The state before the first step, from initial weights."""
     # Adam starts from zeros; made by numpy, because compiling the optimizer's own init takes a second.
     opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params))
-    # Steps donate their buffers, so the EMA must not share them with the weights.
-    ema = jax.tree.map(np.copy, params)
-    return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state, loss_scale))
+    # Steps donate their buffers, so the EMAs must not share them with the weights.
+    ema, *extra = (jax.tree.map(np.copy, params) for _ in ("", *ema_extra))
+    extras = dict(zip(ema_extra, extra, strict=True))
+    return jax.device_put(TrainState(np.zeros((), np.int32), params, ema, opt_state, loss_scale, extras))

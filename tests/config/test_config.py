@@ -403,6 +403,8 @@ RESUMABLE = {
     "train.profile_steps",
     "train.wandb",
     "train.wandb_project",
+    "train.ema_snapshot_every",
+    "train.ema_snapshot_dtype",
 }
 
 # Names and paths of the user's own, and lists that are checked entry by entry.
@@ -413,6 +415,8 @@ FREE_TEXT = {
     "train.keep_best",
     "train.wandb_project",
     "sample.compare",
+    "sample.ema",
+    "eval.ema",
     "eval.samplers",
     "eval.feature_extractor",
     "eval.metrics",

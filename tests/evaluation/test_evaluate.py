@@ -240,7 +240,7 @@ def test_the_scaling_of_the_output_acts_and_makes_a_row_of_its_own(config, data,
 
 def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_path, monkeypatch, capsys):
     model = Model(config, NETWORK, linear_schedule(20, beta_end=0.5), NETWORK.init(0), 7)
-    monkeypatch.setattr(evaluation, "load", lambda _, step: model)
+    monkeypatch.setattr(evaluation, "load", lambda _, step, ema: model)
     monkeypatch.setattr(evaluation, "load_dataset", lambda _: data)
     config.eval.update({"nfe": (2,), "num_images": 24})
     texts = []
@@ -258,6 +258,13 @@ def test_two_runs_and_other_batch_sizes_give_the_same_bytes(config, data, tmp_pa
     page = (tmp_path / "a" / "results.md").read_text()
     assert "| ddim" in page
     assert "- weights: EMA at step 7, sha256 " in page
+    # Other weights have rows and files of their own.
+    model = model._replace(ema="sigma_rel=0.1")
+    evaluation.evaluate_run(config, tmp_path / "a")
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["rows"][1]["name"] == f"{rows[0][1]['name']}, EMA sigma_rel=0.1"
+    assert results["provenance"]["weights"].startswith("EMA sigma_rel=0.1 at step 7, sha256 ")
+    assert (results["eval"]["ema"], len(list((tmp_path / "a" / "evaluations").glob("*.json")))) == ("sigma_rel=0.1", 2)
     assert "mine.py:means; not FID" in capsys.readouterr().out
 
 

@@ -90,7 +90,7 @@ def toy(monkeypatch, quick_noise):
     monkeypatch.setattr(
         sample_mode,
         "load",
-        lambda path, step=None: model._replace(ema_params=np.float32(0.5 + len(path) / 1000)),
+        lambda path, step=None, ema="": model._replace(ema_params=np.float32(0.5 + len(path) / 1000), ema=ema),
     )
     return model, traced
 
@@ -229,6 +229,10 @@ def test_files_tell_what_is_in_them(toy, workdir, capsys):
     assert path.suffix == ".png"
     assert "s_pndm, 2 steps, NFE 3, seed 0" in capsys.readouterr().out
     before = path.read_bytes()
+    chosen = sample(small_config(sampler="s_pndm", ema="sigma_rel=0.1", output="npz"), str(workdir))
+    assert chosen.name.startswith("s_pndm_nfe3_seed0_sigma_rel0.1_")
+    assert json.loads(str(np.load(chosen)["provenance"]))["runs"][0]["ema"] == "sigma_rel=0.1"
+    assert "EMA sigma_rel=0.1 at step 7" in capsys.readouterr().out
     assert sample(small_config(sampler="s_pndm"), str(workdir)) == path
     assert path.read_bytes() == before
     others = [

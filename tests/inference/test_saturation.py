@@ -91,7 +91,7 @@ def test_values_that_are_not_finite_are_reported_by_every_way_to_sample():
 @pytest.mark.parametrize("output", ["grid", "npz", "png"])
 def test_sampling_writes_what_is_saturated_with_a_warning_and_nothing_of_nan(output, tmp_path, monkeypatch, capsys):
     models = {"saturated": SATURATED, "nan": NAN}
-    monkeypatch.setattr(sample_mode, "load", lambda path, step=None: models[path])
+    monkeypatch.setattr(sample_mode, "load", lambda path, step=None, ema="": models[path])
     config = SATURATED.config
     config.sample.output = output
     sample_mode.sample(config, "saturated", str(tmp_path / "out"))

@@ -32,6 +32,7 @@ COMMANDS = (
     "sweep",
     "dev/run_docs",
     "dev/xla_cpu_devices",
+    "sweep_ema",
 )
 
 

@@ -17,6 +17,7 @@ import pytest
 from helpers import ToyNetwork, full_disk, small_config
 
 from s2dm_jax.common.errors import UserError, WriteError
+from s2dm_jax.config.ema import extra_names, parse_choice
 from s2dm_jax.data import device_feed
 from s2dm_jax.data.batches import batch_at
 from s2dm_jax.data.datasets import load_digits
@@ -25,7 +26,7 @@ from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.training import loop, telemetry
 from s2dm_jax.training.step import StepConfig, loss_by_timestep, update
 from s2dm_jax.workdir import checkpoint
-from s2dm_jax.workdir.ema import sampling_ema
+from s2dm_jax.workdir.ema import chosen_weights
 from s2dm_jax.workdir.state import build_optimizer, init_state, make_optimizer
 
 NETWORK = ToyNetwork()
@@ -64,7 +65,7 @@ def run_config(**changes):
 
 def newest_state(workdir, config):
     optimizer = build_optimizer(config)
-    like = init_state(NETWORK, optimizer, 0)
+    like = init_state(NETWORK, optimizer, 0, ema_extra=extra_names(config.train))
     return checkpoint.restore_latest(checkpoint.open_checkpoints(workdir), like)
 
 
@@ -89,12 +90,14 @@ def test_two_hundred_steps_twice_are_four_hundred_at_any_chunk_size(straight, tm
         jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, run_config()), expected)
 
 
-def test_resume_within_warm_up_is_exact(tmp_path, monkeypatch):
+def test_resume_within_warm_up_is_exact_with_every_kind_of_ema(tmp_path, monkeypatch):
     for name in ("evaluate", "_save_samples"):
         monkeypatch.setattr(loop.TrainingLoop, name, lambda self: None)
     options = {"train__warmup_steps": 25, "train__lr_schedule": "cosine", "train__weight_decay": 0.1}
     options |= {"train__steps": 40, "train__decay_steps": 36, "train__checkpoint_every": 20}
     options |= {"loss__skip": 0, "loss__K": 1, "loss__lam": 0.0}
+    options |= {"train__ema_halflife_images": 1e3, "train__ema_decays": (0.9,), "train__ema_sigma_rel": (0.05, 0.2)}
+    options |= {"train__ema_snapshot_every": 7}
     config, workdir = run_config(train__log_every=10, **options), tmp_path / "run"
     train(config, workdir)
     expected = newest_state(workdir, config)
@@ -102,11 +105,19 @@ def test_resume_within_warm_up_is_exact(tmp_path, monkeypatch):
     rates = [line["learning_rate"] for line in lines(workdir)]
     decayed = [1e-3 * (1 + np.cos(np.pi * 4 / 11)) / 2, 0.0]
     np.testing.assert_allclose(rates, [1e-3 * 9 / 25, 1e-3 * 19 / 25, *decayed], rtol=1e-5, atol=1e-10)
+    # Nor do the snapshots and their steps depend on the chunks.
+    snapshots = {path: path.read_bytes() for path in (workdir / "ema_snapshots").iterdir()}
+    assert sorted(path.name for path in snapshots) == [f"step_{step:07d}.npz" for step in (7, 14, 21, 28, 35)]
     shutil.rmtree(workdir / "checkpoints" / "40")
+    for path in (workdir / "ema_snapshots").glob("*[23]?.npz"):
+        path.write_bytes(b"")
     train(run_config(train__log_every=5, **options), workdir)
     assert [line["step"] for line in lines(workdir)] == [10, 20, 25, 30, 35, 40]
     jax.tree.map(np.testing.assert_array_equal, newest_state(workdir, config), expected)
-    assert "sampled from the EMA corrected" in sampling_ema(config, NETWORK, expected, workdir)[1]
+    assert expected.ema_extra.keys() == {"0.9", "sigma_rel=0.05", "sigma_rel=0.2"}
+    assert {path: path.read_bytes() for path in (workdir / "ema_snapshots").iterdir()} == snapshots
+    chosen = chosen_weights(config, NETWORK, expected, workdir, parse_choice("0.9"))
+    assert "1.48 % of the initial weights (decay=0.9); images are sampled from the EMA corrected" in chosen[1]
 
 
 def numbers(workdir):

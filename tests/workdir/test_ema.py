@@ -97,3 +97,14 @@ def test_only_the_initial_weights_of_the_run_are_subtracted(tmp_path):
     # A converted run started from weights that somebody else has trained.
     (tmp_path / "model_card.json").write_text("{}")
     assert sampling_ema(config_of(0.999), NETWORK, state, tmp_path) == (state.ema_params, "")
+
+
+def test_a_half_life_is_a_decay_and_a_ramp_up_leaves_nothing_to_correct(tmp_path):
+    decay, half_life = 0.5 ** (8 / 8000), {"train.batch_size": 8, "train.ema_halflife_images": 8000.0}
+    state = trained(20, decay)[1]
+    expected = sampling_ema(config_of(decay), NETWORK, state, tmp_path)[0]
+    without_ramp_up = config_of(0.5, **half_life, **{"train.ema_rampup_ratio": 0.0})
+    found, note = sampling_ema(without_ramp_up, NETWORK, state, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert "98.6 % of the initial weights (train.ema_halflife_images=8000); images are" in note
+    assert sampling_ema(config_of(0.5, **half_life), NETWORK, state, tmp_path) == (state.ema_params, "")

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from helpers import ROOT, load_file, save_run
 
 from s2dm_jax.common.errors import UserError
@@ -13,8 +14,10 @@ from s2dm_jax.config.build import build_network
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.io import to_json
 from s2dm_jax.inference.model import load
+from s2dm_jax.weights.read import read_weights
 from s2dm_jax.workdir.folder import prepare_workdir
 from s2dm_jax.workdir.load import load_run, read_config
+from s2dm_jax.workdir.power_ema import write_snapshot
 from s2dm_jax.workdir.state import init_state, make_optimizer
 
 
@@ -148,3 +151,113 @@ def test_a_path_that_is_not_refused_keeps_checkpoints(config, tmp_path, name):
     path.rmdir()
     save_run(path, config, seed=0, ema_factor=0.5)
     assert load_run(path).step == 7
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory, config):
+    """A run of 7 steps with further EMAs, and snapshots of steps 3 and 7 whose weights are 3·σ_rel and 7·σ_rel."""
+    config = config.copy_and_resolve_references()
+    config.train.update(ema_decays=(0.9,), ema_sigma_rel=(0.05, 0.1))
+    path = tmp_path_factory.mktemp("averaged") / "run"
+    save_run(path, config, seed=5, ema_factor=0.5)
+    shapes = traverse_util.flatten_dict(build_network(config).param_shapes(), sep=".")
+    for step in (3, 7):
+        made = {width: {name: np.full(x.shape, step * width) for name, x in shapes.items()} for width in (0.05, 0.1)}
+        write_snapshot(path, step, step, made)
+    return path
+
+
+def test_a_run_is_loaded_with_the_weights_that_ema_names(averaged):
+    initial = jax.tree.leaves(load(averaged, ema="weights").ema_params)[0]
+    for ema, factor in (("", 0.5), ("0.9", 1.0), ("weights", 1.0)):
+        model = load(averaged, 7, ema=ema)
+        np.testing.assert_array_equal(jax.tree.leaves(model.ema_params)[0], factor * initial)
+        assert (model.ema, model.step) == (ema, 7)
+    for ema, step, value in (("sigma_rel=0.1", None, 0.7), ("sigma_rel=0.050", 7, 0.35), ("sigma_rel=0.1", 3, 0.3)):
+        model = load(averaged, step, ema=ema)
+        for leaf in jax.tree.leaves(model.ema_params):
+            np.testing.assert_allclose(leaf, value, rtol=1e-6)
+        assert (model.step, model.ema_note) == (step or 7, "")
+    assert model.weights == "EMA sigma_rel=0.1"
+    assert read_weights(str(averaged), ema="weights").model_card["weights"]["kind"] == "weights without EMA"
+    with pytest.raises(UserError, match=r"no snapshot of its power-function EMAs of step 4; there are: 3, 7$"):
+        load(averaged, 4, ema="sigma_rel=0.1")
+    with pytest.raises(UserError, match=r"holds no checkpoint of step 3; there are: 7$"):
+        load(averaged, 3, ema="0.9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--mode=sample", "--config.sample.ema=0.5"], "config.sample.ema='0.5' is no EMA of this run, whose config."),
+        (
+            ["--mode=evaluate", "--config.eval.ema=best"],
+            "config.eval.ema='best' is not known; it must be empty, weights",
+        ),
+        (
+            ["--mode=export", "--config.sample.ema=sigma_rel=1"],
+            "config.sample.ema='sigma_rel=1' is out of range: sigma",
+        ),
+        (
+            ["--mode=evaluate", "--config.eval.ema=sigma_rel=0.2", "--config.eval.checkpoint_step=5"],
+            "{run} holds no checkpoint and no snapshot of its power-function EMAs of step 5; there are: 3, 7",
+        ),
+        (
+            ["--config.train.ema_sigma_rel=0.05"],
+            "--workdir={run} belongs to a run with config.train.ema_sigma_rel=(0.05, ",
+        ),
+        (["--config.train.ema_decays=0.9,0.9"], "config.train.ema_decays=0.9,0.9 has a number twice; give each once"),
+        (
+            ["--config.train.ema_decays=0.9,x"],
+            "config.train.ema_decays='0.9,x' has the wrong type: it must be a tuple of",
+        ),
+        (
+            ["--config.train.ema_decays=1.5"],
+            "config.train.ema_decays=(1.5,) has the wrong type: it must be a tuple of num",
+        ),
+        (
+            ["--config.train.ema_snapshot_every=5", "--config.train.ema_sigma_rel="],
+            "config.train.ema_snapshot_every=5 is",
+        ),
+        (
+            ["--config.train.ema_rampup_ratio=0.1"],
+            "config.train.ema_rampup_ratio=0.1 is for a half-life, which config.",
+        ),
+    ],
+)
+def test_an_ema_that_is_not_there_is_one_sentence(averaged, command_line, capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stop:
+        command_line(f"--workdir={averaged}", *arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence.format(run=averaged)}")
+
+
+def test_ema_sweep(averaged, monkeypatch, capsys, tmp_path):
+    """The rows and columns of the table; the distance is stubbed by the first weight."""
+
+    def measured(model, data, workdir, out):
+        value = float(np.ravel(jax.tree.leaves(model.ema_params)[0])[0])
+        suffix = f", {model.weights}" if model.ema else ""
+        rows = [{"name": f"ddim{suffix}", "nfe": nfe, "frechet_distance": nfe + value} for nfe in (5, 10)]
+        ends = [{"name": name, "nfe": None, "frechet_distance": 1.0} for name in ("real", "noise")]
+        return {"rows": [ends[0], *rows, ends[1]], "provenance": {"metric": "M", "distance": "D", "notes": ["few"]}}
+
+    monkeypatch.setattr("s2dm_jax.evaluation.evaluate.evaluate", measured)
+    monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
+    sweep = load_file(ROOT / "scripts" / "sweep_ema.py").main
+    sweep([str(averaged), "--sigma-rel=0.05,0.1", "--steps=7,3", f"--out={tmp_path}"])
+    page = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    assert cells[0] == ["step", "weights", "relative width", "ddim, NFE 5", "ddim, NFE 10"]
+    steps, weights, widths = zip(*(row[:3] for row in cells[2:]), strict=True)
+    assert steps == ("7",) * 5 + ("3",) * 2
+    assert weights[2:5] == ("the run's EMA", "EMA 0.9", "weights without EMA")
+    assert (weights[0], weights[6], widths[0], widths[4]) == ("EMA sigma_rel=0.05", "EMA sigma_rel=0.1", "0.05", "0")
+    assert (cells[2][3:], cells[3][3:], cells[8][3:]) == (["5.35", "10.35"], ["5.70", "10.70"], ["5.30", "10.30"])
+    assert "\nnote: few\n" in page
+    assert (tmp_path / "evaluations" / "ema_sweep.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "evaluations" / "ema_sweep.json").read_text())["rows"]
+    assert [row["ema"] for row in rows[:3]] == ["sigma_rel=0.05", "sigma_rel=0.1", ""]
+    with pytest.raises(SystemExit):
+        sweep([str(averaged), "--steps=5"])
+    assert "no snapshot of its power-function EMAs of step 5" in capsys.readouterr().err

@@ -67,7 +67,7 @@ def test_what_is_written_last_is_checked_before_the_work(run, tmp_path, monkeypa
     (tmp_path / "results.md").touch()
     config = small_config(**CONFIG)
     model = Model(config, None, None, {}, 7)
-    monkeypatch.setattr(evaluate, "load", lambda *_: model)
+    monkeypatch.setattr(evaluate, "load", lambda *_, **__: model)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: work.append(1))
     with pytest.raises(UserError, match=r"results\.md cannot be written to"):
         evaluate.evaluate_run(config, str(run), str(tmp_path))
@@ -106,7 +106,7 @@ def test_sampling_with_out_leaves_images_and_statistic_there(run, tmp_path, monk
     # A network that compiles in no time.
     network = FunctionNetwork(lambda params, x, t: params["scale"] * x)
     model = Model(config, network, build_schedule(config), {"scale": np.float32(0.5)}, 7)
-    monkeypatch.setattr("s2dm_jax.inference.sample.load", lambda *_: model)
+    monkeypatch.setattr("s2dm_jax.inference.sample.load", lambda *_, **__: model)
     path = sample(config, str(run), out)
     assert path.parent == Path(out)
     said = capsys.readouterr()
