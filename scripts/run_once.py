@@ -109,10 +109,14 @@ def run_commands(
                 "and rerun this script to resume",
                 _reason(log, start, status),
             )
-    made = workdir / "results.json"
+    return _take_results(result_path, workdir / "results.json", log)
+
+
+def _take_results(result_path: Path, made: Path, log: Path | None) -> dict:
+    """Stores the results that a command has made at `result_path`, and returns them."""
     if not made.exists():
         sentence = (
-            f"{workdir} has no results, for the command above measured no distance, and says why; mend that and "
+            f"{made.parent} has no results, for the command above measured no distance, and says why; mend that and "
             "rerun this script, which resumes"
         )
         raise RunFailed(sentence, why_unmeasured(log))

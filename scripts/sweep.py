@@ -57,13 +57,7 @@ examples:
 _SRUN = ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Request | None]:
-    """Reads the command line: the options, and what to train, None for the plan in --out.
-
-    Raises:
-      UserError: for a value that is wrong by itself.
-    """
-    fields, rest = split_fields(argv)
+def _parser() -> Parser:
     parser = Parser(_DESCRIPTION, _EXAMPLE)
     parser.allow_abbrev = False
     parser.add_argument(
@@ -87,7 +81,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Request | None]:
         "--list", "--dry-run", "--dry_run", action="store_true", help="print each run, its state and command, only"
     )
     parser.add_argument("--report", action="store_true", help="write the report of what is finished, train nothing")
-    args = parser.parse_args(rest)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Request | None]:
+    """Reads the command line: the options, and what to train, None for the plan in --out.
+
+    Raises:
+      UserError: for a value that is wrong by itself.
+    """
+    fields, rest = split_fields(argv)
+    args = _parser().parse_args(rest)
     if not args.out:
         raise UserError("--out is empty; give a folder, such as --out=runs/sweep")
     if args.config is None:
