@@ -243,7 +243,6 @@ def test_ema_sweep(averaged, monkeypatch, capsys, tmp_path):
         return {"rows": [ends[0], *rows, ends[1]], "provenance": {"metric": "M", "distance": "D", "notes": ["few"]}}
 
     monkeypatch.setattr("s2dm_jax.evaluation.evaluate.evaluate", measured)
-    monkeypatch.setattr("s2dm_jax.devices.sharding.set_cpu_device_count", lambda _: None)
     sweep = load_file(ROOT / "scripts" / "sweep_ema.py").main
     sweep([str(averaged), "--sigma-rel=0.05,0.1", "--steps=7,3", f"--out={tmp_path}"])
     page = capsys.readouterr().out
