@@ -141,12 +141,10 @@ def _width(choice: EmaChoice, train: ConfigDict, step: int) -> float | None:
 def measure(args: argparse.Namespace, config: ConfigDict, jobs: list[Job]) -> tuple[list[str], list[Row], dict]:
     """The columns, the rows and the newest results of `evaluate`."""
     from s2dm_jax.data.datasets import load_dataset
-    from s2dm_jax.devices.sharding import set_cpu_device_count
     from s2dm_jax.evaluation.checks import check_evaluation
     from s2dm_jax.evaluation.evaluate import evaluate
     from s2dm_jax.inference.model import load
 
-    set_cpu_device_count(config.train.batch_size)
     data = load_dataset(config)
     check_same_images(args.workdir, data.digest, data.labels_digest, record=False)
     check_evaluation(config, data)
