@@ -197,7 +197,7 @@ def notes_of(rows: list[Row]) -> list[str]:
 def plot(columns: list[str], rows: list[Row], results: dict, path: Path) -> None:
     """Distance against relative width: a line for each column and step, the EMAs with a constant decay as crosses."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, LogLocator
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -210,10 +210,13 @@ def plot(columns: list[str], rows: list[Row], results: dict, path: Path) -> None
         (line,) = axes.plot(*np.reshape(curve, (-1, 2)).T, marker="o", label=name)
         axes.plot(*np.reshape(crosses, (-1, 2)).T, marker="x", linestyle="", color=line.get_color())
     axes.plot([], marker="x", linestyle="", color="0.3", label="EMA with a constant decay")
-    axes.axhline(results["rows"][0]["frechet_distance"], color="0.5", linestyle="--", linewidth=1, label="real images")
+    floor = results["rows"][0].get("frechet_distance")
+    if floor is not None:
+        # Far below the curves, a line would flatten them.
+        axes.plot([], linestyle="", label=f"real images: {floor:.2f}")
     axes.set(xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis, locator in ((axes.xaxis, LogLocator(subs=(1, 2, 5))), (axes.yaxis, MaxNLocator(6))):
+        axis.set_major_locator(locator)
         axis.set_major_formatter(FormatStrFormatter("%g"))
     axes.minorticks_off()
     distance = results["provenance"]["distance"]
@@ -221,7 +224,7 @@ def plot(columns: list[str], rows: list[Row], results: dict, path: Path) -> None
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=120)
 
 
 def run(argv: list[str] | None) -> None:

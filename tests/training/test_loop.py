@@ -27,6 +27,7 @@ from s2dm_jax.training import loop, telemetry
 from s2dm_jax.training.step import StepConfig, loss_by_timestep, update
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.ema import chosen_weights
+from s2dm_jax.workdir.power_ema import read_snapshots
 from s2dm_jax.workdir.state import build_optimizer, init_state, make_optimizer
 
 NETWORK = ToyNetwork()
@@ -229,17 +230,19 @@ def poison(monkeypatch, steps):
 
 def test_stop_keeps_the_last_good_checkpoint_and_skip_goes_on_from_it(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, [130, 170])
+    ema = {"train__ema_sigma_rel": (0.1,)}
     with pytest.raises(UserError, match=r"not finite from step 130 on, seen in steps 100 to 149; the last good che"):
-        train(run_config(train__steps=200), tmp_path / "run")
-    assert int(newest_state(tmp_path / "run", run_config()).step) == 100
-    train(run_config(train__steps=200, train__on_nonfinite="skip"), tmp_path / "run")
+        train(run_config(train__steps=200, **ema), tmp_path / "run")
+    assert int(newest_state(tmp_path / "run", run_config(**ema)).step) == 100
+    train(run_config(train__steps=200, train__on_nonfinite="skip", **ema), tmp_path / "run")
     printed = capsys.readouterr().out
     assert "skipped 1 steps whose loss or gradient is not finite (130)" in printed
-    state = newest_state(tmp_path / "run", run_config())
+    state = newest_state(tmp_path / "run", run_config(**ema))
     assert int(state.step) == 200
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     # Adam counts its own steps: two were left out.
     assert int(state.opt_state[1][0].count) == 198
+    assert [(one.step, one.updates) for one in read_snapshots(tmp_path / "run", 200)] == [(100, 100), (200, 198)]
     assert [line.get("skipped_steps") for line in lines(tmp_path / "run")[2:]] == [1, 1]
 
 
