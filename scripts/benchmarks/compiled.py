@@ -183,7 +183,7 @@ def _lower(config, target: Target, devices: list[Any]) -> tuple[Any, Any]:
     from s2dm_jax.config.defaults import image_shape
     from s2dm_jax.devices import sharding
     from s2dm_jax.training.step import make_train_chunk
-    from s2dm_jax.workdir.state import build_optimizer, init_state
+    from s2dm_jax.workdir.state import build_optimizer, init_state, initial_loss_scale
 
     mesh = Mesh(np.array(devices), ("data",))
 
@@ -198,7 +198,7 @@ def _lower(config, target: Target, devices: list[Any]) -> tuple[Any, Any]:
         network = build_network(config)
         optimizer = build_optimizer(config)
         chunk = make_train_chunk(config, network, optimizer)
-        state = init_state(network, optimizer, 0)
+        state = init_state(network, optimizer, 0, initial_loss_scale(config))
         shardings, replicated = (
             sharding.state_shardings(state, config.train.shard_state),
             sharding.replicated(),

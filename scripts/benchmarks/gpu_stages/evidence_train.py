@@ -27,7 +27,7 @@ from s2dm_jax.evaluation.reference import Reference
 from s2dm_jax.inference.sampler import resolve_program, run_sampler, sample_batches
 from s2dm_jax.models.network import Network
 from s2dm_jax.training.step import jit_step, make_train_chunk
-from s2dm_jax.workdir.state import TrainState, build_optimizer, new_state
+from s2dm_jax.workdir.state import TrainState, build_optimizer, initial_loss_scale, new_state
 
 METRICS = ["fid"]
 # Of the weights that no program depends on, and of the noise that all samples start from.
@@ -111,13 +111,13 @@ class Compiler:
 
 def new_state_of(config: ConfigDict, network: Network, trained: Trained | None = None) -> TrainState:
     """The state before the first step, or after those of an earlier run but with new moments of Adam."""
-    optimizer = build_optimizer(config)
+    optimizer, loss_scale = build_optimizer(config), initial_loss_scale(config)
     if trained is None:
-        state = new_state(network.init(config.train.seed), optimizer)
+        state = new_state(network.init(config.train.seed), optimizer, loss_scale)
     else:
         ema = jax.tree.map(np.copy, trained.ema_params)
         step = np.asarray(trained.record["step"], np.int32)
-        state = new_state(trained.params, optimizer)._replace(step=step, ema_params=ema)
+        state = new_state(trained.params, optimizer, loss_scale)._replace(step=step, ema_params=ema)
     return jax.device_put(state, replicated())
 
 

@@ -110,7 +110,7 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
     from s2dm_jax.models.flops import step_flops
     from s2dm_jax.models.network import num_params
     from s2dm_jax.training.step import make_train_chunk
-    from s2dm_jax.workdir.state import build_optimizer, init_state
+    from s2dm_jax.workdir.state import build_optimizer, init_state, initial_loss_scale
 
     network, optimizer = build_network(config), build_optimizer(config)
     size, channels = image_shape(config)
@@ -121,7 +121,7 @@ def compile_train(config: Any, steps: int, options: Mapping[str, str] | None = N
     arguments = images, sharding.shard_batch(rows, axis=1), sharding.replicate_key(jax.random.key(0))
 
     def initial() -> Any:
-        return sharding.replicate(init_state(network, optimizer, 0))
+        return sharding.replicate(init_state(network, optimizer, 0, initial_loss_scale(config)))
 
     state = [initial()]
     chunk = jax.jit(
