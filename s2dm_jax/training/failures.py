@@ -1,14 +1,30 @@
 """What can stop a run: losses that are not finite, a loss scale that falls without end."""
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.defaults import fixed_loss_scale
 
 # So many steps without one finite loss: the weights are lost, skipping will not mend them.
 _MAX_SKIPPED_IN_A_ROW = 100
 
 
-def check_finite(finite: np.ndarray, first: int, on_nonfinite: str, saved: int | None, in_a_row: int) -> int:
+def usual_cure(config: ConfigDict) -> str:
+    """What mends a loss or gradient that is not finite, most of the time."""
+    scale = fixed_loss_scale(config)
+    not_dynamic = scale is not None and (config.model.dtype == "float16" or scale != 1)
+    return "config.train.loss_scale=dynamic, or " * not_dynamic + "a lower config.train.lr"
+
+
+def check_finite(
+    finite: np.ndarray,
+    first: int,
+    on_nonfinite: str,
+    saved: int | None,
+    in_a_row: int,
+    cure: str = "a lower config.train.lr",
+) -> int:
     """Stops a run, or prints what it skipped, where a chunk of steps had a loss or gradient that is not finite.
 
     Args:
@@ -17,6 +33,7 @@ def check_finite(finite: np.ndarray, first: int, on_nonfinite: str, saved: int |
       on_nonfinite: "stop" or "skip".
       saved: the newest checkpoint's step, or None.
       in_a_row: how many steps were skipped just before this chunk.
+      cure: from `usual_cure`.
 
     Returns:
       How many steps at the end of the chunk were skipped, together with those before it where all were.
@@ -28,7 +45,7 @@ def check_finite(finite: np.ndarray, first: int, on_nonfinite: str, saved: int |
     if not len(bad):
         return 0
     checkpoint = _last_checkpoint(saved)
-    cure = "a lower config.train.lr in a new --workdir is the usual cure"
+    cure = f"{cure} in a new --workdir is the usual cure"
     if on_nonfinite == "stop":
         resume = "leaves such steps out" if saved is None else "resumes from there and leaves such steps out"
         raise UserError(

@@ -37,7 +37,7 @@ from s2dm_jax.inference.model import Model
 from s2dm_jax.inference.saturation import Fault
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.variance_head import Head
-from s2dm_jax.training.failures import check_finite, check_loss_scale
+from s2dm_jax.training.failures import check_finite, check_loss_scale, usual_cure
 from s2dm_jax.training.setup import Setup, save_config, set_up
 from s2dm_jax.training.step import Metrics, jit_step, make_train_chunk
 from s2dm_jax.training.telemetry import MetricWriter, Profile, Progress, aggregate_metrics, overflows, run_summary
@@ -261,7 +261,8 @@ class TrainingLoop:
         first = last - len(metrics["loss"])
         finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
         good = finite | overflows(metrics)
-        self.skipped = check_finite(good, first, self.config.train.on_nonfinite, self.saved, self.skipped)
+        on_nonfinite, cure = self.config.train.on_nonfinite, usual_cure(self.config)
+        self.skipped = check_finite(good, first, on_nonfinite, self.saved, self.skipped, cure)
         check_loss_scale(metrics, first, self.saved)
         means = aggregate_metrics(metrics, finite, self.setup.schedule.T)
         self.since_save.append(means)

@@ -8,9 +8,9 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import sys
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,14 +44,17 @@ def open_checkpoints(
       best: also preserves the checkpoint where this metric was lowest; "" for none.
     """
     _drop_reports_to_closed_loops()
+
+    def value(metrics: dict) -> float:
+        # No step since the checkpoint before has a finite value.
+        return metrics.get(best, math.inf)
+
     policies = [_policies.LatestN(max_to_keep)]
     if keep_period:
         policies.append(_policies.EveryNSteps(keep_period, exact_interval=False))
     if best:
-        policies.append(
-            _policies.BestN(get_metric_fn=itemgetter(best), reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        )
-    policy, best_fn = _policies.AnyPreservationPolicy(policies), itemgetter(best) if best else None
+        policies.append(_policies.BestN(get_metric_fn=value, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+    policy, best_fn = _policies.AnyPreservationPolicy(policies), value if best else None
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=best_fn, best_mode="min")
     return ocp.CheckpointManager(checkpoint_folder(workdir).absolute(), options=options)
 

@@ -19,7 +19,7 @@ from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.inference.model import load
 from s2dm_jax.models import variance_head
 from s2dm_jax.training import loop, telemetry
-from s2dm_jax.training.failures import check_loss_scale
+from s2dm_jax.training.failures import check_loss_scale, usual_cure
 from s2dm_jax.training.loss_scale import next_loss_scale
 from s2dm_jax.training.step import StepConfig, make_train_chunk, update, update_variance_head
 from s2dm_jax.weights.read import read_weights
@@ -157,10 +157,21 @@ def test_a_scale_that_falls_without_end_stops_the_run_in_a_sentence(tmp_path, mo
     check_loss_scale({"loss_scale": np.array([2.0, 1.0])}, 40, 20)
     with pytest.raises(UserError, match=r"not finite at step 41 with a loss scale of 1: .*checkpoint is step 20; a lo"):
         check_loss_scale({"loss_scale": np.array([1.0, 0.5, 0.25])}, 40, 20)
+    for dtype, scale, mends in (("auto", "none", False), ("float16", "none", True), ("auto", "8", True)):
+        cure = usual_cure(small_config(**{"model.dtype": dtype, "train.loss_scale": scale}))
+        assert cure.startswith("config.train.loss_scale=dynamic, or a lower") == mends
     # In a run: a gradient that is infinite whatever the scale.
     monkeypatch.setattr("s2dm_jax.training.step.scale_loss", lambda loss, factor: loss * factor * jnp.inf)
     with pytest.raises(UserError, match=r"not finite at step 16 with a loss scale of 1: .*no checkpoint was saved yet"):
         loop.train(run_config(train__checkpoint_every=40, train__sample_every=40), tmp_path / "run", network=NETWORK)
+
+
+def test_the_best_checkpoint_is_none_of_overflows_alone(tmp_path):
+    manager = checkpoint.open_checkpoints(tmp_path, best="grad_norm")
+    for step, metrics in enumerate(({"loss": 1.0}, {"loss": 1.0, "grad_norm": 2.0}, {"loss": 1.0}, {"loss": 1.0})):
+        checkpoint.save(manager, step, init_state(NETWORK, OPTIMIZER, 0), {}, metrics)
+    checkpoint.finish(manager)
+    assert manager.all_steps() == [1, 3]
 
 
 def test_metrics_of_overflows():
