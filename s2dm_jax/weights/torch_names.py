@@ -4,18 +4,41 @@ Paths are the same on both sides; only the last part's name and the layout diffe
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.unet import UNet
+from s2dm_jax.weights import improved_names
 
-# Convolutions with a 1×1 kernel in the published code, matrix products here.
-_POINTWISE = ("q", "k", "v", "proj_out", "nin_shortcut")
+# Convolutions with a 1×1 kernel in the published code, matrix products here, and that kernel's further axes.
+_POINTWISE = dict.fromkeys(("q", "k", "v", "proj_out", "nin_shortcut"), 2)
 # In the order of the published state_dict.
 _MODULES = ("temb", "conv_in", "down", "mid", "up", "norm_out", "conv_out")
+
+
+class _Names(NamedTuple):
+    """What differs between the state_dicts of two networks.
+
+    Attributes:
+      pointwise: name of a layer that is a matrix product here → axes of length 1 that its kernel ends with in PyTorch.
+      place: function of a tensor's name that sorts the names in the order of the state_dict.
+    """
+
+    pointwise: Mapping[str, int]
+    place: Callable[[str], Any]
+
+
+_DDIM = _Names(_POINTWISE, lambda name: _MODULES.index(name.split(".")[0]))
+_IMPROVED = _Names(improved_names.POINTWISE, improved_names.place)
+
+
+def _names_of(params: Mapping) -> _Names:
+    """The names of the network that has these parameters."""
+    return _IMPROVED if "time_embed" in params else _DDIM
 
 
 def as_unet(network: Network) -> UNet:
@@ -27,10 +50,9 @@ def as_unet(network: Network) -> UNet:
 
 def to_torch(params: dict) -> dict[str, np.ndarray]:
     """Parameters as the published state_dict, in its order: convolutions OIHW, matrices [out, in], all contiguous."""
-    flat = traverse_util.flatten_dict(params, sep=".")
-    state = dict(_leaf_to_torch(name, np.asarray(value)) for name, value in flat.items())
-    names = sorted(state, key=lambda name: _MODULES.index(name.split(".")[0]))
-    return {name: np.ascontiguousarray(state[name]) for name in names}
+    names, flat = _names_of(params), traverse_util.flatten_dict(params, sep=".")
+    state = dict(_leaf_to_torch(name, np.asarray(value), names.pointwise) for name, value in flat.items())
+    return {name: np.ascontiguousarray(state[name]) for name in sorted(state, key=names.place)}
 
 
 def torch_shapes(network: Network) -> dict[str, tuple[int, ...]]:
@@ -44,13 +66,14 @@ def from_torch(state: Mapping[str, np.ndarray], network: Network) -> dict:
     A ValueError names the first tensor that is missing, unknown, or of another shape.
     """
     flat, rest = {}, dict(state)
+    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
     for name, (torch_name, shape) in _torch_leaves(network).items():
         if torch_name not in rest:
             raise ValueError(f"the checkpoint lacks the tensor {torch_name} of shape {shape}")
         value = np.asarray(rest.pop(torch_name), np.float32)
         if value.shape != shape:
             raise ValueError(f"{torch_name} has shape {value.shape}, but the network needs {shape}")
-        flat[name] = _leaf_from_torch(name, value)
+        flat[name] = _leaf_from_torch(name, value, shapes[name].shape)
     if rest:
         name = min(rest)
         raise ValueError(f"the network has no place for the checkpoint's tensor {name} of shape {np.shape(rest[name])}")
@@ -108,13 +131,15 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
 
 def _torch_leaves(network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The published name and shape of each of the network's parameters."""
-    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
+    nested = network.param_shapes()
+    pointwise, shapes = _names_of(nested).pointwise, traverse_util.flatten_dict(nested, sep=".")
     # Broadcasting takes no memory.
-    leaves = {name: _leaf_to_torch(name, np.broadcast_to(np.float32(0), leaf.shape)) for name, leaf in shapes.items()}
+    empty = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
+    leaves = {name: _leaf_to_torch(name, value, pointwise) for name, value in empty.items()}
     return {name: (torch_name, value.shape) for name, (torch_name, value) in leaves.items()}
 
 
-def _leaf_to_torch(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
+def _leaf_to_torch(name: str, value: np.ndarray, pointwise: Mapping[str, int]) -> tuple[str, np.ndarray]:
     module, _, leaf = name.rpartition(".")
     if leaf == "bias":
         return name, value
@@ -122,14 +147,13 @@ def _leaf_to_torch(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
         value = value.transpose(3, 2, 0, 1)  # HWIO → OIHW
     elif leaf == "kernel":
         value = value.T  # [in, out] → [out, in]
-        if module.split(".")[-1] in _POINTWISE:
-            value = value[:, :, None, None]
+        value = value.reshape(value.shape + (1,) * pointwise.get(module.split(".")[-1], 0))
     return f"{module}.weight", value
 
 
-def _leaf_from_torch(name: str, value: np.ndarray) -> np.ndarray:
+def _leaf_from_torch(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if not name.endswith(".kernel"):
         return value
-    if value.ndim == 4 and name.split(".")[-2] in _POINTWISE:
-        value = value[:, :, 0, 0]
-    return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)  # OIHW → HWIO
+    if len(shape) == 2:
+        return value.reshape(shape[::-1]).T
+    return value.transpose(2, 3, 1, 0)  # OIHW → HWIO
