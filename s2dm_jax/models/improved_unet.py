@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import jax
 
     from s2dm_jax.diffusion.schedule import NoiseSchedule
-    from s2dm_jax.diffusion.types import EpsFn
+    from s2dm_jax.diffusion.types import EpsFn, EpsVarianceFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,16 @@ class ImprovedUNet:
     def feature_channels(self) -> int:
         """Channels of what the last norm and convolution read."""
         return self.ch * self.ch_mult[0]
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of the norms."""
+        return 1e-5
+
+    @property
+    def zero_init(self) -> bool:
+        """Whether the last convolution starts from 0."""
+        return True
 
     def param_shapes(self) -> dict:
         """Nested dict of `jax.ShapeDtypeStruct`, one for each parameter."""
@@ -138,3 +148,13 @@ class ImprovedUNet:
         from s2dm_jax.diffusion.parameterization import eps_fn
 
         return eps_fn(lambda x, t: self.apply(params, x, t, dropout_key), schedule, self.prediction)
+
+    def eps_variance_fn(self, params: dict, schedule: "NoiseSchedule") -> "EpsVarianceFn":
+        """(x_t [B, H, W, C], t [B]) → ε and the learned variance v of `samplers.ddim.ddpm`, [B, H, W, C] each."""
+        from s2dm_jax.diffusion.parameterization import to_eps
+
+        def eps_and_variance(x, t):
+            output, variance, _ = self.outputs(params, x, t)
+            return to_eps(output, x, t, schedule, self.prediction), variance
+
+        return eps_and_variance

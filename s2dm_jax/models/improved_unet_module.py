@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
-from jax.typing import DTypeLike
 
 from s2dm_jax.models.cpu_ops import enlarge
 from s2dm_jax.models.layers import (
@@ -23,8 +22,6 @@ from s2dm_jax.models.layers import (
     pytorch_default_init,
     split_module,
 )
-
-NORM_EPS = 1e-5
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
@@ -44,9 +41,9 @@ class ResBlock(nnx.Module):
     def __init__(self, c_in: int, c_out: int, emb_dim: int, config: Any):
         dtype = jnp.dtype(config.dtype)
         self.scale_shift_norm = config.scale_shift_norm
-        self.in_layers = nnx.Dict({"0": GroupNorm(c_in, NORM_EPS), "2": Conv3x3(c_in, c_out, dtype)})
+        self.in_layers = nnx.Dict({"0": GroupNorm(c_in, config.norm_eps), "2": Conv3x3(c_in, c_out, dtype)})
         self.emb_layers = nnx.Dict({"1": Linear(emb_dim, 2 * c_out if config.scale_shift_norm else c_out)})
-        self.out_layers = nnx.Dict({"0": GroupNorm(c_out, NORM_EPS), "3": Conv3x3(c_out, c_out, dtype)})
+        self.out_layers = nnx.Dict({"0": GroupNorm(c_out, config.norm_eps), "3": Conv3x3(c_out, c_out, dtype)})
         self.dropout = nnx.Dropout(config.dropout)
         if c_in != c_out:
             self.skip_connection = Linear(c_in, c_out, dtype)
@@ -72,9 +69,10 @@ class AttentionBlock(nnx.Module):
     product, in float32, is divided once.
     """
 
-    def __init__(self, channels: int, num_heads: int, dtype: DTypeLike):
-        self.num_heads = num_heads
-        self.norm = GroupNorm(channels, NORM_EPS)
+    def __init__(self, channels: int, config: Any):
+        dtype = jnp.dtype(config.dtype)
+        self.num_heads = config.num_heads
+        self.norm = GroupNorm(channels, config.norm_eps)
         self.qkv = Linear(channels, 3 * channels, dtype)
         self.proj_out = Linear(channels, channels, dtype)
 
@@ -123,7 +121,7 @@ class ImprovedUNetModule(nnx.Module):
 
         def attention(level):
             attends = config.resolution >> level in config.attn_resolutions
-            return [AttentionBlock(ch * config.ch_mult[level], config.num_heads, dtype)] if attends else []
+            return [AttentionBlock(ch * config.ch_mult[level], config)] if attends else []
 
         self.time_embed = nnx.Dict({"0": Linear(ch, emb_dim), "2": Linear(emb_dim, emb_dim)})
         if config.num_classes:
@@ -142,7 +140,7 @@ class ImprovedUNetModule(nnx.Module):
                 skips.append(c)
         self.input_blocks = nnx.Dict({str(i): block for i, block in enumerate(down)})
 
-        self.middle_block = layers(c, c, AttentionBlock(c, config.num_heads, dtype), ResBlock(c, c, emb_dim, config))
+        self.middle_block = layers(c, c, AttentionBlock(c, config), ResBlock(c, c, emb_dim, config))
 
         up = []
         for i, factor in reversed(list(enumerate(config.ch_mult))):
@@ -154,7 +152,7 @@ class ImprovedUNetModule(nnx.Module):
         self.output_blocks = nnx.Dict({str(i): block for i, block in enumerate(up)})
 
         channels_out = config.out_channels * (2 if config.learned_variance else 1)
-        self.out = nnx.Dict({"0": GroupNorm(c, NORM_EPS), "2": Conv3x3(c, channels_out, jnp.float32)})
+        self.out = nnx.Dict({"0": GroupNorm(c, config.norm_eps), "2": Conv3x3(c, channels_out, jnp.float32)})
 
     def __call__(
         self, x: jax.Array, t: jax.Array, dropout_key: jax.Array | None = None, labels: jax.Array | None = None

@@ -11,9 +11,7 @@ from flax import nnx, traverse_util
 from jax.typing import DTypeLike
 
 from s2dm_jax.models.cpu_ops import conv2d, matmul, upsample_conv2d
-from s2dm_jax.models.network import NORM_GROUPS
-
-NORM_EPS = 1e-6
+from s2dm_jax.models.network import NORM_EPS, NORM_GROUPS
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from s2dm_jax.diffusion.betas import BETAS, ScheduleSpec, same_betas, schedule_betas
-from s2dm_jax.models.layers import NORM_EPS
-from s2dm_jax.models.network import NORM_GROUPS
+from s2dm_jax.models.network import NORM_EPS, NORM_GROUPS
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names
 
