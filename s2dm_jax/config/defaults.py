@@ -135,6 +135,14 @@ FIELDS: dict[str, Field] = {
         doc="as many output channels again, for sample.variance=learned; only in converted weights, since no loss "
         "trains them (improved_unet)",
     ),
+    "model.num_classes": Field(
+        None,
+        type=int,
+        low=0,
+        high=1_000_000,
+        doc="classes of a class-conditional network; only in converted weights, since nothing here gives the network "
+        "labels (improved_unet)",
+    ),
     "model.t_offset": Field(
         None,
         type=int,

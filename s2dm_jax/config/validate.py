@@ -125,6 +125,11 @@ def _check_learned_variance(config: ConfigDict, network: Network, trained: bool)
             "config.model.learned_variance=True is for weights that were trained elsewhere: no loss here trains the "
             "variance; leave it None"
         )
+    if config.model.num_classes and not trained:
+        raise UserError(
+            f"config.model.num_classes={config.model.num_classes} is for weights that were trained elsewhere: nothing "
+            "here gives the network labels; leave it None"
+        )
     for group in ("sample", "eval"):
         if config[group].variance == "learned":
             try:

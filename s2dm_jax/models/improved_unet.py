@@ -7,6 +7,7 @@ Parameter paths equal the published state_dict's names (`input_blocks.1.0.in_lay
 import dataclasses
 from typing import TYPE_CHECKING
 
+from s2dm_jax.common.errors import UserError
 from s2dm_jax.models.levels import check_levels
 
 if TYPE_CHECKING:
@@ -108,8 +109,8 @@ class ImprovedUNet:
           labels: int [B], the classes of the images, for a class-conditional network.
 
         Raises:
-          ValueError: if the images do not have the network's resolution and channels, or labels are missing or not
-            asked for.
+          ValueError: if the images do not have the network's resolution and channels, or labels are not asked for.
+          UserError: if labels are missing.
         """
         return self.outputs(params, x, t, dropout_key, labels)[0]
 
@@ -135,9 +136,13 @@ class ImprovedUNet:
 
         if x.shape[1:] != self.image_shape:
             raise ValueError(f"the network takes images of shape {self.image_shape}, not {x.shape[1:]}")
-        if (labels is None) == (self.num_classes > 0):
-            wants = "labels of its classes" if self.num_classes else "no labels"
-            raise ValueError(f"a network with num_classes={self.num_classes} takes {wants}")
+        if labels is None and self.num_classes:
+            raise UserError(
+                f"the network is class-conditional (model.num_classes={self.num_classes}), and samplers and losses "
+                "give it no labels; it can be converted, and ImprovedUNet.apply takes labels"
+            )
+        if labels is not None and not self.num_classes:
+            raise ValueError("a network with num_classes=0 takes no labels")
         key = dropout_key if self.dropout else None
         output, features = nnx.merge(definition(self)[0], params)(x, t, key, labels)
         variance = output[..., self.out_channels :] if self.learned_variance else None

@@ -124,6 +124,11 @@ def network_class(name: str) -> type:
     return getattr(importlib.import_module(f"s2dm_jax.models.{module}"), attribute)
 
 
+def network_name(network: Network) -> str:
+    """The name that NETWORKS has for the network's class."""
+    return next(name for name in NETWORKS if network_class(name) is type(network))
+
+
 def num_params(network: Network) -> int:
     """Number of scalar parameters."""
     import jax

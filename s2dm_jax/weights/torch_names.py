@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
+from s2dm_jax.models import variance_head
+from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import improved_names
@@ -26,14 +28,21 @@ class _Names(NamedTuple):
     Attributes:
       pointwise: name of a layer that is a matrix product here → axes of length 1 that its kernel ends with in PyTorch.
       place: function of a tensor's name that sorts the names in the order of the state_dict.
+      head: module of `VarianceHead` → module of Extended-Analytic-DPM's state_dict, which has it beside the network's.
     """
 
     pointwise: Mapping[str, int]
     place: Callable[[str], Any]
+    head: Mapping[str, str]
 
 
-_DDIM = _Names(_POINTWISE, lambda name: _MODULES.index(name.split(".")[0]))
-_IMPROVED = _Names(improved_names.POINTWISE, improved_names.place)
+_DDIM = _Names(
+    _POINTWISE,
+    lambda name: _MODULES.index(name.split(".")[0]),
+    {"norm_out2": "norm_out2", "conv_out2": "conv_out2"},
+)
+_IMPROVED = _Names(improved_names.POINTWISE, improved_names.place, improved_names.HEAD_MODULES)
+_HEAD_PREFIXES = ("norm_out2.", "conv_out2.", "out2.")
 
 
 def _names_of(params: Mapping) -> _Names:
@@ -41,10 +50,19 @@ def _names_of(params: Mapping) -> _Names:
     return _IMPROVED if "time_embed" in params else _DDIM
 
 
+def as_published(network: Network) -> UNet | ImprovedUNet:
+    """The network as one whose weights have published names; ValueError for any other."""
+    if not isinstance(network, UNet | ImprovedUNet):
+        raise ValueError(
+            f"weights of a {type(network).__name__} have no published names; only UNet's and ImprovedUNet's have"
+        )
+    return network
+
+
 def as_unet(network: Network) -> UNet:
-    """The network as DDIM's UNet; ValueError for any other, whose weights have no published names."""
+    """The network as DDIM's UNet; ValueError for any other."""
     if not isinstance(network, UNet):
-        raise ValueError(f"weights of a {type(network).__name__} have no published names; only UNet's have")
+        raise ValueError(f"a {type(network).__name__} is another network than DDIM's UNet")
     return network
 
 
@@ -65,9 +83,40 @@ def from_torch(state: Mapping[str, np.ndarray], network: Network) -> dict:
 
     A ValueError names the first tensor that is missing, unknown, or of another shape.
     """
+    return _from_torch(state, network.param_shapes(), _torch_leaves(network))
+
+
+def split_head(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of a network, and those of a variance head in the same state_dict."""
+    head = {name: value for name, value in state.items() if name.startswith(_HEAD_PREFIXES)}
+    return {name: value for name, value in state.items() if name not in head}, head
+
+
+def head_to_torch(head_params: dict, network: Network) -> dict[str, np.ndarray]:
+    """A variance head's tensors as Extended-Analytic-DPM has them beside those of the network ("simple" there)."""
+    state = traverse_util.flatten_dict(head_params, sep=".")
+    leaves = _head_leaves(network)
+    ordered = sorted(state, key=lambda name: (not name.startswith("norm"), name.endswith("bias")))
+    values = {leaves[name][0]: _leaf_to_torch(name, np.asarray(state[name]), {})[1] for name in ordered}
+    return {name: np.ascontiguousarray(value) for name, value in values.items()}
+
+
+def head_from_torch(state: Mapping[str, np.ndarray], network: Network) -> dict:
+    """The parameters of a variance head for the network: the inverse of `head_to_torch`; ValueError as `from_torch`."""
+    return _from_torch(state, variance_head.param_shapes(network), _head_leaves(network))
+
+
+def _head_leaves(network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
+    modules = _names_of(network.param_shapes()).head
+    leaves = _leaves(variance_head.param_shapes(network), {})
+    renamed = {name: torch_name.partition(".") for name, (torch_name, _) in leaves.items()}
+    return {name: (f"{modules[renamed[name][0]]}.{renamed[name][2]}", shape) for name, (_, shape) in leaves.items()}
+
+
+def _from_torch(state: Mapping[str, np.ndarray], nested: dict, leaves: Mapping[str, tuple[str, tuple]]) -> dict:
     flat, rest = {}, dict(state)
-    shapes = traverse_util.flatten_dict(network.param_shapes(), sep=".")
-    for name, (torch_name, shape) in _torch_leaves(network).items():
+    shapes = traverse_util.flatten_dict(nested, sep=".")
+    for name, (torch_name, shape) in leaves.items():
         if torch_name not in rest:
             raise ValueError(f"the checkpoint lacks the tensor {torch_name} of shape {shape}")
         value = np.asarray(rest.pop(torch_name), np.float32)
@@ -81,13 +130,11 @@ def from_torch(state: Mapping[str, np.ndarray], network: Network) -> dict:
 
 
 def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None = None) -> UNet:
-    """The network of a published state_dict, from its names and shapes; dropout, which they leave open, is 0.
+    """DDIM's network of a published state_dict, from its names and shapes; dropout, which they leave open, is 0.
 
     The resolution of the images is known where 128 channels of RGB images get attention at one resolution: in every
     published config that is 16 pixels. Other networks need `resolution`, or raise a ValueError as other architectures.
     """
-    if "time_embed.0.weight" in shapes or "input_blocks.0.0.weight" in shapes:
-        raise ValueError("these are weights of an improved-diffusion UNet, another network than DDIM's")
     if any(name.startswith("down_blocks.") for name in shapes):
         raise ValueError("these are diffusers' names; give the folder that has the network's config.json too")
 
@@ -132,7 +179,11 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
 def _torch_leaves(network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The published name and shape of each of the network's parameters."""
     nested = network.param_shapes()
-    pointwise, shapes = _names_of(nested).pointwise, traverse_util.flatten_dict(nested, sep=".")
+    return _leaves(nested, _names_of(nested).pointwise)
+
+
+def _leaves(nested: dict, pointwise: Mapping[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    shapes = traverse_util.flatten_dict(nested, sep=".")
     # Broadcasting takes no memory.
     empty = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
     leaves = {name: _leaf_to_torch(name, value, pointwise) for name, value in empty.items()}
