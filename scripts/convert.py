@@ -24,6 +24,7 @@ from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.weights.formats import FORMATS, format_of
 from s2dm_jax.weights.hub import PREFIX, check_hub_name, fetch_from_hub
 from s2dm_jax.weights.improved_shapes import OPEN_FIELDS
+from s2dm_jax.workdir.load import read_config
 
 if TYPE_CHECKING:
     from s2dm_jax.weights.read import Weights
@@ -117,15 +118,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _stated(args: argparse.Namespace, given: ConfigDict | None) -> dict[str, Any]:
-    """What is known of OPEN_FIELDS: from the flags, which also change the config, and else from the config."""
-    stated = {}
+    """What is known of OPEN_FIELDS: from the flags, which also change the config, and else from the config or base."""
+    stated, known = {}, given
+    if not given and args.base and Path(args.base).exists():
+        known = read_config(args.base)
     for name in _OPEN_FIELDS:
         group, key = name.split(".")
         value = getattr(args, key)
         if value is not None and given:
             given[group][key] = value
-        if value is None and given and given.model.name == "improved_unet":
-            value = given[group][key]
+        if value is None and known and known.model.name == "improved_unet":
+            value = known[group][key]
             # None there stands for the network's own default.
             value = getattr(ImprovedUNet, key) if value is None else value
         if value is not None:
@@ -195,7 +198,7 @@ def _of_improved(network: Any) -> str:
     parts = [f"{network.num_heads} heads", f"scale-shift norms {'on' if network.scale_shift_norm else 'off'}"]
     parts += ["learned variance"] * network.learned_variance
     parts += [f"{network.num_classes} classes"] * bool(network.num_classes)
-    return f", {', '.join(parts)}, given (t + {network.t_offset})·{network.t_scale:g}"
+    return f", {', '.join(parts)}, reads t as (t + {network.t_offset})·{network.t_scale:g}"
 
 
 def run(argv: list[str] | None) -> None:

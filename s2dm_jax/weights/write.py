@@ -224,6 +224,12 @@ def write_head_run(
             f"--base={base} holds other weights than the frozen network in the file; give the run that was made of "
             "them, or a folder that does not exist, for it to be written"
         )
+    for name in _network_fields(weights.network, config):
+        if getattr(weights.network, name) != getattr(frozen.network, name):
+            raise UserError(
+                f"--base={base} is the run of a network with {name}={getattr(frozen.network, name)}, but for this file "
+                f"it is {getattr(weights.network, name)}; leave out --{name}, or give another folder"
+            )
     config = _with_head(config, head.kind, base, frozen.config)
     run = Run(config, frozen.network, frozen.ema_params, weights.step, head.params, head)
     card = model_card.make_card(run, license=license, source=source)
@@ -249,7 +255,7 @@ def _with_head(config: ConfigDict, kind: str, base: str, frozen: ConfigDict) -> 
         set_head(config, kind)
     for group in ("data", "diffusion", "model"):
         config[group] = frozen[group]
-    config.variance_head.base_workdir = base
+    config.variance_head.base_workdir, config.train.ema_start = base, "initial"
     config.eval.nfe = tuple(nfe for nfe in config.eval.nfe if nfe <= config.diffusion.T) or (1,)
     check_config(config, trained=True)
     return config

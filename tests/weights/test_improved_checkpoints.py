@@ -176,7 +176,9 @@ def test_a_variance_head_becomes_a_run_and_a_file_again(command, tmp_path, capsy
     assert "again.pth says that its head is sn" in error
     error = fails(command, capsys, tmp_path / "again.pth", tmp_path / "x.safetensors")
     assert "safetensors has no place for a variance head; choose analytic_dpm" in error
-    # A head of another network is not put on this base.
+    # What the file leaves open is that of the base's run; a head of another network is not put on it.
+    error = fails(command, capsys, source, tmp_path / "x", *flags, "--t_offset=0")
+    assert "is the run of a network with t_offset=1, but for this file it is 0" in error
     other = save(tmp_path / "other.pth", {**trunk, "out.2.bias": trunk["out.2.bias"] + 1, **beside})
     error = fails(command, capsys, other, tmp_path / "x", *flags)
     assert "holds other weights than the frozen network in the file" in error
