@@ -88,22 +88,26 @@ def improved_network_of(arrays, **changes):
 def network_answers(arrays):
     """The golden network's output, and the DDIM loss with the norm of its gradient and the gradients in torch names."""
     x, t, noise = arrays["x"], arrays["t"], arrays["e"]
+    # Both outputs from one pass, as compiling it takes longest.
+    twice = jnp.concatenate([x, add_noise(LINEAR, x, t, noise)]), np.tile(t, 2)
     if "channel_mult" in str(arrays["config"]):
         network = improved_network_of(arrays)
+        labels = np.tile(arrays["y"], 2) if "y" in arrays else None
 
-        def apply(params, x):
-            eps, variance, _ = network.outputs(params, x, t, labels=arrays.get("y"))
-            return eps, eps if variance is None else jnp.concatenate([eps, variance], axis=-1)
+        def apply(params):
+            eps, variance, _ = network.outputs(params, *twice, labels=labels)
+            return eps if variance is None else jnp.concatenate([eps, variance], axis=-1)
 
     else:
         network = network_of(arrays)
 
-        def apply(params, x):
-            return (network.apply(params, x, t),) * 2
+        def apply(params):
+            return network.apply(params, *twice)
 
     def ddim_loss(params):
-        eps, _ = apply(params, add_noise(LINEAR, x, t, noise))
-        return jnp.square(eps - noise).sum((1, 2, 3)).mean(), apply(params, x)[1]
+        out, out_of_noisy = jnp.split(apply(params), 2)
+        eps = out_of_noisy[..., : noise.shape[-1]]
+        return jnp.square(eps - noise).sum((1, 2, 3)).mean(), out
 
     params = torch_names.from_torch(group(arrays, "param/"), network)
     (loss, out), grads = jax.jit(jax.value_and_grad(ddim_loss, has_aux=True))(params)

@@ -1,14 +1,30 @@
 """improved-diffusion's UNet against the published PyTorch one: outputs, gradients, sizes, names, initialisation."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
+from flax import traverse_util
+from helpers import small_config
 from published import group, improved_network_of, network_answers
 
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.build import network_of
+from s2dm_jax.config.validate import check_config
+from s2dm_jax.diffusion.schedule import linear_schedule
+from s2dm_jax.inference.model import Model, load
+from s2dm_jax.models import variance_head
+from s2dm_jax.models.flops import forward_flops
 from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.network import num_params
+from s2dm_jax.training.loop import train
 from s2dm_jax.weights import torch_names
+from s2dm_jax.weights.export import export
 
 CIFAR10 = ImprovedUNet(32, 3, 3, 128, (1, 2, 2, 2), 3, (16, 8), dropout=0.3)
+# Two channels per group, so that the embedding matters.
+TINY = ImprovedUNet(4, 1, 1, 64, (1,), 1, (), num_heads=2)
 
 
 @pytest.mark.parametrize("name", ["iddpm_a.npz", "iddpm_b.npz"])
@@ -42,3 +58,137 @@ def test_published_tensors_and_parameter_counts(golden):
     lsun = ImprovedUNet(256, 3, 3, 128, (1, 1, 2, 2, 4, 4), 2, (16, 8), scale_shift_norm=False, learned_variance=True)
     counts = golden("iddpm_param_counts.json")
     assert [num_params(network) for network in (CIFAR10, imagenet, lsun)] == list(counts.values())
+
+
+def perturbed(network):
+    """Parameters in which what starts at zero matters as well."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32), network.init(0))
+
+
+def test_labels_timesteps_and_the_learned_variance():
+    """Against the same network without any: a class is a bias of the embedding, offset and scale act on t."""
+    special = dataclasses.replace(TINY, num_classes=3, t_offset=1, t_scale=0.25, learned_variance=True)
+    params, x, t = perturbed(special), np.ones((2, 4, 4, 1), np.float32), np.array([3, 600])
+    eps, variance, _ = special.outputs(params, x, t, labels=np.array([2, 2]))
+    plain = {name: value for name, value in params.items() if name != "label_emb"}
+    bias = plain["time_embed"]["2"]["bias"] + params["label_emb"]["embedding"][2]
+    plain["time_embed"] = {**plain["time_embed"], "2": {**plain["time_embed"]["2"], "bias": bias}}
+    for channel, output in enumerate((eps, variance)):
+        last = jax.tree.map(lambda leaf, c=channel: leaf[..., c : c + 1], params["out"]["2"])
+        expected = TINY.apply({**plain, "out": {**params["out"], "2": last}}, x, (t + 1) / 4)
+        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    others = special.apply(params, x, t, labels=np.array([2, 0]))
+    np.testing.assert_allclose(others[0], eps[0], rtol=1e-5)
+    assert np.abs(others[1] - eps[1]).max() > 0.01
+
+
+def test_initialisation_is_that_of_the_published_code():
+    params = traverse_util.flatten_dict(dataclasses.replace(CIFAR10, num_classes=10).init(0), sep=".")
+    for name, value in params.items():
+        module = name.rpartition(".")[0]
+        if module.endswith(("out_layers.3", "proj_out")) or module == "out.2":
+            assert not value.any(), name
+        elif f"{module}.kernel" in params:
+            fan_in = np.prod(params[f"{module}.kernel"].shape[:-1])
+            assert 0.8 * fan_in**-0.5 < np.abs(value).max() <= fan_in**-0.5, name
+    assert abs(params["label_emb.embedding"].std() - 1) < 0.05
+    head = variance_head.init_params(CIFAR10, 0)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(head["conv_out2"]))
+    # Extended-Analytic-DPM's "simple" head.
+    assert sum(leaf.size for leaf in jax.tree.leaves(head)) == 3_715
+
+
+def test_flops_are_those_of_the_layers():
+    c, pixels, emb = 64, 16, 256
+    conv, block = 9 * pixels * c * c, 2 * 9 * pixels * c * c + emb * 2 * c
+    attention = pixels * 4 * c * c + 2 * pixels**2 * c
+    up = 2 * (9 * pixels * 2 * c * c + 9 * pixels * c * c + emb * 2 * c + pixels * 2 * c * c)
+    ends = c * emb + emb * emb + 2 * 9 * pixels * c
+    assert forward_flops(TINY) == 2 * (ends + block + (2 * block + attention) + up)
+    assert conv
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"model.name": "unet", "model.num_heads": 2},
+            r"config\.model\.num_heads=2 is no field of UNet; leave it None",
+        ),
+        ({"model.num_heads": 3}, r"config\.model\.num_heads=3 must divide the channels of every level"),
+        ({"model.learned_variance": True}, r"config\.model\.learned_variance=True is for weights"),
+        ({"model.ch": 40}, r"config\.model\.ch=40 must be a multiple of 32"),
+        (
+            {"sample.sampler": "ddpm", "sample.variance": "learned"},
+            r"config\.sample\.variance='learned' needs a network",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_config(small_config(**{"model.name": "improved_unet", **fields}))
+
+
+def test_the_config_sets_every_field():
+    fields = {"num_heads": 2, "scale_shift_norm": False, "learned_variance": True, "t_offset": 1, "t_scale": 0.25}
+    config = small_config(**{"model.name": "improved_unet", **{f"model.{k}": v for k, v in fields.items()}})
+    check_config(config, trained=True)
+    network = network_of(config, "float32")
+    assert {name: getattr(network, name) for name in fields} == fields
+    default = network_of(small_config(**{"model.name": "improved_unet"}), "float32")
+    assert (default.num_heads, default.scale_shift_norm, default.learned_variance, default.t_scale) == (
+        4,
+        True,
+        False,
+        1,
+    )
+
+
+def test_sampling_with_the_learned_variance():
+    """v = 1 everywhere is the variance large, v = −1 small: the images of one seed are the same."""
+    network = dataclasses.replace(TINY, learned_variance=True)
+    config, schedule = small_config(**{"model.name": "improved_unet"}), linear_schedule()
+    params = perturbed(network)
+
+    def images(variance, v=0.0):
+        last = params["out"]["2"]
+        last = {"kernel": last["kernel"] * np.array([1, 0]), "bias": last["bias"] * np.array([1, 0]) + np.array([0, v])}
+        weights = jax.tree.map(np.float32, {**params, "out": {**params["out"], "2": last}})
+        model = Model(config, network, schedule, weights, 0)
+        return model.sample(2, "ddpm", nfe=4, variance=variance).astype(int)
+
+    large, small, between = images("large"), images("small"), images("learned", 0.0)
+    assert np.abs(images("learned", 1.0) - large).max() <= 1
+    assert np.abs(images("learned", -1.0) - small).max() <= 1
+    assert (between != large).any()
+    assert (between != small).any()
+    with pytest.raises(ValueError, match="skip_scale does not go with variance='learned'"):
+        Model(config, network, schedule, params, 0).sample(2, "ddpm", nfe=4, variance="learned", skip_scale=10)
+
+
+@pytest.mark.slow
+def test_all_that_the_first_network_does(tmp_path):
+    """Training with remat and in bfloat16, statistics, a variance head, evaluation and export."""
+    changes = {"model.name": "improved_unet", "model.attn_resolutions": (8,), "loss.skip": 0, "train.steps": 4}
+    losses = {}
+    for name, fields in {"plain": {}, "remat": {"model.remat": True}, "half": {"model.dtype": "bfloat16"}}.items():
+        train(small_config(**changes, **fields), tmp_path / name)
+        losses[name] = load(tmp_path / name).ema_params
+    flat = {name: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(p)]) for name, p in losses.items()}
+    np.testing.assert_allclose(flat["remat"], flat["plain"], atol=1e-6)
+    np.testing.assert_allclose(flat["half"], flat["plain"], atol=2e-3)
+    model = load(tmp_path / "plain")
+    for sampler in ("ddim", "ddpm", "heun", "unipc"):
+        assert model.sample(2, sampler, nfe=5).shape == (2, 8, 8, 1)
+    model.config.sample.update({"nfe": 4, "steps": 0})
+    again = load(export(model.config, str(tmp_path / "plain")))
+    np.testing.assert_array_equal(again.sample(2, nfe=4), model.sample(2, nfe=4))
+    head = small_config(
+        **changes, **{"variance_head.kind": "npr", "variance_head.base_workdir": str(tmp_path / "plain")}
+    )
+    head.sample.sampler = head.eval.samplers = "npr"
+    train(head, tmp_path / "head")
+    trained = load(tmp_path / "head")
+    assert all(leaf.any() for leaf in jax.tree.leaves(trained.variance_head.params))
+    assert trained.sample(2, "npr", nfe=3).shape == (2, 8, 8, 1)
