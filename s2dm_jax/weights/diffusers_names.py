@@ -131,6 +131,11 @@ def scheduler_config(spec: ScheduleSpec, prediction: str = "epsilon") -> dict:
     }
 
 
+def needed(name: str) -> Any:
+    """What the field of a `UNet2DModel`'s config.json is for DDIM's network."""
+    return _NEEDED[name][0]
+
+
 def read_unet_config(config: Mapping) -> UNet:
     """The network of a `UNet2DModel`'s config.json; ValueError naming the first field that DDIM's network has not."""
     if config.get("_class_name") != "UNet2DModel":

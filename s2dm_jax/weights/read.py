@@ -21,7 +21,15 @@ from s2dm_jax.diffusion.betas import ScheduleSpec, same_betas
 from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.models.variance_head import Head
-from s2dm_jax.weights import diffusers_names, improved_shapes, model_card, nesting, published, torch_names
+from s2dm_jax.weights import (
+    diffusers_improved,
+    diffusers_names,
+    improved_shapes,
+    model_card,
+    nesting,
+    published,
+    torch_names,
+)
 from s2dm_jax.weights.torch_pickle import open_torch, read_note
 from s2dm_jax.workdir.folder import checkpoint_folder
 from s2dm_jax.workdir.load import checked_config, load_run
@@ -225,7 +233,7 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
             "it is neither a run's folder nor one of diffusers, which has a UNet2DModel's config.json and "
             f"{_DIFFUSERS_WEIGHTS}.safetensors{_inside(folder, unet)}"
         )
-    network: UNet = _described(unet / "config.json", diffusers_names.read_unet_config)
+    network: UNet | ImprovedUNet = _described(unet / "config.json", diffusers_improved.read_unet_config)
     if weights.stem != _DIFFUSERS_WEIGHTS:
         note += f"; the variant {weights.name} was taken"
     if unused := _described(unet / "config.json", diffusers_names.unused_network_options):
@@ -242,11 +250,13 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
         state, text = _load_safetensors(weights)
     else:
         state, *_, has_checksums = _load_torch(weights)
-    state, network = diffusers_names.from_diffusers(_finite(state), network)
+    if isinstance(network, ImprovedUNet):
+        state = diffusers_improved.from_diffusers(_finite(state), network)
+    else:
+        state, network = diffusers_names.from_diffusers(_finite(state), network)
     if text is not None:
         described, read = (network.resolution, network.attn_resolutions, network.prediction), schedule
-        card, written, schedule = _read_card(text, weights)
-        network = torch_names.as_unet(written)
+        card, network, schedule = _read_card(text, weights)
         same = described == (network.resolution, network.attn_resolutions, network.prediction)
         if not same or read is None or not same_betas(read, schedule):
             raise ValueError(f"its configs are not those that {weights.name} was written with")

@@ -59,13 +59,6 @@ def as_published(network: Network) -> UNet | ImprovedUNet:
     return network
 
 
-def as_unet(network: Network) -> UNet:
-    """The network as DDIM's UNet; ValueError for any other."""
-    if not isinstance(network, UNet):
-        raise ValueError(f"a {type(network).__name__} is another network than DDIM's UNet")
-    return network
-
-
 def to_torch(params: dict) -> dict[str, np.ndarray]:
     """Parameters as the published state_dict, in its order: convolutions OIHW, matrices [out, in], all contiguous."""
     names, flat = _names_of(params), traverse_util.flatten_dict(params, sep=".")

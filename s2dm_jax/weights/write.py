@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.network import Network, network_name
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.models.variance_head import Head
-from s2dm_jax.weights import diffusers_names, model_card, torch_names
+from s2dm_jax.weights import diffusers_improved, diffusers_names, model_card, torch_names
 from s2dm_jax.weights.formats import SUFFIXES
 from s2dm_jax.weights.model_card import CARD, NOT_STATED
 from s2dm_jax.weights.read import METADATA_PREFIX, SUMS, Weights
@@ -43,7 +43,6 @@ _NETWORKS_OF = {
     "ddim": "unet",
     "sa_dpm": "unet",
     "pndm": "unet",
-    "diffusers": "unet",
     "improved_diffusion": "improved_unet",
 }
 _INSTEAD = {
@@ -169,6 +168,8 @@ def write_weights(
             f"the format {kind} is for networks that predict epsilon, but config.model.prediction="
             f"{model.prediction!r}; choose safetensors or diffusers"
         )
+    if kind == "diffusers" and isinstance(weights.network, ImprovedUNet):
+        weights, config = _for_diffusers(weights, weights.network, config)
     network = dataclasses.replace(weights.network, dropout=model.dropout, prediction=model.prediction)
     run = Run(config, network, weights.ema_params, weights.step, weights.params)
     old = weights.model_card or {"license": "", "source": source, "metrics": None, "weights": {}}
@@ -271,8 +272,21 @@ def _write_workdir(folder: Path, run: Run, card: dict) -> None:
     checkpoint.close(manager)
 
 
+def _for_diffusers(weights: Weights, network: ImprovedUNet, config: ConfigDict) -> tuple[Weights, ConfigDict]:
+    """An improved-diffusion network with its config as diffusers can have it: timesteps count from 0."""
+    try:
+        diffusers_improved.check_expressible(network)
+    except ValueError as error:
+        raise UserError(f"{error}; choose safetensors or improved_diffusion") from error
+    network, params = diffusers_improved.from_zero(network, weights.ema_params)
+    config = config.copy_and_resolve_references()
+    config.model.t_offset = network.t_offset
+    return weights._replace(network=network, ema_params=params, params=params), config
+
+
 def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
-    network = torch_names.as_unet(run.network)
+    network: UNet | ImprovedUNet = torch_names.as_published(run.network)
+    names: Any = diffusers_improved if isinstance(network, ImprovedUNet) else diffusers_names
     scheduler = diffusers_names.scheduler_config(schedule_spec(run.config), network.prediction)
     configs = {
         "model_index.json": {
@@ -281,7 +295,7 @@ def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
             "scheduler": ["diffusers", "DDIMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
         },
-        "unet/config.json": diffusers_names.unet_config(network),
+        "unet/config.json": names.unet_config(network),
         "scheduler/scheduler_config.json": scheduler,
     }
     for name, value in configs.items():
@@ -289,7 +303,7 @@ def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
         (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     weights = "unet/diffusion_pytorch_model.safetensors"
     state = torch_names.to_torch(run.ema_params)
-    _save_safetensors(folder / weights, diffusers_names.to_diffusers(state, network), card)
+    _save_safetensors(folder / weights, names.to_diffusers(state, network), card)
     sums = [f"{digest_of_file(folder / name)}  {name}\n" for name in sorted([*configs, weights])]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8")
     front_matter = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}

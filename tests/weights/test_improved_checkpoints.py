@@ -1,5 +1,7 @@
 """Published checkpoints of improved-diffusion's UNet and of variance heads, as files to runs and back to the bit."""
 
+import dataclasses
+import json
 import zipfile
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import schedule_spec
 from s2dm_jax.models import variance_head
 from s2dm_jax.models.improved_unet import ImprovedUNet
+from s2dm_jax.models.improved_unet_module import timestep_embedding
 from s2dm_jax.models.unet import UNet
-from s2dm_jax.weights import torch_names
+from s2dm_jax.weights import diffusers_improved, torch_names
 from s2dm_jax.weights.improved_shapes import infer_improved
 from s2dm_jax.weights.read import read_weights
 from s2dm_jax.weights.torch_pickle import open_torch, write_torch
@@ -198,6 +201,45 @@ def test_a_variance_head_of_no_stated_kind_stays_with_its_file_or_is_left_out(co
     assert "give --base=FOLDER" in fails(
         command, capsys, source, tmp_path / "x", "--resolution=8", "--variance_head=sn"
     )
+
+
+def test_diffusers_folders_of_networks_that_it_can_express(command, tmp_path):
+    """test_with_torch.py runs diffusers itself."""
+    state = torch_names.to_torch(SMALL.init(0))
+    source = save(tmp_path / "a.pt", state)
+    command([source, str(tmp_path / "b"), "--to=diffusers", "--resolution=8", "--t_offset=0"])
+    config = json.loads((tmp_path / "b" / "unet" / "config.json").read_text())
+    assert (config["attention_head_dim"], config["resnet_time_scale_shift"]) == (8, "scale_shift")
+    back = read_weights(str(tmp_path / "b"))
+    assert back.network == dataclasses.replace(SMALL, t_offset=0, dropout=back.network.dropout)
+    assert_same(torch_names.to_torch(back.ema_params), state)
+    # One that counts from 1 becomes one that counts from 0: the same embedding at every timestep.
+    command([source, str(tmp_path / "c"), "--to=diffusers", "--resolution=8"])
+    turned = read_weights(str(tmp_path / "c"))
+    assert (turned.network, turned.model_card["config"]["model"]["t_offset"]) == (back.network, 0)
+    t = np.arange(1000)
+    found = timestep_embedding(t, 32) @ turned.ema_params["time_embed"]["0"]["kernel"]
+    expected = timestep_embedding(t + 1, 32) @ back.ema_params["time_embed"]["0"]["kernel"]
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # float32 angles
+    # What diffusers' own training saves by default: the head's width is given, not the heads.
+    theirs = {
+        name: config[name] for name in ("sample_size", "block_out_channels", "down_block_types", "up_block_types")
+    }
+    theirs |= {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "layers_per_block": 1}
+    network = diffusers_improved.read_unet_config(theirs)
+    assert network == ImprovedUNet(8, 3, 3, 32, (1,), 1, (8,), num_heads=4, scale_shift_norm=False)
+    for field, value in {
+        "t_scale": 0.25,
+        "learned_variance": True,
+        "num_classes": 2,
+        "resamp_with_conv": False,
+    }.items():
+        with pytest.raises(ValueError, match=f"diffusers has no equal of this network, for {field}="):
+            diffusers_improved.check_expressible(dataclasses.replace(SMALL, **{field: value}))
+    with pytest.raises(ValueError, match="num_heads=4 for attention of 32 and 64 channels"):
+        diffusers_improved.check_expressible(dataclasses.replace(SMALL, ch_mult=(1, 2)))
+    with pytest.raises(ValueError, match="its attention_head_dim is 5 for attention of 32 channels"):
+        diffusers_improved.read_unet_config({**theirs, "attention_head_dim": 5})
 
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(command, tmp_path, capsys):
