@@ -74,6 +74,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=FORMATS, default="", help="format of OUT (default: by its name)")
     parser.add_argument("--resolution", type=int, help="height and width in pixels, where the shapes leave it open")
     parser.add_argument("--key", default="", help="where the state_dict is in a file with several, such as model.ema")
+    parser.add_argument(
+        "--ema",
+        default="",
+        type=path_argument("--ema"),
+        help="file with the EMA, where IN has only the weights that training changes, as OpenAI's model*.pt",
+    )
     parser.add_argument("--digest", default="", help="the SHA-256 or MD5 that the file IN must have")
     parser.add_argument(
         "--config", default="", help="config FILE[:OBJECTIVE] for the run's folder to continue training with"
@@ -162,6 +168,19 @@ def _check_flags(weights: "Weights", args: argparse.Namespace, given: ConfigDict
     return weights
 
 
+def _with_ema(weights: "Weights", ema: "Weights", source: str, file: str) -> "Weights":
+    """The weights of one file with the EMA in another; a `UserError` where they do not belong together."""
+    if weights.params is not weights.ema_params or weights.model_card:
+        raise UserError(f"{source} has an EMA of its own ({weights.description}); leave out --ema")
+    if ema.network != weights.network or (weights.step and ema.step and ema.step != weights.step):
+        raise UserError(
+            f"--ema={file} does not belong to {source}: their networks or steps differ ({ema.step:,} and "
+            f"{weights.step:,}); give the EMA of the same step"
+        )
+    description = f"{weights.description}; the EMA of {Path(file).name}, sha256 {ema.sha256}"
+    return weights._replace(ema_params=ema.ema_params, description=description)
+
+
 def _format(weights: "Weights", args: argparse.Namespace) -> str:
     from s2dm_jax.models.network import network_name
 
@@ -220,6 +239,9 @@ def run(argv: list[str] | None) -> None:
     check_devices()
     stated = _stated(args, given_config)
     weights = read_weights(str(place), resolution=args.resolution, digest=args.digest, key=args.key, stated=stated)
+    if args.ema:
+        ema = read_weights(args.ema, resolution=args.resolution, stated=stated)
+        weights = _with_ema(weights, ema, args.source, args.ema)
     weights = _check_flags(weights, args, given_config)
     config = infer_config(weights, given=given_config, data=args.data)
     if weights.model_card and args.step is not None:

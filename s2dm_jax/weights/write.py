@@ -34,7 +34,7 @@ from s2dm_jax.weights.model_card import CARD, NOT_STATED
 from s2dm_jax.weights.read import METADATA_PREFIX, SUMS, Weights
 from s2dm_jax.weights.torch_pickle import write_torch
 from s2dm_jax.workdir import checkpoint
-from s2dm_jax.workdir.load import Run, load_run
+from s2dm_jax.workdir.load import Run, load_run, read_config
 from s2dm_jax.workdir.metadata import run_metadata
 from s2dm_jax.workdir.state import build_optimizer, new_state
 
@@ -218,6 +218,13 @@ def write_head_run(
     if not os.path.lexists(base):
         alone = weights._replace(head=None, step=0 if weights.model_card is None else weights.step)
         write_weights(base, "workdir", alone, _without_head(config), source=source, license=license)
+    wanted = network_of(read_config(base), "float32")
+    for name in _network_fields(weights.network, config):
+        if getattr(wanted, name, None) != getattr(weights.network, name):
+            raise UserError(
+                f"--base={base} is the run of a network with {name}={getattr(wanted, name, None)}, but for this file "
+                f"it is {getattr(weights.network, name)}; give another folder, or other flags"
+            )
     frozen = load_run(base)
     digest = sha256_of_arrays(jax.tree.leaves(frozen.ema_params))
     if digest != sha256_of_arrays(jax.tree.leaves(weights.ema_params)):
@@ -225,12 +232,6 @@ def write_head_run(
             f"--base={base} holds other weights than the frozen network in the file; give the run that was made of "
             "them, or a folder that does not exist, for it to be written"
         )
-    for name in _network_fields(weights.network, config):
-        if getattr(weights.network, name) != getattr(frozen.network, name):
-            raise UserError(
-                f"--base={base} is the run of a network with {name}={getattr(frozen.network, name)}, but for this file "
-                f"it is {getattr(weights.network, name)}; leave out --{name}, or give another folder"
-            )
     config = _with_head(config, head.kind, base, frozen.config)
     run = Run(config, frozen.network, frozen.ema_params, weights.step, head.params, head)
     card = model_card.make_card(run, license=license, source=source)

@@ -13,8 +13,7 @@ from published import group
 from safetensors.numpy import load_file as load_safetensors
 
 from s2dm_jax.common.errors import UserError
-from s2dm_jax.config.build import schedule_spec
-from s2dm_jax.models import variance_head
+from s2dm_jax.config.build import network_of, schedule_spec
 from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.improved_unet_module import timestep_embedding
 from s2dm_jax.models.unet import UNet
@@ -22,7 +21,7 @@ from s2dm_jax.weights import diffusers_improved, torch_names
 from s2dm_jax.weights.improved_shapes import infer_improved
 from s2dm_jax.weights.read import read_weights
 from s2dm_jax.weights.torch_pickle import open_torch, write_torch
-from s2dm_jax.workdir.load import load_run
+from s2dm_jax.workdir.load import read_config
 
 SMALL = ImprovedUNet(8, 3, 3, 32, (1,), 1, (8,), num_heads=4, t_offset=1)
 
@@ -91,20 +90,37 @@ def test_openais_file_becomes_a_run_and_every_file(golden, command, tmp_path, ca
     command([source, str(tmp_path / "run"), "--resolution=8", "--num_heads=2", "--T=4000", "--schedule=cosine"])
     printed = capsys.readouterr().out
     assert "schedule cosine, T = 4,000\nassumed  t_offset 0, t_scale 1, as improved-diffusion's for LSUN" in printed
-    run = load_run(str(tmp_path / "run"))
-    assert (run.network.num_heads, run.network.num_classes, run.network.learned_variance) == (2, 5, True)
-    assert (run.config.diffusion.T, run.config.diffusion.schedule) == (4000, "cosine")
+    config = read_config(tmp_path / "run")
+    network, spec = network_of(config, "float32"), schedule_spec(config)
+    assert (network.num_heads, network.num_classes, network.learned_variance) == (2, 5, True)
+    assert (spec.T, spec.schedule) == (4000, "cosine")
     for before, after in [("run", "a.safetensors"), ("a.safetensors", "b.pt"), ("b.pt", "c.ckpt")]:
         command([str(tmp_path / before), str(tmp_path / after)])
     assert_same(contents(tmp_path / "b.pt"), state)
     assert_same(contents(tmp_path / "c.ckpt"), state)
     again = read_weights(str(tmp_path / "c.ckpt"))
-    assert (again.network, again.schedule) == (run.network, schedule_spec(run.config))
+    assert (again.network, again.schedule) == (network, spec)
     assert again.model_card["source"]["steps_there"] == 500_000
     # A config that says what the file leaves open is taken at its word.
     command([source, str(tmp_path / "d.pt"), "--resolution=8", f"--config={tmp_path / 'run' / 'config.json'}"])
     assert "assumed" not in capsys.readouterr().out
-    assert read_weights(str(tmp_path / "d.pt")).network == run.network
+    assert read_weights(str(tmp_path / "d.pt")).network == network
+
+
+def test_openais_two_files_of_a_step_become_one_run(command, tmp_path, capsys):
+    raw, ema = (torch_names.to_torch(HEADS["ddim"].init(seed)) for seed in (1, 2))
+    files = [
+        save(tmp_path / name, state) for name, state in {"model000007.pt": raw, "ema_0.9999_000007.pt": ema}.items()
+    ]
+    command([files[0], str(tmp_path / "both.pth"), "--resolution=8", f"--ema={files[1]}"])
+    back = read_weights(str(tmp_path / "both.pth"))
+    assert_same(torch_names.to_torch(back.params), raw)
+    assert_same(torch_names.to_torch(back.ema_params), ema)
+    later = save(tmp_path / "ema_0.9999_000009.pt", ema)
+    error = fails(command, capsys, files[0], tmp_path / "x", "--resolution=8", f"--ema={later}")
+    assert "their networks or steps differ (9 and 7); give the EMA of the same step" in error
+    error = fails(command, capsys, tmp_path / "both.pth", tmp_path / "x", "--resolution=8", f"--ema={files[1]}")
+    assert "both.pth has an EMA of its own" in error
 
 
 def test_published_networks_are_known_from_their_shapes(golden):
@@ -148,29 +164,22 @@ HEAD_NAMES = {
 
 
 def with_head(name):
-    """A state_dict of Extended-Analytic-DPM: a network with a head, no two values alike; and the head in our names."""
-    network = HEADS[name]
-    head = variance_head.init_params(network, 3)
-    rng = np.random.default_rng(0)
-    head = {k: {n: rng.standard_normal(v.shape, np.float32) for n, v in part.items()} for k, part in head.items()}
-    trunk = torch_names.to_torch(network.init(1))
-    layers = [head["norm_out2"], head["conv_out2"]]
-    values = [layers[0]["scale"], layers[0]["bias"], layers[1]["kernel"].transpose(3, 2, 0, 1), layers[1]["bias"]]
-    return trunk, dict(zip(HEAD_NAMES[name], values, strict=True)), head
+    """The tensors of a network and of a variance head beside it in Extended-Analytic-DPM's state_dict, all random."""
+    network, rng = HEADS[name], np.random.default_rng(0)
+    shapes = [(32,), (32,), (network.in_channels, 32, 3, 3), (network.in_channels,)]
+    head = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    return torch_names.to_torch(network.init(1)), dict(zip(HEAD_NAMES[name], head, strict=True))
 
 
 def test_a_variance_head_becomes_a_run_and_a_file_again(command, tmp_path, capsys):
-    trunk, beside, head = with_head("improved")
+    trunk, beside = with_head("improved")
     source = save(tmp_path / "sn.pth", {**trunk, **beside})
     flags = ["--resolution=8", "--variance_head=sn", f"--base={tmp_path / 'base'}"]
     command([source, str(tmp_path / "sn"), *flags])
-    base, run = load_run(str(tmp_path / "base")), load_run(str(tmp_path / "sn"))
-    assert_same(torch_names.to_torch(base.ema_params), trunk)
-    assert_same(torch_names.to_torch(run.ema_params), trunk)
-    assert (run.variance_head.kind, run.config.sample.sampler, run.network.t_offset) == ("sn", "sn", 1)
-    assert run.network == base.network
-    for found in (run.variance_head.params, run.params):
-        jax.tree.map(np.testing.assert_array_equal, found, head)
+    base, config = read_config(tmp_path / "base"), read_config(tmp_path / "sn")
+    assert (config.variance_head.kind, config.sample.sampler, config.model.t_offset) == ("sn", "sn", 1)
+    assert (base.variance_head.kind, base.model) == ("", config.model)
+    # From both runs into one file.
     command([str(tmp_path / "sn"), str(tmp_path / "again.pth")])
     assert_same(contents(tmp_path / "again.pth"), {**trunk, **beside})
     # What we wrote says the kind itself.
@@ -190,7 +199,7 @@ def test_a_variance_head_becomes_a_run_and_a_file_again(command, tmp_path, capsy
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_variance_head_of_no_stated_kind_stays_with_its_file_or_is_left_out(command, tmp_path, capsys, name):
-    trunk, beside, _ = with_head(name)
+    trunk, beside = with_head(name)
     source = save(tmp_path / "head.pth", {**trunk, **beside})
     command([source, str(tmp_path / "again.pth"), "--resolution=8", "--to=analytic_dpm"])
     assert_same(contents(tmp_path / "again.pth"), {**trunk, **beside})
