@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 # config.model.name: the file of this folder and the class in it. Fields of the class that the group `model` of a
 # config has are set from there; the constructor raises ValueError for values that do not fit together.
-NETWORKS = {"unet": "unet:UNet", "improved_unet": "improved_unet:ImprovedUNet"}
+NETWORKS = {
+    "unet": "unet:UNet",
+    "improved_unet": "improved_unet:ImprovedUNet",
+}
 
 # Groups of every group normalisation in this folder: channels must be a multiple.
 NORM_GROUPS = 32
