@@ -14,6 +14,8 @@ from safetensors.numpy import load_file as load_safetensors
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import network_of, schedule_spec
+from s2dm_jax.diffusion.schedule import linear_schedule
+from s2dm_jax.models import variance_head
 from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.improved_unet_module import timestep_embedding
 from s2dm_jax.models.unet import UNet
@@ -195,6 +197,29 @@ def test_a_variance_head_becomes_a_run_and_a_file_again(command, tmp_path, capsy
     error = fails(command, capsys, other, tmp_path / "x", *flags)
     assert "holds other weights than the frozen network in the file" in error
     assert not (tmp_path / "x").exists()
+
+
+class Features(ImprovedUNet):
+    """Its features are the image's pixels, small, so that the norm's epsilon counts."""
+
+    def apply_with_features(self, params, x, t, dropout_key=None):
+        return x[..., :3], 3e-3 * x
+
+
+def test_a_variance_head_is_extended_analytic_dpms_out2():
+    network = Features(**vars(SMALL))
+    _, state = with_head("improved")
+    x = np.random.default_rng(1).standard_normal((2, 8, 8, 32), np.float32)
+    head = torch_names.head_from_torch(state, network)
+    _, found = variance_head.apply(network, {}, head, linear_schedule(), x, np.zeros(2, np.float32))
+    scale, bias, kernel, last_bias = state.values()
+    # GroupNorm of 32 groups, one channel each, SiLU, and a 3×3 convolution.
+    features = 3e-3 * x.astype(np.float64)
+    mean, variance = features.mean((1, 2), keepdims=True), features.var((1, 2), keepdims=True)
+    h = (features - mean) / np.sqrt(variance + 1e-5) * scale + bias
+    h = np.pad(h / (1 + np.exp(-h)), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [h[:, i : i + 8, j : j + 8] @ kernel[:, :, i, j].T for i in range(3) for j in range(3)]
+    np.testing.assert_allclose(found, sum(taps) + last_bias, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", HEADS)
