@@ -113,6 +113,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name.split(".")[1])
         if value is not None and field.low is not None and not field.low <= value <= field.high:
             raise UserError(f"--{name.split('.')[1]}={value} is out of range: it must be {allowed_range(field)}")
+    if args.base and os.path.abspath(args.base) == os.path.abspath(args.out):
+        raise UserError(f"--base={args.base} is OUT, the run of the variance head; give another folder for its base")
     if not args.source.startswith(PREFIX) and not Path(args.source).exists():
         raise UserError(f"{args.source} does not exist; give the file of a checkpoint, or a folder")
     if os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):

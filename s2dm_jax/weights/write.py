@@ -216,7 +216,8 @@ def write_head_run(
     """
     head = cast(Head, weights.head)
     if not os.path.lexists(base):
-        alone = weights._replace(head=None, step=0 if weights.model_card is None else weights.step)
+        # The card of a file of ours is that of the head.
+        alone = weights._replace(head=None, step=0, model_card=None)
         write_weights(base, "workdir", alone, _without_head(config), source=source, license=license)
     wanted = network_of(read_config(base), "float32")
     for name in _network_fields(weights.network, config):
@@ -234,7 +235,9 @@ def write_head_run(
         )
     config = _with_head(config, head.kind, base, frozen.config)
     run = Run(config, frozen.network, frozen.ema_params, weights.step, head.params, head)
-    card = model_card.make_card(run, license=license, source=source)
+    old = weights.model_card or {"license": "", "source": source, "metrics": None}
+    license = license or old["license"]
+    card = model_card.make_card(run, license=license, source=old["source"], metrics=old["metrics"])
     with atomic_outputs(user_path(out, "out")) as (folder,):
         folder.mkdir()
         _write_workdir(folder, run._replace(ema_params=head.params), card)
