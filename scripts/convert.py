@@ -36,12 +36,12 @@ and writes OUT with a model card.
 IN    a run's folder, an exported sampler (.npz), a .safetensors, a diffusers folder with a UNet2DModel, or a
       PyTorch checkpoint of DDIM (ckpt.pth, converted TensorFlow weights), SA-DPM (model_*_ema.pth,
       ckpt_*.pth), PNDM, Analytic-DPM (with the variance heads of NPR- and SN-DPM) or OpenAI's
-      improved-diffusion (ema_0.9999_500000.pt); or hf://OWNER/NAME[@REVISION], a diffusers folder on the Hugging Face
-      Hub (extra hub). Code in a file is never executed; PyTorch is not needed.
-OUT   a new file or folder in the format --to, by default the one of its name: .safetensors; model_*_ema.pth
-for
-      sa_dpm, another .pth for ddim; of an improved-diffusion network .pt or .pth for improved_diffusion; with a
-      variance head analytic_dpm; a folder is a run's folder, or diffusers if IN is a run's folder."""
+      improved-diffusion (ema_0.9999_500000.pt); or hf://OWNER/NAME[@REVISION], a diffusers folder on the
+      Hugging Face Hub (extra hub). Code in a file is never executed; PyTorch is not needed.
+OUT   a new file or folder in the format --to, by default the one of its name: .safetensors;
+      model_*_ema.pth for sa_dpm, another .pth for ddim; .pt or .pth of an improved-diffusion network for
+      improved_diffusion; with a variance head analytic_dpm; a folder is a run's folder, or diffusers if IN
+      is a run's folder."""
 _EXAMPLES = """\
 examples:
   python scripts/convert.py ckpt.pth runs/celeba --data=celeba
