@@ -71,13 +71,14 @@ def infer_improved(
         raise ValueError(
             f"images of {resolution} pixels cannot be halved {len(levels) - 1} times, as this network does"
         )
-    outputs, classes = _kernel(shapes, "out.2.weight")[0], shapes.get("label_emb.weight", (0,))[0]
+    outputs = _kernel(shapes, "out.2.weight")[0]
+    classes = _kernel(shapes, "label_emb.weight", axes=2)[0] if "label_emb.weight" in shapes else 0
     if outputs not in (in_channels, 2 * in_channels):
         raise ValueError(
             f"out.2.weight has {outputs} channels, where {in_channels}, the noise, or {2 * in_channels}, noise and "
             "variance, are needed"
         )
-    width_of_emb = shapes.get("input_blocks.1.0.emb_layers.1.weight", (0,))[0]
+    width_of_emb = _kernel(shapes, "input_blocks.1.0.emb_layers.1.weight", axes=2)[0]
     scale_shift_norm, learned_variance = width_of_emb == 2 * widths[0], outputs != in_channels
     assumed = _assume(scale_shift_norm, learned_variance, classes, stated or {})
     network = ImprovedUNet(
@@ -101,13 +102,15 @@ def infer_improved(
     return network, assumed
 
 
-def _kernel(shapes: Shapes, name: str) -> tuple[int, ...]:
-    if len(shapes.get(name, ())) != 4:
-        found = f"is of shape {shapes[name]}" if name in shapes else "is missing"
+def _kernel(shapes: Shapes, name: str, axes: int = 4) -> tuple[int, ...]:
+    shape = shapes.get(name, ())
+    if len(shape) != axes or 0 in shape:
+        found = f"is of shape {shape}" if name in shapes else "is missing"
         raise ValueError(
-            f"these are no weights of improved-diffusion's UNet: {name} {found}, where a kernel's 4 axes are needed"
+            f"these are no weights of improved-diffusion's UNet: {name} {found}, where a kernel's {axes} axes are "
+            "needed"
         )
-    return shapes[name]
+    return shape
 
 
 def _levels(shapes: Shapes) -> tuple[list[list[tuple[int, bool]]], bool]:
