@@ -56,7 +56,12 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     "raw_eps": Resumable(
         None, type=bool, doc="keep DDIM's ε as predicted where x_0 is clipped, as Analytic-DPM's code"
     ),
-    "variance": Resumable(None, type=str, choices=OPTIONS["variance"], doc="variance of DDPM's steps"),
+    "variance": Resumable(
+        None,
+        type=str,
+        choices=OPTIONS["variance"],
+        doc="variance of DDPM's steps; learned: by the second output of a network that has model.learned_variance",
+    ),
     "pndm_convention": Resumable(
         None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM reads at a timestep"
     ),

@@ -18,6 +18,7 @@ from s2dm_jax.models.layers import (
     GroupNorm,
     Linear,
     add,
+    attention,
     average_pool,
     pytorch_default_init,
     split_module,
@@ -79,7 +80,7 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, height * width, self.num_heads, 3, c // self.num_heads)
-        attended = jax.nn.dot_product_attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
+        attended = attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
         return x + self.proj_out(attended.reshape(x.shape))
 
 

@@ -139,8 +139,17 @@ class AttnBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
         tokens = self.norm(x).reshape(b, height * width, 1, c)  # [B, H·W, 1 head, C]
-        attended = jax.nn.dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens))
+        attended = attention(self.q(tokens), self.k(tokens), self.v(tokens))
         return x + self.proj_out(attended).reshape(x.shape)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q·kᵀ/√C)·v for each head, [B, tokens, heads, C] each, with the softmax in float32."""
+    if q.dtype != jnp.float16:
+        return jax.nn.dot_product_attention(q, k, v)
+    # For float16, JAX's own asks for a product that only GPUs have.
+    logits = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits).astype(v.dtype), v)
 
 
 def average_pool(x: jax.Array) -> jax.Array:

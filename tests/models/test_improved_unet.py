@@ -3,10 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import small_config
+from helpers import FunctionNetwork, small_config
 from published import group, improved_network_of, network_answers
 
 from s2dm_jax.common.errors import UserError
@@ -27,7 +28,7 @@ CIFAR10 = ImprovedUNet(32, 3, 3, 128, (1, 2, 2, 2), 3, (16, 8), dropout=0.3)
 TINY = ImprovedUNet(4, 1, 1, 64, (1,), 1, (), num_heads=2)
 
 
-@pytest.mark.parametrize("name", ["iddpm_a.npz", "iddpm_b.npz"])
+@pytest.mark.parametrize("name", ["iddpm_a.npz", pytest.param("iddpm_b.npz", marks=pytest.mark.slow)])
 def test_published_network(golden, name):
     arrays = golden(name)
     answers = network_answers(arrays)
@@ -38,6 +39,16 @@ def test_published_network(golden, name):
         # With one channel per group, the norms of iddpm_b remove what the embedding adds: those gradients are rounding.
         atol = 1e-4 * np.abs(expected).max() + 1e-8 * arrays["grad_norm"]
         np.testing.assert_allclose(answers["grads"][tensor], expected, rtol=1e-3, atol=atol)
+
+
+def test_published_output_of_six_channels(golden):
+    """The output of iddpm_b alone, as compiling its gradient takes long."""
+    arrays = golden("iddpm_b.npz")
+    network, x, t, labels = improved_network_of(arrays), arrays["x"], arrays["t"], arrays["y"]
+    params = torch_names.from_torch(group(arrays, "param/"), network)
+    eps, variance, _ = jax.jit(network.outputs)(params, x, t, labels=labels)
+    out = np.concatenate([eps, variance], axis=-1)
+    np.testing.assert_allclose(out, arrays["out"], rtol=1e-4, atol=1e-4 * np.abs(out).max())
 
 
 def test_torch_names_round_trip_to_the_bit_and_in_order(golden):
@@ -70,15 +81,16 @@ def test_labels_timesteps_and_the_learned_variance():
     """Against the same network without any: a class is a bias of the embedding, offset and scale act on t."""
     special = dataclasses.replace(TINY, num_classes=3, t_offset=1, t_scale=0.25, learned_variance=True)
     params, x, t = perturbed(special), np.ones((2, 4, 4, 1), np.float32), np.array([3, 600])
-    eps, variance, _ = special.outputs(params, x, t, labels=np.array([2, 2]))
+    outputs, apply = jax.jit(special.outputs), jax.jit(TINY.apply)
+    eps, variance, _ = outputs(params, x, t, labels=np.array([2, 2]))
     plain = {name: value for name, value in params.items() if name != "label_emb"}
     bias = plain["time_embed"]["2"]["bias"] + params["label_emb"]["embedding"][2]
     plain["time_embed"] = {**plain["time_embed"], "2": {**plain["time_embed"]["2"], "bias": bias}}
     for channel, output in enumerate((eps, variance)):
         last = jax.tree.map(lambda leaf, c=channel: leaf[..., c : c + 1], params["out"]["2"])
-        expected = TINY.apply({**plain, "out": {**params["out"], "2": last}}, x, (t + 1) / 4)
+        expected = apply({**plain, "out": {**params["out"], "2": last}}, x, (t + 1) / 4)
         np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
-    others = special.apply(params, x, t, labels=np.array([2, 0]))
+    others, *_ = outputs(params, x, t, labels=np.array([2, 0]))
     np.testing.assert_allclose(others[0], eps[0], rtol=1e-5)
     assert np.abs(others[1] - eps[1]).max() > 0.01
 
@@ -144,24 +156,29 @@ def test_the_config_sets_every_field():
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ClosedForm(FunctionNetwork):
+    """ε = 0.9·x_t with the learned variance of the parameter v."""
+
+    learned_variance: bool = True
+
+    def eps_variance_fn(self, params, schedule):
+        return lambda x, t: (0.9 * x, params["v"] * jnp.ones_like(x))
+
+
 def test_sampling_with_the_learned_variance():
     """v = 1 everywhere is the variance large: the images of one seed are the same."""
-    network = dataclasses.replace(TINY, learned_variance=True)
-    config, schedule = small_config(**{"model.name": "improved_unet"}), linear_schedule()
-    params = perturbed(network)
+    network = ClosedForm(lambda params, x, t: 0.9 * x)
 
-    def images(variance, v=0.0):
-        last = params["out"]["2"]
-        last = {"kernel": last["kernel"] * np.array([1, 0]), "bias": last["bias"] * np.array([1, 0]) + np.array([0, v])}
-        weights = jax.tree.map(np.float32, {**params, "out": {**params["out"], "2": last}})
-        model = Model(config, network, schedule, weights, 0)
-        return model.sample(2, "ddpm", nfe=4, variance=variance).astype(int)
+    def images(variance, v=0.0, **options):
+        model = Model(small_config(), network, linear_schedule(), {"v": np.float32(v)}, 0)
+        return model.sample(2, "ddpm", nfe=4, variance=variance, **options).astype(int)
 
     large = images("large")
     assert np.abs(images("learned", 1.0) - large).max() <= 1
     assert (images("learned", 0.0) != large).any()
     with pytest.raises(ValueError, match="skip_scale does not go with variance='learned'"):
-        Model(config, network, schedule, params, 0).sample(2, "ddpm", nfe=4, variance="learned", skip_scale=10)
+        images("learned", skip_scale=10)
 
 
 @pytest.mark.slow
