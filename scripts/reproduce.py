@@ -74,6 +74,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="full",
         help="the papers' datasets, or the digits (full)",
     )
+    parser.add_argument(
+        "--network",
+        choices=("improved_unet", "unet"),
+        default="improved_unet",
+        help="network of SA-DPM's CIFAR-10 tables: improved-diffusion's, most likely the paper's, or the one of its "
+        "released code (improved_unet)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print commands and cost, run nothing")
     args = parser.parse_args(argv)
     if args.table and args.table not in TABLES:

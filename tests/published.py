@@ -15,6 +15,7 @@ from torch_random import initial_weights
 
 from s2dm_jax.diffusion.objectives import NoiseSample, released
 from s2dm_jax.diffusion.schedule import add_noise, linear_schedule
+from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.training.step import StepConfig, update
@@ -30,7 +31,7 @@ def read_golden(name):
     if path.suffix == ".json":
         return json.loads(path.read_text())
     with np.load(path) as stored:
-        weights = ("grad/", "ema/")
+        weights = ("param/", "grad/", "ema/")
         arrays = {k: v if k.startswith(weights) else _nhwc(v) for k, v in stored.items()}
     if "network" in arrays:
         network = json.loads(str(arrays.pop("network")))
@@ -64,14 +65,49 @@ def network_of(arrays, **changes):
     return UNet(**{**shape, **changes})
 
 
+def improved_network_of(arrays, **changes):
+    """The network of a golden file of improved-diffusion."""
+    c = json.loads(str(arrays["config"]))
+    shape = {
+        "resolution": c["resolution"],
+        "in_channels": 3,
+        "out_channels": 3,
+        "ch": c["model_channels"],
+        "ch_mult": tuple(c["channel_mult"]),
+        "num_res_blocks": c["num_res_blocks"],
+        # There these are factors of downsampling.
+        "attn_resolutions": tuple(c["resolution"] // factor for factor in c["attention_resolutions"]),
+        "num_heads": c["num_heads"],
+        "scale_shift_norm": c["use_scale_shift_norm"],
+        "learned_variance": c["out_channels"] == 6,
+        "num_classes": c.get("num_classes", 0),
+    }
+    return ImprovedUNet(**{**shape, **changes})
+
+
 def network_answers(arrays):
     """The golden network's output, and the DDIM loss with the norm of its gradient and the gradients in torch names."""
-    network, x, t, noise = network_of(arrays), arrays["x"], arrays["t"], arrays["e"]
+    x, t, noise = arrays["x"], arrays["t"], arrays["e"]
+    # Both outputs from one pass, as compiling it takes longest.
+    twice = jnp.concatenate([x, add_noise(LINEAR, x, t, noise)]), np.tile(t, 2)
+    if "channel_mult" in str(arrays["config"]):
+        network = improved_network_of(arrays)
+        labels = np.tile(arrays["y"], 2) if "y" in arrays else None
+
+        def apply(params):
+            eps, variance, _ = network.outputs(params, *twice, labels=labels)
+            return eps if variance is None else jnp.concatenate([eps, variance], axis=-1)
+
+    else:
+        network = network_of(arrays)
+
+        def apply(params):
+            return network.apply(params, *twice)
 
     def ddim_loss(params):
-        x_t = add_noise(LINEAR, x, t, noise)
-        loss = jnp.square(network.apply(params, x_t, t) - noise).sum((1, 2, 3)).mean()
-        return loss, network.apply(params, x, t)
+        out, out_of_noisy = jnp.split(apply(params), 2)
+        eps = out_of_noisy[..., : noise.shape[-1]]
+        return jnp.square(eps - noise).sum((1, 2, 3)).mean(), out
 
     params = torch_names.from_torch(group(arrays, "param/"), network)
     (loss, out), grads = jax.jit(jax.value_and_grad(ddim_loss, has_aux=True))(params)

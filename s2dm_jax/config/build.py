@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.config.defaults import image_shape
+from s2dm_jax.config.defaults import FIELDS, image_shape
 from s2dm_jax.diffusion.betas import ScheduleSpec, log_snr, schedule_betas
 from s2dm_jax.models.network import network_class
 
@@ -61,8 +61,12 @@ def network_of(config: ConfigDict, dtype: str) -> "Network":
     """
     network = network_class(config.model.name)
     resolution, channels = image_shape(config)
-    values = {"resolution": resolution, "in_channels": channels, "out_channels": channels, **config.model}
+    stated = {name: value for name, value in config.model.items() if value is not None}
+    values = {"resolution": resolution, "in_channels": channels, "out_channels": channels, **stated}
     names = {field.name for field in dataclasses.fields(network)}
+    for name in stated.keys() - names:
+        if FIELDS[f"model.{name}"].default is None:
+            raise ValueError(f"{name}={stated[name]!r} is no field of {network.__name__}; leave it None")
     if "prediction" not in names and config.model.prediction != "epsilon":
         raise ValueError(
             f"prediction={config.model.prediction!r} is no field of {network.__name__}, which predicts epsilon; "

@@ -59,7 +59,12 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     "raw_eps": Resumable(
         None, type=bool, doc="keep DDIM's ε as predicted where x_0 is clipped, as Analytic-DPM's code"
     ),
-    "variance": Resumable(None, type=str, choices=OPTIONS["variance"], doc="variance of DDPM's steps"),
+    "variance": Resumable(
+        None,
+        type=str,
+        choices=OPTIONS["variance"],
+        doc="variance of DDPM's steps; learned: by the second output of a network that has model.learned_variance",
+    ),
     "pndm_convention": Resumable(
         None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM reads at a timestep"
     ),
@@ -132,6 +137,39 @@ FIELDS: dict[str, Field] = {
     "model.attn_resolutions": Field((16,), low=1, doc="resolutions with self-attention, in pixels"),
     "model.dropout": Field(0.1, low=0.0, high=0.999, doc="dropout rate in the residual blocks"),
     "model.resamp_with_conv": Field(True, doc="resample with convolutions, as the published networks"),
+    # None stands for the network's own default; a network that has no such field refuses any other value.
+    "model.num_heads": Field(None, type=int, low=1, high=4096, doc="heads of self-attention (improved_unet)"),
+    "model.scale_shift_norm": Field(
+        None, type=bool, doc="scale and shift the second norm of a block by the embedding of t (improved_unet)"
+    ),
+    "model.learned_variance": Field(
+        None,
+        type=bool,
+        doc="as many output channels again, for sample.variance=learned; only in converted weights, since no loss "
+        "trains them (improved_unet)",
+    ),
+    "model.num_classes": Field(
+        None,
+        type=int,
+        low=0,
+        high=1_000_000,
+        doc="classes of a class-conditional network; only in converted weights, since nothing here gives the network "
+        "labels (improved_unet)",
+    ),
+    "model.t_offset": Field(
+        None,
+        type=int,
+        low=0,
+        high=1,
+        doc="timestep that the network is given for the first: 0, or 1 as Analytic-DPM's for CIFAR-10 (improved_unet)",
+    ),
+    "model.t_scale": Field(
+        None,
+        type=float,
+        low=1e-6,
+        high=1e6,
+        doc="factor on the timestep that the network is given, such as 1000/T for OpenAI's (improved_unet)",
+    ),
     "model.dtype": Field(
         "auto",
         choices=("auto", "float32", "bfloat16", "float16"),

@@ -10,7 +10,7 @@ class Field:
     """One field of a config.
 
     Attributes:
-      default: the value where a config file sets none; None where the loss preset or the sampler decides.
+      default: the value where a config file sets none; None where the loss preset, the network or the sampler decides.
       doc: one sentence for `--help`.
       low, high: smallest and largest value, both allowed, or None for no bound; for a tuple, of each entry.
       min_length: fewest entries of a tuple.
@@ -71,7 +71,8 @@ def fields_help(fields: dict[str, Field]) -> str:
         else:
             allowed = "" if field.type is str else allowed_type(field)
         if field.default is None:
-            source = {"loss": ", the loss preset's", "diffusion": ""}.get(name.split(".")[0], ", the sampler's own")
+            own = {"loss": ", the loss preset's", "model": ", the network's own", "diffusion": ""}
+            source = own.get(name.split(".")[0], ", the sampler's own")
             default = f"None{source}"
         else:
             default = repr(",".join(map(str, field.default)) if field.type is tuple else field.default)

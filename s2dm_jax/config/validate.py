@@ -18,6 +18,7 @@ from s2dm_jax.config.fields import Field, allowed_choices, allowed_range, allowe
 from s2dm_jax.config.io import flatten
 from s2dm_jax.config.metrics import METRICS, parse_metrics
 from s2dm_jax.diffusion.betas import log_alpha_bar_with_x0, schedule_betas
+from s2dm_jax.models.network import Network, with_learned_variance
 from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
 from s2dm_jax.samplers.timesteps import plan_timesteps, split_timestep_spec
 
@@ -40,9 +41,10 @@ def check_config(config: ConfigDict, *, trained: bool = False) -> None:
         _check_field(name, field, fields[name])
     _check_data(config)
     try:
-        network_of(config, "float32")
+        network = network_of(config, "float32")
     except ValueError as error:
         raise UserError(f"config.model.{error}") from error
+    _check_learned_variance(config, network, trained)
     _check_training(config)
     _check_optimizer(config)
     _check_ema(config)
@@ -120,6 +122,26 @@ def _check_data(config: ConfigDict) -> None:
             f"config.data.crop={data.crop!r} is for {cropped} and for config.data.source, not for {data.name}: it must "
             "be auto"
         )
+
+
+def _check_learned_variance(config: ConfigDict, network: Network, trained: bool) -> None:
+    """Only a network that has a learned variance samples with it, and no loss here trains it."""
+    if config.model.learned_variance and not trained:
+        raise UserError(
+            "config.model.learned_variance=True is for weights that were trained elsewhere: no loss here trains the "
+            "variance; leave it None"
+        )
+    if config.model.num_classes and not trained:
+        raise UserError(
+            f"config.model.num_classes={config.model.num_classes} is for weights that were trained elsewhere: nothing "
+            "here gives the network labels; leave it None"
+        )
+    for group in ("sample", "eval"):
+        if config[group].variance == "learned":
+            try:
+                with_learned_variance(network)
+            except ValueError as error:
+                raise UserError(f"config.{group}.{error}") from error
 
 
 def _check_training(config: ConfigDict) -> None:

@@ -8,7 +8,8 @@ import jax
 # (x float32 [B, H, W, C], t float32 [B]) → the noise in x, [B, H, W, C]; t in [0, T), fractional in F-PNDM alone.
 EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-# (x float32 [B, H, W, C], t float32 [B]) → the noise in x and the variance head's output, both [B, H, W, C].
+# (x float32 [B, H, W, C], t float32 [B]) → the noise in x and the output of the variance head, or the network's learned
+# variance v, both [B, H, W, C].
 EpsVarianceFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 # ε, or of a network with a variance head both outputs.

@@ -22,7 +22,7 @@ from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.diffusion.types import SamplerOutput
 from s2dm_jax.inference.batches import map_batches
 from s2dm_jax.models import variance_head
-from s2dm_jax.models.network import Network
+from s2dm_jax.models.network import Network, with_learned_variance
 from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.analytic import cov_x0, optimal_timesteps
 from s2dm_jax.samplers.common import scale_eps
@@ -104,6 +104,10 @@ def resolve_program(
     spec, options = split_timestep_spec(options)
     timesteps, scale, own = resolve_sampler(schedule, sampler, spec, **options)
     inputs = sampler_inputs(schedule, sampler, scale, options.get("ms_eps"), options.get("head"))
+    if own.get("variance") == "learned":
+        with_learned_variance(network)
+        if scale is not None:
+            raise ValueError("skip_scale does not go with variance='learned', which is that of the unscaled network")
     # Without noise nothing is drawn: eta 0 is a program of its own.
     eta = own.pop("eta", None) or None
     program = SamplerConfig(network, schedule, sampler, tuple(sorted(own.items())))
@@ -230,6 +234,8 @@ def run_sampler(
     network, schedule, sampler, own = program
     options: dict[str, Any] = dict(own)
     eps_fn: Callable[..., Any] = network.eps_fn(params, schedule)
+    if options.get("variance") == "learned":
+        eps_fn = with_learned_variance(network).eps_variance_fn(params, schedule)
     if scale is not None:
         eps_fn = scale_eps(eps_fn, scale)
     spec = SAMPLERS[sampler]

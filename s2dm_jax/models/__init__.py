@@ -1,5 +1,5 @@
 """Networks.
 
-Public: `network.Network`, `NETWORKS`; `unet.UNet`; `variance_head.VarianceHead`. `network` and the files of NETWORKS
-import no jax.
+Public: `network.Network`, `NETWORKS`; `unet.UNet`; `improved_unet.ImprovedUNet`; `variance_head.VarianceHead`.
+`network` and the files of NETWORKS import no jax.
 """

@@ -11,9 +11,7 @@ from flax import nnx, traverse_util
 from jax.typing import DTypeLike
 
 from s2dm_jax.models.cpu_ops import conv2d, matmul, upsample_conv2d
-from s2dm_jax.models.network import NORM_GROUPS
-
-NORM_EPS = 1e-6
+from s2dm_jax.models.network import NORM_EPS, NORM_GROUPS
 
 
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
@@ -51,20 +49,26 @@ class Linear(nnx.Module):
 
 
 class Conv3x3(nnx.Module):
-    """3×3 convolution, padded as in the published code; with `upsample`, of the image enlarged twice."""
+    """3×3 convolution with `pad` rows and columns before and after; with `upsample`, of the image enlarged twice."""
 
-    def __init__(self, c_in: int, c_out: int, dtype: DTypeLike, stride: int = 1, upsample: bool = False):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        dtype: DTypeLike,
+        stride: int = 1,
+        pad: tuple[int, int] = (1, 1),
+        upsample: bool = False,
+    ):
         self.kernel = nnx.Param(jnp.zeros((3, 3, c_in, c_out)))
         self.bias = nnx.Param(jnp.zeros(c_out))
-        self.dtype, self.stride, self.upsample = dtype, stride, upsample
+        self.dtype, self.stride, self.pad, self.upsample = dtype, stride, pad, upsample
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, w = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         if self.upsample:
             return add(upsample_conv2d(x, w), self.bias[...])  # [B, 2H, 2W, c_out]
-        # The published downsampling pads one row at the bottom and one column on the right only.
-        pad = (1, 1) if self.stride == 1 else (0, 1)
-        return add(conv2d(x, w, self.stride, (pad, pad)), self.bias[...])  # [B, H/stride, W/stride, c_out]
+        return add(conv2d(x, w, self.stride, (self.pad, self.pad)), self.bias[...])  # [B, H/stride, W/stride, c_out]
 
 
 class GroupNorm(nnx.Module):
@@ -74,11 +78,13 @@ class GroupNorm(nnx.Module):
     XLA fuses this, while a 4-D reduction over [H, W, C/32] costs two to three times as much.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, eps: float = NORM_EPS):
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
+        self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, scale_shift: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+        """x [B, H, W, C] normalised; then times 1 + scale, plus shift, where these are given, float32 [B, C] each."""
         _, height, width, channels = x.shape
         per_group = channels // NORM_GROUPS
         count = height * width * per_group
@@ -90,8 +96,11 @@ class GroupNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean = group_mean(x32)
         variance = jnp.maximum(group_mean(x32 * x32) - mean * mean, 0.0)
-        a = self.scale[...] * jax.lax.rsqrt(variance + NORM_EPS)
+        a = self.scale[...] * jax.lax.rsqrt(variance + self.eps)
         b = self.bias[...] - mean * a
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            a, b = a * (1 + scale), b * (1 + scale) + shift
         return (x32 * a[:, None, None] + b[:, None, None]).astype(x.dtype)
 
 

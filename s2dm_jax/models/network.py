@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     import jax
 
     from s2dm_jax.diffusion.schedule import NoiseSchedule
-    from s2dm_jax.diffusion.types import EpsFn
+    from s2dm_jax.diffusion.types import EpsFn, EpsVarianceFn
 
 # config.model.name: the file of this folder and the class in it. Fields of the class that the group `model` of a
 # config has are set from there; the constructor raises ValueError for values that do not fit together.
-NETWORKS = {"unet": "unet:UNet"}
+NETWORKS = {
+    "unet": "unet:UNet",
+    "improved_unet": "improved_unet:ImprovedUNet",
+}
 
 # Groups of every group normalisation in this folder: channels must be a multiple.
 NORM_GROUPS = 32
+# Epsilon of the norms of DDIM's code.
+NORM_EPS = 1e-6
 
 
 class Network(Protocol):
@@ -65,6 +70,9 @@ class FeatureNetwork(Network, Protocol):
     Attributes:
       feature_channels: channels of the features.
       prediction: what `apply` gives (`parameterization.PREDICTIONS`).
+
+    A variance head's norm has the epsilon `norm_eps` where the network has that attribute, and its convolution starts
+    from 0 where the network's `zero_init` is true.
     """
 
     @property
@@ -89,10 +97,39 @@ def with_features(network: Network) -> FeatureNetwork:
     return cast(FeatureNetwork, network)
 
 
+class LearnedVarianceNetwork(Network, Protocol):
+    """A network that also predicts the variance of DDPM's steps (Nichol & Dhariwal 2021).
+
+    Attributes:
+      learned_variance: whether it does.
+    """
+
+    @property
+    def learned_variance(self) -> bool: ...
+
+    def eps_variance_fn(self, params: dict, schedule: "NoiseSchedule") -> "EpsVarianceFn":
+        """(x_t [B, H, W, C], t [B]) → ε and v: −1 for the posterior's variance, 1 for β, between them in logarithms."""
+
+
+def with_learned_variance(network: Network) -> LearnedVarianceNetwork:
+    """The network itself if it predicts the variance of DDPM's steps, else a ValueError."""
+    if not getattr(network, "learned_variance", False):
+        raise ValueError(
+            "variance='learned' needs a network that predicts it, such as improved_unet with "
+            "config.model.learned_variance=True; choose large or small"
+        )
+    return cast(LearnedVarianceNetwork, network)
+
+
 def network_class(name: str) -> type:
     """The class that NETWORKS has under this name."""
     module, attribute = NETWORKS[name].split(":")
     return getattr(importlib.import_module(f"s2dm_jax.models.{module}"), attribute)
+
+
+def network_name(network: Network) -> str:
+    """The name that NETWORKS has for the network's class."""
+    return next(name for name in NETWORKS if network_class(name) is type(network))
 
 
 def num_params(network: Network) -> int:

@@ -7,7 +7,7 @@ only a few rules.
 import dataclasses
 from typing import TYPE_CHECKING
 
-from s2dm_jax.models.network import NORM_GROUPS
+from s2dm_jax.models.levels import check_levels
 
 if TYPE_CHECKING:
     import jax
@@ -51,21 +51,7 @@ class UNet:
     prediction: str = "epsilon"
 
     def __post_init__(self):
-        halvings = len(self.ch_mult) - 1
-        if self.ch % NORM_GROUPS:
-            raise ValueError(f"ch={self.ch} must be a multiple of {NORM_GROUPS}, the groups of the norms")
-        if self.resolution % 2**halvings:
-            raise ValueError(
-                f"ch_mult={self.ch_mult} halves images of {self.resolution} pixels {halvings} times, which "
-                "does not go evenly; give fewer resolution levels"
-            )
-        resolutions = [self.resolution >> i for i in range(len(self.ch_mult))]
-        for attn in self.attn_resolutions:
-            if attn not in resolutions:
-                raise ValueError(
-                    f"attn_resolutions={self.attn_resolutions} names {attn}, which never occurs; this "
-                    f"model's resolutions are {', '.join(map(str, resolutions))}"
-                )
+        check_levels(self.resolution, self.ch, self.ch_mult, self.attn_resolutions)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

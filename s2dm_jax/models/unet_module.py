@@ -53,7 +53,8 @@ class UNetModule(nnx.Module):
                 skips.append(c)
             if i != levels[-1]:
                 if config.resamp_with_conv:
-                    level["downsample"] = nnx.Dict(conv=Conv3x3(c, c, dtype, stride=2))
+                    # The published code pads one row at the bottom and one column on the right only.
+                    level["downsample"] = nnx.Dict(conv=Conv3x3(c, c, dtype, stride=2, pad=(0, 1)))
                 skips.append(c)
             self.down[str(i)] = level
 

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from s2dm_jax.diffusion.parameterization import to_eps
 from s2dm_jax.diffusion.schedule import NoiseSchedule
 from s2dm_jax.models import layers
-from s2dm_jax.models.network import Network, with_features
+from s2dm_jax.models.network import NORM_EPS, Network, with_features
 
 
 class Head(NamedTuple):
@@ -32,8 +33,8 @@ class Head(NamedTuple):
 class VarianceHead(nnx.Module):
     """Features [B, H, W, channels] → [B, H, W, out_channels], of any sign."""
 
-    def __init__(self, channels: int, out_channels: int):
-        self.norm_out2 = layers.GroupNorm(channels)
+    def __init__(self, channels: int, out_channels: int, norm_eps: float):
+        self.norm_out2 = layers.GroupNorm(channels, norm_eps)
         self.conv_out2 = layers.Conv3x3(channels, out_channels, jnp.float32)
 
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -42,8 +43,9 @@ class VarianceHead(nnx.Module):
 
 @functools.lru_cache
 def _definition(network: Network) -> tuple[nnx.GraphDef, dict]:
-    channels = with_features(network).feature_channels
-    return layers.split_module(lambda: VarianceHead(channels, network.image_shape[-1]))
+    network = with_features(network)
+    shape = network.feature_channels, network.image_shape[-1], getattr(network, "norm_eps", NORM_EPS)
+    return layers.split_module(lambda: VarianceHead(*shape))
 
 
 def param_shapes(network: Network) -> dict:
@@ -52,8 +54,11 @@ def param_shapes(network: Network) -> dict:
 
 
 def init_params(network: Network, seed: int) -> dict:
-    """Parameters before training, PyTorch's default as in the released code (`layers.pytorch_default_init`)."""
-    return layers.pytorch_default_init(param_shapes(network), seed)
+    """Parameters before training as in the released code: those of the network's own last norm and convolution."""
+    params = layers.pytorch_default_init(param_shapes(network), seed)
+    if getattr(network, "zero_init", False):
+        params["conv_out2"] = jax.tree.map(np.zeros_like, params["conv_out2"])
+    return params
 
 
 def apply(

@@ -1,12 +1,14 @@
 """DDIM and DDPM's ancestral sampling."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from s2dm_jax.diffusion.parameterization import predict_x0
 from s2dm_jax.diffusion.schedule import NoiseSchedule, alpha_sigma, log_alpha_bar
-from s2dm_jax.diffusion.types import EpsFn, NoiseFn, SamplerOutput
+from s2dm_jax.diffusion.types import EpsFn, EpsVarianceFn, NoiseFn, SamplerOutput
 from s2dm_jax.samplers.common import call_network, check_concrete_options, scan_sampler, timestep_pairs
 from s2dm_jax.samplers.thresholding import threshold_x0
 
@@ -69,7 +71,7 @@ def ddim(
 
 
 def ddpm(
-    eps_fn: EpsFn,
+    eps_fn: EpsFn | EpsVarianceFn,
     x_T: jax.Array,
     schedule: NoiseSchedule,
     timesteps: jax.Array | np.ndarray,
@@ -82,8 +84,11 @@ def ddpm(
 ) -> SamplerOutput:
     """DDPM's ancestral sampling (Ho et al. 2020, eq. 6, 7; DDIM code's `ddpm_steps`). Contract: `s2dm_jax.samplers`.
 
+    The learned variance is eq. 15 of Nichol & Dhariwal (2021), log Σ = (1+v)/2·log β + (1−v)/2·log of the posterior's.
+
     Args:
-      variance: of each step: "large" is beta, "small" the posterior's, beta·(1−alpha_bar_next)/(1−alpha_bar).
+      variance: of each step: "large" is beta, "small" the posterior's, beta·(1−alpha_bar_next)/(1−alpha_bar); "learned"
+        is between them by the network's second output v in [−1, 1], for each pixel: `eps_fn` gives ε and v.
     """
     bounds = clip_x0, dynamic_threshold
     check_concrete_options("ddpm", variance=variance, clip_x0=clip_x0, dynamic_threshold=dynamic_threshold)
@@ -95,14 +100,20 @@ def ddpm(
     beta = -jnp.expm1(log_ab - log_ab_next)
     posterior_x0 = signal_next * beta / sigma**2
     posterior_x = signal / signal_next * (sigma_next / sigma) ** 2
-    std = jnp.sqrt(beta) if variance == "large" else jnp.sqrt(beta) * sigma_next / sigma
+    std = jnp.sqrt(beta) * sigma_next / sigma if variance == "small" else jnp.sqrt(beta)
     std = jnp.where(t_next < 0, 0, std)
+    # The last step adds no noise, and there the ratio's logarithm is infinite.
+    log_ratio = 2 * jnp.log(jnp.where(t_next < 0, 1, sigma_next / sigma)) if variance == "learned" else None
 
     def step(x, inputs):
-        index, t, signal, sigma, posterior_x0, posterior_x, std = inputs
-        x0 = threshold_x0(predict_x0(x, call_network(eps_fn, x, t), signal, sigma), *bounds)
+        index, t, signal, sigma, posterior_x0, posterior_x, std, log_ratio = inputs
+        eps: Any = call_network(eps_fn, x, t)
+        if variance == "learned":
+            eps, v = eps
+            std = std * jnp.exp((1 - v) / 4 * log_ratio)
+        x0 = threshold_x0(predict_x0(x, eps, signal, sigma), *bounds)
         # Draw from q(x_next | x, x_0) with the prediction in the place of x_0.
         return posterior_x0 * x0 + posterior_x * x + std * noise_fn(index).astype(x.dtype), x0
 
-    steps = (jnp.arange(len(t)), t, signal, sigma, posterior_x0, posterior_x, std)
+    steps = (jnp.arange(len(t)), t, signal, sigma, posterior_x0, posterior_x, std, log_ratio)
     return scan_sampler(step, x_T, steps, return_x0)

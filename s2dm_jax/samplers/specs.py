@@ -72,7 +72,7 @@ OPTIONS: dict[str, tuple | None] = {
     "clip_x0": (False, True),
     "dynamic_threshold": None,
     "raw_eps": (False, True),
-    "variance": ("large", "small"),
+    "variance": ("large", "small", "learned"),
     "pndm_convention": ("corrected", "published"),
     "order": (1, 2, 3),
     "variant": ("bh1", "bh2"),

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from s2dm_jax.diffusion.betas import BETAS, ScheduleSpec, same_betas, schedule_betas
-from s2dm_jax.models.layers import NORM_EPS
-from s2dm_jax.models.network import NORM_GROUPS
+from s2dm_jax.models.network import NORM_EPS, NORM_GROUPS
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import torch_names
 
@@ -130,6 +129,11 @@ def scheduler_config(spec: ScheduleSpec, prediction: str = "epsilon") -> dict:
         "thresholding": False,
         "rescale_betas_zero_snr": False,
     }
+
+
+def needed(name: str) -> Any:
+    """What the field of a `UNet2DModel`'s config.json is for DDIM's network."""
+    return _NEEDED[name][0]
 
 
 def read_unet_config(config: Mapping) -> UNet:

@@ -12,9 +12,9 @@ _EMA_KEYS = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model"
 _WEIGHTS_KEYS = ("state_dict", "model", "model_state_dict", "model_dict", "net", "network", "unet", "params", "weights")
 # Components of names that wrappers put in: of DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# A tensor that every network of ours has, and networks beside it, as autoencoders, do not: what is in front of its name
-# is in front of all.
-_MARK = "temb.dense.0.weight"
+# A tensor that every network of either kind has, and networks beside it, as autoencoders, do not: what is in front of
+# its name is in front of all.
+_MARK = re.compile(r"(|.*\.)(?:temb\.dense|time_embed)\.0\.weight")
 # What may be in front of the names of other networks.
 _PREFIXES = ("model.", "diffusion_model.", "denoise_fn.", "unet.", "net.", "network.")
 # Tensors that are no weights: noise schedules, counters, loss weights.
@@ -112,7 +112,7 @@ def strip_names(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, A
 
 def _prefix(state: Mapping[str, Any]) -> str:
     """What is in front of the names of a network's tensors in a state_dict; "" if nothing."""
-    found = [name.removesuffix(_MARK) for name in state if name == _MARK or name.endswith(f".{_MARK}")]
+    found = [match[1] for name in state if (match := _MARK.fullmatch(name))]
     # Beside the EMA there is a copy of the weights, as lucidrains' online_model.
     chosen = [prefix for prefix in found if _is_ema(prefix)] or found
     if len(chosen) > 1:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -19,9 +19,19 @@ from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
 from s2dm_jax.config.build import build_network, schedule_spec
 from s2dm_jax.config.ema import parse_choice
 from s2dm_jax.diffusion.betas import ScheduleSpec, same_betas
+from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.unet import UNet
-from s2dm_jax.weights import diffusers_names, model_card, nesting, torch_names
-from s2dm_jax.weights.torch_pickle import Tensor, open_torch, read_note
+from s2dm_jax.models.variance_head import Head
+from s2dm_jax.weights import (
+    diffusers_improved,
+    diffusers_names,
+    improved_shapes,
+    model_card,
+    nesting,
+    published,
+    torch_names,
+)
+from s2dm_jax.weights.torch_pickle import open_torch, read_note
 from s2dm_jax.workdir.folder import checkpoint_folder
 from s2dm_jax.workdir.load import checked_config, load_run
 
@@ -31,8 +41,6 @@ METADATA_PREFIX = "s2dm_jax."
 
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
-# NPR- and SN-DPM have their variance head on the same network.
-_VARIANCE_HEAD = ("norm_out2.", "conv_out2.")
 
 
 class Weights(NamedTuple):
@@ -47,9 +55,12 @@ class Weights(NamedTuple):
       step: training steps so far, according to the file.
       description: one line: format, what was taken from it, how it was checked.
       sha256: of the file, or of the file with the weights in a folder; "" for a run's folder.
+      head: the variance head beside the network, with the EMA of its weights; its kind is "" where the file does not
+        state it.
+      assumed: what the file leaves open, as it is taken to be; None where it has that, and for DDIM's UNet.
     """
 
-    network: UNet
+    network: UNet | ImprovedUNet
     ema_params: dict
     params: dict
     model_card: dict | None
@@ -57,10 +68,18 @@ class Weights(NamedTuple):
     step: int
     description: str
     sha256: str
+    head: Head | None = None
+    assumed: improved_shapes.Assumed | None = None
 
 
 def read_weights(
-    path: str, *, resolution: int | None = None, digest: str = "", key: str = "", ema: str = ""
+    path: str,
+    *,
+    resolution: int | None = None,
+    digest: str = "",
+    key: str = "",
+    ema: str = "",
+    stated: Mapping[str, Any] | None = None,
 ) -> Weights:
     """The weights in a run's folder, a diffusers folder, an exported sampler, a `.safetensors` or a `.pth`.
 
@@ -69,6 +88,7 @@ def read_weights(
       digest: SHA-256 or MD5 that the file, or the file with the weights in a folder, must have.
       key: where the state_dict is in a file with several, as "model.ema"; "" to look for it.
       ema: which weights of a run, as in `config.sample.ema`; "" for its EMA.
+      stated: values of `improved_shapes.OPEN_FIELDS`, which the state_dict of an improved-diffusion UNet leaves open.
 
     Raises:
       UserError: for a file that is missing, damaged, hostile, or of another network, naming the tensor and both shapes.
@@ -86,7 +106,7 @@ def read_weights(
             return _read_diffusers(place, digest)
         if place.suffix == ".npz":
             return _read_run(path, "an exported sampler, its checksums agree")
-        return _read_file(place, resolution, digest, key)
+        return _read_file(place, resolution, digest, key, stated or {})
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
 
@@ -110,18 +130,15 @@ def _how_checked(has_checksums: bool, digest: str) -> str:
 
 def _read_run(path: str, kind: str, ema: str = "") -> Weights:
     run = load_run(path, ema=ema)
-    if run.variance_head is not None:
-        raise UserError(
-            f"{path} is the run of a variance head, which other formats have no place for; give its base, "
-            f"{run.config.variance_head.base_workdir}"
-        )
     schedule = schedule_spec(run.config)
     card = model_card.card_of_run(run, path)
     kind += f", {parse_choice(ema).words}" * bool(ema) + f"; {run.ema_note}" * bool(run.ema_note)
-    return Weights(torch_names.as_unet(run.network), run.ema_params, run.params, card, schedule, run.step, kind, "")
+    network, head = torch_names.as_published(run.network), run.variance_head
+    params = run.params if head is None else run.ema_params
+    return Weights(network, run.ema_params, params, card, schedule, run.step, kind, "", head)
 
 
-def _read_file(path: Path, resolution: int | None, digest: str, key: str) -> Weights:
+def _read_file(path: Path, resolution: int | None, digest: str, key: str, stated: Mapping[str, Any]) -> Weights:
     sha256 = _check_digest(path, digest)
     if path.suffix == ".safetensors":
         ema, text = _load_safetensors(path)
@@ -133,34 +150,55 @@ def _read_file(path: Path, resolution: int | None, digest: str, key: str) -> Wei
     else:
         ema, params, step, kind, has_checksums = _load_torch(path, key)
         text = read_note(path)
-    card = schedule = None
+    ema, beside = torch_names.split_head(ema)
+    card = schedule = assumed = None
     if text is None:
-        network = _infer(ema, resolution)
+        network, assumed = _infer(ema, resolution, stated)
+        step = step or published.step_in_name(path)
     else:
         card, network, schedule = _read_card(text, path)
         step = card["step"]
     ema = torch_names.from_torch(_finite(ema), network)
-    params = ema if params is None else torch_names.from_torch(_finite(params), network)
-    origin = f"{kind}; {_how_checked(has_checksums, digest)}"
-    return Weights(network, ema, params, card, schedule, step, origin, sha256)
+    params = ema if params is None else torch_names.from_torch(_finite(torch_names.split_head(params)[0]), network)
+    head, note = _read_head(beside, network, card)
+    origin = f"{kind}{note}; {_how_checked(has_checksums, digest)}"
+    return Weights(network, ema, params, card, schedule, step, origin, sha256, head, assumed)
 
 
-def _infer(state: Mapping[str, np.ndarray], resolution: int | None) -> UNet:
-    """The network of a state_dict's shapes; where they are another's, the ValueError lists what is there."""
+def _read_head(
+    state: Mapping[str, np.ndarray], network: UNet | ImprovedUNet, card: dict | None
+) -> tuple[Head | None, str]:
+    """The variance head beside a network, and what the description says of it."""
+    if not state:
+        return None, ""
     try:
-        return torch_names.infer_network({name: value.shape for name, value in state.items()}, resolution)
+        params = torch_names.head_from_torch(_finite(state), network)
     except ValueError as error:
-        if "no weights of DDIM's UNet" not in str(error):
+        return None, f", without its variance head, which cannot be used ({error})"
+    return Head(card["config"]["variance_head"]["kind"] if card else "", params), ", with a variance head"
+
+
+def _infer(
+    state: Mapping[str, np.ndarray], resolution: int | None, stated: Mapping[str, Any]
+) -> tuple[UNet | ImprovedUNet, improved_shapes.Assumed | None]:
+    """The network of a state_dict's shapes; where they are another's, the ValueError lists what is there."""
+    shapes = {name: value.shape for name, value in state.items()}
+    try:
+        if improved_shapes.is_improved(shapes):
+            return improved_shapes.infer_improved(shapes, resolution, stated)
+        return torch_names.infer_network(shapes, resolution), None
+    except ValueError as error:
+        if "these are no weights of" not in str(error):
             raise
         shown = ", ".join(list(state)[:3]) + (", …" if len(state) > 3 else "")
         raise ValueError(f"{error}; it holds {len(state)} tensors: {shown or 'none'}") from error
 
 
-def _read_card(text: str, path: Path) -> tuple[dict, UNet, ScheduleSpec]:
+def _read_card(text: str, path: Path) -> tuple[dict, UNet | ImprovedUNet, ScheduleSpec]:
     """The model card in a file, with the network and schedule of its config."""
     card = model_card.parse_card(text)
     config = checked_config(json.dumps(card["config"]), path)
-    return card, torch_names.as_unet(build_network(config)), schedule_spec(config)
+    return card, torch_names.as_published(build_network(config)), schedule_spec(config)
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
@@ -200,7 +238,7 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
             "it is neither a run's folder nor one of diffusers, which has a UNet2DModel's config.json and "
             f"{_DIFFUSERS_WEIGHTS}.safetensors{_inside(folder, unet)}"
         )
-    network: UNet = _described(unet / "config.json", diffusers_names.read_unet_config)
+    network: UNet | ImprovedUNet = _described(unet / "config.json", diffusers_improved.read_unet_config)
     if weights.stem != _DIFFUSERS_WEIGHTS:
         note += f"; the variant {weights.name} was taken"
     if unused := _described(unet / "config.json", diffusers_names.unused_network_options):
@@ -217,7 +255,10 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
         state, text = _load_safetensors(weights)
     else:
         state, *_, has_checksums = _load_torch(weights)
-    state, network = diffusers_names.from_diffusers(_finite(state), network)
+    if isinstance(network, ImprovedUNet):
+        state = diffusers_improved.from_diffusers(_finite(state), network)
+    else:
+        state, network = diffusers_names.from_diffusers(_finite(state), network)
     if text is not None:
         described, read = (network.resolution, network.attn_resolutions, network.prediction), schedule
         card, network, schedule = _read_card(text, weights)
@@ -265,66 +306,16 @@ def _described(path: Path, read: Callable[[dict], Any]) -> Any:
 
 
 def _load_torch(path: Path, key: str = "") -> tuple[dict, dict | None, int, str, bool]:
-    """The arrays of `_identify` with step and kind, and whether checksums cover them."""
+    """The arrays of `published.identify` with step and kind, and whether checksums cover them."""
     with open_torch(path) as (contents, read, has_checksums):
         try:
-            ema, params, step, kind = _identify(contents, key)
+            ema, params, step, kind = published.identify(contents, key)
         except ValueError as error:
             # The file is whole: what it holds is not what is needed.
             raise UserError(f"{path} cannot be used: {error}") from error
         ema = {name: read(tensor) for name, tensor in ema.items()}
         params = params and {name: read(tensor) for name, tensor in params.items()}
     return ema, params, step, kind, has_checksums
-
-
-def _identify(contents: object, key: str) -> tuple[dict, dict | None, int, str]:
-    """EMA, weights where they are others, step and kind of a published checkpoint."""
-    if isinstance(contents, list) and contents and _is_state(contents[0]) and not key:
-        step = contents[3] if len(contents) > 3 and type(contents[3]) is int else 0
-        params = _plain(contents[0])
-        if len(contents) > 4 and _is_state(contents[-1]):
-            return _plain(contents[-1]), params, step, "a DDIM training checkpoint, with its EMA"
-        return params, None, step, "a DDIM training checkpoint; it has no EMA"
-    if isinstance(contents, dict) and _is_state(contents.get("model_dict")) and not key:
-        step = contents["step"] if type(contents.get("step")) is int else 0
-        params, ema = _plain(contents["model_dict"]), _ema_in_optimizer(contents)
-        if ema:
-            return ema, params, step, "a SA-DPM training checkpoint, with the EMA in its optimizer"
-    found = nesting.find_state(contents, lambda value: isinstance(value, Tensor), key)
-    if found is not None:
-        others = None if found.params is None else _without_head(found.params)
-        return _without_head(found.ema), others, found.step, found.description
-    held = type(contents).__name__
-    if isinstance(contents, dict):
-        held = f"a dict of {', '.join(map(str, list(contents)[:5])) or 'nothing'}"
-    raise ValueError(f"it holds {held}, where a state_dict of tensors is needed, in dicts or lists or by itself")
-
-
-def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
-    pairs = value.items() if isinstance(value, dict) else ()
-    return bool(pairs) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs)
-
-
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's own tensors: without prefixes, buffers, and a variance head."""
-    return _without_head(nesting.strip_names(state)[0])
-
-
-def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if not name.startswith(_VARIANCE_HEAD)}
-
-
-def _ema_in_optimizer(contents: dict) -> dict[str, Tensor] | None:
-    """SA-DPM's optimizer numbers the weights in the state_dict's order, and has each one's EMA."""
-    optimizer = contents.get("optimizer")
-    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
-        return None
-    numbers = [n for group in optimizer.get("param_groups", ()) for n in group.get("params", ())]
-    emas = [optimizer["state"].get(number, {}).get("ema") for number in numbers]
-    names = list(contents["model_dict"])
-    if len(emas) != len(names) or not all(isinstance(ema, Tensor) for ema in emas):
-        return None
-    return _plain(dict(zip(names, emas, strict=True)))
 
 
 def _finite(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -14,28 +15,45 @@ from safetensors.numpy import save_file
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import atomic_outputs, user_path
-from s2dm_jax.common.hashing import digest_of_file, sha256_of_tensors
-from s2dm_jax.config.build import schedule_fields, schedule_spec
+from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays, sha256_of_tensors
+from s2dm_jax.config.build import network_of, schedule_fields, schedule_spec
 from s2dm_jax.config.datasets import DATASETS
 from s2dm_jax.config.defaults import default_config
 from s2dm_jax.config.ema import extra_names
 from s2dm_jax.config.io import from_json, to_json
+from s2dm_jax.config.presets import set_head
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.data.sources import UNKNOWN
 from s2dm_jax.diffusion.betas import same_betas
-from s2dm_jax.weights import diffusers_names, model_card, torch_names
+from s2dm_jax.models.improved_unet import ImprovedUNet
+from s2dm_jax.models.network import Network, network_name
+from s2dm_jax.models.unet import UNet
+from s2dm_jax.models.variance_head import Head
+from s2dm_jax.weights import diffusers_improved, diffusers_names, model_card, torch_names
+from s2dm_jax.weights.formats import SUFFIXES
 from s2dm_jax.weights.model_card import CARD, NOT_STATED
 from s2dm_jax.weights.read import METADATA_PREFIX, SUMS, Weights
 from s2dm_jax.weights.torch_pickle import write_torch
 from s2dm_jax.workdir import checkpoint
-from s2dm_jax.workdir.load import Run
+from s2dm_jax.workdir.load import Run, load_run, read_config
 from s2dm_jax.workdir.metadata import run_metadata
 from s2dm_jax.workdir.state import build_optimizer, initial_loss_scale, new_state
 
+# Which network each format is for, by the names of NETWORKS; the others take both.
+_NETWORKS_OF = {
+    "ddim": "unet",
+    "sa_dpm": "unet",
+    "pndm": "unet",
+    "improved_diffusion": "improved_unet",
+}
+_INSTEAD = {
+    "unet": "choose ddim, analytic_dpm or safetensors",
+    "improved_unet": "choose improved_diffusion, analytic_dpm or safetensors",
+}
 # The published codes read every network's output as ε.
-_EPSILON_ONLY = ("ddim", "sa_dpm", "pndm")
-# The config's group `model` has them under the same names.
-_NETWORK_FIELDS = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resamp_with_conv")
+_EPSILON_ONLY = ("ddim", "sa_dpm", "pndm", "analytic_dpm", "improved_diffusion")
+# Fields of the config's group `model` that are no part of the weights' network.
+_FREE_FIELDS = ("name", "dropout", "dtype", "remat", "prediction")
 
 
 def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str = "") -> ConfigDict:
@@ -68,29 +86,53 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
     if given:
         _check_network(given, weights)
     else:
-        config.model.update({name: getattr(network, name) for name in (*_NETWORK_FIELDS, "prediction")})
+        names = [*_network_fields(network, config), "prediction"]
+        config.model.update(name=network_name(network), **{name: getattr(network, name) for name in names})
         if not inherited:
-            # As the published configs have it.
-            config.model.dropout = network.dropout or (0.0 if network.resolution >= 256 else 0.1)
+            config.model.dropout = _published_dropout(network)
         if weights.schedule:
             config.diffusion.update(weights.schedule._asdict())
+        elif weights.assumed:
+            config.diffusion.update(schedule=weights.assumed.schedule, T=weights.assumed.T)
     # The EMA that comes with the weights is where all start.
     config.train.ema_start = "initial"
     config.eval.nfe = tuple(nfe for nfe in config.eval.nfe if nfe <= config.diffusion.T) or (1,)
-    check_config(config, trained=weights.schedule is not None)
+    check_config(config, trained=weights.schedule is not None or weights.assumed is not None)
     return config
+
+
+def _network_fields(network: Network, config: ConfigDict) -> list[str]:
+    """The fields that the network and the config's group `model` have under one name, those of training left out."""
+    names = [field.name for field in dataclasses.fields(torch_names.as_published(network))]
+    return [name for name in names if name in config.model and name not in _FREE_FIELDS]
+
+
+def _published_dropout(network: UNet | ImprovedUNet) -> float:
+    if network.dropout or isinstance(network, ImprovedUNet):
+        return network.dropout
+    return 0.0 if network.resolution >= 256 else 0.1
 
 
 def _check_network(config: ConfigDict, weights: Weights) -> None:
     """UserError where the config has another network or schedule than the weights state."""
+    name, network = network_name(weights.network), weights.network
+    if config.model.name != name:
+        raise UserError(
+            f"the weights are of a network with model.name={name!r}, but the config has {config.model.name!r}; give "
+            "the config that suits"
+        )
+    try:
+        wanted = network_of(config, "float32")
+    except ValueError as error:
+        raise UserError(f"config.model.{error}") from error
     # A file without card and schedule leaves open what the network predicts.
-    names = (*_NETWORK_FIELDS, "prediction") if weights.model_card or weights.schedule else _NETWORK_FIELDS
-    for name in names:
-        value = getattr(weights.network, name)
-        if config.model[name] != value:
+    always = () if not (weights.model_card or weights.schedule) else ("prediction",)
+    for name in (*_network_fields(network, config), *always):
+        value = getattr(network, name)
+        if getattr(wanted, name) != value:
             raise UserError(
                 f"the weights are of a network with model.{name}={value}, but the config has "
-                f"{config.model[name]}; give the config that suits"
+                f"{getattr(wanted, name)}; give the config that suits"
             )
     if weights.schedule and not same_betas(weights.schedule, schedule_spec(config)):
         stated = {name: value for name, value in weights.schedule._asdict().items() if value is not None}
@@ -115,12 +157,20 @@ def write_weights(
     Raises:
       UserError: if `out` exists or cannot be written, or the format is not for this network.
     """
-    model = config.model
+    model, name = config.model, network_name(weights.network)
+    if _NETWORKS_OF.get(kind, name) != name:
+        raise UserError(f"the format {kind} is for the network {_NETWORKS_OF[kind]}, not for {name}; {_INSTEAD[name]}")
+    if weights.head and weights.head.kind and kind != "analytic_dpm":
+        raise UserError(
+            f"the format {kind} has no place for a variance head; choose analytic_dpm, or give the run of its base"
+        )
     if kind in _EPSILON_ONLY and model.prediction != "epsilon":
         raise UserError(
             f"the format {kind} is for networks that predict epsilon, but config.model.prediction="
             f"{model.prediction!r}; choose safetensors or diffusers"
         )
+    if kind == "diffusers" and isinstance(weights.network, ImprovedUNet):
+        weights, config = _for_diffusers(weights, weights.network, config)
     network = dataclasses.replace(weights.network, dropout=model.dropout, prediction=model.prediction)
     run = Run(config, network, weights.ema_params, weights.step, weights.params)
     old = weights.model_card or {"license": "", "source": source, "metrics": None, "weights": {}}
@@ -136,9 +186,9 @@ def write_weights(
             folder.mkdir()
             write_folder(folder, run, card)
         return
-    suffix = ".safetensors" if kind == "safetensors" else ".pth"
-    if path.suffix != suffix:
-        raise UserError(f"{out} must end in {suffix}, to hold the format {kind}")
+    suffixes = SUFFIXES[kind]
+    if path.suffix not in suffixes:
+        raise UserError(f"{out} must end in {' or '.join(suffixes)}, to hold the format {kind}")
     with atomic_outputs(path, *model_card.card_paths(path)) as (file, *card_files):
         state = torch_names.to_torch(weights.ema_params)
         if kind == "safetensors":
@@ -147,8 +197,76 @@ def write_weights(
             write_torch(file, _ddim_checkpoint(run, state), json.dumps(card))
         else:
             prefix = "module." if kind == "sa_dpm" else ""
+            if kind == "analytic_dpm" and weights.head:
+                state |= torch_names.head_to_torch(weights.head.params, network)
             write_torch(file, {f"{prefix}{name}": value for name, value in state.items()}, json.dumps(card))
         model_card.write_card(card, *card_files)
+
+
+def write_head_run(
+    out: str, weights: Weights, config: ConfigDict, *, base: str, source: dict, license: str = ""
+) -> None:
+    """Writes the run of `weights.head`, and that of the frozen network beside it if `base` does not exist.
+
+    Args:
+      weights: whose head has a kind.
+      config: that of the frozen network, from `infer_config`, or the one to continue with, which has the head's kind.
+      base: folder of the frozen network's run.
+      out, source, license: as in `write_weights`; the card is that of the frozen network with the head.
+
+    Raises:
+      UserError: as `write_weights`; if `base` holds other weights than the file's.
+    """
+    head = cast(Head, weights.head)
+    if not os.path.lexists(base):
+        # The card of a file of ours is that of the head.
+        alone = weights._replace(head=None, step=0, model_card=None)
+        write_weights(base, "workdir", alone, _without_head(config), source=source, license=license)
+    wanted = network_of(read_config(base), "float32")
+    for name in _network_fields(weights.network, config):
+        if getattr(wanted, name, None) != getattr(weights.network, name):
+            raise UserError(
+                f"--base={base} is the run of a network with {name}={getattr(wanted, name, None)}, but for this file "
+                f"it is {getattr(weights.network, name)}; give another folder, or other flags"
+            )
+    frozen = load_run(base)
+    digest = sha256_of_arrays(jax.tree.leaves(frozen.ema_params))
+    if digest != sha256_of_arrays(jax.tree.leaves(weights.ema_params)):
+        raise UserError(
+            f"--base={base} holds other weights than the frozen network in the file; give the run that was made of "
+            "them, or a folder that does not exist, for it to be written"
+        )
+    config = _with_head(config, head.kind, base, frozen.config)
+    run = Run(config, frozen.network, frozen.ema_params, weights.step, head.params, head)
+    old = weights.model_card or {"license": "", "source": source, "metrics": None}
+    license = license or old["license"]
+    card = model_card.make_card(run, license=license, source=old["source"], metrics=old["metrics"])
+    with atomic_outputs(user_path(out, "out")) as (folder,):
+        folder.mkdir()
+        _write_workdir(folder, run._replace(ema_params=head.params), card)
+        recorded = {"workdir": base, "step": frozen.step, "sha256": digest}
+        (folder / "base.json").write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+
+
+def _without_head(config: ConfigDict) -> ConfigDict:
+    """The config of a network alone: a head's training and samplers are not the network's."""
+    alone = default_config()
+    for group in ("data", "diffusion", "model"):
+        alone[group] = config[group]
+    return alone if config.variance_head.kind else config
+
+
+def _with_head(config: ConfigDict, kind: str, base: str, frozen: ConfigDict) -> ConfigDict:
+    """The config of a head's run, with the released code's training unless the config is a head's already."""
+    if config.variance_head.kind != kind:
+        config = default_config()
+        set_head(config, kind)
+    for group in ("data", "diffusion", "model"):
+        config[group] = frozen[group]
+    config.variance_head.base_workdir, config.train.ema_start = base, "initial"
+    config.eval.nfe = tuple(nfe for nfe in config.eval.nfe if nfe <= config.diffusion.T) or (1,)
+    check_config(config, trained=True)
+    return config
 
 
 def _write_workdir(folder: Path, run: Run, card: dict) -> None:
@@ -163,8 +281,21 @@ def _write_workdir(folder: Path, run: Run, card: dict) -> None:
     checkpoint.close(manager)
 
 
+def _for_diffusers(weights: Weights, network: ImprovedUNet, config: ConfigDict) -> tuple[Weights, ConfigDict]:
+    """An improved-diffusion network with its config as diffusers can have it: timesteps count from 0."""
+    try:
+        diffusers_improved.check_expressible(network)
+    except ValueError as error:
+        raise UserError(f"{error}; choose safetensors or improved_diffusion") from error
+    network, params = diffusers_improved.from_zero(network, weights.ema_params)
+    config = config.copy_and_resolve_references()
+    config.model.t_offset = network.t_offset
+    return weights._replace(network=network, ema_params=params, params=params), config
+
+
 def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
-    network = torch_names.as_unet(run.network)
+    network: UNet | ImprovedUNet = torch_names.as_published(run.network)
+    names: Any = diffusers_improved if isinstance(network, ImprovedUNet) else diffusers_names
     scheduler = diffusers_names.scheduler_config(schedule_spec(run.config), network.prediction)
     configs = {
         "model_index.json": {
@@ -173,7 +304,7 @@ def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
             "scheduler": ["diffusers", "DDIMScheduler"],
             "unet": ["diffusers", "UNet2DModel"],
         },
-        "unet/config.json": diffusers_names.unet_config(network),
+        "unet/config.json": names.unet_config(network),
         "scheduler/scheduler_config.json": scheduler,
     }
     for name, value in configs.items():
@@ -181,7 +312,7 @@ def _write_diffusers(folder: Path, run: Run, card: dict) -> None:
         (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     weights = "unet/diffusion_pytorch_model.safetensors"
     state = torch_names.to_torch(run.ema_params)
-    _save_safetensors(folder / weights, diffusers_names.to_diffusers(state, network), card)
+    _save_safetensors(folder / weights, names.to_diffusers(state, network), card)
     sums = [f"{digest_of_file(folder / name)}  {name}\n" for name in sorted([*configs, weights])]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8")
     front_matter = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation"}

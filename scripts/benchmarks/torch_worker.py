@@ -1,4 +1,4 @@
-"""The PyTorch worker of `benchmark.py train`: the same UNet and train step in plain PyTorch.
+"""The PyTorch worker of `benchmark.py train`: the same network and train step in plain PyTorch.
 
 It prints a JSON line when it is ready. For each line that it reads, a number of steps, it prints their
 seconds.
@@ -14,6 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch_improved import ImprovedUNet
 
 
 class ResnetBlock(nn.Module):
@@ -111,23 +112,32 @@ def skip_ratio(alpha_bar, skip):
     return ((1 - alpha_skip) / alpha_skip).sqrt()
 
 
+# The networks of `config.model.name`, and what each reads of the settings.
+_UNET_SETTINGS = ("resolution", "channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")
+NETWORKS = {
+    "unet": (UNet, _UNET_SETTINGS),
+    "improved_unet": (ImprovedUNet, (*_UNET_SETTINGS, "num_heads", "scale_shift_norm", "t_offset")),
+}
+
+
+def make_network(s):
+    """The network of the settings on their device."""
+    network, names = NETWORKS[s["network"]]
+    layout = torch.channels_last if s["channels_last"] else torch.contiguous_format
+    return network(**{name: s[name] for name in names}).to(_device(s), memory_format=layout)
+
+
+def _device(s):
+    return "cuda" if s["device"] == "gpu" else "cpu"
+
+
 def make_step(s):
     """A function that does a train step and returns its loss, and the network's number of parameters."""
-    on_gpu = s["device"] == "gpu"
-    device = "cuda" if on_gpu else "cpu"
-    layout = torch.channels_last if s["channels_last"] else torch.contiguous_format
-    names = ("resolution", "channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")
-    model = UNet(*(s[name] for name in names)).to(device, memory_format=layout)
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=s["lr"], fused=on_gpu)
-    network = torch.compile(model) if s["compile"] else model
+    device, model = _device(s), make_network(s)
+    update, _ = make_update(s, model)
     image_shape = s["channels"], s["resolution"], s["resolution"]
     num_images = min(1024, 2**28 // math.prod(image_shape))
     images = torch.randint(0, 256, (num_images, *image_shape), dtype=torch.uint8, device=device)
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
-    c = skip_ratio(alpha_bar, s["skip"]).float().to(device)
-    alpha_bar = alpha_bar.float().to(device)
-    weights, averages = list(model.parameters()), list(average.parameters())
 
     def step():
         batch, K = s["batch"], s["K"]
@@ -135,8 +145,26 @@ def make_step(s):
         if s["random_flip"]:
             x0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x0.flip(3), x0)
         t = torch.randint(0, 1000 - K + 1, (batch,), device=device)
+        return update(x0, t, torch.randn(batch * K, *image_shape, device=device))
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+def make_update(s, model):
+    """A train step on images [B, C, H, W], timesteps [B] and noise [B·K, C, H, W] → loss; and the model of the EMA."""
+    on_gpu, device = s["device"] == "gpu", _device(s)
+    layout = torch.channels_last if s["channels_last"] else torch.contiguous_format
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=s["lr"], fused=on_gpu)
+    network = torch.compile(model) if s["compile"] else model
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+    c = skip_ratio(alpha_bar, s["skip"]).float().to(device)
+    alpha_bar = alpha_bar.float().to(device)
+    weights, averages = list(model.parameters()), list(average.parameters())
+
+    def update(x0, t, noise):
+        batch, K, image_shape = len(x0), s["K"], x0.shape[1:]
         levels = (t[:, None] + torch.arange(K, device=device)).flatten()
-        noise = torch.randn(batch * K, *image_shape, device=device)
         a = alpha_bar[levels][:, None, None, None]
         x_t = a.sqrt() * x0.repeat_interleave(K, 0) + (1 - a).sqrt() * noise
         with torch.autocast(device, dtype=torch.bfloat16, enabled=s["dtype"] == "bfloat16"):
@@ -157,7 +185,7 @@ def make_step(s):
             torch._foreach_lerp_(averages, weights, 1 - s["ema_decay"])
         return loss
 
-    return step, sum(p.numel() for p in weights)
+    return update, average
 
 
 def main() -> None:

@@ -21,8 +21,19 @@ from s2dm_jax.common.signals import end_on_signal, removed_on_signal
 NETWORKS = {
     "cifar10": ("configs/cifar10.py:ddpm", {}),
     "celeba": ("configs/celeba64.py:ddpm", {}),
+    "improved": ("configs/cifar10_improved.py:ddpm", {}),
     "small": (
         "configs/cifar10.py:ddpm",
+        {
+            "data.resolution": 16,
+            "model.ch": 32,
+            "model.ch_mult": (1, 2),
+            "model.num_res_blocks": 1,
+            "model.attn_resolutions": (8,),
+        },
+    ),
+    "improved_small": (
+        "configs/cifar10_improved.py:ddpm",
         {
             "data.resolution": 16,
             "model.ch": 32,

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 SCRIPTS = Path(__file__).resolve().parent
+# What only improved-diffusion's UNet has.
+_IMPROVED = ("num_heads", "scale_shift_norm", "t_offset")
 
 
 class WorkerFailed(Exception):
@@ -123,9 +125,11 @@ class Worker:
 
 def torch_settings(config: Any, device: str, *, channels_last: bool, compile: bool) -> dict[str, Any]:
     """Settings of `torch_worker.py` for the train step of a checked config."""
+    from s2dm_jax.config.build import network_of
     from s2dm_jax.config.defaults import image_shape
 
     resolution, channels = image_shape(config)
+    network = network_of(config, "float32")
     model, loss, train = config.model, config.loss, config.train
     return {
         "device": device,
@@ -136,6 +140,8 @@ def torch_settings(config: Any, device: str, *, channels_last: bool, compile: bo
         "resolution": resolution,
         "channels": channels,
         **{name: model[name] for name in ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")},
+        "network": model.name,
+        **{name: getattr(network, name) for name in _IMPROVED if hasattr(network, name)},
         "K": loss.K,
         "lam": loss.lam,
         "skip": loss.skip,

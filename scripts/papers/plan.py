@@ -1,12 +1,13 @@
 """How `scripts/reproduce.py` reproduces a table: its commands, the folders of its runs, its cost on one H100.
 
-`args` are the parsed flags of that script: table, out, seed, images, steps, scale.
+`args` are the parsed flags of that script: table, out, seed, images, steps, scale, network.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from papers.sa_dpm import UNET_CONFIG, UNET_STEPS
 from papers.types import Model, Table, TableRow
 from run_once import main_command
 
@@ -16,6 +17,7 @@ from s2dm_jax.samplers.specs import nfe_of
 # configs/, and the batch size of a train step.
 _COST = {
     "cifar10": (6.222, 128),
+    "cifar10_improved": (8.383, 128),
     "celeba64": (24.05, 128),
     "celebahq256": (248.5, 24),
     "digits": (0.0131, 64),
@@ -36,7 +38,9 @@ _DIGITS_IMAGES = 100
 
 
 def scaled(table: Table, args: argparse.Namespace) -> Table:
-    """The table itself, or with --scale=digits a short version of it on the digits."""
+    """The table itself, with --network=unet that of DDIM's network, with --scale=digits a short one on the digits."""
+    if args.network == "unet":
+        table = table._replace(rows=tuple(map(_on_unet, table.rows)))
     if args.scale == "full":
         return table
 
@@ -48,6 +52,12 @@ def scaled(table: Table, args: argparse.Namespace) -> Table:
     if table.columns and not columns:
         columns = (_DIGITS_MAX_SAMPLING_STEPS,)
     return table._replace(columns=columns, rows=tuple(map(on_digits, table.rows)))
+
+
+def _on_unet(row: TableRow) -> TableRow:
+    if row.model.dataset != "cifar10_improved":
+        return row
+    return row._replace(model=row.model._replace(dataset=UNET_CONFIG, steps=UNET_STEPS))
 
 
 def num_images(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ def load(name, *objective):
     return load_file(CONFIGS / f"{name}.py").get_config(*objective)
 
 
-@pytest.mark.parametrize("name", [*PAPERS, "digits"])
+@pytest.mark.parametrize("name", [*PAPERS, "cifar10_improved", "digits"])
 def test_every_objective_and_combination_makes_a_config(name):
     check_config(load(name))
     for objective in (*OBJECTIVES, *ALIASES, *JOINED):
@@ -61,7 +61,7 @@ def test_an_objective_sets_what_its_name_says_and_nothing_else():
     assert weights == sorted(weights, reverse=True)
 
 
-@pytest.mark.parametrize("name", [*PAPERS, "digits"])
+@pytest.mark.parametrize("name", [*PAPERS, "cifar10_improved", "digits"])
 def test_joined_objectives_are_the_parts_in_any_order(name):
     skip, sequence = load(name, "s2_10").loss, load(name, "sa_2").loss
     both = load(name, "s2_10+sa_2")
@@ -117,6 +117,20 @@ def test_values_and_parameter_counts_are_the_published_ones(name, golden):
     assert (c.model.ch, c.model.num_res_blocks, c.model.attn_resolutions) == (128, 2, (16,))
     assert (c.diffusion.T, c.diffusion.schedule) == (1000, "linear")
     assert num_params(build_network(c)) == golden("param_counts.json")[PAPERS[name]]
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "sa_2+cosine", "npr"])
+def test_the_improved_network_has_analytic_dpms_values(objective, golden):
+    """Its profiles/ddpm/cifar10/base.py and train.py; variance heads as Extended-Analytic-DPM trains them."""
+    c = load("cifar10_improved", objective)
+    network, train = build_network(c), c.train
+    assert num_params(network) == golden("iddpm_param_counts.json")["cifar10_sa_dpm_table2"]
+    assert (network.attn_resolutions, network.num_heads, network.dropout, network.t_offset) == ((16, 8), 4, 0.3, 1)
+    assert (train.steps, train.batch_size, train.lr, train.weight_decay) == (500_000, 128, 1e-4, 0.0)
+    assert (train.grad_clip, train.ema_decay, c.data.random_flip) == (0.0, 0.9999, False)
+    assert not build_objective(c).antithetic
+    c.loss.preset = "released"
+    assert not build_objective(c).antithetic
 
 
 @pytest.mark.parametrize(("name", "lam"), [("celebahq256", 0.1), ("ffhq64", 0.5), ("afhqv2_64", 0.2)])

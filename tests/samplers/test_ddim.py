@@ -99,3 +99,36 @@ def test_ddim_clips_x0_and_keeps_the_noise_that_agrees_or_the_predicted_one(raw_
 def test_bad_options_are_refused(sampler, timesteps, options, message):
     with pytest.raises(ValueError, match=message):
         sampler(golden_eps, jnp.zeros((1, 2, 2, 1)), LINEAR, timesteps, **options)
+
+
+def test_the_learned_variance_is_that_of_improved_diffusion(golden):
+    """Its `p_mean_variance` written out on respaced betas: log Σ between those of the posterior and of β, by v."""
+    arrays = golden("ddpm.npz")
+    t, x_T, noise = arrays["10/seq"], arrays["x_T"], arrays["10/noise"]
+
+    def v_of(x):
+        return 1.2 * jnp.sin(5 * x)
+
+    alpha_bar = np.asarray(LINEAR.alpha_bar)[t]
+    before = np.append(1.0, alpha_bar[:-1])
+    beta = 1 - alpha_bar / before
+    posterior = beta * (1 - before) / (1 - alpha_bar)
+    x = np.asarray(x_T, np.float64)
+    with jax.enable_x64(True):
+        for n, i in enumerate(reversed(range(len(t)))):
+            eps, v = np.asarray(golden_eps(x, np.full(len(x), t[i], np.float64))), np.asarray(v_of(x))
+            x0 = np.clip((x - np.sqrt(1 - alpha_bar[i]) * eps) / np.sqrt(alpha_bar[i]), -1, 1)
+            mean = np.sqrt(before[i]) * beta[i] / (1 - alpha_bar[i]) * x0
+            mean += np.sqrt(1 - beta[i]) * (1 - before[i]) / (1 - alpha_bar[i]) * x
+            share = (v + 1) / 2
+            log_variance = share * np.log(beta[i]) + (1 - share) * np.log(posterior[i] if i else 1.0)
+            x = mean + (i > 0) * np.exp(log_variance / 2) * noise[n]
+
+        def eps_and_variance(x, t):
+            return golden_eps(x, t), v_of(x)
+
+        noise_fn = injected(noise, "float64")
+        sampled = jax.jit(lambda x_T: ddpm(eps_and_variance, x_T, LINEAR, t, noise_fn=noise_fn, variance="learned"))(
+            np.asarray(x_T, np.float64)
+        )
+    assert_close(np.asarray(sampled), x, 1e-10)

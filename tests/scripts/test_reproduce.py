@@ -55,7 +55,7 @@ def test_commands_train_and_sample_what_the_table_says(tmp_path):
     table = reproduce.TABLES["sa-table2"]
     rows = {row.label: row for row in table.rows}
     plain = fields(reproduce.train_command(table, rows["CIFAR10 CS, SA"], args))
-    assert plain["config"] == "configs/cifar10.py:ddpm"
+    assert plain["config"] == "configs/cifar10_improved.py:ddpm"
     assert (plain["config.loss.K"], plain["config.loss.lam"]) == ("2", "1.0")
     assert plain["config.diffusion.schedule"] == "cosine"
     assert (plain["config.eval.samplers"], plain["config.eval.variance"]) == ("ddpm", "small")
@@ -65,9 +65,13 @@ def test_commands_train_and_sample_what_the_table_says(tmp_path):
         "linspace",
     )
     npr = fields(reproduce.train_command(table, rows["CIFAR10 LS, SA+NPR"], args))
-    assert (npr["config"], npr["config.train.steps"]) == ("configs/cifar10.py:npr", "500000")
+    assert (npr["config"], npr["config.train.steps"]) == ("configs/cifar10_improved.py:npr", "500000")
     base = fields(reproduce.train_command(table, rows["CIFAR10 LS, SA"], args))
     assert npr["config.variance_head.base_workdir"] == base["workdir"] != npr["workdir"]
+    args = reproduce.parse(["sa-table2", "--network=unet", f"--out={tmp_path}"])
+    unet = reproduce.scaled(table, args)
+    plain = fields(reproduce.train_command(unet, unet.rows[1], args))
+    assert (plain["config"], plain["config.train.steps"]) == ("configs/cifar10.py:ddpm", "468000")
     pndm = reproduce.TABLES["s2-table1"].rows[3]
     assert fields(reproduce.train_command(reproduce.TABLES["s2-table1"], pndm, args))["config.eval.nfe"] == (
         "19,29,59,109,209,509,1009"
@@ -146,8 +150,8 @@ def test_the_papers_figures_stand_beside_ours_and_nothing_is_done_twice(launched
 def test_a_head_costs_its_training(tmp_path, capsys):
     reproduce.main(["sa-table2", "--dry-run", f"--out={tmp_path}"])
     # Three forwards for the bases, of two levels for SA; one for each of the four heads of a block.
-    cifar, celeba = 2 * 6.222e9 * 128, 2 * 24.05e9 * 128
-    bases = 3 * (2 * 468_000 * 3 * cifar + 1_525_200 * 3 * celeba)
+    cifar, celeba = 2 * 8.383e9 * 128, 2 * 24.05e9 * 128
+    bases = 3 * (2 * 500_000 * 3 * cifar + 1_525_200 * 3 * celeba)
     heads = 500_000 * (2 * 4 * cifar + 4 * celeba)
     assert f"at least {(bases + heads) / 790e12 / 3600:.1f} hours of training" in capsys.readouterr().out
 
