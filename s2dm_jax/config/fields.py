@@ -1,8 +1,15 @@
 """What a field of a config is: default, type, bounds or choices, and one sentence for `--help`."""
 
 import dataclasses
+import functools
 import textwrap
 from typing import Any, Literal
+
+# Keys of PRESETS in diffusion/objectives.py, which needs jax.
+LOSS_PRESETS = ("paper", "released")
+MAX_SEED = 2**31 - 1
+# Beyond reason: what is larger is a slip of the keyboard, and would hang or end in a traceback.
+MAX_T, MAX_STEPS, MAX_BATCH, MAX_IMAGES = 100_000, 10**9, 2**20, 10**8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +42,10 @@ class Field:
 
     def __post_init__(self):
         object.__setattr__(self, "type", self.type or type(self.default))
+
+
+# A field that a run may resume with another value.
+Resumable = functools.partial(Field, resumable=True)
 
 
 def allowed_type(field: Field) -> str:
