@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -253,3 +254,34 @@ def test_what_made_a_state_stands_beside_it():
     assert about["versions"].keys() >= {"s2dm_jax", "jax", "orbax-checkpoint", "python"}
     in_checkout = (Path(__file__).parents[2] / ".git").exists()
     assert (about["git_commit"] is not None) == in_checkout
+
+
+class Before(NamedTuple):
+    step: jax.Array
+    params: dict
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    ema_extra: dict = {}  # noqa: RUF012
+
+
+def test_an_optional_field_is_stored_where_it_holds_something(tmp_path):
+    """Checkpoints of before a field existed are read, and those that do not use it are the same."""
+    step, params = state_of(3).values()
+    extra = {"sigma_rel=0.05": params, "0.999": params}
+    for name, state, like in (
+        ("before", Before(step, params), State(step, params)),
+        ("unused", State(step, params), State(step, params)),
+        ("used", State(step, params, extra), State(step, params, extra)),
+    ):
+        manager = checkpoint.open_checkpoints(tmp_path / name)
+        checkpoint.save(manager, 3, jax.device_put(state))
+        checkpoint.finish(manager)
+        restored = checkpoint.restore_latest(manager, like)
+        assert type(restored) is State
+        jax.tree.map(np.testing.assert_array_equal, restored, like)
+        manager.close()
+    trees = [(tmp_path / name / "checkpoints/3/state/_METADATA").read_text() for name in ("before", "unused")]
+    assert trees[0] == trees[1]

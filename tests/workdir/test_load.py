@@ -169,11 +169,12 @@ def averaged(tmp_path_factory, config):
 
 def test_a_run_is_loaded_with_the_weights_that_ema_names(averaged):
     initial = jax.tree.leaves(load(averaged, ema="weights").ema_params)[0]
-    for ema, factor in (("", 0.5), ("0.9", 1.0), ("weights", 1.0)):
+    # Of those without an update, the run's own is half of the initial weights (`save_run`).
+    for ema, factor in (("", 0.5), ("0.9", 1.0)):
         model = load(averaged, 7, ema=ema)
         np.testing.assert_array_equal(jax.tree.leaves(model.ema_params)[0], factor * initial)
         assert (model.ema, model.step) == (ema, 7)
-    for ema, step, value in (("sigma_rel=0.1", None, 0.7), ("sigma_rel=0.050", 7, 0.35), ("sigma_rel=0.1", 3, 0.3)):
+    for ema, step, value in (("sigma_rel=0.050", None, 0.35), ("sigma_rel=0.1", 3, 0.3)):
         model = load(averaged, step, ema=ema)
         for leaf in jax.tree.leaves(model.ema_params):
             np.testing.assert_allclose(leaf, value, rtol=1e-6)
@@ -244,19 +245,19 @@ def test_ema_sweep(averaged, monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr("s2dm_jax.evaluation.evaluate.evaluate", measured)
     sweep = load_file(ROOT / "scripts" / "sweep_ema.py").main
-    sweep([str(averaged), "--sigma-rel=0.05,0.1", "--steps=7,3", f"--out={tmp_path}"])
+    sweep([str(averaged), "--sigma-rel=0.1", "--steps=7,3", f"--out={tmp_path}"])
     page = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     assert cells[0] == ["step", "weights", "relative width", "ddim, NFE 5", "ddim, NFE 10"]
     steps, weights, widths = zip(*(row[:3] for row in cells[2:]), strict=True)
-    assert steps == ("7",) * 5 + ("3",) * 2
-    assert weights[2:5] == ("the run's EMA", "EMA 0.9", "weights without EMA")
-    assert (weights[0], weights[6], widths[0], widths[4]) == ("EMA sigma_rel=0.05", "EMA sigma_rel=0.1", "0.05", "0")
-    assert (cells[2][3:], cells[3][3:], cells[8][3:]) == (["5.35", "10.35"], ["5.70", "10.70"], ["5.30", "10.30"])
+    assert steps == ("7",) * 4 + ("3",)
+    assert weights == ("EMA sigma_rel=0.1", "the run's EMA", "EMA 0.9", "weights without EMA", "EMA sigma_rel=0.1")
+    assert (widths[0], widths[3]) == ("0.1", "0")
+    assert (cells[2][3:], cells[6][3:]) == (["5.70", "10.70"], ["5.30", "10.30"])
     assert "\nnote: few\n" in page
     assert (tmp_path / "evaluations" / "ema_sweep.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "evaluations" / "ema_sweep.json").read_text())["rows"]
-    assert [row["ema"] for row in rows[:3]] == ["sigma_rel=0.05", "sigma_rel=0.1", ""]
+    assert [row["ema"] for row in rows[:3]] == ["sigma_rel=0.1", "", "0.9"]
     with pytest.raises(SystemExit):
         sweep([str(averaged), "--steps=5"])
     assert "no snapshot of its power-function EMAs of step 5" in capsys.readouterr().err
