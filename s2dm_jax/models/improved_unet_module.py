@@ -120,7 +120,7 @@ class ImprovedUNetModule(nnx.Module):
             """A block of `input_blocks` or `output_blocks`."""
             return nnx.Dict({str(i): layer for i, layer in enumerate([ResBlock(c_in, c_out, emb_dim, config), *more])})
 
-        def attention(level):
+        def attention_at(level):
             attends = config.resolution >> level in config.attn_resolutions
             return [AttentionBlock(ch * config.ch_mult[level], config)] if attends else []
 
@@ -133,7 +133,7 @@ class ImprovedUNetModule(nnx.Module):
         skips = [c]
         for i, factor in enumerate(config.ch_mult):
             for _ in range(config.num_res_blocks):
-                down.append(layers(c, ch * factor, *attention(i)))
+                down.append(layers(c, ch * factor, *attention_at(i)))
                 c = ch * factor
                 skips.append(c)
             if i != last:
@@ -148,7 +148,7 @@ class ImprovedUNetModule(nnx.Module):
             for j in range(config.num_res_blocks + 1):
                 ends = i != 0 and j == config.num_res_blocks
                 upsample = [Upsample(ch * factor, config)] if ends else []
-                up.append(layers(c + skips.pop(), ch * factor, *attention(i), *upsample))
+                up.append(layers(c + skips.pop(), ch * factor, *attention_at(i), *upsample))
                 c = ch * factor
         self.output_blocks = nnx.Dict({str(i): block for i, block in enumerate(up)})
 
