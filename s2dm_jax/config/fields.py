@@ -88,6 +88,6 @@ def fields_help(fields: dict[str, Field]) -> str:
         else:
             default = repr(",".join(map(str, field.default)) if field.type is tuple else field.default)
         text = f"--config.{name}: {field.doc}"
-        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
+        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
         lines.append(f"    (default: {default}{'; ' if allowed else ''}{allowed})")
     return "\n".join(lines)

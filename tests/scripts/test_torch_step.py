@@ -13,6 +13,7 @@ from published import LINEAR
 
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.objectives import NoiseSample
+from s2dm_jax.models.flops import forward_flops
 from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.training.step import StepConfig, update
 from s2dm_jax.weights import torch_names
@@ -76,3 +77,16 @@ def test_five_steps_are_those_of_pytorch(scale_shift_norm, K, monkeypatch):
         off = sum(np.square(ours[name] - theirs[name]).sum() for name in names)
         moved = sum(np.square(theirs[name] - initial[name]).sum() for name in names)
         assert (off / moved) ** 0.5 < 0.01
+
+
+def test_flops_are_those_that_pytorch_counts(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
+    import torch_worker
+
+    network = dataclasses.replace(NETWORK, ch_mult=(1, 2, 3), attn_resolutions=(8, 2), num_res_blocks=2)
+    model = torch_worker.make_network({**vars(network), **SETTINGS, "network": "improved_unet", "channels": 3})
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+    assert forward_flops(network) == counter.get_total_flops()
