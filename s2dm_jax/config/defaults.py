@@ -7,19 +7,83 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from s2dm_jax.config.datasets import CROPS, DATASETS, RESIZE_FILTERS
-from s2dm_jax.config.ema import EMA_RAMPUP_RATIO, MAX_SIGMA_REL, MIN_SIGMA_REL
-from s2dm_jax.config.fields import LOSS_PRESETS, MAX_BATCH, MAX_SEED, MAX_STEPS, MAX_T, Field, Resumable
+from s2dm_jax.config.fields import LOSS_PRESETS, MAX_BATCH, MAX_IMAGES, MAX_SEED, MAX_T, Field, Resumable
+from s2dm_jax.config.metrics import METRICS
 from s2dm_jax.config.presets import HEADS
-from s2dm_jax.config.sampling_fields import SAMPLING
+from s2dm_jax.config.training_fields import TRAINING
 from s2dm_jax.diffusion.betas import BETAS
 from s2dm_jax.models.network import NETWORKS
+from s2dm_jax.samplers.guards import MIN_LOG_SNR
+from s2dm_jax.samplers.specs import OPTIONS, SAMPLERS
+from s2dm_jax.samplers.timesteps import SPACINGS
 
 # Keys of PREDICTIONS in diffusion/, which needs jax.
 _PREDICTIONS = ("epsilon", "v", "x0")
 # Beyond these, float32 has no room for the scaled gradient.
 LOSS_SCALES = 1e-6, 1e30
-# In float32, 1 − beta is positive.
-_MAX_BETA = 0.999999
+
+# The keyword arguments of `inference.sampler.configure_sampler` that the groups `sample` and `eval` share.
+SAMPLER_OPTIONS: dict[str, Field] = {
+    "timestep_spacing": Resumable(
+        "auto",
+        choices=SPACINGS,
+        doc="spacing of the timesteps; auto: the sampler's best; optimal: Analytic-DPM's dynamic programme",
+    ),
+    "min_log_snr": Resumable(
+        MIN_LOG_SNR,
+        low=-1000.0,
+        high=0.0,
+        doc="lowest log(alpha/sigma) of a timestep that is visited where x_0 is not clipped; -1000: no bound",
+    ),
+    "eta": Resumable(0.0, low=0.0, high=1.0, doc="DDIM's noise: 0 is deterministic, 1 has DDPM's posterior variance"),
+    "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0"),
+    "dynamic_threshold": Resumable(
+        None,
+        type=float,
+        low=1e-6,
+        high=1.0,
+        doc="clip x_0 to this quantile of each image's values, such as 0.995, and scale it into [-1, 1] (Imagen); in "
+        "the place of clip_x0",
+    ),
+    "raw_eps": Resumable(
+        None, type=bool, doc="keep DDIM's ε as predicted where x_0 is clipped, as Analytic-DPM's code"
+    ),
+    "variance": Resumable(
+        None,
+        type=str,
+        choices=OPTIONS["variance"],
+        doc="variance of DDPM's steps; learned: by the second output of a network that has model.learned_variance",
+    ),
+    "pndm_convention": Resumable(
+        None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM reads at a timestep"
+    ),
+    "order": Resumable(None, type=int, choices=OPTIONS["order"], doc="order of DEIS, DPM-Solver++ and UniPC"),
+    "variant": Resumable(None, type=str, choices=OPTIONS["variant"], doc="B(h) of UniPC: h or e^h − 1"),
+    "mean": Resumable(None, type=str, choices=OPTIONS["mean"], doc="mean of Analytic-, SN- and NPR-DPM's steps"),
+    "clip_pixel": Resumable(
+        None,
+        type=float,
+        low=1e-6,
+        doc="bound on the mean absolute noise of the last noisy step of Analytic-, SN- and NPR-DPM, in grey "
+        "values of 255",
+    ),
+    "skip_scale": Resumable(
+        0, low=0, doc="scale the network's output as training with L_skip and this skip would; 0: no scaling"
+    ),
+    "skip_scale_tau": Resumable(0.99, low=0.0, high=1.0, doc="tau of that scaling"),
+    "skip_scale_preset": Resumable("paper", choices=LOSS_PRESETS, doc="loss preset of that scaling, as loss.preset"),
+}
+
+# All that these two groups share.
+_SHARED = {
+    **SAMPLER_OPTIONS,
+    "ema": Resumable(
+        "",
+        doc="weights to use; empty: the run's EMA; weights: those without an average; a decay of train.ema_decays; "
+        "sigma_rel=0.1: the power-function EMA of that width, with train.ema_sigma_rel",
+    ),
+    "noise_stat_images": Resumable(100, low=2, doc="training images per timestep for Analytic-DPM's noise statistic"),
+}
 
 FIELDS: dict[str, Field] = {
     "data.name": Field("digits", choices=tuple(DATASETS), doc="dataset"),
@@ -125,89 +189,61 @@ FIELDS: dict[str, Field] = {
     # Resumable: the hash of the weights decides whether it is the same network.
     "variance_head.base_workdir": Resumable("", path="path", doc="workdir of that run"),
     "variance_head.dropout": Field(False, doc="whether the frozen network's dropout is on"),
-    "train.steps": Resumable(500_000, low=1, high=MAX_STEPS, doc="optimizer steps in total"),
-    "train.batch_size": Field(128, low=1, high=MAX_BATCH, doc="global batch size, over all devices"),
-    "train.lr": Field(2e-4, low=1e-12, high=10.0, doc="learning rate of Adam"),
-    "train.warmup_steps": Field(
-        0, low=0, high=MAX_STEPS, doc="steps over which the learning rate rises linearly from 0; 0: none"
+    **TRAINING,
+    "sample.sampler": Resumable("ddim", choices=tuple(SAMPLERS), doc="sampler"),
+    "sample.steps": Resumable(0, low=0, high=MAX_T, doc="sampling steps; 0: from nfe or timesteps"),
+    "sample.nfe": Resumable(
+        0,
+        low=0,
+        high=5 * MAX_T,
+        doc="number of network evaluations; 0: from steps or timesteps, or 10 without any of the three",
     ),
-    "train.lr_schedule": Field(
-        "constant", choices=("constant", "cosine", "linear"), doc="decay of the learning rate after the warm-up"
+    "sample.timesteps": Resumable((), doc="explicit timesteps, ascending; empty: from steps, nfe"),
+    **{f"sample.{name}": field for name, field in _SHARED.items()},
+    "sample.num_images": Resumable(64, low=1, high=MAX_IMAGES, doc="images to sample"),
+    "sample.seed": Resumable(0, low=0, high=MAX_SEED, doc="seed of the sampler's noise"),
+    "sample.batch_size": Resumable(500, low=1, high=MAX_BATCH, doc="images sampled at once"),
+    "sample.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to sample from; 0: the newest"),
+    "sample.output": Resumable(
+        "grid",
+        choices=("grid", "npz", "png"),
+        doc="what --mode=sample writes: one PNG with all images, one .npz, or one PNG per image",
     ),
-    "train.lr_end": Field(0.0, low=0.0, high=10.0, doc="learning rate after a cosine or linear decay"),
-    "train.decay_steps": Field(
-        0, low=0, high=MAX_STEPS, doc="step at which a decay, which starts after the warm-up, ends; 0: train.steps"
+    "sample.interpolate": Resumable(
+        0, low=0, high=MAX_BATCH, doc="write rows of this many images between two noises instead; 0: off"
     ),
-    "train.adam_b1": Field(0.9, low=0.0, high=_MAX_BETA, doc="Adam's decay of the mean of the gradients"),
-    "train.adam_b2": Field(0.999, low=0.0, high=_MAX_BETA, doc="Adam's decay of the mean of their squares"),
-    "train.adam_eps": Field(1e-8, low=1e-20, high=1.0, doc="Adam's epsilon"),
-    "train.weight_decay": Field(
-        0.0, low=0.0, high=1e6, doc="weight decay of AdamW, times the learning rate, on all weights; 0: Adam"
+    "sample.trajectory": Resumable(False, doc="write each step's prediction of x_0 instead"),
+    "sample.compare": Resumable(
+        "", path="paths", doc="write the same noise through these workdirs (a,b,…) as well, row by row"
     ),
-    "train.grad_clip": Field(1.0, low=0.0, doc="largest global norm of the gradient; 0: no clipping"),
-    "train.loss_scale": Field(
+    "eval.samplers": Resumable("ddim", doc="samplers to evaluate (a,b,…)"),
+    "eval.nfe": Resumable((10, 20, 50), low=1, min_length=1, doc="NFE to evaluate each sampler at"),
+    **{f"eval.{name}": field for name, field in _SHARED.items()},
+    "eval.feature_extractor": Resumable(
         "auto",
-        doc="factor on the loss whose gradient is taken: dynamic, none or a number such as 1024; auto: dynamic for "
-        "model.dtype=float16, else none",
+        path="path",
+        doc="features to compare in: inception, classifier (trained on the dataset's labels) or your own "
+        "FILE.py:function of uint8 [B, H, W, C]; auto: inception if available, classifier for the digits",
     ),
-    "train.loss_scale_growth_interval": Field(
-        2000, low=1, high=MAX_STEPS, doc="steps without an overflow after which a dynamic loss scale doubles"
+    "eval.metrics": Resumable("fid", doc=f"metrics (a,b,…): {', '.join(METRICS)}"),
+    "eval.reference": Resumable(
+        "auto",
+        path="path",
+        doc="images to compare with: train, held_out or FILE.npz with mu and sigma; auto: train for "
+        "inception, as in the papers, else held_out",
     ),
-    "train.ema_decay": Field(0.9999, low=0.0, high=1.0, doc="decay of the EMA of the weights per step"),
-    "train.ema_start": Field("initial", choices=("initial", "first_step"), doc="weights that the EMA starts from"),
-    "train.ema_halflife_images": Field(
-        0.0, low=0.0, high=1e15, doc="half-life of the EMA in images, in the place of ema_decay; 0: ema_decay"
+    "eval.inception_weights": Resumable(
+        "", path="URL", doc="file or URL of Inception's weights; empty: the standard ones"
     ),
-    "train.ema_rampup_ratio": Field(
-        EMA_RAMPUP_RATIO,
-        low=0.0,
-        high=1.0,
-        doc="with ema_halflife_images, the half-life is at most this share of the images seen (EDM); 0: no ramp-up",
+    "eval.inception_sha256": Resumable("", doc="SHA-256 of Inception's weights; empty: that of the standard ones"),
+    "eval.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to evaluate; 0: the newest"),
+    "eval.num_images": Resumable(50_000, low=2, high=MAX_IMAGES, doc="images to sample for each sampler and NFE"),
+    "eval.batch_size": Resumable(500, low=1, high=MAX_BATCH, doc="images sampled at once"),
+    "eval.seed": Resumable(0, low=0, high=MAX_SEED, doc="seed of the samplers' noise"),
+    "export.path": Resumable(
+        "", path="path", doc="file to write, .npz; empty: named by the sampler, in workdir/exports"
     ),
-    "train.ema_decays": Field(
-        (), entries=float, low=0.0, high=1.0, doc="decays of further EMAs beside the main one, such as 0.999,0.9999"
-    ),
-    "train.ema_sigma_rel": Field(
-        (),
-        entries=float,
-        low=MIN_SIGMA_REL,
-        high=MAX_SIGMA_REL,
-        doc="relative widths of power-function EMAs (Karras et al. 2024), such as 0.05,0.1, from whose snapshots that "
-        "of any width is synthesised after the training",
-    ),
-    "train.ema_snapshot_every": Resumable(
-        0, low=0, high=MAX_STEPS, doc="steps between snapshots of the power-function EMAs; 0: checkpoint_every"
-    ),
-    "train.ema_snapshot_dtype": Resumable(
-        "float32", choices=("float32", "float16"), doc="dtype of the snapshots' files; float16 halves them"
-    ),
-    "train.seed": Field(0, low=0, high=MAX_SEED, doc="seed of everything random in training"),
-    "train.log_every": Resumable(100, low=1, high=MAX_STEPS, doc="steps between logged metrics"),
-    "train.sample_every": Resumable(5_000, low=1, high=MAX_STEPS, doc="steps between saved sample grids"),
-    "train.checkpoint_every": Resumable(5_000, low=1, high=MAX_STEPS, doc="steps between checkpoints"),
-    "train.max_to_keep": Resumable(3, low=1, high=MAX_STEPS, doc="newest checkpoints to keep"),
-    "train.keep_period": Resumable(
-        0, low=0, high=MAX_STEPS, doc="also keep one checkpoint in this many steps for good; 0: none"
-    ),
-    "train.keep_best": Resumable(
-        "", doc="also keep the checkpoint with the lowest mean of this metric since the one before; empty: none"
-    ),
-    "train.on_nonfinite": Resumable(
-        "stop", choices=("stop", "skip"), doc="a loss or gradient that is not finite: stop the run or skip the step"
-    ),
-    "train.grad_accum_steps": Field(
-        1,
-        low=1,
-        high=MAX_BATCH,
-        doc="parts of a batch that are computed one after another; their gradients are averaged",
-    ),
-    "train.shard_state": Resumable(False, doc="shard weights, EMA and Adam's moments over the devices (ZeRO)"),
-    "train.profile_steps": Resumable(0, low=0, high=MAX_STEPS, doc="steps to trace into workdir/profile; 0: none"),
-    "train.wandb": Resumable(
-        "", choices=("", "online", "offline"), doc="log to Weights & Biases as well; empty: not (extra wandb)"
-    ),
-    "train.wandb_project": Resumable("s2dm_jax", doc="project of Weights & Biases"),
-    **SAMPLING,
+    "export.license": Resumable("", doc="license of the weights, for the model card"),
 }
 
 

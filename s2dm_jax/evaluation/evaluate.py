@@ -22,9 +22,9 @@ from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
 from s2dm_jax.config.build import schedule_fields
+from s2dm_jax.config.defaults import SAMPLER_OPTIONS
 from s2dm_jax.config.evaluation_plan import plan_evaluation
 from s2dm_jax.config.metrics import METRICS, check_num_images, parse_metrics
-from s2dm_jax.config.sampling_fields import SAMPLER_OPTIONS
 from s2dm_jax.data.datasets import Dataset, load_dataset
 from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import numerics

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from s2dm_jax.common.images import is_saturated, to_uint8
-from s2dm_jax.config.sampling_fields import SAMPLER_OPTIONS
+from s2dm_jax.config.defaults import SAMPLER_OPTIONS
 from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import NoiseSchedule

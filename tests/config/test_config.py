@@ -19,9 +19,8 @@ from s2dm_jax import main
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.build import build_objective, build_schedule
 from s2dm_jax.config.datasets import CROPS, RESIZE_FILTERS
-from s2dm_jax.config.defaults import FIELDS, default_config, fixed_loss_scale
+from s2dm_jax.config.defaults import FIELDS, SAMPLER_OPTIONS, default_config, fixed_loss_scale
 from s2dm_jax.config.io import default_workdir, expand_paths, from_json, load_config, to_json
-from s2dm_jax.config.sampling_fields import SAMPLER_OPTIONS
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.data.transforms import ImageTransform, crop_box, to_array
 from s2dm_jax.diffusion.objectives import PRESETS
