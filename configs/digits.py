@@ -19,16 +19,21 @@ def get_config(objective: str = "s2_10+sa_2"):
     c.model.num_res_blocks = 1
     c.model.attn_resolutions = (4,)
     c.model.dropout = 0.0
-    c.train.steps = 1_050
-    c.train.batch_size = 64
-    c.train.lr = 1e-3
-    c.train.ema_decay = 0.99
     c.train.log_every = 20
     c.train.sample_every = 350
     c.train.checkpoint_every = 350
     c.eval.num_images = 500
     if objective in HEADS:
         set_head(c, objective)
-        c.train.lr = 1e-3
         c.train.steps = 500
+        c.train.batch_size = 64
+        c.train.lr = 1e-3
+    else:
+        c.train.steps = c.train.decay_steps = 1_400
+        c.train.batch_size = 32
+        c.train.lr = 2e-3
+        c.train.lr_schedule = "cosine"
+        # A run that is resumed with more steps goes on learning.
+        c.train.lr_end = 1e-4
+    c.train.ema_decay = 0.99
     return c

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from run_once import main_command, mean_cell, parse_nfe, say_gaps, stored_results
+from run_once import DIGITS, constant_rate, main_command, mean_cell, parse_nfe, say_gaps, stored_results
 from sweeps.jobs import Job, print_incomplete, renamed, run_jobs
 
 from s2dm_jax.common.cli import Parser, path_argument
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "out", metavar="DIR", type=path_argument("DIR"), help="folder for the runs and the table, new or to resume"
     )
-    parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
+    parser.add_argument("--config", default=DIGITS, help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of training seeds, at least 2 (3)")
     parser.add_argument("--steps", type=int, default=500, help="train steps of sa_2; ddpm makes twice as many (500)")
     parser.add_argument("--head-steps", type=int, default=300, help="train steps of each variance head (300)")
@@ -97,7 +97,8 @@ def _job_of(args: argparse.Namespace, objective: str, seed: int, kind: str) -> J
         commands = [[*flags, seed_flag, f"--config.train.steps={args.head_steps}"]]
     else:
         workdir = base
-        train = [f"--config={args.config}:{objective}", seed_flag, nfe, f"--config.train.steps={steps}"]
+        train = [f"--config={args.config}:{objective}", *constant_rate(args.config), seed_flag, nfe]
+        train.append(f"--config.train.steps={steps}")
         evaluate = ["--mode=evaluate", nfe, "--config.eval.samplers=ddpm,analytic"]
         evaluate += ["--config.eval.timestep_spacing=linspace", "--config.eval.variance=small"]
         evaluate += [f"--config.eval.noise_stat_images={args.images}"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from run_once import main_command, mean_cell, parse_nfe, say_gaps, stored_results
+from run_once import DIGITS, constant_rate, main_command, mean_cell, parse_nfe, say_gaps, stored_results
 from sweeps.jobs import Job, print_incomplete, renamed, run_jobs
 
 from s2dm_jax.common.cli import Parser, path_argument
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "out", metavar="DIR", type=path_argument("DIR"), help="folder for the runs and the table, new or to resume"
     )
-    parser.add_argument("--config", default="configs/digits.py", help="config file (default: %(default)s)")
+    parser.add_argument("--config", default=DIGITS, help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="number of training seeds, at least 2 (5)")
     parser.add_argument("--steps", type=int, default=500, help="train steps of sa_2 and s2_10+sa_2 (500)")
     parser.add_argument(
@@ -98,7 +98,7 @@ def job_of(args: argparse.Namespace, seed: int, variant: Variant) -> Job:
     end = f"_seed{seed}_step{steps}_scale{skip_scale}"
     path = renamed(out / "results" / f"{objective}{end}.json", out / "results" / f"{before}{end}.json")
     flags = [f"--config={args.config}:{objective}", f"--workdir={workdir}"]
-    flags += [f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
+    flags += [*constant_rate(args.config), f"--config.train.seed={seed}", f"--config.train.steps={steps}"]
     flags += [f"--config.eval.nfe={args.nfe}", f"--config.eval.skip_scale={skip_scale}"]
     # As in the papers' tables.
     flags += ["--config.eval.timestep_spacing=uniform"]

@@ -12,6 +12,9 @@ from s2dm_jax.common.cli import run_command
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import read_json, write_atomic
 
+# The config file that the comparisons train by default.
+DIGITS = "configs/digits.py"
+
 
 class RunFailed(UserError):
     """A run whose command failed, or measured nothing; `reason` is one sentence of the command itself."""
@@ -68,6 +71,17 @@ def run_once(result_path: Path, workdir: Path, commands: Sequence[list[str]], nf
         results = run_commands(result_path, workdir, commands)
         check_nfe(result_path, results, nfe)
     return results
+
+
+def constant_rate(config: str) -> list[str]:
+    """Flags that train a config at a constant learning rate, so that a run can be evaluated and then trained further.
+
+    They have the digits' batch and learning rate with which the documented comparisons were made.
+    """
+    flags = {"lr_schedule": "constant", "lr_end": 0, "decay_steps": 0}
+    if config == DIGITS:
+        flags |= {"batch_size": 64, "lr": 1e-3}
+    return [f"--config.train.{name}={value}" for name, value in flags.items()]
 
 
 def stored_results(path: Path, nfe: Sequence[int] | None = None) -> dict | None:
