@@ -21,7 +21,7 @@
 # trained `s2`.
 #
 # **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# digits are then trained with the settings of `configs/digits.py`: 1,050 steps of 64 images instead of 1,000
+# digits are then trained with the settings of `configs/digits.py`: 1,400 steps of 64 images instead of 800
 # of 16.
 
 # %%
@@ -117,11 +117,11 @@ plt.show()
 # ## Train
 #
 # With an equal number of network evaluations: with K = 2 the sequence-aware term makes two for each image of
-# a step, so it gets half the steps. Runs of one seed start from the same weights and see the same images in
-# the same order.
+# a step, so it gets half the steps, in which its learning rate decays as far. Runs of one seed start from the
+# same weights and see the same images in the same order.
 
 # %%
-STEPS = 1000 if QUICK else 1050
+STEPS = 800 if QUICK else 1400
 LENGTH = "--config.train.batch_size=16" if QUICK else ""
 SAMPLING = "--config.sample.sampler=unipc"
 EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
@@ -131,7 +131,7 @@ SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2_10 --workdir={RUNS}/s2 \
 #     --config.train.steps={STEPS} {LENGTH} {SHOWN}
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:sa_2 --workdir={RUNS}/sa \
-#     --config.train.steps={STEPS // 2} {LENGTH} {SHOWN}
+#     --config.train.steps={STEPS // 2} --config.train.decay_steps=700 {LENGTH} {SHOWN}
 
 # %% [markdown]
 # ## Rescale without training

@@ -30,7 +30,8 @@ def get_config(objective: str = "s2_10+sa_2"):
         c.train.lr = 1e-3
     else:
         c.train.steps = c.train.decay_steps = 1_400
-        c.train.batch_size = 32
+        # As many network evaluations a step with K = 2 as without L_sa.
+        c.train.batch_size = 64 if c.loss.K == 1 else 32
         c.train.lr = 2e-3
         c.train.lr_schedule = "cosine"
         # A run that is resumed with more steps goes on learning.

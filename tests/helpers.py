@@ -19,7 +19,7 @@ from s2dm_jax.config.io import to_json
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.samplers.specs import get_sampler
 from s2dm_jax.workdir import checkpoint
-from s2dm_jax.workdir.state import init_state, make_optimizer
+from s2dm_jax.workdir.state import build_optimizer, init_state, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 # The smallest network and evaluation: what is tested with it is the loop.
@@ -147,8 +147,7 @@ def save_run(path, config, *, seed, ema_factor):
     """Makes `path` the folder of a run of 7 steps that were never trained; its average is a multiple."""
     path.mkdir()
     (path / "config.json").write_text(to_json(config))
-    optimizer = make_optimizer(config.train.lr, config.train.grad_clip)
-    state = init_state(build_network(config), optimizer, seed, ema_extra=extra_names(config.train))
+    state = init_state(build_network(config), build_optimizer(config), seed, ema_extra=extra_names(config.train))
     ema = jax.tree.map(lambda leaf: np.asarray(leaf) * ema_factor, state.params)
     manager = checkpoint.open_checkpoints(path)
     checkpoint.save(manager, 7, jax.device_put(state._replace(step=np.int32(7), ema_params=ema)))

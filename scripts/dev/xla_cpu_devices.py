@@ -1,6 +1,6 @@
 """Shows that XLA:CPU computes convolutions in a loop wrongly on two devices of one CPU, unless YNNPACK does them.
 
-  python scripts/dev/xla_cpu_devices.py
+  python scripts/dev/xla_cpu_devices.py --iterations=160
 
 Needs JAX alone and takes half a minute to a minute. Each row compares a program on two devices with the same one on a
 single device. With jaxlib 0.10.2 on two cores the convolutions that are left to Eigen (first row) are wrong from about
@@ -29,7 +29,7 @@ def convolutions(x, weights):
     return x
 
 
-def looped(x, weights, iterations=160):
+def looped(x, weights, iterations):
     """One value of each image in each iteration: float32 [iterations, B]. The iterations are independent."""
 
     def body(carry, i):
@@ -39,7 +39,9 @@ def looped(x, weights, iterations=160):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=160, help="iterations of the loop (default: %(default)s)")
+    iterations = parser.parse_args().iterations
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices())
@@ -49,9 +51,9 @@ def main():
     split, copied = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     print(f"jax {jax.__version__}")
     for name, options in COMPILER_OPTIONS.items():
-        run = jax.jit(looped, compiler_options=options)
-        one = np.asarray(run(*jax.device_put((x, weights), jax.devices()[0])))
-        two = np.asarray(run(jax.device_put(x, split), jax.device_put(weights, copied)))
+        run = jax.jit(looped, static_argnums=2, compiler_options=options)
+        one = np.asarray(run(*jax.device_put((x, weights), jax.devices()[0]), iterations))
+        two = np.asarray(run(jax.device_put(x, split), jax.device_put(weights, copied), iterations))
         wrong = np.argwhere(np.abs(one - two) > 1e-3 * np.abs(one).max())
         detail = f"; from iteration {wrong[0, 0]} on, images {sorted(set(wrong[:, 1].tolist()))}" if len(wrong) else ""
         print(

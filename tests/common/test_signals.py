@@ -59,7 +59,7 @@ def evaluate(*_):
     time.sleep(60)
 loop.evaluate, loop._log = evaluate, lambda text: None
 run = types.SimpleNamespace(config=default_config(), workdir=None, setup=types.SimpleNamespace(data=None))
-run._model = lambda: None
+run._model = lambda ema: None
 with end_on_signal("no step was trained"):
     loop.TrainingLoop.evaluate(run)
 """

@@ -155,7 +155,7 @@ def test_the_report_has_standard_errors_and_differences_paired_by_seed(launched,
     assert plain["differences"][0]["standard_error"] == pytest.approx((14 / 6) ** 0.5 / 3**0.5)
     lines = (tmp_path / "report.csv").read_text().splitlines()
     assert lines[0] == "run,objective,seed,step,sampler,nfe,metric,value"
-    assert lines[2] == "ddpm_seed0,ddpm,0,1050,ddim,5,frechet_distance,10.0"
+    assert lines[2] == "ddpm_seed0,ddpm,0,1400,ddim,5,frechet_distance,10.0"
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
     # Finished runs are not made again, also without the first command; only the results that another one asks for are.
@@ -170,7 +170,7 @@ def test_the_report_has_standard_errors_and_differences_paired_by_seed(launched,
         in capsys.readouterr().err
     )
     assert status_of(*argv, "--config.train.lr=0.1") == 2
-    assert "ddpm_seed0 belongs to a run with config.train.lr=0.001, not 0.1" in capsys.readouterr().err
+    assert "ddpm_seed0 belongs to a run with config.train.lr=0.002, not 0.1" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_recorded_and_the_others_are_made(launched, tmp_path, capsys):
