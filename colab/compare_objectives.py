@@ -21,7 +21,7 @@
 # trained `s2`.
 #
 # **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# digits are then trained with the settings of `configs/digits.py`: 1,400 steps of 64 images instead of 800
+# digits are then trained with the settings of `configs/digits.py`: 1,400 steps of 64 images instead of 1,000
 # of 16.
 
 # %%
@@ -121,7 +121,7 @@ plt.show()
 # same weights and see the same images in the same order.
 
 # %%
-STEPS = 800 if QUICK else 1400
+STEPS = 1000 if QUICK else 1400
 LENGTH = "--config.train.batch_size=16" if QUICK else ""
 SAMPLING = "--config.sample.sampler=unipc"
 EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"

@@ -19,7 +19,7 @@
 # [quickstart.ipynb](quickstart.ipynb) has trained the network.
 #
 # **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# network is then trained with the settings of `configs/digits.py`, 1,400 steps of 64 images instead of 800
+# network is then trained with the settings of `configs/digits.py`, 1,400 steps of 64 images instead of 1,000
 # of 16, and more samplers are compared at more NFE. A TPU belongs to one process at a time: that is why all
 # commands come before the first line that computes in this notebook.
 
@@ -61,7 +61,7 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 
 # %%
 RUN = f"{RUNS}/s2"
-LENGTH = "--config.train.steps=800 --config.train.batch_size=16" if QUICK else ""
+LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
 SAMPLING = "--config.sample.sampler=unipc"
 EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"

@@ -19,7 +19,7 @@
 # one digit to another: about a minute on two CPU cores.
 #
 # **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# digits are then trained with the settings of `configs/digits.py`: 1,400 steps of 64 images instead of 800
+# digits are then trained with the settings of `configs/digits.py`: 1,400 steps of 64 images instead of 1,000
 # of 16. Activations become bfloat16 and batches are split over all devices; nothing else changes.
 
 # %%
@@ -62,7 +62,7 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 
 # %%
 RUN = f"{RUNS}/s2"
-LENGTH = "--config.train.steps=800 --config.train.batch_size=16" if QUICK else ""
+LENGTH = "--config.train.steps=1000 --config.train.batch_size=16" if QUICK else ""
 SAMPLING = "--config.sample.sampler=unipc"
 EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"

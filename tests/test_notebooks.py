@@ -79,6 +79,7 @@ def test_compare_objectives(run):
     assert measured[0] < 0.9
 
 
+@pytest.mark.slow
 def test_fast_sampling(run):
     curves, shape = run("fast_sampling", "curves, reloaded.shape")
     assert set(curves) == {"ddim", "dpmpp_2m", "unipc", "analytic"}
