@@ -15,7 +15,7 @@ from s2dm_jax.models.network import NORM_GROUPS
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import diffusers_names, torch_names
 
-# Fields of a config.json that are others than in DDIM's network.
+# Fields of a config.json that are others than in DDIM's network; all are diffusers' defaults.
 _OTHERS: dict[str, Any] = {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5}
 # Fields that `read_unet_config` reads.
 _READ = ("attention_head_dim", "attn_norm_num_groups", "resnet_time_scale_shift")
@@ -88,8 +88,7 @@ def unet_config(network: ImprovedUNet) -> dict:
 
 def read_unet_config(config: Mapping) -> UNet | ImprovedUNet:
     """The network of a `UNet2DModel`'s config.json, of either kind; ValueError naming the first field of neither."""
-    defaults = {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5}
-    if any(config.get(name, defaults[name]) != value for name, value in _OTHERS.items()):
+    if any(config.get(name, value) != value for name, value in _OTHERS.items()):
         return diffusers_names.read_unet_config(config)
     shift, groups = config.get("resnet_time_scale_shift", "default"), config.get("attn_norm_num_groups")
     if shift not in ("default", "scale_shift") or groups not in ((None, 32) if shift == "default" else (32,)):
