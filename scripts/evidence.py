@@ -61,6 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="digits; cifar10: own images, on a GPU; tiny: a rehearsal",
     )
     add("--config", default="", help="config file in place of the preset's")
+    add("--steps", type=int, help="train steps of the shortest trainings, in place of the preset's")
     add("--only", default="", help="findings to make, comma-separated: " + ", ".join(FINDINGS))
     add("--seeds", type=int, help="at most as many seeds (each finding has its own number)")
     add("--processes", type=int, default=1, help="processes that train at once (1)")
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.fields, args.only = fields, [name.strip() for name in args.only.split(",") if name.strip()]
     if not args.out:
         raise UserError("--out is empty; give a folder, such as --out=runs/evidence")
-    for name, least in (("seeds", 1), ("processes", 1), ("seconds", 1)):
+    for name, least in (("steps", 1), ("seeds", 1), ("processes", 1), ("seconds", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value} is out of range: it must be at least {least}")
@@ -86,12 +87,12 @@ def request_of(args: argparse.Namespace) -> Request:
     Raises:
       UserError: for a finding that the preset does not have.
     """
-    out, is_given = Path(args.out), bool(args.preset or args.config or args.fields)
+    out, is_given = Path(args.out), bool(args.preset or args.config or args.steps or args.fields)
     if args.report or ((out / pieces.PLAN).exists() and not is_given):
         request = pieces.read_plan(out)
     else:
         named = [name for name, preset in PRESETS.items() if preset.config == args.config]
-        request = Request(args.preset or (named or ["digits"])[0], args.config, args.fields)
+        request = Request(args.preset or (named or ["digits"])[0], args.config, args.steps or 0, args.fields)
     for name in args.only:
         if name not in request.size.findings:
             raise UserError(

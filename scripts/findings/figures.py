@@ -33,7 +33,9 @@ def draw(finding: Finding, pieces: Sequence[Piece], results: Mapping[str, dict],
         columns = numbers.columns_of(values)
         labels = {arm: numbers.label_of(arm) for arm in values}
         _points(panels[0], columns, {labels[arm]: found for arm, found in numbers.means(values).items()})
-        panels[0].set(title="mean over the seeds ± standard error", ylabel=_quantity(finding, results), yscale="log")
+        panels[0].set(title="mean over the seeds ± standard error", ylabel=_quantity(finding, results))
+        if finding.quantity == "frechet_distance":
+            panels[0].set_yscale("log")
         _points(panels[1], columns, _paired_labels(numbers.differences(finding, values)))
         panels[1].axhline(0, color="black", linewidth=0.8)
         panels[1].set(title="difference seed by seed ± standard error", ylabel="below 0: the first is better")

@@ -48,6 +48,9 @@ def values_of(finding: Finding, pieces: Sequence[Piece], results: Mapping[str, d
 def _columns(record: dict, finding: Finding, arm: str) -> dict[str, float]:
     if finding.kind == "gap":
         return {"rms": record["rms"][-1], "rms of the mean": record["rms_of_mean"][-1]}
+    if finding.quantity == "bits_per_dim":
+        whole = record.get("bits_per_dim", {}).get("variances", {})
+        return {f"all timesteps, {name} variance": bound["bits_per_dim"] for name, bound in whole.items()}
     several = "," in EVALUATIONS[split_arm(arm)[1]].fields.get("samplers", "")
     rows = [row for row in record["rows"] if row["nfe"] and finding.quantity in row]
     return {row["name"].split(", skip_scale")[0] if several else str(row["nfe"]): row[finding.quantity] for row in rows}

@@ -30,17 +30,26 @@ class Request(NamedTuple):
     Attributes:
       preset: its name.
       config: file in place of the preset's, or "".
+      steps: of a training of length 1, in place of the preset's, or 0.
       fields: flags --config.GROUP.FIELD=VALUE of all runs.
     """
 
     preset: str
     config: str
+    steps: int
     fields: list[str]
 
     @property
     def size(self) -> Preset:
+        """The preset with what replaces it."""
         preset = PRESETS[self.preset]
-        return preset._replace(config=self.config or preset.config)
+        return preset._replace(config=self.config or preset.config, steps=self.steps or preset.steps)
+
+    @property
+    def text(self) -> str:
+        """As on the command line."""
+        named = {"preset": self.preset, "config": self.config, "steps": self.steps}
+        return " ".join([*(f"--{name}={value}" for name, value in named.items() if value), *self.fields])
 
 
 class Piece(NamedTuple):
@@ -201,10 +210,7 @@ def write_plan(out: Path, request: Request) -> None:
     if (out / PLAN).exists():
         before = read_plan(out)
         if before != request:
-            raise UserError(
-                f"--out={out} has other runs (--preset={before.preset} {' '.join(before.fields)}); give the same "
-                "flags, or another --out"
-            )
+            raise UserError(f"--out={out} has other runs ({before.text}); give the same flags, or another --out")
     elif out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
         raise UserError(f"--out={out} holds files but no evidence; give a new or an empty folder")
     else:

@@ -26,6 +26,7 @@ from s2dm_jax.common.version import __version__
 # JAX keeps the programs of all runs, of which the next ones use few.
 _PIECES_BETWEEN_CLEARING = 10
 _SECONDS_OF_WAITING = 0.5
+_NUMERICS = ("jax_default_matmul_precision", "XLA_FLAGS")
 # Of what is logged along a training.
 _LOGGED = ("loss_simple", "loss_skip", "loss_sequence", "grad_norm")
 
@@ -154,22 +155,19 @@ def _header(piece: Piece, commit: str | None) -> dict[str, Any]:
 def compact(results: dict, curve: dict[str, list[float]]) -> dict[str, Any]:
     """What the report needs of results.json, and what was logged along the training."""
     provenance = results["provenance"]
-    shown = (
-        "metric",
-        "distance",
-        "num_images",
-        "jax",
-        "device",
-        "activations",
-        "jax_default_matmul_precision",
-        "notes",
-    )
+    shown = ("metric", "distance", "num_images", "jax", "device", "activations", "notes", *_NUMERICS)
     return {
         "step": results["step"],
         **{name: provenance[name] for name in shown if name in provenance},
         "rows": results["rows"],
+        **({"bits_per_dim": _without_terms(results["bits_per_dim"])} if "bits_per_dim" in results else {}),
         "along": curve,
     }
+
+
+def _without_terms(bound: dict) -> dict[str, Any]:
+    variances = bound["variances"].items()
+    return {"variances": {name: {k: v for k, v in found.items() if k != "terms"} for name, found in variances}}
 
 
 def curve_of(path: Path) -> dict[str, list[float]]:
@@ -184,6 +182,9 @@ def line_of(found: dict) -> str:
     """The numbers of a piece in a few words."""
     if "rows" not in found:
         return f"gap {found['rms'][-1]:.4f}"
+    if "bits_per_dim" in found:
+        bounds = found["bits_per_dim"]["variances"].items()
+        return ", ".join(f"{bound['bits_per_dim']:.3f} bits/dim ({name} variance)" for name, bound in bounds)
     cells = [f"{row['frechet_distance']:.2f}" for row in found["rows"] if row["nfe"] and "frechet_distance" in row]
     return " / ".join(cells) or "no distance"
 

@@ -19,7 +19,7 @@ from s2dm_jax.diffusion.schedule import linear_schedule
 
 ROOT = Path(__file__).parents[2]
 evidence = load_file(ROOT / "scripts" / "evidence.py")
-DIGITS = Request("digits", "", [])
+DIGITS = Request("digits", "", 0, [])
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_a_plan_is_made_seed_by_seed_with_each_training_before_its_evaluations()
     assert {"--mode=evaluate", "--config.eval.skip_scale=50", "--config.eval.skip_scale_preset=released"} < set(flags)
     assert "--config.eval.timestep_spacing=uniform" in flags
     # The same names with other sizes and images.
-    own = Request("cifar10", "", ["--config.data.source=images.tar", "--config.train.lr=1e-3"])
+    own = Request("cifar10", "", 0, ["--config.data.source=images.tar", "--config.train.lr=1e-3"])
     evaluation = next(piece for piece in pieces.plan(own) if piece.evaluation == "paper_10")
     assert "--config.data.source=images.tar" in evaluation.flags
     assert "--config.train.lr=1e-3" not in evaluation.flags
@@ -245,7 +245,7 @@ def test_a_folder_of_another_request_is_left_as_it_is(launched, tmp_path, capsys
     out = tmp_path / "out"
     assert status_of(f"--out={out}", "--preset=tiny", "--only=norms", "--seeds=1") == 0
     assert status_of(f"--out={out}", "--preset=tiny", "--config.train.lr=1") == 2
-    assert "has other runs (--preset=tiny" in capsys.readouterr().err
+    assert "has other runs (--preset=tiny)" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     assert status_of(f"--out={tmp_path / 'other'}") == 2
