@@ -70,8 +70,11 @@ def _points(panel: "Axes", columns: Sequence[str], series: Mapping[str, Mapping[
         x = [columns.index(column) + shift for column in columns if column in found]
         y = [found[column] for column in columns if column in found]
         errors = [mean.error or 0.0 for mean in y]
+        line = "-" if columns[0].isdecimal() else ""
         style = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4, "linewidth": 0.8, "capsize": 2}
-        panel.errorbar(x, [mean.mean for mean in y], errors, label=label, color=f"C{number % 10}", **style)
+        panel.errorbar(
+            x, [mean.mean for mean in y], errors, label=label, color=f"C{number % 10}", linestyle=line, **style
+        )
     panel.set_xticks(range(len(columns)), columns)
     panel.set_xlabel("network evaluations per image" if columns[0].isdecimal() else "sampler")
     if not columns[0].isdecimal():
@@ -79,28 +82,30 @@ def _points(panel: "Axes", columns: Sequence[str], series: Mapping[str, Mapping[
 
 
 def _curves(panels: Sequence["Axes"], finding: Finding, curves: Mapping[str, Any], values: numbers.Values) -> None:
-    """A quantity along the training or the sampling; beside it where it starts and ends, or the ratio of the ends."""
+    """A quantity along the training or the sampling; beside it where it starts and ends, or the ratios at the end."""
     for number, (arm, curve) in enumerate(curves.items()):
         for series in curve.by_seed.values():
             panels[0].plot(curve.x, series, color=f"C{number % 10}", linewidth=0.5, alpha=0.3)
-        panels[0].plot(curve.x, curve.mean, color=f"C{number % 10}", label=numbers.label_of(arm))
-    if finding.kind == "gap":
-        panels[0].set(xlabel="timestep t", ylabel="total gap (rms), pixels in [−1, 1]", ylim=(0, None))
-        panels[0].invert_xaxis()
-        found = {f"{_training(b)} / {_training(a)}": found for (a, b), found in numbers.ratios(finding, values).items()}
+        panels[0].plot(curve.x, curve.mean, color=f"C{number % 10}", label=_training(arm))
+    columns, is_gap = numbers.columns_of(values), finding.kind == "gap"
+    if is_gap:
+        ratios = numbers.ratios(finding, values)
+        _points(panels[1], columns, {f"{_training(b)} / {_training(a)}": found for (a, b), found in ratios.items()})
         panels[1].axhline(1, color="black", linewidth=0.8)
-        panels[1].set(title="ratio of the gaps at the end, seed by seed", ylim=(0, None))
     else:
-        panels[0].set(xlabel="train step", ylabel=finding.quantity.replace("_", " ").replace("/", " / "), yscale="log")
-        found = {numbers.label_of(arm): means for arm, means in numbers.means(values).items()}
-        panels[1].set(title="mean over the seeds ± standard error", yscale="log")
-    _points(panels[1], numbers.columns_of(values), found)
+        _points(panels[1], columns, {_training(arm): found for arm, found in numbers.means(values).items()})
     panels[1].set_xlabel("")
     if finding.expected:
         low, high = finding.expected
-        on = panels[1:] if finding.kind == "gap" else panels
-        for panel in on:
-            panel.axhspan(low, high * (1.001 if low == high else 1), color="tab:red", alpha=0.25, label="the paper")
+        for panel in panels[is_gap:]:
+            panel.axhspan(low, high * (1.01 if low == high else 1), color="tab:red", alpha=0.3, label="the paper")
+    if is_gap:
+        panels[0].set(xlabel="timestep t", ylabel="total gap (rms), pixels in [−1, 1]", ylim=(0, None))
+        panels[0].invert_xaxis()
+        panels[1].set(title="gap of the one / gap of the other, at the end", ylim=(0, None))
+    else:
+        panels[0].set(xlabel="train step", ylabel=finding.quantity.replace("_", " ").replace("/", " / "), yscale="log")
+        panels[1].set(title="mean over the seeds ± standard error", yscale="log")
 
 
 def _training(arm: str) -> str:
