@@ -158,7 +158,7 @@ def _inception(options: ConfigDict) -> Features:
     return Features(
         "inception",
         distance,
-        f"{distance} in the 2,048 features of Inception, {weights}, inception_resize {resize}",
+        f"{distance} in the 2,048 features of Inception, inception_resize {resize}, {weights}",
         functools.partial(_joined, _INCEPTIONS[resize], replicate(params)),
         inception.NUM_FEATURES,
         inception.NUM_LOGITS,

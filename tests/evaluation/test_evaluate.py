@@ -462,7 +462,7 @@ def test_statistics_and_points_of_one_pipeline_are_not_those_of_another(
 
     def in_place_of_inception(config, data):
         features = build_features(config, data)
-        scale = scales[features.metric.split()[-1]]
+        scale = scales[config.eval.inception_resize.replace("auto", "tf1")]
         return features._replace(apply=lambda images: scale * small.apply(images), logits=0)
 
     monkeypatch.setattr(evaluation, "build_features", in_place_of_inception)
@@ -474,7 +474,7 @@ def test_statistics_and_points_of_one_pipeline_are_not_those_of_another(
         results = run(config, data, tmp_path / "run")
         assert bool(sampled) != again
         resize = "tf1" if resize == "auto" else resize
-        assert results["provenance"]["metric"].endswith(f"weights of 2015-12-05, inception_resize {resize}")
+        assert results["provenance"]["metric"].endswith(f"Inception, inception_resize {resize}, weights of 2015-12-05")
         assert results["rows"] == found.setdefault(resize, results)["rows"]
     one, other = (found[resize]["rows"][1]["frechet_distance"] for resize in INCEPTION_RESIZES)
     assert other == pytest.approx(4 * one)  # features of twice the size
@@ -502,9 +502,10 @@ def test_statistics_and_points_of_one_pipeline_are_not_those_of_another(
     config.eval.inception_resize = "tf1"
     check_evaluation(config, data)
     evaluation.show_results(tmp_path / "run", found["pytorch_fid"])
-    assert "inception_resize pytorch_fid." in capsys.readouterr().out
+    caption = "FID in the 2,048 features of Inception, inception_resize pytorch_fid, weights of 2015-12-05."
+    assert caption in capsys.readouterr().out.splitlines()
     page = (tmp_path / "run" / "results.md").read_text()
-    assert "inception_resize pytorch_fid.\n" in page
+    assert caption in page.splitlines()
     assert "- features: resize: bilinear to 299 × 299 with half-pixel centres and x/127.5 − 1 as pytorch-fid" in page
 
 
