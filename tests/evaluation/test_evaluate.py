@@ -407,6 +407,21 @@ def test_inception_of_ones_own_is_not_called_fid(config, data, monkeypatch):
     assert own.provenance["weights_sha256"] == "ab" * 32 != standard.provenance["weights_sha256"]
 
 
+def test_inception_gets_images_of_the_configs_pipeline(config, data, monkeypatch):
+    inception, weights = feature_functions.inception, feature_functions.inception_weights
+    kernel = np.zeros((inception.NUM_FEATURES, inception.NUM_LOGITS), np.float32)
+    monkeypatch.setattr(weights, "inception_params", lambda *_: {"fc.kernel": kernel})
+    monkeypatch.setattr(inception, "stages", lambda _, x: {"2048": x.reshape(len(x), -1)[:, : inception.NUM_FEATURES]})
+    config.eval.feature_extractor = "inception"
+    # Of a size of its own, for what is compiled here stays in JAX's cache.
+    image = np.random.default_rng(0).integers(0, 256, (1, 7, 9, 3), np.uint8)
+    for resize, pipeline in (("auto", "tf1"), ("tf1", "tf1"), ("pytorch_fid", "pytorch_fid")):
+        config.eval.inception_resize = resize
+        pixels = build_features(config, data).apply(image)[0, : inception.NUM_FEATURES]
+        expected = inception.PIPELINES[pipeline].prepare(image.astype(np.float32))
+        np.testing.assert_allclose(pixels, expected.ravel()[: inception.NUM_FEATURES], rtol=1e-6)
+
+
 def test_unavailable_features_are_reported_before_a_training(config, data, monkeypatch, function):
     def fail(*_):
         raise UserError("the weights cannot be fetched; get them")
