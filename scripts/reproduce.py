@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from papers.illustration import plot_illustration
 from papers.plan import (
     gpu_hours,
     image_commands,
@@ -259,6 +260,8 @@ def print_plan(table: Table, args: argparse.Namespace) -> None:
     for command in image_commands(table, args) if table.kind in _IMAGE_KINDS else []:
         print()
         print_command(command)
+    if table.note:
+        print(f"\n{table.note}")
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -273,20 +276,19 @@ def reproduce(args: argparse.Namespace) -> None:
     print(f"at least {training:.1f} hours of training and {sampling:.1f} of sampling on one H100")
     if args.dry_run:
         print_plan(table, args)
-        if table.note:
-            print(f"\n{table.note}")
         return
-    if table.kind == "curves":
+    if table.kind in ("curves", "illustration"):
         check_matplotlib("the figure")
+    if table.kind == "illustration":
+        _save(plot_illustration(), args)
+        print(table.note)
+        return
     rows = iterate_with_eta(table.rows, remaining_hours(table, args))
     results = {row.label: run_row(table, row, args) for row in rows}
     for label, found in results.items():
         say_gaps(label, found)
     if table.kind == "curves":
-        path = Path(args.out) / f"{args.table}.png"
-        with atomic_path(path) as temporary:
-            plot_curves(table, results, args).savefig(temporary)
-        print(f"curves: {path}")
+        _save(plot_curves(table, results, args), args)
     if table.kind != "gap":
         text = table_text(table, results, args)
         path = Path(args.out) / f"{args.table}.md"
@@ -296,6 +298,14 @@ def reproduce(args: argparse.Namespace) -> None:
         print_command(command)
         if run_command(command, sys.stdout):
             raise UserError("the command above failed and reports why; fix that and rerun to resume")
+
+
+def _save(figure: "Figure", args: argparse.Namespace) -> None:
+    path = Path(args.out) / f"{args.table}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    print(f"figure: {path}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -169,6 +169,14 @@ TABLES = {
         ),
         _SA_NOTE,
     ),
+    "sa-figure1": Table(
+        "SA-DPM, Figure 1: sampling in one dimension with errors that add up, or cancel",
+        "illustration",
+        (),
+        (),
+        "The paper's is a drawing without numbers. Here: 50 timesteps of the posterior's mean, with errors of one size "
+        "whose signs are equal or alternate (scripts/papers/illustration.py). Nothing is trained.",
+    ),
     "sa-figure2": Table(
         "SA-DPM, Figure 2: CelebA-HQ 256",
         "compare",

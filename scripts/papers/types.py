@@ -58,7 +58,8 @@ class Table(NamedTuple):
       title: what it shows.
       kind: "fid" or "inception_score" (a table of that metric), "curves" (of FID), "grid" (samples),
         "compare" (the same noise through several models), "interpolation", "gap"
-        (`scripts/estimation_gap.py`), "training" (seconds and memory of a step) or "sampling" (seconds).
+        (`scripts/estimation_gap.py`), "training" (seconds and memory of a step), "sampling" (seconds) or
+        "illustration" (a figure without models).
       columns: numbers of sampling steps.
       rows: one for each model and sampler.
       note: what the paper leaves open, or what is done differently here.

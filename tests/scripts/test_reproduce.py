@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ reproduce = load_file(PATH)
 PRESETS = reproduce.PRESETS
 
 EXPECTED = {f"s2-table{i}" for i in range(1, 6)} | {f"s2-figure{i}" for i in range(3, 17)}
-EXPECTED |= {f"sa-table{i}" for i in range(1, 5)} | {f"sa-figure{i}" for i in range(2, 5)}
+EXPECTED |= {f"sa-table{i}" for i in range(1, 5)} | {f"sa-figure{i}" for i in range(1, 5)}
 
 # A flag's text as the type of its field.
 PARSE = {
@@ -265,8 +266,9 @@ def test_a_row_is_trained_and_measured_under_its_preset(in_process, monkeypatch,
 def test_every_table_runs_on_the_digits_in_both_presets(in_process, tmp_path, name):
     for preset in PRESETS:
         reproduce.main([name, "--scale=digits", "--steps=2", "--images=4", f"--preset={preset}", f"--out={tmp_path}"])
-    if reproduce.TABLES[name].kind == "gap":
-        assert {path.suffix for path in tmp_path.glob(f"{name}*")} == {".png", ".json"}
+    kind = reproduce.TABLES[name].kind
+    if kind in ("gap", "illustration"):
+        assert {path.suffix for path in tmp_path.glob(f"{name}*")} == {".png", *[".json"] * (kind == "gap")}
         return
     text = (tmp_path / f"{name}.md").read_text()
     for row in reproduce.TABLES[name].rows:
@@ -342,6 +344,26 @@ def test_curves_are_drawn_from_the_measured_distances(launched, tmp_path):
     figure.savefig(tmp_path / "expected.png")
     drawn, again = (Image.open(tmp_path / name) for name in ("s2-figure3.png", "expected.png"))
     np.testing.assert_array_equal(drawn, again)
+
+
+def test_errors_of_one_sign_add_up_and_others_cancel(tmp_path):
+    reproduce.main(["sa-figure1", f"--out={tmp_path / 'papers'}"])
+    assert Image.open(tmp_path / "papers" / "sa-figure1.png").width > 500
+    illustration = sys.modules["papers.illustration"]
+    actual = illustration.trajectory(np.zeros(50))
+    assert actual[-1] == pytest.approx(1.0)
+    together, apart = (illustration.trajectory(0.1 * signs) - actual for signs in illustration.CASES.values())
+    # The total gap of SA-DPM's Theorem 1, by its recursion.
+    beta = np.linspace(1e-4, 0.02, 50) * 20
+    a, gap = np.cumprod(1 - beta), 0.0
+    for t in range(49, -1, -1):
+        a_before = a[t - 1] if t else 1.0
+        gap = (
+            beta[t] / np.sqrt((1 - beta[t]) * (1 - a[t])) * 0.1
+            + np.sqrt(1 - beta[t]) * (1 - a_before) / (1 - a[t]) * gap
+        )
+        assert together[50 - t] == pytest.approx(-gap)
+    assert np.abs(together).mean() > 5 * np.abs(apart).mean()
 
 
 def test_a_figure_makes_its_pictures(launched, tmp_path):
