@@ -294,7 +294,9 @@ def evaluate_run(config: ConfigDict, workdir: str, out: str = "") -> dict:
     check_evaluation(config, data)
     folder = evaluation_folder(workdir, out)
     name = _results_name(model.step, config.eval.to_dict())
-    check_writable([], "give --out=DIR to write elsewhere", replaced=results_files(folder, name))
+    files = results_files(folder, name)
+    plot = files[1].with_suffix(".png")
+    check_writable([], "give --out=DIR to write elsewhere", replaced=[*files, plot])
     results = evaluate(model, data, workdir, folder)
     show_results(folder, results)
     return results
