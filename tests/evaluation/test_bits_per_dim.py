@@ -19,6 +19,7 @@ from s2dm_jax.evaluation import evaluate as evaluation
 from s2dm_jax.evaluation.bits_per_dim import variance_of
 from s2dm_jax.evaluation.bound import Chain, variational_bound
 from s2dm_jax.evaluation.checks import check_evaluation
+from s2dm_jax.evaluation.html_report import report_page
 from s2dm_jax.inference.model import Model
 from s2dm_jax.samplers.analytic import cov_x0
 
@@ -82,6 +83,7 @@ def test_gaussian_images_have_their_entropy_in_s_calls_of_the_network_for_each_b
     assert bounds("analytic", seed=1, **batches).bits_per_dim != found.bits_per_dim
 
 
+@pytest.mark.slow
 def test_a_learned_variance_is_between_those_that_are_fixed():
     timesteps = [0, 1, 30, 99]
     small, large = bounds("small", "large", timesteps=timesteps).values()
@@ -183,6 +185,9 @@ def test_command_line(config, tmp_path, command_line, monkeypatch, capsys):
     command = ["--mode=evaluate", f"--workdir={tmp_path / 'run'}", "--config.eval.metrics=bits_per_dim"]
     command.append("--config.eval.samplers=ddim,ddpm,analytic")
     check_evaluated(lambda: command_line(*command), ["large", "analytic"], tmp_path, monkeypatch, capsys)
+    monkeypatch.undo()
+    page = report_page([str(tmp_path / "run")])
+    assert "<p class=small>Bits per dimension of 8 held-out images, all 20 timesteps.</p>" in page
 
 
 def check_evaluated(run, variances, tmp_path, monkeypatch, capsys):
@@ -206,7 +211,7 @@ def check_evaluated(run, variances, tmp_path, monkeypatch, capsys):
         assert f"| {bound['bits_per_dim']:.3f} ± {bound['bits_per_dim_se']:.3f} " in printed
     assert results["provenance"]["bits_per_dim"]["images"] == "8 held-out images"
     page = (tmp_path / "run" / "results.md").read_text()
-    assert "Bits per dimension of the chain over all 20 timesteps" in page
+    assert "Bits per dimension of 8 held-out images, all 20 timesteps:" in page
     (plot,) = (tmp_path / "run" / "evaluations").glob("*.png")
     assert f"terms of the bound: {plot}" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
