@@ -242,6 +242,8 @@ def _sampled(model, weights, point, features, batch_size, counts):
     }
     if note := point.note(model.schedule.T, model.schedule.log_snr):
         depends_on["not_visited"] = note
+    if point.timestep_spacing == "optimal":
+        depends_on["timesteps"] = _sampler_of(model, point)[1].tolist()
     requires = SAMPLERS[point.sampler].requires
     if requires:
         # SN- and NPR-DPM require a variance head, Analytic-DPM the noise statistics.
@@ -260,10 +262,13 @@ def _notes_of_point(model, point, values):
     return list(filter(None, notes))
 
 
+def _sampler_of(model, point):
+    sampling = {"timestep_spacing": point.timestep_spacing, **_skip_scale_options(model.config.eval), **point.options}
+    return model.sampler(point.sampler, nfe=point.nfe, **sampling)
+
+
 def _sampled_batches(model, point, features, batch_size, counts):
-    options = model.config.eval
-    sampling = {"timestep_spacing": point.timestep_spacing, **_skip_scale_options(options), **point.options}
-    sample_fn, timesteps = model.sampler(point.sampler, nfe=point.nfe, **sampling)
+    options, (sample_fn, timesteps) = model.config.eval, _sampler_of(model, point)
     yield from sample_batches(
         sample_fn,
         model.ema_params,

@@ -176,7 +176,7 @@ def test_optimal_timesteps_have_the_lowest_bound(steps):
         costs = sum(cost[s, r] for s, r in itertools.pairwise(path)) / 2 / np.log(2)
         bounds[name] = terms.sum() + prior, costs, timesteps[-1]
     assert min(bounds, key=lambda name: bounds[name][0]) == "optimal"
-    assert bounds["of the noisy estimate"][0] - bounds["optimal"][0] < 0.05
+    assert bounds["of the noisy estimate"][0] - bounds["optimal"][0] < 0.02
     ends = [(value, costs) for value, costs, last in bounds.values() if last == 999]
     np.testing.assert_allclose(np.diff(ends, axis=0)[:, 0], np.diff(ends, axis=0)[:, 1], atol=2e-3)
 
