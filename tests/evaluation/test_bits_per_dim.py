@@ -8,19 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FunctionNetwork, ToyNetwork, save_run, small_config
+from helpers import TINY, FunctionNetwork, ToyNetwork, save_run, small_config
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.evaluation_plan import EvalPoint
 from s2dm_jax.config.validate import check_config
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.diffusion.schedule import NoiseSchedule, linear_schedule
 from s2dm_jax.evaluation import bound as bound_module
 from s2dm_jax.evaluation import evaluate as evaluation
-from s2dm_jax.evaluation.bits_per_dim import variance_of
+from s2dm_jax.evaluation.bits_per_dim import BoundInputs, measure_bounds, variance_of
 from s2dm_jax.evaluation.bound import Chain, variational_bound
 from s2dm_jax.evaluation.checks import check_evaluation
 from s2dm_jax.evaluation.html_report import report_page
 from s2dm_jax.inference.model import Model
+from s2dm_jax.models import variance_head
+from s2dm_jax.models.improved_unet import ImprovedUNet
+from s2dm_jax.models.variance_head import Head
 from s2dm_jax.samplers.analytic import cov_x0
 
 VARIANCE = 0.0625
@@ -232,3 +236,29 @@ def test_a_single_held_out_image_is_refused_before_the_training():
     data = DATA._replace(held_out=IMAGES[:1], held_out_labels=LABELS[:1])
     with pytest.raises(UserError, match="names bits_per_dim, which needs 2 held-out images; there are 1"):
         check_evaluation(config, data)
+
+
+@pytest.mark.slow
+def test_the_variances_of_real_networks_are_rows_and_columns(tmp_path):
+    """The learned variance of an ImprovedUNet, and a variance head of a UNet: in their rows and over all timesteps."""
+    learned = ImprovedUNet(8, 1, 1, 32, (1,), 1, (), learned_variance=True)
+    schedule, no_scale = linear_schedule(20, beta_end=0.5), {"skip_scale": 0}
+    depends_on = {"seed": 0, "num_images": 8, "images": "", "schedule": {}}
+    head = Head("npr", variance_head.init_params(TINY, 0))
+    for network, its_head, sampler, options in (
+        (learned, None, "ddpm", {"variance": "learned"}),
+        (TINY, head, "npr", {}),
+    ):
+        params = network.init(0)
+        inputs = BoundInputs(network, schedule, params, None, its_head, IMAGES, depends_on, no_scale, 8)
+        rows = [{"name": sampler, "notes": []} for _ in range(2)]
+        points = [EvalPoint(sampler, nfe, "uniform", options) for nfe in (2, 20)]
+        whole = measure_bounds(points, rows, inputs, [tmp_path / sampler])
+        name = options.get("variance", sampler)
+        assert list(whole["variances"]) == ["small", "large", name]
+        # All timesteps, clipped as the sampler does.
+        assert rows[1]["bits_per_dim"] == pytest.approx(whole["variances"][name]["bits_per_dim"], rel=1e-6)
+        np.testing.assert_allclose(rows[1]["bound"]["terms"], whole["variances"][name]["terms"], rtol=1e-5)
+        assert [row["bound"]["variance"] for row in rows] == [name] * 2
+        assert whole["variances"][name]["bits_per_dim"] != whole["variances"]["small"]["bits_per_dim"]
+        assert [row["notes"] for row in rows] == [[], []]
