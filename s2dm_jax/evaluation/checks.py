@@ -30,7 +30,7 @@ def check_evaluation(config: ConfigDict, data: Dataset) -> None:
             "give more images"
         )
     if reference not in REFERENCES:
-        read_statistics(reference, found)
+        read_statistics(reference, found, config.eval.inception_resize)
     if reference == "auto" and len(found) == 1:
         reference = default_reference(found[0][0])
     number = counts.get(reference)

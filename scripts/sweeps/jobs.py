@@ -1,6 +1,7 @@
 """Runs the jobs of a sweep one after another, in as many processes at once as there are, each job in one of them."""
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,17 +104,40 @@ def run_jobs(jobs: Sequence[Job], out: Path, stored: Callable[[Job], dict | None
     Raises:
       SystemExit: after a signal, once the run under way is saved.
     """
+    for job in iterate_with_eta(jobs, [stored(job) is None for job in jobs]):
+        run_job(job, out, stored)
+    return outcome_of(jobs, out, stored)
+
+
+def run_in_another_process(job: Job, log: Path, lock: TextIO) -> None:
+    """Runs the commands of a job, which hold its lock too, for they may outlive this process."""
+    run_commands(job.result_path, job.workdir, job.commands, log=log, inherited=(lock.fileno(),))
+
+
+def run_job(
+    job: Job,
+    out: Path,
+    stored: Callable[[Job], dict | None],
+    run: Callable[[Job, Path, TextIO], None] = run_in_another_process,
+) -> None:
+    """Runs a job unless its results are stored or another process runs it; why it failed is recorded.
+
+    Args:
+      out, stored: of `run_jobs`.
+      run: makes and stores the results of a job, given the path of its log and its locked file; raises `RunFailed`.
+
+    Raises:
+      SystemExit: after a signal, once the run is saved.
+    """
     for name in ("logs", "locks", "failures"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    for job in iterate_with_eta(jobs, [stored(job) is None for job in jobs]):
-        if stored(job) is not None:
-            continue
-        with _locked(out, job) as lock:
-            if lock is None:
-                print(f"{job.name} is under way in another process, and is left to it", flush=True)
-            elif stored(job) is None:
-                _run_job(job, out, lock, stored)
-    return outcome_of(jobs, out, stored)
+    if stored(job) is not None:
+        return
+    with _locked(out, job) as lock:
+        if lock is None:
+            print(f"{job.name} is under way in another process, and is left to it", flush=True)
+        elif stored(job) is None:
+            _run_locked(job, out, stored, functools.partial(run, job, out / "logs" / f"{job.name}.log", lock))
 
 
 def outcome_of(jobs: Sequence[Job], out: Path, stored: Callable[[Job], dict | None]) -> Outcome:
@@ -145,11 +169,10 @@ def is_under_way(job: Job, out: Path) -> bool:
         return lock is None
 
 
-def _run_job(job: Job, out: Path, lock: TextIO, stored: Callable[[Job], dict | None]) -> None:
+def _run_locked(job: Job, out: Path, stored: Callable[[Job], dict | None], run: Callable[[], None]) -> None:
     log, failure = out / "logs" / f"{job.name}.log", _failure_path(out, job)
     try:
-        # The commands hold the lock too: they may outlive this process.
-        run_commands(job.result_path, job.workdir, job.commands, log=log, inherited=(lock.fileno(),))
+        run()
         if stored(job) is None:
             # Those of an earlier evaluation.
             raise RunFailed(f"{job.workdir} has no results of its last command", why_unmeasured(log))
