@@ -139,6 +139,12 @@ def test_differences_are_paired_by_seed_and_ratios_too():
     along = {"step": [20, 40], "loss_skip": [30.0, 20.0], "loss_simple": [10.0, 4.0]}
     assert numbers.along({"along": along}, "loss_skip/loss_simple") == [3.0, 5.0]
     assert numbers.along({"along": along}, "grad_norm") == []
+    # A training that was stopped at step 30 and resumed.
+    found = [pieces.Piece("s2_2", "", seed, []) for seed in (0, 1)]
+    stopped = {"step": [20, 30, 40], "loss_skip": [40.0, 1.0, 28.0], "loss_simple": [8.0, 1.0, 4.0]}
+    results = {"s2_2_seed0": {"along": along}, "s2_2_seed1": {"along": stopped}}
+    curve = numbers.curves_of(table.FINDINGS["ratio"], found, results)["s2_2"]
+    assert curve == ([20, 40], [4.0, 6.0], {0: [3.0, 5.0], 1: [5.0, 7.0]})
 
 
 @pytest.fixture
