@@ -18,6 +18,7 @@ from s2dm_jax.diffusion.schedule import add_noise, linear_schedule
 from s2dm_jax.models.improved_unet import ImprovedUNet
 from s2dm_jax.models.network import Network
 from s2dm_jax.models.unet import UNet
+from s2dm_jax.training.averages import Averages
 from s2dm_jax.training.step import StepConfig, update
 from s2dm_jax.weights import torch_names
 from s2dm_jax.workdir.state import TrainState, make_optimizer
@@ -163,7 +164,7 @@ def published_run(arrays):
     else:
         objective = released(K=max(int(arrays["K"]), 1), lam=float(arrays["lam"]))
         rest, second = np.moveaxis(arrays["e_k"], 1, 2), [None] * len(arrays["t"])
-    made_of = StepConfig(network, LINEAR, objective, optimizer, c["ema_rate"])
+    made_of = StepConfig(network, LINEAR, objective, optimizer, Averages(c["ema_rate"]))
     state = TrainState(np.int32(0), params, params, optimizer.init(params))
 
     @jax.jit

@@ -27,7 +27,8 @@ class Metric(NamedTuple):
     """A metric of samples against a reference, computed by a function of `evaluation/metrics.py`.
 
     Attributes:
-      function: its name; it returns one float for each of `results`, a single one bare.
+      function: its name; it returns one float for each of `results`, a single one bare. "" for "bits_per_dim", which is
+        one of the network on real images (`evaluation/bits_per_dim.py`).
       requires: its arguments in order, of "mean", "cov" (float64 [D], [D, D]), "features" (float32 [N, D]) and "logits"
         (float32 [N, L]) of the samples, and "reference_mean", "reference_cov", "reference_features".
       results: keys in a row of results.json.
@@ -82,6 +83,12 @@ METRICS = {
         results=("fid_infinity", "fid_infinity_se"),
         columns=(Column("{distance}, N → ∞", "fid_infinity", "fid_infinity_se"),),
         min_images_per_feature=4,
+    ),
+    "bits_per_dim": Metric(
+        function="",
+        requires=(),
+        results=("bits_per_dim", "bits_per_dim_se"),
+        columns=(Column("bits/dim", "bits_per_dim", "bits_per_dim_se", digits=3),),
     ),
 }
 

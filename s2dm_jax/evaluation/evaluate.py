@@ -6,9 +6,7 @@ only for metrics that require them.
 """
 
 import functools
-import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import check_writable, read_json, user_path, write_atomic
+from s2dm_jax.common.files import check_writable, user_path
 from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_uint8
 from s2dm_jax.common.version import __version__
@@ -30,8 +28,10 @@ from s2dm_jax.devices.distributed import is_main_process
 from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.evaluation import metrics
+from s2dm_jax.evaluation.bits_per_dim import BoundInputs, measure_bounds, save_plot
 from s2dm_jax.evaluation.checks import check_evaluation
 from s2dm_jax.evaluation.features import Features, build_features
+from s2dm_jax.evaluation.point_cache import cached
 from s2dm_jax.evaluation.reference import Reference, image_batches, load_reference, sha256_of_images
 from s2dm_jax.inference.batches import device_batch_size
 from s2dm_jax.inference.model import Model, load
@@ -40,7 +40,7 @@ from s2dm_jax.inference.saturation import Ends, ends_of
 from s2dm_jax.samplers.noise import initial_noise
 from s2dm_jax.samplers.specs import SAMPLERS
 from s2dm_jax.workdir.folder import check_same_images, evaluation_folder
-from s2dm_jax.workdir.results import results_files, results_table, write_results
+from s2dm_jax.workdir.results import bound_text, results_files, results_table, write_results
 
 # Vectors for a covariance.
 _MIN_IMAGES = 2
@@ -124,7 +124,8 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
     Returns:
       {"step", "eval": the config's group, "rows": a dict per row of the table, with "name", "nfe",
       "frechet_distance", "normalized" and the results of the other metrics, "provenance": all that the numbers depend
-      on}; plain data, the same on every run with the same versions on the same device.
+      on}, and with the metric bits_per_dim that key, from `measure_bounds`; plain data, the same on every run with the
+      same versions on the same device.
 
     Raises:
       UserError: for features or a reference that are unavailable.
@@ -143,10 +144,7 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
     for sampler in dict.fromkeys(point.sampler for point in points):
         statistics = sampler, options.noise_stat_images, options.batch_size, out
         model = model.with_noise_statistics(workdir, *statistics)
-    common = {
-        "features": features.provenance,
-        "reference": reference.provenance,
-        "metrics": names,
+    settings = {
         "seed": options.seed,
         "num_images": options.num_images,
         "s2dm_jax": __version__,
@@ -154,14 +152,21 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         "device": jax.devices()[0].device_kind,
         **numerics(),
     }
+    of_samples = [name for name in names if METRICS[name].function]
+    common = {
+        "features": features.provenance,
+        "reference": reference.provenance,
+        "metrics": of_samples,
+        **settings,
+    }
+    folders = [Path(place) / "evaluations" / "points" for place in (out, workdir) if str(place)]
 
     def row(name, nfe, depends_on, batches, counts=None):
         stem = name if nfe is None else f"{name}_nfe{nfe}"
-        compute = functools.partial(compute_metrics, batches, features, reference, names)
+        compute = functools.partial(compute_metrics, batches, features, reference, of_samples)
         if counts is not None:
             compute = functools.partial(_measured_samples, compute, counts, model.image_shape)
-        folders = [Path(place) / "evaluations" / "points" for place in (out, workdir) if str(place)]
-        values = _cached(folders, stem, {**common, **depends_on}, compute)
+        values = cached(folders, stem, {**common, **depends_on}, compute)
         if is_main_process():
             label = name if nfe is None else f"{name}, NFE {nfe}"
             distance = f"{values['frechet_distance']:.2f}" if "frechet_distance" in values else "none"
@@ -175,6 +180,13 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         values = row(_row_name(model, point), point.nfe, depends_on, batches, counts)
         values["notes"] = values["notes"] + _notes_of_point(model, point, values)
         rows.append({**values, "steps": depends_on["point"]["steps"]})
+    bound: dict = {}
+    if "bits_per_dim" in names:
+        depends_on = {"weights": weights, "schedule": schedule_fields(model.config), **settings}
+        depends_on["images"] = sha256_of_images(data.held_out)
+        measured = model.network, model.schedule, model.ema_params, model.ms_eps, model.variance_head
+        shared = BoundInputs(*measured, data.held_out, depends_on, _skip_scale_options(options), batch_size)
+        bound = measure_bounds(points, rows[1:], shared, folders)
     rows.append(row("noise (ceiling)", None, *_noise(options, floor_images.shape[1:], features, batch_size)))
     floor, ceiling = (rows[end].get("frechet_distance") for end in (0, -1))
     for values in rows:
@@ -189,13 +201,16 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
         "distance": features.distance,
         "score": "Inception Score" if features.name == "inception" else "score of the classifier",
         **common,
+        "metrics": names,
+        **({"bits_per_dim": bound.pop("provenance")} if bound else {}),
         "data": data.provenance,
         "weights": f"{model.weights} at step {model.step}, sha256 {weights}",
         "sampler": _sampler_note(options),
         "activations": model.network.dtype,
         "notes": notes,
     }
-    return {"step": model.step, "eval": {**options.to_dict(), "ema": model.ema}, "rows": rows, "provenance": provenance}
+    results = {"step": model.step, "eval": {**options.to_dict(), "ema": model.ema}, "rows": rows}
+    return {**results, **({"bits_per_dim": bound} if bound else {}), "provenance": provenance}
 
 
 def _notes(rows: list[dict]) -> list[str]:
@@ -290,10 +305,12 @@ def show_results(workdir: str | Path, results: dict) -> None:
     if not is_main_process():
         return
     path = write_results(workdir, results, _results_name(results["step"], results["eval"]))
-    print(f"\n{results_table(results)}\n{results['provenance']['metric']}.")
+    print(f"\n{results_table(results)}\n{results['provenance']['metric']}.{bound_text(results)}")
     for note in results["provenance"]["notes"]:
         print(f"note: {note}")
     print(f"numbers: {path}")
+    if "bits_per_dim" in results:
+        save_plot(path.with_suffix(".png"), results)
 
 
 def _results_name(step: int, options: dict) -> str:
@@ -318,22 +335,3 @@ def _sampler_note(options: ConfigDict) -> str:
     skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
     scaled = f"; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
     return "last step to the clean image, no clipping but what a sampler's name says" + (scaled if skip else "")
-
-
-def _cached(folders: list[Path], name: str, depends_on: dict, compute: Callable[[], dict]) -> dict:
-    """The result of `compute`, or that of an earlier call with the same `depends_on`, from one of the folders; the
-    first is written to.
-    """
-    label = "".join(c if c.isalnum() else "_" for c in name)
-    paths = [folder / f"{label}_{sha256_of_json(depends_on)}.json" for folder in folders]
-    for path in paths:
-        # Several processes need not see the same files, and each must take part in computing.
-        if jax.process_count() == 1 and (entry := read_json(path, ("values",), "it is measured again")):
-            return entry["values"]
-    began = time.monotonic()
-    values = compute()
-    entry = {"values": values, "seconds": time.monotonic() - began, "depends_on": depends_on}
-    if is_main_process():
-        folders[0].mkdir(parents=True, exist_ok=True)
-        write_atomic(paths[0], json.dumps(entry, indent=1) + "\n")
-    return values

@@ -20,6 +20,11 @@ from s2dm_jax.samplers.timesteps import check_steps
 
 # The last noisy step's noise may have this mean absolute value at most, in grey values (reference code).
 CLIP_PIXEL = {"ddpm": 2.0, "ddim": 1.0}
+# Variance of x_0 given x_t, per pixel, of ε̂, the variance head's output and (1−ᾱ)/ᾱ.
+HEAD_COV_X0 = {
+    "sn": lambda eps, head, odds: jnp.clip(odds * (head - eps**2), 0, 1),
+    "npr": lambda eps, head, odds: jnp.clip(odds * head, 0, 1),
+}
 
 
 def cov_x0(schedule: NoiseSchedule, ms_eps: np.ndarray) -> np.ndarray:
@@ -112,7 +117,7 @@ def sn(
 
     def predict(x, t, odds):
         eps, eps_squared = call_network(eps_variance_fn, x, t)
-        return eps, jnp.clip(odds * (eps_squared - eps**2), 0, 1)
+        return eps, HEAD_COV_X0["sn"](eps, eps_squared, odds)
 
     bounds = clip_x0, dynamic_threshold
     return _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, bounds, return_x0)
@@ -140,7 +145,7 @@ def npr(
 
     def predict(x, t, odds):
         eps, residual = call_network(eps_variance_fn, x, t)
-        return eps, jnp.clip(odds * residual, 0, 1)
+        return eps, HEAD_COV_X0["npr"](eps, residual, odds)
 
     bounds = clip_x0, dynamic_threshold
     return _optimal(predict, x_T, schedule, timesteps, noise_fn, mean, eta, clip_pixel, bounds, return_x0)

@@ -40,11 +40,10 @@ class StepConfig:
       schedule: the forward process.
       objective: what is minimised.
       optimizer: clipping and Adam or AdamW (`state.build_optimizer`).
-      ema_decay, ema_start: `Averages.decay` and `.start`, where there are no `averages`.
+      averages: the EMAs of the weights.
       grad_accum_steps: number of equal parts of a batch that go through the network one after another.
       shard_state: whether weights, EMA and moments are split over the devices.
       variance_head: kind of the variance head that is trained, "" for the network itself.
-      averages: the EMAs of the weights; None for one, by `ema_decay`.
       loss_scale: factor on the loss where the state has no dynamic one.
       loss_scale_growth_interval: number of steps without an overflow after which a dynamic one doubles.
     """
@@ -53,12 +52,10 @@ class StepConfig:
     schedule: NoiseSchedule
     objective: Objective
     optimizer: optax.GradientTransformation
-    ema_decay: float
-    ema_start: str = "initial"
+    averages: Averages
     grad_accum_steps: int = 1
     shard_state: bool = False
     variance_head: str = ""
-    averages: Averages | None = None
     loss_scale: float = 1.0
     loss_scale_growth_interval: int = 2000
 
@@ -68,11 +65,10 @@ def step_config(config: ConfigDict, network: Network, optimizer: optax.GradientT
     kind = config.variance_head.kind
     # A variance head's timesteps and noise are sampled as plain training's.
     objective = objectives.paper() if kind else build_objective(config)
-    averages = averages_of(config.train)
     fields = ("grad_accum_steps", "shard_state", "loss_scale_growth_interval")
     options = {name: config.train[name] for name in fields} | {"loss_scale": fixed_loss_scale(config) or 1.0}
-    options |= {"ema_decay": averages.decay, "ema_start": averages.start, "averages": averages}
-    return StepConfig(network, build_schedule(config), objective, optimizer, variance_head=kind, **options)
+    fixed = network, build_schedule(config), objective, optimizer, averages_of(config.train)
+    return StepConfig(*fixed, variance_head=kind, **options)
 
 
 def jit_step(step: Callable, **options: Any) -> jax.stages.Wrapped:
@@ -180,9 +176,8 @@ def apply_gradient(config: StepConfig, state: TrainState, grads: dict) -> TrainS
     """The state after a step with this gradient: clipping, Adam, EMAs."""
     updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    averages = config.averages or Averages(config.ema_decay, config.ema_start)
     emas = state.ema_params, state.ema_extra
-    ema_params, ema_extra = update_averages(averages, *emas, params, num_updates(state.opt_state))
+    ema_params, ema_extra = update_averages(config.averages, *emas, params, num_updates(state.opt_state))
     new = {"params": params, "ema_params": ema_params, "opt_state": opt_state, "ema_extra": ema_extra}
     return state._replace(step=state.step + 1, **new)
 

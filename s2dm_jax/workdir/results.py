@@ -38,6 +38,20 @@ def results_table(results: dict) -> str:
     return markdown_table(*results_cells(results))
 
 
+def bound_text(results: dict) -> str:
+    """The bound over all timesteps (`evaluation.bits_per_dim`) as a paragraph and a Markdown table; "" without one."""
+    if "bits_per_dim" not in results:
+        return ""
+    bound = results["bits_per_dim"]
+    title = f"Bits per dimension of the chain over all {bound['timesteps']:,} timesteps, L_T {bound['prior']:.4f}:"
+    rows = []
+    for name, values in bound["variances"].items():
+        decoder, *others = values["terms"]
+        whole = f"{values['bits_per_dim']:.3f} ± {values['bits_per_dim_se']:.3f}"
+        rows.append([name, whole, f"{sum(others):.3f}", f"{decoder:.3f}"])
+    return f"\n\n{title}\n\n{markdown_table(['variance', 'bits/dim', 'of it L_1 … L_T−1', 'L_0'], rows)}"
+
+
 def flat_provenance(provenance: dict) -> dict[str, str]:
     """The provenance as lines of text: groups become "group: name", lists are joined."""
     flat: dict[str, str] = {}
@@ -61,7 +75,7 @@ def write_results(workdir: str | os.PathLike, results: dict, name: str) -> Path:
     """Writes `workdir`/evaluations/NAME.json and .md, the same as `workdir`/results.json and .md; returns the first."""
     provenance, files = results["provenance"], results_files(workdir, name)
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    lines = [results_table(results), f"{provenance['metric']}.", ""]
+    lines = [results_table(results), f"{provenance['metric']}.{bound_text(results)}", ""]
     lines += [f"- {key}: {value}" for key, value in flat_provenance(provenance).items()]
     texts = {".md": "\n".join(lines) + "\n", ".json": json.dumps(results, indent=1) + "\n"}
     for file in files:

@@ -91,13 +91,14 @@ def benchmark_heads(arguments):
     from s2dm_jax.diffusion import objectives
     from s2dm_jax.diffusion.schedule import linear_schedule
     from s2dm_jax.models import variance_head
+    from s2dm_jax.training.averages import Averages
     from s2dm_jax.training.step import StepConfig, jit_step, update_variance_head
     from s2dm_jax.workdir.state import make_optimizer, new_state
 
     network, schedule, objective = cifar10_network(), linear_schedule(), objectives.paper()
     optimizer = make_optimizer(1e-4, 1.0)
     base_params = jax.device_put(network.init(0))
-    config = StepConfig(network, schedule, objective, optimizer, 0.9999, variance_head="sn")
+    config = StepConfig(network, schedule, objective, optimizer, Averages(0.9999), variance_head="sn")
 
     def head(state, x0, key, base_params):
         sample, _ = _sample_noise(objective, schedule, state, x0, key)
@@ -118,11 +119,12 @@ def _compile_step(objective, network, batch):
     import jax
 
     from s2dm_jax.diffusion.schedule import linear_schedule
+    from s2dm_jax.training.averages import Averages
     from s2dm_jax.training.step import StepConfig, jit_step, update
     from s2dm_jax.workdir.state import init_state, make_optimizer
 
     schedule, optimizer = linear_schedule(), make_optimizer(2e-4, 1.0)
-    config = StepConfig(network, schedule, objective, optimizer, 0.9999)
+    config = StepConfig(network, schedule, objective, optimizer, Averages(0.9999))
 
     def step(state, x0, key):
         sample, dropout_key = _sample_noise(objective, schedule, state, x0, key)

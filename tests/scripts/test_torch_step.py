@@ -15,6 +15,7 @@ from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.objectives import NoiseSample
 from s2dm_jax.models.flops import forward_flops
 from s2dm_jax.models.improved_unet import ImprovedUNet
+from s2dm_jax.training.averages import Averages
 from s2dm_jax.training.step import StepConfig, update
 from s2dm_jax.weights import torch_names
 from s2dm_jax.workdir.state import TrainState, make_optimizer
@@ -59,7 +60,7 @@ def test_five_steps_are_those_of_pytorch(scale_shift_norm, K, monkeypatch):
     params = start(network)
     objective = objectives.paper(K=K, lam=float(K > 1))
     optimizer = make_optimizer(SETTINGS["lr"], SETTINGS["grad_clip"])
-    made_of = StepConfig(network, LINEAR, objective, optimizer, SETTINGS["ema_decay"])
+    made_of = StepConfig(network, LINEAR, objective, optimizer, Averages(SETTINGS["ema_decay"]))
     state = TrainState(np.int32(0), params, params, optimizer.init(params))
     step = jax.jit(lambda state, x0, sample: update(made_of, state, x0, sample, None))
     losses = []

@@ -24,6 +24,7 @@ from s2dm_jax.data.datasets import load_digits
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.training import loop, telemetry
+from s2dm_jax.training.averages import Averages
 from s2dm_jax.training.step import StepConfig, loss_by_timestep, update
 from s2dm_jax.workdir import checkpoint
 from s2dm_jax.workdir.ema import chosen_weights
@@ -292,7 +293,7 @@ def test_profile_traces_some_steps(tmp_path):
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
     objective, optimizer = objectives.paper(skip=10, K=2, lam=1.0), make_optimizer(1e-3, 1.0)
-    made_of = StepConfig(NETWORK, linear_schedule(), objective, optimizer, 0.99)
+    made_of = StepConfig(NETWORK, linear_schedule(), objective, optimizer, Averages(0.99))
     state = init_state(NETWORK, optimizer, 0)
     x0 = np.random.default_rng(1).uniform(-1, 1, (12, 8, 8, 1)).astype(np.float32)
 

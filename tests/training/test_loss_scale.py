@@ -19,6 +19,7 @@ from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.inference.model import load
 from s2dm_jax.models import variance_head
 from s2dm_jax.training import loop, telemetry
+from s2dm_jax.training.averages import Averages
 from s2dm_jax.training.failures import check_loss_scale, usual_cure
 from s2dm_jax.training.loss_scale import next_loss_scale
 from s2dm_jax.training.step import StepConfig, make_train_chunk, update, update_variance_head
@@ -40,7 +41,7 @@ def step(scale=None, *, images=IMAGES, **options):
     """The state before and after a step with this dynamic loss scale, and the step's metrics; operation by operation,
     since a compiler rounds what it fuses otherwise.
     """
-    made_of = StepConfig(NETWORK, SCHEDULE, OBJECTIVE, OPTIMIZER, 0.9, **options)
+    made_of = StepConfig(NETWORK, SCHEDULE, OBJECTIVE, OPTIMIZER, Averages(0.9), **options)
     before = init_state(NETWORK, OPTIMIZER, 0, scale)
     draws = objectives.sample_noise(OBJECTIVE, jax.random.key(2), SCHEDULE.T, images.shape)
     return before, *update(made_of, before, images, draws, None)
@@ -206,7 +207,7 @@ def test_training_in_float16_is_near_that_in_float32_once_the_loss_is_scaled():
 
     def trained(network, scale):
         """The weights after five updates, and the number of steps they took."""
-        made_of = StepConfig(network, SCHEDULE, objective, optimizer, 0.9)
+        made_of = StepConfig(network, SCHEDULE, objective, optimizer, Averages(0.9))
         one_step = jax.jit(functools.partial(update, made_of))
         now, updates = start._replace(loss_scale=loss_scale(scale)), 0
         while updates < 5:
@@ -229,7 +230,7 @@ def test_training_in_float16_is_near_that_in_float32_once_the_loss_is_scaled():
 @pytest.mark.slow
 def test_a_variance_head_is_trained_in_float16():
     network = dataclasses.replace(TINY, dtype="float16")
-    made_of = StepConfig(network, SCHEDULE, OBJECTIVE, OPTIMIZER, 0.9, variance_head="npr")
+    made_of = StepConfig(network, SCHEDULE, OBJECTIVE, OPTIMIZER, Averages(0.9), variance_head="npr")
     draws = objectives.sample_noise(OBJECTIVE, jax.random.key(2), SCHEDULE.T, IMAGES.shape)
     head = variance_head.init_params(network, 0)
     for scale, moves in ((2.0**100, False), (1024.0, True)):

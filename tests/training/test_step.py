@@ -19,6 +19,7 @@ from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import linear_schedule
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.training import loop
+from s2dm_jax.training.averages import Averages
 from s2dm_jax.training.loop import train
 from s2dm_jax.training.step import StepConfig, apply_gradient
 from s2dm_jax.workdir import checkpoint
@@ -109,7 +110,7 @@ def test_first_signal_saves_and_says_how_to_go_on(tmp_path):
 def test_ema_starts_at_the_initial_weights_or_at_those_after_the_first_step():
     for start, expected in (("initial", [0.1, 0.19]), ("first_step", [1.0, 1.0])):
         optimizer, params = optax.adam(0.0), {"w": np.float32(1)}
-        made_of = StepConfig(ToyNetwork(), linear_schedule(), objectives.paper(), optimizer, 0.9, start)
+        made_of = StepConfig(ToyNetwork(), linear_schedule(), objectives.paper(), optimizer, Averages(0.9, start))
         # Step 7 is the first update after 7 that were skipped.
         state = TrainState(np.int32(7), params, {"w": np.float32(0)}, optimizer.init(params))
         for average in expected:

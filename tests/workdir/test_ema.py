@@ -7,6 +7,7 @@ from helpers import ToyNetwork, small_config
 
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import linear_schedule
+from s2dm_jax.training.averages import Averages
 from s2dm_jax.training.step import StepConfig, apply_gradient
 from s2dm_jax.workdir.ema import NEGLIGIBLE, Averaging, corrected_ema, sampling_ema
 from s2dm_jax.workdir.state import init_state, make_optimizer
@@ -17,7 +18,7 @@ NETWORK, RATE = ToyNetwork(), 1e-3
 def trained(steps, decay, start="initial", seed=0):
     """The weights after each step from `init_state`'s, and the last state."""
     optimizer = make_optimizer(RATE, 0.0)
-    made_of = StepConfig(NETWORK, linear_schedule(), objectives.paper(), optimizer, decay, start)
+    made_of = StepConfig(NETWORK, linear_schedule(), objectives.paper(), optimizer, Averages(decay, start))
     state, rng = init_state(NETWORK, optimizer, seed), np.random.default_rng(1)
     sequence = [jax.device_get(state.params)]
     step = jax.jit(lambda state, grads: apply_gradient(made_of, state, grads))

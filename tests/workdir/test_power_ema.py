@@ -54,8 +54,8 @@ def run(tmp_path_factory):
     config, folder = small_config(), tmp_path_factory.mktemp("run")
     config.train.update(ema_sigma_rel=TRACKED, ema_decays=(0.9, 0.99), ema_decay=0.9, seed=0)
     optimizer = make_optimizer(0.1, 0.0)
-    parts = NETWORK, linear_schedule(), objectives.paper(), optimizer, 0.9
-    made_of = StepConfig(*parts, averages=averages_of(config.train))
+    parts = NETWORK, linear_schedule(), objectives.paper(), optimizer
+    made_of = StepConfig(*parts, averages_of(config.train))
     state, rng = init_state(NETWORK, optimizer, 0, ema_extra=extra_names(config.train)), np.random.default_rng(1)
     step = jax.jit(functools.partial(apply_gradient, made_of))
     sequence = []
