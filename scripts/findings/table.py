@@ -302,6 +302,8 @@ class Preset(NamedTuple):
       nfe: network evaluations per image, of each evaluation that has none of its own.
       most_nfe: any above are left out, or this one is in their place.
       findings: which of `FINDINGS`.
+      longest: pairs with a training of a greater length are left out.
+      seeds: at most.
       gap: START and number of images of the estimation gap.
     """
 
@@ -311,6 +313,8 @@ class Preset(NamedTuple):
     nfe: tuple[int, ...]
     most_nfe: int
     findings: tuple[str, ...]
+    longest: int
+    seeds: int
     gap: tuple[int, int]
 
 
@@ -349,7 +353,9 @@ _TINY = {
 _WITHOUT_LONG = tuple(name for name in FINDINGS if name not in ("evaluations", "longer", "ancestral", "thousand"))
 
 PRESETS = {
-    "digits": Preset("configs/digits.py", 1_400, _DIGITS, (5, 10, 20, 50, 100), 1000, tuple(FINDINGS), (300, 500)),
-    "cifar10": Preset("configs/cifar10.py", 4_000, _CIFAR10, (10, 20, 50), 100, _WITHOUT_LONG, (300, 200)),
-    "tiny": Preset("configs/digits.py", 4, _TINY, (2, 4), 4, tuple(FINDINGS), (3, 4)),
+    "digits": Preset(
+        "configs/digits.py", 1_400, _DIGITS, (5, 10, 20, 50, 100), 1000, tuple(FINDINGS), 4, 5, (300, 500)
+    ),
+    "cifar10": Preset("configs/cifar10.py", 4_000, _CIFAR10, (10, 20, 50), 100, _WITHOUT_LONG, 1, 3, (300, 200)),
+    "tiny": Preset("configs/digits.py", 4, _TINY, (2, 4), 4, tuple(FINDINGS), 4, 5, (3, 4)),
 }

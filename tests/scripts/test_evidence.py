@@ -111,6 +111,8 @@ def test_a_plan_is_made_seed_by_seed_with_each_training_before_its_evaluations()
     assert "--config.eval.timestep_spacing=uniform" in flags
     # The same names with other sizes and images.
     own = Request("cifar10", "", 0, ["--config.data.source=images.tar", "--config.train.lr=1e-3"])
+    assert {table.TRAININGS[piece.training].length for piece in pieces.plan(own)} == {1}
+    assert {piece.seed for piece in pieces.plan(own)} == {0, 1, 2}
     evaluation = next(piece for piece in pieces.plan(own) if piece.evaluation == "paper_10")
     assert "--config.data.source=images.tar" in evaluation.flags
     assert "--config.train.lr=1e-3" not in evaluation.flags
