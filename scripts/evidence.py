@@ -11,8 +11,9 @@ from pathlib import Path
 
 from findings import pieces, work
 from findings.pieces import Piece, Request
+from findings.presets import PRESETS
 from findings.report import headline, write_report
-from findings.table import FINDINGS, PRESETS
+from findings.table import FINDINGS
 from sweeps.plan import split_fields
 
 from s2dm_jax.common.cli import Parser, path_argument

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from findings.table import EVALUATIONS, FINDINGS, PRESETS, TRAININGS, Finding, Preset
+from findings.presets import PRESETS, Preset
+from findings.table import EVALUATIONS, FINDINGS, TRAININGS, Finding
 from run_once import main_command
 from sweeps.jobs import Job
 from sweeps.plan import text_of
