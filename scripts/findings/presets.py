@@ -68,7 +68,7 @@ _WITHOUT_LONG = tuple(name for name in FINDINGS if name not in ("evaluations", "
 
 PRESETS = {
     "digits": Preset(
-        "configs/digits.py", 1_400, _DIGITS, (5, 10, 20, 50, 100), 1000, tuple(FINDINGS), 4, 5, (300, 500)
+        "configs/digits.py", 1_400, _DIGITS, (5, 10, 20, 50, 100), 1000, tuple(FINDINGS), 4, 5, (300, 200)
     ),
     "cifar10": Preset("configs/cifar10.py", 4_000, _CIFAR10, (10, 20, 50), 100, _WITHOUT_LONG, 1, 3, (300, 200)),
     "tiny": Preset("configs/digits.py", 4, _TINY, (2, 4), 4, tuple(FINDINGS), 4, 5, (3, 4)),

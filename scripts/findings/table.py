@@ -85,8 +85,8 @@ EVALUATIONS = {
         for skip in SKIPS
     },
     "1000": Evaluation(_DDIM, (1000,)),
-    **{f"1000_paper_{skip}": Evaluation({**_DDIM, **_scaled("paper", skip)}, (1000,)) for skip in (10, 50)},
-    "ancestral": Evaluation({"samplers": "ddpm", "timestep_spacing": "uniform"}, (10, 50, 100)),
+    "1000_paper_10": Evaluation({**_DDIM, **_scaled("paper", 10)}, (1000,)),
+    "ancestral": Evaluation({"samplers": "ddpm", "timestep_spacing": "uniform"}, (10, 50)),
     "samplers": Evaluation(_SAMPLERS, (10,)),
     "samplers_paper_10": Evaluation({**_SAMPLERS, **_scaled("paper", 10)}, (10,)),
     "bits": Evaluation(_BITS, (10,)),
@@ -160,6 +160,7 @@ FINDINGS = {
                 )
             ),
         ),
+        seeds=3,
     ),
     "sequence": Finding(
         "L_sa at equal train steps",
@@ -193,6 +194,7 @@ FINDINGS = {
             ("s2_10_mean", "ddpm_mean"),
             ("s2_10_unclipped", "ddpm_unclipped"),
         ),
+        seeds=3,
     ),
     "longer": Finding(
         "Four times as long training",
@@ -204,7 +206,7 @@ FINDINGS = {
             ("s2_10_x4", "ddpm_x4|paper_10"),
             ("sa_2_x4", "ddpm_x4"),
         ),
-        seeds=3,
+        seeds=2,
     ),
     "ratio": Finding(
         "L_skip in units of L_simple along the training",
@@ -214,6 +216,7 @@ FINDINGS = {
         kind="along",
         quantity="loss_skip/loss_simple",
         expected=(80, 100),
+        seeds=3,
     ),
     "norms": Finding(
         "Norms of the gradient before it is clipped at 1",
@@ -222,6 +225,7 @@ FINDINGS = {
         tuple((name, "") for name in ("ddpm", "ddpm_mean", "s2_10", "s2_10_mean", "s2_10_released")),
         kind="along",
         quantity="grad_norm",
+        seeds=3,
     ),
     "gap": Finding(
         "The estimation gap while sampling",
@@ -234,7 +238,7 @@ FINDINGS = {
             ("sa_2|gap", "ddpm_x2|gap"),
             ("sa_2_x4|gap", "ddpm_x4|gap"),
         ),
-        seeds=3,
+        seeds=2,
         kind="gap",
         quantity="rms",
         expected=(2.5, 2.5),
@@ -249,6 +253,7 @@ FINDINGS = {
             ("s2_10|samplers", "ddpm|samplers_paper_10"),
             ("sa_2|samplers", "ddpm|samplers"),
         ),
+        seeds=3,
     ),
     "ancestral": Finding(
         "L_sa with DDPM's sampling, as in SA-DPM's Table 4",
@@ -269,12 +274,10 @@ FINDINGS = {
         (
             ("s2_10|1000", "ddpm|1000"),
             ("s2_10|1000", "ddpm|1000_paper_10"),
-            ("s2_50|1000", "ddpm|1000"),
-            ("s2_50|1000", "ddpm|1000_paper_50"),
             ("sa_2|1000", "ddpm|1000"),
             ("sa_2|1000", "ddpm_x2|1000"),
         ),
-        seeds=3,
+        seeds=2,
     ),
     "bits": Finding(
         "Bits per dimension, the bound that both papers start from",
@@ -286,7 +289,7 @@ FINDINGS = {
             *((f"sa_{K}|bits", "ddpm|bits") for K in (2, 3, 4)),
             ("sa_2|bits", "ddpm_x2|bits"),
         ),
-        seeds=3,
+        seeds=2,
         quantity="bits_per_dim",
     ),
 }
