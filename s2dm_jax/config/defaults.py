@@ -7,7 +7,16 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from s2dm_jax.config.datasets import CROPS, DATASETS, RESIZE_FILTERS
-from s2dm_jax.config.fields import LOSS_PRESETS, MAX_BATCH, MAX_IMAGES, MAX_SEED, MAX_T, Field, Resumable
+from s2dm_jax.config.fields import (
+    INCEPTION_RESIZES,
+    LOSS_PRESETS,
+    MAX_BATCH,
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_T,
+    Field,
+    Resumable,
+)
 from s2dm_jax.config.metrics import METRICS
 from s2dm_jax.config.presets import HEADS
 from s2dm_jax.config.training_fields import TRAINING
@@ -231,6 +240,12 @@ FIELDS: dict[str, Field] = {
         path="path",
         doc="images to compare with: train, held_out or FILE.npz with mu and sigma; auto: train for "
         "inception, as in the papers, else held_out",
+    ),
+    "eval.inception_resize": Resumable(
+        "auto",
+        choices=("auto", *INCEPTION_RESIZES),
+        doc="how images are resized and scaled for Inception: tf1 (TensorFlow, torch-fidelity, EDM) or pytorch_fid; "
+        "auto: tf1, but with the statistics of another program as reference it must be named",
     ),
     "eval.inception_weights": Resumable(
         "", path="URL", doc="file or URL of Inception's weights; empty: the standard ones"

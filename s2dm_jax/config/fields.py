@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 # Keys of PRESETS in diffusion/objectives.py, which needs jax.
 LOSS_PRESETS = ("paper", "released")
+# Keys of PIPELINES in evaluation/inception.py, which needs jax; the first is the default's.
+INCEPTION_RESIZES = ("tf1", "pytorch_fid")
 MAX_SEED = 2**31 - 1
 # Beyond reason: what is larger is a slip of the keyboard, and would hang or end in a traceback.
 MAX_T, MAX_STEPS, MAX_BATCH, MAX_IMAGES = 100_000, 10**9, 2**20, 10**8

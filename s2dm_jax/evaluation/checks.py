@@ -24,7 +24,7 @@ def check_evaluation(config: ConfigDict, data: Dataset) -> None:
     counts = {"train": len(data.train), "held_out": len(data.held_out)}
     check_num_images(names, config.eval.num_images, min(dimensions for _, dimensions in found))
     if reference not in REFERENCES:
-        read_statistics(reference, found)
+        read_statistics(reference, found, config.eval.inception_resize)
     if reference == "auto" and len(found) == 1:
         reference = default_reference(found[0][0])
     number = counts.get(reference)

@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import FIELDS
@@ -15,8 +15,8 @@ from s2dm_jax.workdir.results import mean_and_spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Results that differ in one of these are not comparable.
-_COMPARABLE = ("metric", "features", "reference", "num_images", "seed")
+# Results that differ in one of these are not comparable. The features say all that the metric's sentence does.
+_COMPARABLE = ("features", "reference", "num_images", "seed")
 
 
 class Evaluated(NamedTuple):
@@ -72,13 +72,21 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
         runs.append(Evaluated(workdir, {**trained, "step": results["step"]}, results))
     for run in runs[1:]:
         for name in _COMPARABLE:
-            one, other = (evaluated.results["provenance"].get(name) for evaluated in (runs[0], run))
+            one, other = _differing(*(evaluated.results["provenance"].get(name) for evaluated in (runs[0], run)))
             if one != other:
                 raise UserError(
                     f"{runs[0].workdir} and {run.workdir} were evaluated with different {name}: {one} and "
                     f"{other}; evaluate both alike"
                 )
     return runs
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two values, of two dicts only the entries that differ."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
 def series_of(runs: Sequence[Evaluated]) -> list[Series]:

@@ -314,7 +314,9 @@ def show_results(workdir: str | Path, results: dict) -> None:
 
 
 def _results_name(step: int, options: dict) -> str:
-    options = {name: value for name, value in options.items() if name != "batch_size" and (name, value) != ("ema", "")}
+    # Fields of later versions, at their defaults, do not rename earlier results.
+    added = ("ema", ""), ("inception_resize", "auto")
+    options = {name: value for name, value in options.items() if name != "batch_size" and (name, value) not in added}
     return f"step{step}_{sha256_of_json(options, digits=8)}"
 
 

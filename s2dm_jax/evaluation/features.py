@@ -18,12 +18,15 @@ from s2dm_jax.config.defaults import dataset_name
 from s2dm_jax.data.datasets import Dataset
 from s2dm_jax.devices.sharding import replicate
 from s2dm_jax.evaluation import classifier, inception, inception_weights
+from s2dm_jax.evaluation.statistics_file import resolve_resize
 
 _CLASSIFIER_SEED = 0
 # Images that a user's function is tried with.
 _TRIED = 4
 # Of a user's function: covariances in float64 of 2 GiB.
 _MAX_FEATURES = 2**14
+# One function for each pipeline, so that it is compiled once in a process.
+_INCEPTIONS = {name: functools.partial(inception.features_and_logits, pipeline=name) for name in inception.PIPELINES}
 
 
 class FeaturesUnavailable(UserError):
@@ -151,17 +154,18 @@ def _inception(options: ConfigDict) -> Features:
     standard = sha256 == inception_weights.SHA256
     distance = "FID" if standard else "Fréchet distance (own Inception)"
     weights = "weights of 2015-12-05" if standard else f"your own weights, sha256 {sha256[:16]}; not FID"
+    resize = resolve_resize(options.inception_resize)
     return Features(
         "inception",
         distance,
-        f"{distance} in the 2,048 features of Inception, {weights}",
-        functools.partial(_joined, inception.features_and_logits, replicate(params)),
+        f"{distance} in the 2,048 features of Inception, inception_resize {resize}, {weights}",
+        functools.partial(_joined, _INCEPTIONS[resize], replicate(params)),
         inception.NUM_FEATURES,
         inception.NUM_LOGITS,
         {
             "features": "inception",
             "weights_sha256": sha256,
-            "resize": "bilinear to 299 × 299 as TensorFlow 1, from uint8, no file in between",
+            "resize": inception.PIPELINES[resize].provenance,
         },
     )
 

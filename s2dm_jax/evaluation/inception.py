@@ -2,10 +2,13 @@
 
 It differs from torchvision's Inception v3 in three ways: average pools leave the padding out of the mean, the last
 block takes a maximum instead of a mean, and there are 1,008 classes. Batch norms are folded into the convolutions.
-Everything is float32 at full precision: TF32 would move FID.
+Everything is float32 at full precision: TF32 would move FID. `PIPELINES` has the two ways in which images are prepared
+for it in published FIDs, which differ in their numbers.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +64,11 @@ def parameter_shapes() -> dict[str, tuple[int, ...]]:
     return {**shapes, "fc.kernel": (NUM_FEATURES, NUM_LOGITS)}
 
 
-def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def features_and_logits(params: Params, images: jax.Array, pipeline: str = "tf1") -> tuple[jax.Array, jax.Array]:
     """The last mean pool, float32 [B,2048], and the logits without their bias, float32 [B,1008].
 
     FID, KID, precision and recall are measured in the former, Inception Score in the latter. The images are uint8
-    [B,H,W,C] with C = 1 (repeated) or 3.
+    [B,H,W,C] with C = 1 (repeated) or 3; `pipeline` is a key of `PIPELINES`.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
@@ -73,12 +76,15 @@ def features_and_logits(params: Params, images: jax.Array) -> tuple[jax.Array, j
         )
     if images.shape[-1] == 1:
         images = jnp.repeat(images, 3, axis=-1)
-    pooled = stages(params, resize(images.astype(jnp.float32)))["2048"]
+    pooled = stages(params, PIPELINES[pipeline].prepare(images.astype(jnp.float32)))["2048"]
     return pooled, jnp.matmul(pooled, params["fc.kernel"], precision=lax.Precision.HIGHEST)
 
 
 def stages(params: Params, x: jax.Array) -> dict[str, jax.Array]:
-    """The mean over pixels at four depths, "64" to "2048", float32 [B, that number], of x [B,299,299,3] in [0, 255]."""
+    """The mean over pixels at four depths, "64" to "2048", float32 [B, that number], of x [B,299,299,3] in [0, 256].
+
+    The network's own units are (x − 128)/128.
+    """
     outputs = _blocks(functools.partial(_conv, params), (x - 128.0) / 128.0)
     return {name: value.mean(axis=(1, 2)) for name, value in outputs.items()}
 
@@ -88,10 +94,47 @@ def resize(x: jax.Array, size: int = SIZE) -> jax.Array:
 
     Pixel i is read at i·(old/new); corners are not aligned.
     """
+    return _bilinear(x, size, lambda pixel, ratio: pixel * ratio)
+
+
+def resize_half_pixel(x: jax.Array, size: int = SIZE) -> jax.Array:
+    """Bilinear resize of float [B,H,W,C] to [B,size,size,C] as PyTorch's `interpolate` with align_corners=False.
+
+    Pixel i is read at (i + ½)·(old/new) − ½, at 0 where that is less; there is no antialiasing.
+    """
+    return _bilinear(x, size, lambda pixel, ratio: np.maximum((pixel + 0.5) * ratio - 0.5, 0))
+
+
+class Pipeline(NamedTuple):
+    """How images are prepared for Inception.
+
+    Attributes:
+      prepare: float32 [B,H,W,C] in [0, 255] → [B,299,299,C], as `stages` takes it.
+      provenance: that in words; the caches of statistics and results depend on the text.
+    """
+
+    prepare: Callable[[jax.Array], jax.Array]
+    provenance: str
+
+
+# `config.fields.INCEPTION_RESIZES` has the names.
+PIPELINES = {
+    # Heusel et al. 2017, torch-fidelity, StyleGAN, EDM.
+    "tf1": Pipeline(resize, "bilinear to 299 × 299 as TensorFlow 1, from uint8, no file in between"),
+    # Analytic-DPM, PNDM, SA-DPM. The network's units are x/127.5 − 1.
+    "pytorch_fid": Pipeline(
+        lambda x: resize_half_pixel(x) * (256 / 255),
+        "bilinear to 299 × 299 with half-pixel centres and x/127.5 − 1 as pytorch-fid, from uint8, no file in between",
+    ),
+}
+
+
+def _bilinear(x: jax.Array, size: int, position_of: Callable[[np.ndarray, np.float32], np.ndarray]) -> jax.Array:
+    """Reads pixel i of each side at `position_of(i, old/new)` ≥ 0, beyond the last pixel that pixel."""
     for axis in (1, 2):
         length = x.shape[axis]
-        # TensorFlow computes the positions in float32.
-        position = np.arange(size, dtype=np.float32) * np.float32(length / size)
+        # TensorFlow and PyTorch compute the positions in float32.
+        position = position_of(np.arange(size, dtype=np.float32), np.float32(length / size))
         low = np.floor(position).astype(int)
         share = (position - low).reshape([-1 if i == axis else 1 for i in range(4)])
         below, above = jnp.take(x, low, axis), jnp.take(x, np.minimum(low + 1, length - 1), axis)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from s2dm_jax.common.files import ZIP_DAMAGE, atomic_path, cache_dir
+from s2dm_jax.common.files import ZIP_DAMAGE
 from s2dm_jax.common.hashing import digest_of_file, sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.config.metrics import METRICS
@@ -19,7 +19,13 @@ from s2dm_jax.devices.hardware import numerics
 from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.evaluation import metrics
 from s2dm_jax.evaluation.features import Features
-from s2dm_jax.evaluation.statistics_file import default_reference, read_statistics
+from s2dm_jax.evaluation.statistics_file import (
+    default_reference,
+    read_statistics,
+    resolve_resize,
+    statistics_dir,
+    write_statistics,
+)
 from s2dm_jax.inference.sampler import map_batches
 
 # Vectors for a covariance.
@@ -115,7 +121,7 @@ def load_reference(
     elif chosen == "held_out":
         images, split, floor_images = data.held_out, "held-out", data.train
     else:
-        mean, cov = read_statistics(chosen, [(features.name, features.dimensions)])
+        mean, cov = read_statistics(chosen, [(features.name, features.dimensions)], config.eval.inception_resize)
         return Reference(mean, cov, None, {"file": chosen, "sha256": digest_of_file(Path(chosen))}), data.train
     provenance = {"images": f"{len(images)} {split} images", "sha256": sha256_of_images(images)}
     empty = metrics.init_sums(features.dimensions)
@@ -130,11 +136,8 @@ def load_reference(
         # Inception's statistics of a dataset take minutes.
         path = None
         if features.name == "inception":
-            path = (
-                cache_dir()
-                / "statistics"
-                / f"{sha256_of_json({**features.provenance, **provenance, **numerics()})}.npz"
-            )
+            depends_on = {**features.provenance, **provenance, **numerics()}
+            path = statistics_dir() / f"{sha256_of_json(depends_on)}.npz"
         if path and jax.process_count() == 1 and (cached := _read_cached(path, features.dimensions)):
             return Reference(*cached, None, provenance), floor_images
         sums = empty
@@ -146,8 +149,7 @@ def load_reference(
     if path and is_main_process():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                np.savez(temporary, mu=mean, sigma=cov)
+            write_statistics(path, mean, cov, resolve_resize(config.eval.inception_resize))
         except OSError as error:
             print(f"the statistics could not be cached in {path.parent} ({error.strerror})", file=sys.stderr)
     return Reference(mean, cov, None, provenance), floor_images

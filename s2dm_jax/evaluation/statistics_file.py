@@ -1,10 +1,14 @@
 """Statistics of real images in a file, in place of the dataset's own."""
 
+import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.files import atomic_path, cache_dir
+from s2dm_jax.config.fields import INCEPTION_RESIZES
 
 # Relative to the largest entry: of statistics that were computed or saved in float32.
 _ROUND_OFF = 1e-5
@@ -15,18 +19,38 @@ def default_reference(features: str) -> str:
     return "train" if features == "inception" else "held_out"
 
 
-def read_statistics(path: str, features: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+def resolve_resize(inception_resize: str) -> str:
+    """The pipeline that `config.eval.inception_resize` stands for: "auto" is that of TensorFlow 1."""
+    return INCEPTION_RESIZES[0] if inception_resize == "auto" else inception_resize
+
+
+def statistics_dir() -> Path:
+    """The folder in the user's cache with the statistics of whole datasets."""
+    return cache_dir() / "statistics"
+
+
+def write_statistics(path: Path, mean: np.ndarray, cov: np.ndarray, resize: str) -> None:
+    """An .npz with mu and sigma, as pytorch-fid writes, and the pipeline of Inception's images, `resize`."""
+    with atomic_path(path) as temporary:
+        np.savez(temporary, mu=mean, sigma=cov, inception_resize=np.array(resize))
+
+
+def read_statistics(
+    path: str, features: list[tuple[str, int]], inception_resize: str = "auto"
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and covariance [D,D], float64, of an .npz with mu and sigma, as pytorch-fid writes.
 
     Args:
       features: names and numbers D of the features that it may be of.
+      inception_resize: the config's field; with "auto", the file must record the pipeline of Inception's statistics.
 
     Raises:
-      UserError: for a file that is none, or of other features.
+      UserError: for a file that is none, of other features, or perhaps of another pipeline.
     """
     try:
         with np.load(path) as arrays:
             mean, cov = (_real(arrays[name], name) for name in ("mu", "sigma"))
+            recorded = str(arrays["inception_resize"]) if "inception_resize" in arrays else ""
         cov = _symmetric(mean, cov)
     # NumPy raises EOFError and BadZipFile for files that are empty or cut short, TypeError for an .npy.
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -38,7 +62,39 @@ def read_statistics(path: str, features: list[tuple[str, int]]) -> tuple[np.ndar
     if len(mean) not in (dimensions for _, dimensions in features):
         made = " or ".join(f"config.eval.feature_extractor={name!r} makes {number}" for name, number in features)
         raise UserError(f"config.eval.reference={path!r} holds {len(mean)} features, {made}; the numbers must be equal")
+    if ("inception", len(mean)) in features:
+        _check_resize(path, recorded, inception_resize)
     return mean, cov
+
+
+def _check_resize(path: str, recorded: str, inception_resize: str) -> None:
+    """That a file's statistics of Inception are of the config's pipeline."""
+    field, reference = "config.eval.inception_resize", f"config.eval.reference={path!r}"
+    recorded = recorded or (INCEPTION_RESIZES[0] if _is_cached(path) else "")
+    resize = resolve_resize(inception_resize)
+    if recorded and recorded not in INCEPTION_RESIZES:
+        raise UserError(
+            f"{reference} records inception_resize={recorded!r}, which is not supported: it must be one of "
+            f"{', '.join(INCEPTION_RESIZES)}"
+        )
+    if recorded and recorded != resize:
+        given = f"{inception_resize!r}, which is {resize}" if inception_resize == "auto" else repr(resize)
+        raise UserError(
+            f"{reference} holds statistics with inception_resize {recorded}, which cannot be compared with {field}="
+            f"{given}: give --{field}={recorded}, or another reference"
+        )
+    if not recorded and inception_resize == "auto":
+        raise UserError(
+            f"{reference} does not record how its images were resized for Inception: give --{field}=pytorch_fid for "
+            "statistics of pytorch-fid (Analytic-DPM's, PNDM's), or tf1 for those of TensorFlow, torch-fidelity, "
+            "StyleGAN and EDM"
+        )
+
+
+def _is_cached(path: str) -> bool:
+    """Whether the file is in the user's cache, where earlier versions left statistics of tf1 without a record."""
+    file = Path(path).resolve()
+    return file.parent == statistics_dir().resolve() and bool(re.fullmatch(r"[0-9a-f]{16}\.npz", file.name))
 
 
 def _real(array: np.ndarray, name: str) -> np.ndarray:

@@ -160,6 +160,14 @@ def test_what_cannot_be_compared_is_refused(workdirs, tmp_path, capsys):
 
     other = make_run(tmp_path / "d", 3, [("ddim", 10, 4.0)], num_images=60)
     refuses("evaluated with different num_images: 50 and 60", workdirs[0], other)
+    # Of the features what differs; the metric's sentence says no more, and earlier versions named no pipeline in it.
+    tf1, pytorch_fid = ({"weights_sha256": "67", "resize": resize} for resize in ("as TensorFlow 1", "as pytorch-fid"))
+    runs = [
+        make_run(tmp_path / f"f{i}", i, [("ddim", 10, 4.0)], features=features, metric=f"FID {i}")
+        for i, features in enumerate((tf1, tf1, pytorch_fid))
+    ]
+    assert len(series_of(read_evaluated(runs[:2]))) == 1
+    refuses("different features: {'resize': 'as TensorFlow 1'} and {'resize': 'as pytorch-fid'}; eval", *runs)
     twin = make_run(tmp_path / "e", 0, [("ddim", 10, 4.0)])
     refuses("share one train.seed and config; give one", workdirs[0], twin)
     refuses("named twice", workdirs[0], f"{workdirs[0]}/../a")

@@ -1,5 +1,6 @@
 """Evaluation: what is counted, compared and cached; a set against itself; the same on every run."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from helpers import FunctionNetwork
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.fields import INCEPTION_RESIZES
 from s2dm_jax.config.metrics import METRICS, Column, Metric
 from s2dm_jax.config.validate import check_config, check_evaluation_files
 from s2dm_jax.data.datasets import Dataset
@@ -405,6 +407,21 @@ def test_inception_of_ones_own_is_not_called_fid(config, data, monkeypatch):
     assert own.provenance["weights_sha256"] == "ab" * 32 != standard.provenance["weights_sha256"]
 
 
+def test_inception_gets_images_of_the_configs_pipeline(config, data, monkeypatch):
+    inception, weights = feature_functions.inception, feature_functions.inception_weights
+    kernel = np.zeros((inception.NUM_FEATURES, inception.NUM_LOGITS), np.float32)
+    monkeypatch.setattr(weights, "inception_params", lambda *_: {"fc.kernel": kernel})
+    monkeypatch.setattr(inception, "stages", lambda _, x: {"2048": x.reshape(len(x), -1)[:, : inception.NUM_FEATURES]})
+    config.eval.feature_extractor = "inception"
+    # Of a size of its own, for what is compiled here stays in JAX's cache.
+    image = np.random.default_rng(0).integers(0, 256, (1, 7, 9, 3), np.uint8)
+    for resize, pipeline in (("auto", "tf1"), ("tf1", "tf1"), ("pytorch_fid", "pytorch_fid")):
+        config.eval.inception_resize = resize
+        pixels = build_features(config, data).apply(image)[0, : inception.NUM_FEATURES]
+        expected = inception.PIPELINES[pipeline].prepare(image.astype(np.float32))
+        np.testing.assert_allclose(pixels, expected.ravel()[: inception.NUM_FEATURES], rtol=1e-6)
+
+
 def test_unavailable_features_are_reported_before_a_training(config, data, monkeypatch, function):
     def fail(*_):
         raise UserError("the weights cannot be fetched; get them")
@@ -446,6 +463,93 @@ def test_inceptions_statistics_of_a_dataset_are_computed_once(config, data, tmp_
     other_images = data._replace(train=data.train[::-1])
     with pytest.raises(AssertionError, match="computed again"):
         load_reference(config, other_images, features._replace(apply=never), ["fid"], 16)
+
+
+def test_statistics_and_points_of_one_pipeline_are_not_those_of_another(
+    config, data, sampled, tmp_path, monkeypatch, capsys
+):
+    """Inception with another function in the place of its network, in both pipelines."""
+    monkeypatch.setenv("S2DM_JAX_CACHE", str(tmp_path / "cache"))
+    small = build_features(config, data)
+    monkeypatch.setattr(feature_functions.inception_weights, "inception_params", lambda *_: {})
+    monkeypatch.setattr(feature_functions.inception, "NUM_FEATURES", small.dimensions)
+    scales = dict(zip(INCEPTION_RESIZES, (1, 2), strict=True))
+
+    def in_place_of_inception(config, data):
+        features = build_features(config, data)
+        scale = scales[config.eval.inception_resize.replace("auto", "tf1")]
+        return features._replace(apply=lambda images: scale * small.apply(images), logits=0)
+
+    monkeypatch.setattr(evaluation, "build_features", in_place_of_inception)
+    config.eval.update({"feature_extractor": "inception", "num_images": 100, "nfe": (2,)})
+    found, folder = {}, tmp_path / "cache" / "statistics"
+    for resize, again in (("auto", False), ("pytorch_fid", False), ("tf1", True), ("pytorch_fid", True)):
+        config.eval.inception_resize = resize
+        sampled.clear()
+        results = run(config, data, tmp_path / "run")
+        assert bool(sampled) != again
+        resize = "tf1" if resize == "auto" else resize
+        assert results["provenance"]["metric"].endswith(f"Inception, inception_resize {resize}, weights of 2015-12-05")
+        assert results["rows"] == found.setdefault(resize, results)["rows"]
+    one, other = (found[resize]["rows"][1]["frechet_distance"] for resize in INCEPTION_RESIZES)
+    assert other == pytest.approx(4 * one)  # features of twice the size
+    # As files of statistics, they are accepted in their own pipeline alone.
+    paths = {str(np.load(path)["inception_resize"]): path for path in folder.iterdir()}
+    assert paths.keys() == set(INCEPTION_RESIZES)
+    for resize, path in paths.items():
+        config.eval.reference = str(path)
+        for chosen in ("auto", *INCEPTION_RESIZES):
+            config.eval.inception_resize = chosen
+            if resize == ("tf1" if chosen == "auto" else chosen):
+                check_evaluation(config, data)
+                row = run(config, data, tmp_path / "run")["rows"][1]
+                assert row["frechet_distance"] == found[resize]["rows"][1]["frechet_distance"]
+                continue
+            for evaluate in (check_evaluation, functools.partial(run, workdir=tmp_path / "run")):
+                with pytest.raises(UserError, match=f"holds statistics with inception_resize {resize}, which cannot"):
+                    evaluate(config, data)
+    # Without the record they are another program's.
+    with np.load(paths["tf1"]) as arrays:
+        np.savez(tmp_path / "foreign.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    config.eval.update({"reference": str(tmp_path / "foreign.npz"), "inception_resize": "auto"})
+    with pytest.raises(UserError, match=r"foreign\.npz' does not record how its images were resized"):
+        check_evaluation(config, data)
+    config.eval.inception_resize = "tf1"
+    check_evaluation(config, data)
+    evaluation.show_results(tmp_path / "run", found["pytorch_fid"])
+    caption = "FID in the 2,048 features of Inception, inception_resize pytorch_fid, weights of 2015-12-05."
+    assert caption in capsys.readouterr().out.splitlines()
+    page = (tmp_path / "run" / "results.md").read_text()
+    assert caption in page.splitlines()
+    assert "- features: resize: bilinear to 299 × 299 with half-pixel centres and x/127.5 − 1 as pytorch-fid" in page
+
+
+def test_statistics_of_other_programs_need_their_pipeline_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2DM_JAX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "statistics"
+    folder.mkdir(parents=True)
+    arrays = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    foreign, unknown, cached = tmp_path / "foreign.npz", tmp_path / "clean.npz", folder / f"{'0a' * 8}.npz"
+    np.savez(foreign, **arrays)
+    np.savez(cached, **arrays)
+    np.savez(unknown, **arrays, inception_resize="clean")
+    features = [("inception", 3), ("classifier", 2)]
+    with pytest.raises(UserError) as caught:
+        read_statistics(str(foreign), features)
+    message, field = str(caught.value), "--config.eval.inception_resize"
+    assert message.startswith(f"config.eval.reference='{foreign}' does not record how its images were resized")
+    assert f": give {field}=pytorch_fid for statistics of pytorch-fid (" in message
+    assert "or tf1 for those of TensorFlow" in message
+    for resize in INCEPTION_RESIZES:
+        read_statistics(str(foreign), features, resize)
+        with pytest.raises(UserError, match=r"records inception_resize='clean', .* must be one of tf1, pytorch_fid"):
+            read_statistics(str(unknown), features, resize)
+    # Of other features there is no pipeline; earlier versions cached statistics of tf1 without a record.
+    read_statistics(str(foreign), [("mine.py:f", 3)])
+    for resize in ("auto", "tf1"):
+        read_statistics(str(cached), features, resize)
+    with pytest.raises(UserError, match=r"inception_resize tf1, which cannot .* give --config\.eval.*=tf1"):
+        read_statistics(str(cached), features, "pytorch_fid")
 
 
 def test_what_a_metric_cannot_do_is_a_gap_with_its_reason(config, data):

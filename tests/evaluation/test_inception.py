@@ -10,8 +10,10 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from published import group
 
 from s2dm_jax.common.errors import UserError
+from s2dm_jax.config.fields import INCEPTION_RESIZES
 from s2dm_jax.evaluation import inception, inception_weights
 from s2dm_jax.weights.torch_pickle import write_torch
 
@@ -38,16 +40,26 @@ def params(state_dict):
 
 
 def test_every_depth_equals_the_published_code(golden, params):
-    expected = golden("inception.npz")
-    # The fixture takes images for NCHW; these are NHWC already.
-    images = [np.moveaxis(expected[f"{case}/image"], -1, -3) for case in "abc"]
+    files = {"tf1": ("inception.npz", "abc"), "pytorch_fid": ("inception_pytorch_fid.npz", "abd")}
+    assert files.keys() == inception.PIPELINES.keys() == set(INCEPTION_RESIZES)
+    inputs, published = [], []
+    for pipeline, (file, cases) in files.items():
+        expected = golden(file)
+        for case in cases:
+            # The fixture takes images for NCHW; these are NHWC already.
+            image = np.moveaxis(expected[f"{case}/image"], -1, -3).astype(np.float32)
+            inputs.append(np.asarray(inception.PIPELINES[pipeline].prepare(image)))
+            published.append(group(expected, f"{case}/"))
     # All sizes in one batch after the resize: one compilation.
-    x = np.concatenate([np.asarray(inception.resize(image.astype(np.float32))) for image in images])
-    outputs = {name: np.asarray(value) for name, value in jax.jit(inception.stages)(params, x).items()}
+    outputs = jax.jit(inception.stages)(params, np.concatenate(inputs))
+    outputs = {name: np.asarray(value) for name, value in outputs.items()}
     outputs["logits_unbiased"] = outputs["2048"] @ params["fc.kernel"]
-    for name, actual in outputs.items():
-        published = np.concatenate([expected[f"{case}/{name}"] for case in "abc"])
-        np.testing.assert_allclose(actual, published, rtol=1e-3, atol=1e-3 * np.abs(published).max(), err_msg=name)
+    ends = np.cumsum([len(each) for each in inputs])
+    for name, values in outputs.items():
+        for actual, each in zip(np.split(values, ends[:-1]), published, strict=True):
+            if name in each:
+                scale = 1e-3 * np.abs(each[name]).max()
+                np.testing.assert_allclose(actual, each[name], rtol=1e-3, atol=scale, err_msg=name)
 
 
 def test_resize_reads_pixel_i_at_i_times_the_ratio():
@@ -56,8 +68,13 @@ def test_resize_reads_pixel_i_at_i_times_the_ratio():
     rows = np.asarray(inception.resize(x, 8))[0, :, 0, 0]
     np.testing.assert_array_equal(rows, [0, 0.5, 1, 1.5, 2, 2.5, 3, 3])
     np.testing.assert_array_equal(np.asarray(inception.resize(x, 2))[0, :, 0, 0], [0, 2])
+    # With half-pixel centres: symmetric, and where it shrinks the two nearest rows alone.
+    rows = np.asarray(inception.resize_half_pixel(x, 8))[0, :, 0, 0]
+    np.testing.assert_array_equal(rows, [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
+    np.testing.assert_array_equal(np.asarray(inception.resize_half_pixel(x**2, 1))[0, :, 0, 0], [2.5])
     image = np.random.default_rng(0).random((1, 299, 299, 1), np.float32)
     np.testing.assert_array_equal(inception.resize(image), image)
+    np.testing.assert_array_equal(inception.resize_half_pixel(image), image)
 
 
 def test_grey_images_are_repeated_and_others_refused(params, monkeypatch):
