@@ -51,6 +51,8 @@ from s2dm_jax.workdir.results import results_table
 _PIECE_SECONDS = 2.0
 # Shorter pieces are not waited for before the next is started, so that the device never waits for the host.
 _QUEUED_SECONDS = 0.5
+# A call that takes longer has done its steps when it returns: a GPU's backend runs a loop of unknown length within it.
+_CALL_SECONDS = 0.02
 
 
 def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -> None:
@@ -139,6 +141,7 @@ class TrainingLoop:
         self.metadata = {**run_metadata(config), "saturation": self.saturation}
         self.saved = self.manager.latest_step()
         self.pending: list[tuple[Metrics, slice, int]] = []
+        self.computed: float | None = None
         self.skipped = 0
         self.ema_note = ""
         self.since_save: list[dict[str, float]] = []
@@ -149,7 +152,7 @@ class TrainingLoop:
         """Trains until the last step or a signal, and saves the state; raises SystemExit after a signal."""
         with deferred(self._stopping) as received:
             self._train(received)
-            self._log_pending()
+            self._log_pending(self.computed)
             self.progress.close()
             if self.saved != self.step:
                 self._save()
@@ -181,7 +184,7 @@ class TrainingLoop:
             sample_now = _crossed(first, self.step, train.sample_every) or last
             save_now = _crossed(first, self.step, train.checkpoint_every) or last
             if sample_now or save_now:
-                self._log_pending()
+                self._log_pending(self.computed)
                 with self.progress.paused():
                     if sample_now:
                         self._save_samples()
@@ -207,17 +210,21 @@ class TrainingLoop:
         self.piece_ends = began + expected
         # All that the steps need is on the devices.
         inputs = self.feed.images, self._rows(first), self.step_key, self.setup.base_params, span
+        calling, before = time.monotonic(), self.computed
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.program(self.state, *inputs)
+        called = time.monotonic()
+        self.computed = called if called - calling > _CALL_SECONDS else None
         if begin == 0:
             # The previous chunk's metrics are read while this one runs.
-            self._log_pending()
+            self._log_pending(before)
         self.step = first + end
         self.pending.append((metrics, slice(begin, end), self.step))
         self.profile.after_chunk(self.step, metrics)
         if expected > _QUEUED_SECONDS:
             jax.block_until_ready(metrics)
-            self.seconds_per_step = (time.monotonic() - began) / (end - begin)
+            self.computed = time.monotonic()
+            self.seconds_per_step = (self.computed - began) / (end - begin)
 
     def evaluate(self) -> None:
         """Evaluates the trained run and leaves the results in its folder."""
@@ -251,10 +258,15 @@ class TrainingLoop:
         _log(f"compiled in {time.monotonic() - began:.1f} s")
         return compiled
 
-    def _log_pending(self) -> None:
-        """Fetches and logs the newest metrics not yet logged, which blocks until their steps are computed."""
+    def _log_pending(self, computed: float | None = None) -> None:
+        """Fetches and logs the newest metrics not yet logged, which blocks until their steps are computed.
+
+        `computed` is when they were, where that may be earlier than now.
+        """
         if not self.pending:
             return
+        if not all(leaf.is_ready() for leaf in jax.tree.leaves(self.pending[-1][0])):
+            computed = None
         pieces, self.pending = jax.device_get(self.pending), []
         metrics = {name: np.concatenate([values[name][rows] for values, rows, _ in pieces]) for name in pieces[0][0]}
         last = pieces[-1][2]
@@ -266,7 +278,7 @@ class TrainingLoop:
         check_loss_scale(metrics, first, self.saved)
         means = aggregate_metrics(metrics, finite, self.setup.schedule.T)
         self.since_save.append(means)
-        speed = self.progress.update(last, means.get("loss", np.nan))
+        speed = self.progress.update(last, means.get("loss", np.nan), computed)
         self.seconds_per_step = speed["seconds_per_step"]
         self.writer.scalars(last, {**means, **speed})
 

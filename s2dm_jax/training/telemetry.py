@@ -180,15 +180,16 @@ class Progress:
         bar = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
         self._display = ProgressDisplay(sys.stdout, total, start, shown=is_main_process(), bar_format=bar)
 
-    def update(self, step: int, loss: float) -> dict[str, float]:
-        """Shows that `step` steps are done.
+    def update(self, step: int, loss: float, computed: float | None = None) -> dict[str, float]:
+        """Shows that `step` steps are done, and were at `computed` (`time.monotonic`; None: now).
 
         Returns:
           Of the steps since the last update: "seconds_per_step", "images_per_second", "tflops_per_second", and "mfu"
           (its share of the peak) where the peak is known; of the run: "peak_memory_gb", "eta_seconds".
         """
-        now = time.monotonic()
-        seconds_per_step = (now - self._last_update - self._paused) / max(step - self._last_step, 1)
+        before = self._last_update + self._paused
+        now = computed if computed and computed > before else time.monotonic()
+        seconds_per_step = (now - before) / max(step - self._last_step, 1)
         due = self._last_step == self._start or step == self._total
         self._last_step, self._last_update, self._paused = step, now, 0.0
         speed = {

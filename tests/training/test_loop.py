@@ -184,6 +184,26 @@ def test_a_signal_in_a_slow_chunk_stops_after_the_steps_under_way_and_loses_noth
     assert numbers(tmp_path / "run")[2:] == numbers(straight)[1:]
 
 
+def test_the_rate_is_right_where_a_call_returns_after_its_steps(tmp_path, monkeypatch):
+    compile_program = loop.TrainingLoop._compile
+
+    def compile_blocking(self):
+        program = compile_program(self)
+
+        def blocking(*inputs):
+            time.sleep(0.1)
+            return jax.block_until_ready(program(*inputs))
+
+        return blocking
+
+    monkeypatch.setattr(loop.TrainingLoop, "_compile", compile_blocking)
+    for name in ("evaluate", "_save_samples"):
+        monkeypatch.setattr(loop.TrainingLoop, name, lambda self: None)
+    train(run_config(train__steps=40, train__log_every=10, train__checkpoint_every=20), tmp_path / "run")
+    assert len(rates := [line["seconds_per_step"] for line in lines(tmp_path / "run")]) == 4
+    assert min(rates) >= 0.0099
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_batch_at_is_what_a_step_of_the_run_saw(flip, tmp_path, monkeypatch):
     weights = np.random.default_rng(0).standard_normal((8, 8, 1)).astype(np.float32)
@@ -338,10 +358,10 @@ def test_only_metrics_of_the_run_can_choose_a_checkpoint(tmp_path, no_data):
 class StopsAt(telemetry.Progress):
     """Sends this process a signal when it shows the last step."""
 
-    def update(self, step, loss):
+    def update(self, step, loss, computed=None):
         if step == 400:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().update(step, loss)
+        return super().update(step, loss, computed)
 
 
 def test_a_signal_at_the_end_keeps_the_training_and_puts_off_the_evaluation(tmp_path, monkeypatch, capfd):
