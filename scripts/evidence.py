@@ -120,7 +120,7 @@ def prepare(args: argparse.Namespace, request: Request) -> list[Piece]:
 
 
 def make_in_processes(argv: Sequence[str], processes: int, seconds: float) -> int:
-    """Runs as many workers of this command; returns 0, or 128 + the signal that ended them.
+    """Runs as many workers of this command; returns 0, 1 where one ended early, or 128 + the signal that ended them.
 
     Those that are still at work after `seconds` are stopped, and save what they train.
     """
@@ -139,7 +139,10 @@ def make_in_processes(argv: Sequence[str], processes: int, seconds: float) -> in
                 for worker in workers:
                     worker.kill()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return 128 + received[0] if received else 0
+    failed = [worker.returncode for worker in workers if worker.returncode and stopping is None]
+    if failed:
+        print(f"{len(failed)} processes ended early (status {failed[0]}); the same command resumes", file=sys.stderr)
+    return 128 + received[0] if received else int(bool(failed))
 
 
 def report(args: argparse.Namespace, request: Request) -> int:
@@ -181,7 +184,8 @@ def evidence(argv: Sequence[str]) -> int:
         work.Worker(found, out, args.commit or git_commit()).work()
         return 0 if is_worker else report(args, request)
     status = make_in_processes(argv, args.processes, args.seconds)
-    return status or report(args, request)
+    # After a signal the user waits for the end.
+    return status if status > 1 else max(status, report(args, request))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -233,6 +233,7 @@ def test_a_figure_of_each_kind_is_drawn_where_a_pair_is_measured(monkeypatch, tm
             ["--preset=cifar10"],
             "--preset=cifar10 needs its images; give their folder or archive as --config.data.source=",
         ),
+        (["--config=configs/cifar10.py"], "--preset=cifar10 needs its images; give their folder or archive as"),
         (["--config.loss.tau=0.5"], "--config.loss.tau=0.5 sets what the table of trainings compares"),
         (["--config.train.steps=5"], "--config.train.steps=5 sets what the table of trainings compares"),
         (["--config.train.lr=-1"], "config.train.lr=-1.0 is out of range"),
@@ -258,6 +259,24 @@ def test_a_folder_of_another_request_is_left_as_it_is(launched, tmp_path, capsys
     (tmp_path / "other" / "thesis.tex").touch()
     assert status_of(f"--out={tmp_path / 'other'}") == 2
     assert "holds files but no evidence" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("processes", "shares"), [(2, [{0, 2}, {1, 3}]), (8, [{0}, {1}, {2}, {3}, {0}, {1}, {2}, {3}])]
+)
+def test_processes_share_the_cores(monkeypatch, processes, shares):
+    monkeypatch.undo()
+    taken = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: taken.append(set(cores)), raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(work, "set_compilation_cache", lambda: None)
+    for number in range(processes):
+        work.set_environment(processes, number)
+    assert taken == shares
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    work.set_environment(1)
+    assert len(taken) == processes
 
 
 @pytest.mark.slow
