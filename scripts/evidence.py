@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--commit", help="commit of this code, where there is no git repository to tell it")
     add("--list", action="store_true", help="print what is to be made, and its state, only")
     add("--report", action="store_true", help="write the report of what is made, train nothing")
-    add("--worker", type=int, help=argparse.SUPPRESS)
+    add("--worker", type=int, help="be process I of --processes, from 0, and write no report; the command starts these")
     args = parser.parse_args(rest)
     args.fields, args.only = fields, [name.strip() for name in args.only.split(",") if name.strip()]
     if not args.out:
@@ -84,6 +84,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value} is out of range: it must be at least {least}")
+    if args.worker is not None and not 0 <= args.worker < args.processes:
+        raise UserError(
+            f"--worker={args.worker} is out of range: with --processes={args.processes} it must be below that"
+        )
     return args
 
 

@@ -97,6 +97,12 @@ class Worker:
         """
         piece, began = self.pieces[job.name], time.monotonic()
         self.tried.add(piece.name)
+        if piece.needs and not (job.workdir / "config.json").exists():
+            reason = (
+                f"its network is not in {job.workdir}, for it was trained elsewhere; copy that folder, or remove "
+                f"{self.out / 'results' / piece.folder}*.json to train it here"
+            )
+            raise RunFailed(f"{piece.name}: {reason}", reason)
         with (
             log.open("a", encoding="utf-8") as file,
             contextlib.redirect_stdout(file),

@@ -166,6 +166,7 @@ def launched(monkeypatch):
         rows = [{"name": "real", "nfe": None, "frechet_distance": 3.0}]
         rows += [{"name": "ddim, uniform", "nfe": nfe, "frechet_distance": distance} for nfe in (2, 4)]
         provenance = {"metric": "Fréchet distance", "num_images": 66, "jax": "0", "device": "cpu", "notes": []}
+        (workdir / "config.json").touch()
         (workdir / "results.json").write_text(json.dumps({"step": 4, "rows": rows, "provenance": provenance}))
         lines = [{"step": n, "loss_simple": 2.0, "loss_skip": 12.0, "grad_norm": 1.0} for n in (2, 4)]
         (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -206,6 +207,13 @@ def test_it_makes_what_is_missing_once_records_failures_and_reports_what_is_made
     assert "commit abc" in text
     assert f"{linear_schedule().alpha[-50:].prod() ** 0.5:.3f}" in text.partition("√α_skip")[2]
     assert "Nothing is made yet." in text
+    # A network that another machine has is not evaluated here.
+    (out / "results" / "ddpm_seed0_paper_2.json").unlink()
+    (out / "runs" / "ddpm_seed0" / "config.json").unlink()
+    capsys.readouterr()
+    assert status_of(f"--out={out}", "--only=skip", "--seeds=2") == 1
+    assert "ddpm_seed0_paper_2 failed: its network is not in" in capsys.readouterr().err
+    assert not launched
 
 
 @pytest.mark.parametrize(("name", "drawn"), [("norms", True), ("gap", True), ("skip", True), ("released", False)])
