@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from papers.illustration import plot_illustration
 from papers.plan import (
     gpu_hours,
     image_commands,
@@ -19,10 +20,12 @@ from papers.plan import (
     train_command,
     workdir_of,
 )
+from papers.presets import PRESETS, with_preset
+from papers.s2dm import NOT_REPRODUCED
 from papers.s2dm import TABLES as S2_TABLES
 from papers.sa_dpm import TABLES as SA_TABLES
 from papers.types import Model, Table, TableRow
-from run_once import print_command, run_once, say_gaps
+from run_once import print_command, run_once, say_gaps, stored_results
 
 from s2dm_jax.common.cli import Parser, check_matplotlib, path_argument, run_command
 from s2dm_jax.common.errors import UserError
@@ -38,13 +41,15 @@ if TYPE_CHECKING:
 TABLES = {**S2_TABLES, **SA_TABLES}
 _DESCRIPTION = """\
 Trains the models of a table that are not trained yet, evaluates them, and writes OUT/TABLE.md: for each row
-the paper's values and ours. Rerun the same command to resume. Tables share the runs in OUT/runs. --dry-run
-prints the commands and their cost. --scale=digits does the same on the handwritten digits with short
-trainings and few
+the printed values and ours. --preset=released, the default, does what the authors' published code does, which
+made the printed numbers; --preset=paper trains the papers' equations. A table also has what is finished with
+the other preset. Rerun the same command to resume. Tables share the runs in OUT/runs. --dry-run prints the
+commands and their cost. --scale=digits does the same on the handwritten digits with short trainings and few
 images, in minutes: it tests the procedure, not the papers' claims."""
 _EXAMPLE = """\
 examples:
   python scripts/reproduce.py s2-table1 --dry-run
+  python scripts/reproduce.py sa-table2 --preset=paper --dry-run
   python scripts/reproduce.py sa-table4 --scale=digits --out=runs/digits_papers"""
 
 _IMAGE_KINDS = ("grid", "compare", "interpolation", "gap")
@@ -60,6 +65,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("table", metavar="TABLE", nargs="?", help=f"one of {', '.join(TABLES)}; none: list them")
     parser.add_argument(
         "--out", default="runs/papers", type=path_argument("--out"), help="folder for runs and tables (%(default)s)"
+    )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="released",
+        help="; ".join(f"{name}: {meaning}" for name, meaning in PRESETS.items()) + " (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="training seed (0)")
     parser.add_argument(
@@ -83,6 +94,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print commands and cost, run nothing")
     args = parser.parse_args(argv)
+    if args.table in NOT_REPRODUCED:
+        raise UserError(f"{args.table} cannot be reproduced: {NOT_REPRODUCED[args.table]}")
     if args.table and args.table not in TABLES:
         raise UserError(f"{args.table} is no table or figure; choose one of {', '.join(TABLES)}")
     if args.images < 0 or args.images == 1:
@@ -138,13 +151,16 @@ def _start_from_shorter_run(model: Model, workdir: Path, args: argparse.Namespac
             return
 
 
-def seconds_of(table: Table, row: TableRow, args: argparse.Namespace) -> list[str]:
-    """The row's entries in a table of times: seconds per train step, or seconds to sample all images."""
+def costs_of(table: Table, row: TableRow, args: argparse.Namespace) -> list[str]:
+    """The row's entries in a table of costs: seconds and GB per train step, or seconds to sample all images."""
     workdir = workdir_of(row.model, args)
+    if not (workdir / "metrics.jsonl").exists():
+        # The workdir was deleted after its results were stored.
+        return ["–"] * len(row.paper)
     if table.kind == "training":
         last = read_json_lines(workdir / "metrics.jsonl")[-1]
         batch = from_json((workdir / "config.json").read_text(encoding="utf-8")).train.batch_size
-        return [f"{batch / last['images_per_second']:.4f}"]
+        return [f"{batch / last['images_per_second']:.4f}", f"{last['peak_memory_gb']:.2f}"]
     paths = (workdir / "evaluations" / "points").glob("*.json")
     entries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     seconds = {
@@ -152,52 +168,83 @@ def seconds_of(table: Table, row: TableRow, args: argparse.Namespace) -> list[st
         for entry in entries
         if "point" in entry["depends_on"]
     }
-    return [f"{seconds[nfe, num_images(args)]:.1f}" for nfe in nfe_by_steps(table, row).values()]
+    return [f"{seconds[nfe, num_images(args)]:.1f}" for nfe in nfe_by_steps(table, row, args.preset).values()]
 
 
-def measured(table: Table, row: TableRow, results: dict) -> list[float | None]:
+def measured(table: Table, row: TableRow, results: dict, preset: str = "paper") -> list[float | None]:
     """The measured value of each column; None where the sampler needs more steps, and for a gap."""
     metric = "inception_score" if table.kind == "inception_score" else "frechet_distance"
     by_nfe = {result["nfe"]: result.get(metric) for result in results["rows"] if result["nfe"]}
-    nfe = nfe_by_steps(table, row)
+    nfe = nfe_by_steps(table, row, preset)
     return [by_nfe.get(nfe.get(steps)) for steps in table.columns]
 
 
+def finished_rows(results: dict[str, dict], args: argparse.Namespace) -> dict[str, dict[str, tuple[TableRow, dict]]]:
+    """The rows with results by preset and label: those just made, and stored ones of the other presets."""
+    found = {}
+    for preset in PRESETS:
+        other = with_preset(args, preset)
+        table = scaled(TABLES[args.table], other)
+        stored = {row.label: stored_results(result_path(table, row, other)) for row in table.rows}
+        stored = results if preset == args.preset else stored
+        found[preset] = {row.label: (row, stored[row.label]) for row in table.rows if stored[row.label]}
+    return {preset: rows for preset, rows in found.items() if rows}
+
+
 def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace) -> str:
-    """Markdown with the paper's values and ours, up to two lines for each row."""
+    """Markdown with the printed values and ours, a line for each preset that has results."""
     from s2dm_jax.common.markdown import markdown_table
 
+    found = finished_rows(results, args)
     lines = []
     for row in table.rows:
         if row.paper and args.scale == "full":
-            lines.append([row.label, "paper", *row.paper])
-        if table.kind in ("training", "sampling"):
-            ours = seconds_of(table, row, args)
-        else:
-            values = measured(table, row, results[row.label])
-            ours = ["–" if value is None else f"{value:.2f}" for value in values]
-        lines.append([row.label, "ours", *ours])
-    header = [f"{steps} steps" for steps in table.columns] or ["seconds"]
-    text = markdown_table(["", "", *header], lines)
-    provenance = next(iter(results.values()))["provenance"]
-    caption = f"{provenance['metric']}, {provenance['num_images']:,} images. "
+            lines.append([row.label, "printed", *row.paper])
+        for preset, rows in found.items():
+            if row.label in rows:
+                cells = _cells(table, *rows[row.label], with_preset(args, preset))
+                lines.append([row.label, f"ours, {preset}", *cells])
+    names = ["seconds", "GB per device"] if table.kind == "training" else ["seconds"]
+    header = [f"{steps} steps" for steps in table.columns] or names
+    captions = [_caption(preset, rows) for preset, rows in found.items()]
     if args.scale == "digits":
-        caption += "Digits and short trainings: a test of the procedure, not of the papers' claims. "
-    return f"# {table.title}\n\n{text}\n\n{caption}{table.note}".rstrip() + "\n"
+        captions.append("Digits and short trainings: a test of the procedure, not of the papers' claims.")
+    text = markdown_table(["", "", *header], lines)
+    return f"# {table.title}\n\n{text}\n\n{' '.join([*captions, table.note])}".rstrip() + "\n"
+
+
+def _cells(table: Table, row: TableRow, results: dict, args: argparse.Namespace) -> list[str]:
+    if table.kind in ("training", "sampling"):
+        return costs_of(table, row, args)
+    return ["–" if value is None else f"{value:.2f}" for value in measured(table, row, results, args.preset)]
+
+
+def _caption(preset: str, rows: dict[str, tuple[TableRow, dict]]) -> str:
+    _, results = next(iter(rows.values()))
+    provenance = results["provenance"]
+    return f"Preset {preset}, {PRESETS[preset]}: {provenance['metric']}, {provenance['num_images']:,} images."
 
 
 def plot_curves(table: Table, results: dict[str, dict], args: argparse.Namespace) -> "Figure":
-    """Plots the measured values as solid lines and the paper's as dashed lines of the same colour."""
+    """Plots the measured values as solid lines, in the same colour the printed ones dashed and those of the other
+    preset dotted.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
+    found = finished_rows(results, args)
     for row in table.rows:
-        ours = np.array(measured(table, row, results[row.label]), float)
+        ours = np.array(measured(table, row, results[row.label], args.preset), float)
         (line,) = axes.plot(table.columns, ours, marker="o", label=row.label)
+        for preset in found.keys() - {args.preset}:
+            if row.label in found[preset]:
+                other = np.array(measured(table, *found[preset][row.label], preset), float)
+                axes.plot(table.columns, other, linestyle=":", marker=".", color=line.get_color())
         if row.paper and args.scale == "full":
             axes.plot(table.columns, row.paper, linestyle="--", color=line.get_color())
-    axes.set(title=table.title, xlabel="sampling steps", ylabel="distance", xscale="log", yscale="log")
+    axes.set(xlabel="sampling steps", ylabel="distance", xscale="log", yscale="log")
+    axes.set_title(f"{table.title}, preset {args.preset}")
     axes.set_xticks(table.columns, table.columns)
     axes.minorticks_off()
     axes.legend()
@@ -205,14 +252,16 @@ def plot_curves(table: Table, results: dict[str, dict], args: argparse.Namespace
 
 
 def print_plan(table: Table, args: argparse.Namespace) -> None:
-    """Prints every command of a table, and the paper's values."""
+    """Prints every command of a table, and the printed values."""
     for row in table.rows:
         print(f"\n{row.label}:\n  {shlex.join(['python', *train_command(table, row, args)[1:]])}")
         if row.paper:
-            print("  paper: " + ", ".join(map(str, row.paper)))
+            print("  printed: " + ", ".join(map(str, row.paper)))
     for command in image_commands(table, args) if table.kind in _IMAGE_KINDS else []:
         print()
         print_command(command)
+    if table.note:
+        print(f"\n{table.note}")
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -223,21 +272,23 @@ def reproduce(args: argparse.Namespace) -> None:
     """
     table = scaled(TABLES[args.table], args)
     training, sampling = gpu_hours(table, args)
-    print(f"{table.title}\nat least {training:.1f} hours of training and {sampling:.1f} of sampling on one H100")
+    print(f"{table.title}\npreset {args.preset}: {PRESETS[args.preset]}")
+    print(f"at least {training:.1f} hours of training and {sampling:.1f} of sampling on one H100")
     if args.dry_run:
         print_plan(table, args)
         return
-    if table.kind == "curves":
+    if table.kind in ("curves", "illustration"):
         check_matplotlib("the figure")
+    if table.kind == "illustration":
+        _save(plot_illustration(), args)
+        print(table.note)
+        return
     rows = iterate_with_eta(table.rows, remaining_hours(table, args))
     results = {row.label: run_row(table, row, args) for row in rows}
     for label, found in results.items():
         say_gaps(label, found)
     if table.kind == "curves":
-        path = Path(args.out) / f"{args.table}.png"
-        with atomic_path(path) as temporary:
-            plot_curves(table, results, args).savefig(temporary)
-        print(f"curves: {path}")
+        _save(plot_curves(table, results, args), args)
     if table.kind != "gap":
         text = table_text(table, results, args)
         path = Path(args.out) / f"{args.table}.md"
@@ -249,6 +300,14 @@ def reproduce(args: argparse.Namespace) -> None:
             raise UserError("the command above failed and reports why; fix that and rerun to resume")
 
 
+def _save(figure: "Figure", args: argparse.Namespace) -> None:
+    path = Path(args.out) / f"{args.table}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    print(f"figure: {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point; user errors and signals are one sentence on stderr and exit status 2 or 128 + signal."""
     with end_on_signal("finished runs are stored, and the same command resumes"), report_user_errors():
@@ -257,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
             reproduce(args)
         else:
             print("\n".join(f"{name:12s} {table.title}" for name, table in TABLES.items()))
+            print("\n".join(f"{name:12s} not reproduced: {why}" for name, why in NOT_REPRODUCED.items()))
 
 
 if __name__ == "__main__":

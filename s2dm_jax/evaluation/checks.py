@@ -23,6 +23,12 @@ def check_evaluation(config: ConfigDict, data: Dataset) -> None:
     names, reference = parse_metrics(config.eval.metrics), config.eval.reference
     counts = {"train": len(data.train), "held_out": len(data.held_out)}
     check_num_images(names, config.eval.num_images, min(dimensions for _, dimensions in found))
+    if "bits_per_dim" in names and counts["held_out"] < METRICS["bits_per_dim"].min_images:
+        raise UserError(
+            f"config.eval.metrics={config.eval.metrics!r} names bits_per_dim, which needs "
+            f"{METRICS['bits_per_dim'].min_images} held-out images; there are {counts['held_out']}: choose others, or "
+            "give more images"
+        )
     if reference not in REFERENCES:
         read_statistics(reference, found, config.eval.inception_resize)
     if reference == "auto" and len(found) == 1:

@@ -242,6 +242,8 @@ def _sampled(model, weights, point, features, batch_size, counts):
     }
     if note := point.note(model.schedule.T, model.schedule.log_snr):
         depends_on["not_visited"] = note
+    if point.timestep_spacing == "optimal":
+        depends_on["timesteps"] = _sampler_of(model, point)[1].tolist()
     requires = SAMPLERS[point.sampler].requires
     if requires:
         # SN- and NPR-DPM require a variance head, Analytic-DPM the noise statistics.
@@ -260,10 +262,13 @@ def _notes_of_point(model, point, values):
     return list(filter(None, notes))
 
 
+def _sampler_of(model, point):
+    sampling = {"timestep_spacing": point.timestep_spacing, **_skip_scale_options(model.config.eval), **point.options}
+    return model.sampler(point.sampler, nfe=point.nfe, **sampling)
+
+
 def _sampled_batches(model, point, features, batch_size, counts):
-    options = model.config.eval
-    sampling = {"timestep_spacing": point.timestep_spacing, **_skip_scale_options(options), **point.options}
-    sample_fn, timesteps = model.sampler(point.sampler, nfe=point.nfe, **sampling)
+    options, (sample_fn, timesteps) = model.config.eval, _sampler_of(model, point)
     yield from sample_batches(
         sample_fn,
         model.ema_params,
@@ -294,7 +299,9 @@ def evaluate_run(config: ConfigDict, workdir: str, out: str = "") -> dict:
     check_evaluation(config, data)
     folder = evaluation_folder(workdir, out)
     name = _results_name(model.step, config.eval.to_dict())
-    check_writable([], "give --out=DIR to write elsewhere", replaced=results_files(folder, name))
+    files = results_files(folder, name)
+    plot = files[1].with_suffix(".png")
+    check_writable([], "give --out=DIR to write elsewhere", replaced=[*files, plot])
     results = evaluate(model, data, workdir, folder)
     show_results(folder, results)
     return results

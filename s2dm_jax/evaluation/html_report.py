@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from s2dm_jax.common.files import read_json_lines
 from s2dm_jax.common.version import __version__
 from s2dm_jax.evaluation.comparison import Evaluated, comparison_cells, plot_distances, read_evaluated
-from s2dm_jax.workdir.results import flat_provenance, results_cells
+from s2dm_jax.workdir.results import bound_cells, flat_provenance, results_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +53,9 @@ def _section(run: Evaluated) -> list[str]:
     summary = f"{run.results['step']:,} steps, training seed {run.fields['train.seed']}; loss: {loss}."
     parts = [f"<h2>{html.escape(run.workdir)}</h2>", f"<p>{html.escape(summary)}</p>"]
     parts.append(_table(*results_cells(run.results), f"{provenance['metric']}."))
+    if "bits_per_dim" in run.results:
+        title, header, lines = bound_cells(run.results)
+        parts.append(_table(header, lines, f"{title}."))
     # `glob` takes a folder that may not be read for an empty one.
     folder = workdir / "samples"
     grids = sorted(path for path in folder.iterdir() if path.match("step_*.png")) if folder.is_dir() else []

@@ -20,6 +20,8 @@ from s2dm_jax.samplers.timesteps import check_steps
 
 # The last noisy step's noise may have this mean absolute value at most, in grey values (reference code).
 CLIP_PIXEL = {"ddpm": 2.0, "ddim": 1.0}
+# Below this alpha_bar/(1−alpha_bar), x_t leaves x_0 as uncertain as without it, but for 3 % of its variance at most.
+_ALMOST_NO_SIGNAL = 0.03
 # Variance of x_0 given x_t, per pixel, of ε̂, the variance head's output and (1−ᾱ)/ᾱ.
 HEAD_COV_X0 = {
     "sn": lambda eps, head, odds: jnp.clip(odds * (head - eps**2), 0, 1),
@@ -32,11 +34,14 @@ def cov_x0(schedule: NoiseSchedule, ms_eps: np.ndarray) -> np.ndarray:
 
     `ms_eps` [T] is the mean square of the predicted noise at each timestep; a ValueError unless it is T finite numbers.
     """
+    return np.clip(_unbounded_cov_x0(schedule, ms_eps), 0, 1)
+
+
+def _unbounded_cov_x0(schedule, ms_eps):
     ms_eps = np.asarray(ms_eps, np.float64)
     if ms_eps.shape != (schedule.T,) or not np.isfinite(ms_eps).all():
         raise ValueError(f"ms_eps must be {schedule.T} finite numbers, got shape {ms_eps.shape}")
-    odds = (1 - schedule.alpha_bar) / schedule.alpha_bar
-    return np.clip(odds * (1 - ms_eps), 0, 1)
+    return (1 - schedule.alpha_bar) / schedule.alpha_bar * (1 - ms_eps)
 
 
 def reverse_coefficients(
@@ -180,8 +185,9 @@ def optimal_timesteps(schedule: NoiseSchedule, ms_eps: np.ndarray, steps: int) -
     """The timesteps that minimise the variational bound with the optimal variance (Analytic-DPM, section 4).
 
     A step from timestep r to s costs log(1 − β_{s→r}·ms_eps_r/(1−ᾱ_r)), where 1 − β_{s→r} = ᾱ_r/ᾱ_s; dynamic
-    programming finds the cheapest path from T−1 to the clean image. Where a noisy estimate leaves no variance (ms_eps
-    of 1 and more), x_0 counts as uncertain as one timestep earlier.
+    programming finds the cheapest path from T−1 to the clean image. x_0 is no less uncertain at a later timestep:
+    estimates of which it were are pooled with their neighbours, or the path would go through the timesteps whose
+    ms_eps is too large by chance.
 
     Args:
       ms_eps: float [T], mean square of the predicted noise at each timestep.
@@ -212,9 +218,7 @@ def optimal_timesteps(schedule: NoiseSchedule, ms_eps: np.ndarray, steps: int) -
 
 def step_costs(schedule: NoiseSchedule, ms_eps: np.ndarray) -> np.ndarray:
     """Costs for `optimal_timesteps`: entry (s, r) [T+1, T+1] is the step from timestep r−1 to s−1, inf unless s < r."""
-    cov = cov_x0(schedule, ms_eps)
-    for t in np.flatnonzero(cov == 0):
-        cov[t] = cov[t - 1] if t else 1e-12
+    cov = np.clip(_ascending_cov_x0(schedule, ms_eps), 1e-12, 1)
     ab = schedule.alpha_bar_with_x0
     with np.errstate(divide="ignore", invalid="ignore"):
         alpha = ab[None, 1:] / ab[:, None]  # [T+1, T]: of the step from column's to row's timestep
@@ -224,3 +228,31 @@ def step_costs(schedule: NoiseSchedule, ms_eps: np.ndarray) -> np.ndarray:
     s, r = np.indices(cost.shape)
     cost = np.where(s <= r, cost, np.inf)
     return np.concatenate([np.full((len(ab), 1), np.inf), cost], axis=1)  # [T+1, T+1]
+
+
+def _ascending_cov_x0(schedule, ms_eps):
+    """The mean variance of x_0 given x_t from noisy estimates: as it never descends in t, the nearest that does not."""
+    cov, snr = _unbounded_cov_x0(schedule, ms_eps), schedule.alpha_bar / (1 - schedule.alpha_bar)
+    late = snr < _ALMOST_NO_SIGNAL
+    # The last estimates are the noisiest, and nothing beyond them holds them down.
+    if (np.diff(cov[late]) < 0).any():
+        cov[late] = np.average(cov[late], weights=snr[late] ** 2)
+    # 1/snr multiplies the error of ms_eps.
+    return _ascending(cov, snr**2)
+
+
+def _ascending(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The sequence [T] that never descends and is nearest to `values` in weighted least squares (isotonic regression,
+    by pooling adjacent violators).
+    """
+    means: list[float] = []
+    pooled: list[tuple[float, int]] = []
+    for mean, weight in zip(values, weights, strict=True):
+        count = 1
+        while means and means[-1] > mean:
+            before, others = pooled.pop()
+            mean = (mean * weight + means.pop() * before) / (weight + before)
+            weight, count = weight + before, count + others
+        means.append(mean)
+        pooled.append((weight, count))
+    return np.repeat(means, [count for _, count in pooled])

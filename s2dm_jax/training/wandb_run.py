@@ -107,6 +107,8 @@ class WandbRun:
             place = f"eval/{row['name']}" + (f"/nfe_{row['nfe']}" if row["nfe"] else "")
             numbers = {key: value for key, value in row.items() if isinstance(value, float)}
             summary.update({f"{place}/{key}": value for key, value in numbers.items()})
+        for variance, bound in results.get("bits_per_dim", {}).get("variances", {}).items():
+            summary[f"eval/bits_per_dim/{variance}"] = bound["bits_per_dim"]
         self._attempt(lambda run: run.summary.update(summary))
 
     def close(self) -> None:

@@ -38,18 +38,25 @@ def results_table(results: dict) -> str:
     return markdown_table(*results_cells(results))
 
 
-def bound_text(results: dict) -> str:
-    """The bound over all timesteps (`evaluation.bits_per_dim`) as a paragraph and a Markdown table; "" without one."""
-    if "bits_per_dim" not in results:
-        return ""
-    bound = results["bits_per_dim"]
-    title = f"Bits per dimension of the chain over all {bound['timesteps']:,} timesteps, L_T {bound['prior']:.4f}:"
-    rows = []
+def bound_cells(results: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and rows of the table of the bound over all timesteps, which `evaluation.bits_per_dim` measured."""
+    bound, rows = results["bits_per_dim"], []
     for name, values in bound["variances"].items():
         decoder, *others = values["terms"]
         whole = f"{values['bits_per_dim']:.3f} ± {values['bits_per_dim_se']:.3f}"
-        rows.append([name, whole, f"{sum(others):.3f}", f"{decoder:.3f}"])
-    return f"\n\n{title}\n\n{markdown_table(['variance', 'bits/dim', 'of it L_1 … L_T−1', 'L_0'], rows)}"
+        rows.append([name, whole, f"{bound['prior']:.4f}", f"{sum(others):.3f}", f"{decoder:.3f}"])
+    title = (
+        f"Bits per dimension of {results['provenance']['bits_per_dim']['images']}, all {bound['timesteps']:,} timesteps"
+    )
+    return title, ["variance", "bits/dim", "L_T", "L_1 … L_T−1", "L_0"], rows
+
+
+def bound_text(results: dict) -> str:
+    """`bound_cells` as a paragraph and a Markdown table; "" where there is no bound."""
+    if "bits_per_dim" not in results:
+        return ""
+    title, header, rows = bound_cells(results)
+    return f"\n\n{title}:\n\n{markdown_table(header, rows)}"
 
 
 def flat_provenance(provenance: dict) -> dict[str, str]:

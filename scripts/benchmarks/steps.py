@@ -186,6 +186,12 @@ def print_ratios(runs, rounds, base, notes):
             times[name].append(time.perf_counter() - began)
             cpu_times[name].append(time.process_time() - cpu_began)
     for name, seconds in times.items():
-        wall, cpu = (ratio(taken[name], taken[base])["median"] for taken in (times, cpu_times))
+        wall, cpu = (_ratio_text(taken[name], taken[base]) for taken in (times, cpu_times))
         middle = statistics.median(seconds) * 1e3
-        print(f"{name:22s} {middle:9.1f} ms  {wall:5.2f}×  CPU time {cpu:5.2f}×  {notes.get(name, '')}")
+        print(f"{name:22s} {middle:9.1f} ms  {wall}  CPU time {cpu}  {notes.get(name, '')}")
+
+
+def _ratio_text(seconds, base):
+    """Median ratio of the rounds, with the smallest and the largest."""
+    found = ratio(seconds, base)
+    return f"{found['median']:5.2f}× ({found['low']:.2f} to {found['high']:.2f})"

@@ -1,16 +1,18 @@
 """How `scripts/reproduce.py` reproduces a table: its commands, the folders of its runs, its cost on one H100.
 
-`args` are the parsed flags of that script: table, out, seed, images, steps, scale, network.
+`args` are the parsed flags of that script: table, out, seed, images, steps, scale, network, preset.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from papers.presets import T, model_of, released_fields, sampling_steps, workdir_parts
 from papers.sa_dpm import UNET_CONFIG, UNET_STEPS
 from papers.types import Model, Table, TableRow
 from run_once import main_command
 
+from s2dm_jax.config.defaults import FIELDS
 from s2dm_jax.samplers.specs import nfe_of
 
 # Multiply-adds (G) of one forward pass, counted by `models.flops.forward_flops` for the networks of
@@ -30,15 +32,17 @@ _H100_FLOPS = 790e12
 _HEAD_STEPS = 500_000
 
 # --scale=digits: train steps of a model for which a paper uses _LONGEST_TRAINING, most sampling steps,
-# images.
+# images, images of Analytic-DPM's statistic.
 _DIGITS_STEPS = 200
 _LONGEST_TRAINING = 800_000
 _DIGITS_MAX_SAMPLING_STEPS = 20
 _DIGITS_IMAGES = 100
+_DIGITS_STATISTIC_IMAGES = 10
 
 
 def scaled(table: Table, args: argparse.Namespace) -> Table:
     """The table itself, with --network=unet that of DDIM's network, with --scale=digits a short one on the digits."""
+    table = table._replace(rows=tuple(row._replace(model=model_of(row.model, args)) for row in table.rows))
     if args.network == "unet":
         table = table._replace(rows=tuple(map(_on_unet, table.rows)))
     if args.scale == "full":
@@ -46,7 +50,12 @@ def scaled(table: Table, args: argparse.Namespace) -> Table:
 
     def on_digits(row: TableRow) -> TableRow:
         steps = _digits_steps(row.model.steps, args)
-        return row._replace(model=row.model._replace(dataset="digits", steps=steps, flip=False))
+        statistic = {"noise_stat_images": _DIGITS_STATISTIC_IMAGES} if row.sampler == "analytic" else {}
+        return row._replace(
+            model=row.model._replace(dataset="digits", steps=steps, flip=False),
+            options={**row.options, **statistic},
+            released={name: value for name, value in row.released.items() if name not in statistic},
+        )
 
     columns = tuple(steps for steps in table.columns if steps <= _DIGITS_MAX_SAMPLING_STEPS)
     if table.columns and not columns:
@@ -80,15 +89,16 @@ def workdir_of(model: Model, args: argparse.Namespace, variance_head: str = "") 
     parts = [model.dataset, model.schedule, f"skip{model.skip}", f"K{model.K}", f"lam{model.lam:g}"]
     parts += [f"flip{int(model.flip)}", f"seed{args.seed}", f"steps{model.steps}"]
     parts += [variance_head, f"steps{head_steps(args)}"] if variance_head else []
+    parts += workdir_parts(model, args)
     return Path(args.out) / "runs" / "_".join(parts)
 
 
-def nfe_by_steps(table: Table, row: TableRow) -> dict[int, int]:
+def nfe_by_steps(table: Table, row: TableRow, preset: str = "paper") -> dict[int, int]:
     """NFE for each number of sampling steps in the columns that the row's sampler supports."""
     found = {}
     for steps in table.columns:
         try:
-            found[steps] = nfe_of(row.sampler, steps)
+            found[steps] = nfe_of(row.sampler, sampling_steps(row, steps, preset))
         except ValueError:
             # Fewer steps than the sampler needs.
             continue
@@ -102,15 +112,13 @@ def train_command(table: Table, row: TableRow, args: argparse.Namespace) -> list
     train = {"seed": args.seed, "steps": steps}
     evaluation = {
         "samplers": row.sampler,
-        "nfe": ",".join(map(str, nfe_by_steps(table, row).values())) or 10,
+        "nfe": ",".join(map(str, nfe_by_steps(table, row, args.preset).values())) or 10,
         "metrics": "fid,inception_score" if table.kind == "inception_score" else "fid",
         "num_images": num_images(args),
         **row.options,
     }
     if args.scale == "digits":
         train |= {"log_every": 20, "sample_every": steps, "checkpoint_every": steps}
-        if row.sampler == "analytic":
-            evaluation["noise_stat_images"] = 10
     groups = {"train": train, "eval": evaluation}
     if row.variance_head:
         groups["variance_head"] = {"base_workdir": workdir_of(model, args)}
@@ -118,6 +126,8 @@ def train_command(table: Table, row: TableRow, args: argparse.Namespace) -> list
         groups["loss"] = {"skip": model.skip, "K": model.K, "lam": model.lam}
         groups["diffusion"] = {"schedule": model.schedule}
         groups["data"] = {"random_flip": model.flip}
+    for group, fields in released_fields(row, args).items():
+        groups[group] |= fields
     flags = [f"--config.{group}.{name}={value}" for group, fields in groups.items() for name, value in fields.items()]
     config = f"--config=configs/{model.dataset}.py:{row.variance_head or 'ddpm'}"
     return main_command(config, f"--workdir={workdir}", *flags)
@@ -144,27 +154,46 @@ def gpu_hours(table: Table, args: argparse.Namespace) -> tuple[float, float]:
     evaluation = sum(
         2e9 * num_images(args) * (_COST[row.model.dataset][0] * nfe + _INCEPTION_COST)
         for row in table.rows
-        for nfe in nfe_by_steps(table, row).values()
+        for nfe in nfe_by_steps(table, row, args.preset).values()
     )
+    statistics = {(row.model, count) for row in table.rows if (count := _statistic_images(row, args))}
+    evaluation += sum(2e9 * count * T * _COST[model.dataset][0] for model, count in statistics)
     return training / _H100_FLOPS / 3600, evaluation / _H100_FLOPS / 3600
+
+
+def _statistic_images(row: TableRow, args: argparse.Namespace) -> int:
+    """Images behind each of the T numbers of a row's statistic; 0 for rows without one."""
+    if row.sampler != "analytic":
+        return 0
+    fields = {**row.options, **released_fields(row, args).get("eval", {})}
+    return fields.get("noise_stat_images", FIELDS["eval.noise_stat_images"].default)
 
 
 def image_commands(table: Table, args: argparse.Namespace) -> list[list[str]]:
     """The commands that make the images of a figure from its runs; they print where they write them."""
-    workdirs = [str(workdir_of(row.model, args)) for row in table.rows]
     if table.kind == "gap":
-        out = Path(args.out) / f"{args.table}.png"
-        return [[sys.executable, "scripts/estimation_gap.py", *dict.fromkeys(workdirs), f"--out={out}"]]
-    commands, compare = [], table.kind == "compare"
-    # To compare models is one command, which names the others.
-    for row, workdir in list(zip(table.rows, workdirs, strict=True))[: 1 if compare else None]:
+        workdirs = dict.fromkeys(str(workdir_of(row.model, args)) for row in table.rows)
+        out = Path(args.out) / f"{args.table}{'_released' if args.preset == 'released' else ''}.png"
+        return [[sys.executable, "scripts/estimation_gap.py", *workdirs, f"--out={out}"]]
+    commands = []
+    for rows in _sampled_together(table):
+        row = rows[0]
+        workdir, *compared = dict.fromkeys(str(workdir_of(row.model, args)) for row in rows)
         fields = {name: row.options[name] for name in ("eta", "timestep_spacing") if name in row.options}
         fields |= {"sampler": row.sampler, "num_images": 64 if table.kind == "grid" else 8}
-        if compare:
-            fields["compare"] = ",".join(other for other in dict.fromkeys(workdirs) if other != workdir)
+        if compared:
+            fields["compare"] = ",".join(compared)
         if table.kind == "interpolation":
             fields["interpolate"] = 11
-        for nfe in nfe_by_steps(table, row).values():
+        for nfe in nfe_by_steps(table, row, args.preset).values():
             flags = [f"--config.sample.{name}={value}" for name, value in {**fields, "nfe": nfe}.items()]
             commands.append(main_command("--mode=sample", f"--workdir={workdir}", *flags))
     return commands
+
+
+def _sampled_together(table: Table) -> list[list[TableRow]]:
+    """The rows of a figure by the command that makes their images: one sampler for several models, or one row."""
+    if table.kind != "compare":
+        return [[row] for row in table.rows]
+    samplers = list(dict.fromkeys(row.sampler for row in table.rows))
+    return [[row for row in table.rows if row.sampler == sampler] for sampler in samplers]

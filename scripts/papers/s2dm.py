@@ -41,10 +41,21 @@ _S2_ABLATION_ROWS = tuple(
 
 def _s2_images(*cases):
     """Rows without reported values, from (dataset, skip, sampler)."""
+
+    def label(skip, sampler):
+        if skip:
+            return f"S²-DMs, skip {skip}"
+        return "PNDMs" if sampler == PNDM else "DDIMs"
+
     return tuple(
-        TableRow(f"{dataset}, {f'S²-DMs, skip {skip}' if skip else 'DDIMs'}", _s2(dataset, skip), *sampler)
-        for dataset, skip, sampler in cases
+        TableRow(f"{dataset}, {label(skip, sampler)}", _s2(dataset, skip), *sampler) for dataset, skip, sampler in cases
     )
+
+
+def _s2_compared(dataset):
+    """The models of Figures 4 and 5."""
+    cases = ((0, DDIM), (0, PNDM), (2, DDIM), (10, DDIM), (50, DDIM))
+    return _s2_images(*((dataset, skip, sampler) for skip, sampler in cases))
 
 
 _S2_SAMPLES = tuple(
@@ -53,9 +64,34 @@ _S2_SAMPLES = tuple(
     for skip, sampler in ((2, DDIM), (10, DDIM), (50, DDIM), (10, PNDM))
 )
 
-_PNDM_NOTE = (
-    "The paper says neither which PNDM it uses nor how it counts steps. Here: F-PNDM, whose S steps cost S + 9 NFE."
+_FID_NOTE = (
+    "The paper does not name its FID code, and DDIM's has none; the work that it cites for FID (Jolicoeur-Martineau "
+    "et al. 2020) has pytorch-fid's, which the preset released takes. DDIM's code draws whole batches, 49,984 images "
+    "for 50,000."
 )
+
+_PNDM_NOTE = (
+    "The paper says neither which PNDM it uses nor how it counts steps. Here: F-PNDM with the corrected ᾱ, whose S "
+    "steps "
+    "cost S + 9 NFE; PNDM's published code cannot run 1,000 steps. " + _FID_NOTE
+)
+
+_ABLATION_NOTE = (
+    "The column 400 is most likely 500 steps, which DDIM's code takes when 400 are requested: for skip 10 it repeats "
+    "the "
+    "column 500 of Tables 1 and 2. The preset released takes 500, paper 400. " + _FID_NOTE
+)
+
+_COMPARED_NOTE = (
+    "The caption names no models: DDIM, PNDM and S²-DMs with growing skip are read off the text. The noise is ours: "
+    "the paper's pictures cannot be met image by image."
+)
+
+# Figures without numbers behind them, and why there is no command for them.
+NOT_REPRODUCED = {
+    "s2-figure1": "it is a scheme, hand-drawn trajectories of DDPMs, DDIMs and S²-DMs, with no data behind it",
+    "s2-figure2": "it is a scheme, of states called asymmetric, symmetric and coordinated, with no data behind it",
+}
 
 TABLES = {
     "s2-table1": Table(
@@ -91,20 +127,21 @@ TABLES = {
         _PNDM_NOTE,
     ),
     "s2-table3": Table(
-        "S²-DMs, Table 3: seconds per training step",
+        "S²-DMs, Table 3: seconds and memory per training step",
         "training",
         (),
         tuple(
-            TableRow(f"{dataset}, {name}", _s2(dataset, skip), *DDIM, (seconds,))
-            for dataset, name, skip, seconds in (
-                ("cifar10", "DDIMs", 0, 0.0025),
-                ("celeba64", "DDIMs", 0, 0.0048),
-                ("cifar10", "S²-DMs", 10, 0.0031),
-                ("celeba64", "S²-DMs", 10, 0.0056),
+            TableRow(f"{dataset}, {name}", _s2(dataset, skip), *DDIM, values)
+            for dataset, name, skip, values in (
+                ("cifar10", "DDIMs", 0, (0.0025, 4.83)),
+                ("celeba64", "DDIMs", 0, (0.0048, 15.55)),
+                ("cifar10", "S²-DMs", 10, (0.0031, 4.83)),
+                ("celeba64", "S²-DMs", 10, (0.0056, 15.56)),
             )
         ),
-        "The paper's seconds would need three times the peak rate of its two A100; its section 4 implies "
-        "0.144 s (CIFAR-10) and 0.432 s (CelebA).",
+        "The paper's seconds would need three times the peak rate of its two A100; its section 4 implies 0.144 s "
+        "(CIFAR-10) and 0.432 s (CelebA). Its memory is that of one of two GPUs, with half of the batch of 128; "
+        "ours is the peak of the device that used most, or of the process on a CPU, as metrics.jsonl has it.",
     ),
     "s2-table4": Table(
         "S²-DMs, Table 4: seconds for 50,000 samples",
@@ -114,38 +151,45 @@ TABLES = {
             TableRow("cifar10, S²-DMs", _s2("cifar10", 10), *DDIM, (675, 1305)),
             TableRow("celeba64, S²-DMs", _s2("celeba64", 10), *DDIM, (1483, 2904)),
         ),
-        "Ours include compilation and feature extraction, on another device than the paper's two A100.",
+        "Ours include compilation and feature extraction, on another device than the paper's two A100, in batches of "
+        "eval.batch_size, not of 10,000 and 2,000.",
     ),
     "s2-table5": Table(
         "S²-DMs, Table 5: FID with skips of 50, 10 and 2",
         "fid",
         (10, 20, 50, 100, 200, 400, 1000),
         _S2_ABLATION_ROWS,
-        "The column 400 most likely has 500 steps: the DDIM code takes 500 when 400 are requested.",
+        _ABLATION_NOTE,
     ),
     "s2-figure3": Table(
         "S²-DMs, Figure 3: Table 5 as curves",
         "curves",
         (10, 20, 50, 100, 200, 400, 1000),
         _S2_ABLATION_ROWS,
+        _ABLATION_NOTE,
     ),
     "s2-figure4": Table(
         "S²-DMs, Figure 4: the same noise through several models, CIFAR-10",
         "compare",
         (10, 20, 50, 100),
-        _s2_images(*(("cifar10", skip, DDIM) for skip in (0, 2, 10, 50))),
+        _s2_compared("cifar10"),
+        _COMPARED_NOTE,
     ),
     "s2-figure5": Table(
         "S²-DMs, Figure 5: the same noise through several models, CelebA 64",
         "compare",
         (10, 20, 50, 100),
-        _s2_images(*(("celeba64", skip, DDIM) for skip in (0, 2, 10, 50))),
+        _s2_compared("celeba64"),
+        _COMPARED_NOTE,
     ),
     "s2-figure6": Table(
         "S²-DMs, Figure 6: interpolation between two noise images",
         "interpolation",
         (10,),
         _s2_images(*(("celeba64", skip, DDIM) for skip in (2, 10, 50))),
+        "The caption gives the 10 steps alone. CelebA and the skips are read off the text, 11 images on a great "
+        "circle off "
+        "DDIM's code.",
     ),
     "s2-figure7": Table(
         "S²-DMs, Figure 7: 5 steps, CIFAR-10",
@@ -160,7 +204,13 @@ TABLES = {
         _s2_images(("celeba64", 0, DDIM), ("celeba64", 50, DDIM)),
     ),
     **{
-        f"s2-figure{number}": Table(f"S²-DMs, Figure {number}: samples in 10 steps", "grid", (10,), _s2_images(case))
+        f"s2-figure{number}": Table(
+            f"S²-DMs, Figure {number}: samples in 10 steps",
+            "grid",
+            (10,),
+            _s2_images(case),
+            _PNDM_NOTE if case[2] == PNDM else "",
+        )
         for number, case in enumerate(_S2_SAMPLES, 9)
     },
 }

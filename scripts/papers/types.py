@@ -2,6 +2,8 @@
 values.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -14,6 +16,7 @@ class Model(NamedTuple):
       skip, K, lam: parameters of the objective; 0, 1 and 0 for plain training.
       schedule: noise schedule.
       flip: whether training images are flipped horizontally at random.
+      ema_start: weights that the EMA starts from in the authors' code, as `train.ema_start`.
     """
 
     dataset: str
@@ -23,6 +26,7 @@ class Model(NamedTuple):
     lam: float = 0.0
     schedule: str = "linear"
     flip: bool = True
+    ema_start: str = "initial"
 
 
 class TableRow(NamedTuple):
@@ -35,6 +39,7 @@ class TableRow(NamedTuple):
       options: the sampler's fields of the config group `eval`.
       paper: the reported value for each column; empty where the paper reports none.
       variance_head: "sn" or "npr" where the sampler needs a variance head on the model.
+      released: further fields of the config group `eval` that the authors' code had, for `--preset=released`.
     """
 
     label: str
@@ -43,6 +48,7 @@ class TableRow(NamedTuple):
     options: dict
     paper: tuple = ()
     variance_head: str = ""
+    released: Mapping = MappingProxyType({})
 
 
 class Table(NamedTuple):
@@ -52,7 +58,8 @@ class Table(NamedTuple):
       title: what it shows.
       kind: "fid" or "inception_score" (a table of that metric), "curves" (of FID), "grid" (samples),
         "compare" (the same noise through several models), "interpolation", "gap"
-        (`scripts/estimation_gap.py`), "training" or "sampling" (seconds).
+        (`scripts/estimation_gap.py`), "training" (seconds and memory of a step), "sampling" (seconds) or
+        "illustration" (a figure without models).
       columns: numbers of sampling steps.
       rows: one for each model and sampler.
       note: what the paper leaves open, or what is done differently here.

@@ -1,6 +1,5 @@
 """The variational bound: each term against independent formulas, and exact on Gaussian data."""
 
-import functools
 import itertools
 import math
 
@@ -36,9 +35,10 @@ def single(tree):
     return jax.tree.map(lambda table: jnp.asarray(table, np.float32 if table.dtype == np.float64 else None), tree)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def term_of(variance, step, x0, x0_hat, given):
-    return bound.bound_term(step, x0, x0_hat, bound.VARIANCES[variance](step, given))
+@jax.jit
+def terms_of(step, x0, x0_hat, v, cov):
+    given = {"small": v, "large": v, "learned": v, "analytic": cov}
+    return {name: bound.bound_term(step, x0, x0_hat, bound.VARIANCES[name](step, given[name])) for name in given}
 
 
 @pytest.mark.parametrize("schedule", [linear_schedule(), cosine_schedule()], ids=["linear", "cosine"])
@@ -65,15 +65,14 @@ def test_terms_are_those_of_the_definition(schedule):
             "learned": large ** ((1 + v) / 2) * small ** ((1 - v) / 2),
             "analytic": small + weight**2 * cov,
         }
+        terms = terms_of(jax.tree.map(lambda table, k=k: table[k], steps), *images, *single((v, cov)))
         for name, variance in variances.items():
             expected = normal_kl(mean, small, model_mean, variance).mean((1, 2, 3)) / np.log(2)
-            step = jax.tree.map(lambda table, k=k: table[k], steps)
-            term = term_of(name, step, *images, single(v if name == "learned" else cov))
-            np.testing.assert_allclose(term, expected, rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(terms[name], expected, rtol=1e-4, err_msg=name)
 
 
 def test_the_decoders_256_levels_have_probability_1_and_exact_tails():
-    means, stds = np.array(list(itertools.product((-1.3, -0.999, 0, 0.4, 1), (1e-3, 0.01, 0.3, 5)))).T
+    means, stds = np.array(list(itertools.product((-1.3, -0.999, 0, LEVELS[200], 1), (1e-3, 0.01, 0.3, 5)))).T
     shapes = single((LEVELS, means[:, None], 2 * np.log(stds)[:, None]))
     log_p = np.asarray(jax.jit(bound.decoder_log_prob)(*shapes), np.float64)  # [20, 256]
     np.testing.assert_allclose(np.exp(log_p).sum(1), 1, atol=1e-6)
@@ -85,13 +84,13 @@ def test_the_decoders_256_levels_have_probability_1_and_exact_tails():
     np.testing.assert_allclose(log_p[inner], np.log(p[inner]), atol=2e-4)
     # Mills' ratio in the tail, where a probability in float32 would be 0: 200 grey levels, 157 standard deviations.
     far = (LEVELS[200] - LEVELS[0] - 1 / 255) / 0.01
-    found = bound.decoder_log_prob(*single((LEVELS[:1], LEVELS[200:201], np.log([1e-4]))))
-    assert float(found[0]) == pytest.approx(-(far**2) / 2 - math.log(far * math.sqrt(2 * math.pi)), rel=1e-4)
+    found = log_p[(means == LEVELS[200]) & (stds == 0.01), 0]
+    np.testing.assert_allclose(found, -(far**2) / 2 - math.log(far * math.sqrt(2 * math.pi)), rtol=1e-4)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _gaussian_terms(variance, steps, last, V):
-    """The terms [S] and L_T expected on pixels of variances V with the exact network.
+@jax.jit
+def _gaussian_terms(steps, last, V):
+    """The terms [S] of each variance, and L_T, expected on pixels of variances V with the exact network.
 
     All are quadratic in x_0 and the noise, so that their mean over ±1 standard deviation of both is exact.
     """
@@ -103,8 +102,9 @@ def _gaussian_terms(variance, steps, last, V):
         total = ab * V + 1 - ab
         x = jnp.sqrt(ab) * x0 + jnp.sqrt(1 - ab) * noise
         # Analytic-DPM's variance is one number for all pixels.
-        ratio = bound.VARIANCES[variance](step, jnp.mean(V * (1 - ab) / total))
-        return bound.bound_term(step, x0, jnp.sqrt(ab) * V * x / total, ratio).mean()
+        cov, x0_hat = jnp.mean(V * (1 - ab) / total), jnp.sqrt(ab) * V * x / total
+        ratios = {name: bound.VARIANCES[name](step, cov) for name in ("small", "large", "analytic")}
+        return {name: bound.bound_term(step, x0, x0_hat, ratio).mean() for name, ratio in ratios.items()}
 
     return jax.vmap(at_step)(steps), bound.prior_term(x0, last).mean()
 
@@ -116,8 +116,8 @@ def gaussian_terms(variance, timesteps, V):
     V = np.broadcast_to(V, 3).astype(np.float64).reshape(1, -1, 1, 1)
     with jax.enable_x64(True):
         last = bound.prior_coefficients(SCHEDULE, timesteps[-1])
-        terms, prior = _gaussian_terms(variance, padded, last, jnp.asarray(V))
-    return np.asarray(terms)[:count], float(prior)
+        terms, prior = _gaussian_terms(padded, last, jnp.asarray(V))
+    return np.asarray(terms[variance])[:count], float(prior)
 
 
 @pytest.mark.parametrize("variance", ["small", "large", "analytic"])
@@ -155,7 +155,7 @@ def test_the_bound_is_the_entropy_of_gaussian_data_and_tends_to_it():
     assert 0 < gaps[-1] < 0.05
 
 
-@pytest.mark.parametrize("steps", [2, 4, 10])
+@pytest.mark.parametrize("steps", [2, 6])
 def test_optimal_timesteps_have_the_lowest_bound(steps):
     """Pixels of different variances, for which timesteps matter; the bound is what `step_costs` adds up."""
     V = np.array([0.5, 0.05, 0.005])
@@ -166,13 +166,17 @@ def test_optimal_timesteps_have_the_lowest_bound(steps):
     bounds = {}
     grids = {name: spacing(1000, steps) for name, spacing in SPACING_FUNCTIONS.items()}
     rng = np.random.default_rng(0)
-    grids |= {str(i): np.append(np.sort(rng.choice(999, steps - 1, replace=False)), 999) for i in range(20)}
+    grids |= {str(i): np.append(np.sort(rng.choice(999, steps - 1, replace=False)), 999) for i in range(8)}
+    # As good as estimated from 100 images of 8×8 pixels: near T−1 the error is far above the variance of x_0.
+    noisy = ms_eps + 3e-3 * rng.standard_normal(1000)
+    grids["of the noisy estimate"] = optimal_timesteps(SCHEDULE, noisy, steps)
     for name, timesteps in {"optimal": optimal_timesteps(SCHEDULE, ms_eps, steps), **grids}.items():
         terms, prior = gaussian_terms("analytic", timesteps, V)
         path = [0, *(t + 1 for t in timesteps)]
         costs = sum(cost[s, r] for s, r in itertools.pairwise(path)) / 2 / np.log(2)
         bounds[name] = terms.sum() + prior, costs, timesteps[-1]
     assert min(bounds, key=lambda name: bounds[name][0]) == "optimal"
+    assert bounds["of the noisy estimate"][0] - bounds["optimal"][0] < 0.02
     ends = [(value, costs) for value, costs, last in bounds.values() if last == 999]
     np.testing.assert_allclose(np.diff(ends, axis=0)[:, 0], np.diff(ends, axis=0)[:, 1], atol=2e-3)
 

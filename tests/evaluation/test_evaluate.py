@@ -10,6 +10,7 @@ from helpers import FunctionNetwork
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import default_config
+from s2dm_jax.config.evaluation_plan import EvalPoint
 from s2dm_jax.config.fields import INCEPTION_RESIZES
 from s2dm_jax.config.metrics import METRICS, Column, Metric
 from s2dm_jax.config.validate import check_config, check_evaluation_files
@@ -198,6 +199,16 @@ def test_other_weights_seeds_and_options_are_measured_anew(config, data, sampled
     sampled.clear()
     run(config, data, tmp_path, {"w": np.ones(1)})
     assert sampled
+
+
+def test_optimal_timesteps_are_among_what_a_row_depends_on(config):
+    """They follow from the statistic by a method that may change: the same request may be another row."""
+    model = Model(config, NETWORK, linear_schedule(20, beta_end=0.5), {}, 7, ms_eps=np.linspace(0.1, 0.99, 20))
+    for spacing in ("uniform", "optimal"):
+        point = EvalPoint("analytic", 4, spacing, {})
+        depends_on, _ = evaluation._sampled(model, "", point, None, 16, [])
+        timesteps = model.sampler("analytic", nfe=4, timestep_spacing=spacing)[1].tolist()
+        assert depends_on.get("timesteps") == (timesteps if spacing == "optimal" else None)
 
 
 def test_the_scaling_of_the_output_acts_and_makes_a_row_of_its_own(config, data, tmp_path, monkeypatch):

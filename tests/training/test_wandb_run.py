@@ -67,7 +67,7 @@ def test_a_resumed_run_continues_its_run_of_wandb_with_every_line_image_and_resu
     loop.train(small_config(**changes | {"train.steps": 20}), workdir, network=ToyNetwork())
     resumed = telemetry.MetricWriter(workdir, 20, small_config(**changes | {"train.steps": 30}))
     resumed.scalars(30, {"loss": 1.0})
-    resumed.results({"rows": ROWS[:1]})
+    resumed.results({"rows": ROWS[:1], "bits_per_dim": {"variances": {"small": {"bits_per_dim": 3.5}}}})
     resumed.close()
     first, second = stub.of("init")
     assert first["id"] == second["id"] == (workdir / "wandb_run_id").read_text().strip()
@@ -82,7 +82,7 @@ def test_a_resumed_run_continues_its_run_of_wandb_with_every_line_image_and_resu
     assert [step for step, _ in logged] == [10, 20, 20, 30]
     assert [values["samples"][0] for _, values in logged if "samples" in values] == ["image"]
     floor, sampler = {"eval/real (floor)/frechet_distance": 2.5}, {"eval/ddim/nfe_10/frechet_distance": 7.5}
-    assert stub.of("summary") == [floor | sampler, floor]
+    assert stub.of("summary") == [floor | sampler, floor | {"eval/bits_per_dim/small": 3.5}]
     assert stub.of("finish") == [{"exit_code": 0}] * 2
     assert stub.calls[-1][0] == "finish"
     assert (sys.excepthook, sys.exit) == hooks
