@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--commit", help="commit of this code, where there is no git repository to tell it")
     add("--list", action="store_true", help="print what is to be made, and its state, only")
     add("--report", action="store_true", help="write the report of what is made, train nothing")
-    add("--worker", type=int, help=argparse.SUPPRESS)
+    add("--worker", type=int, help="be process I of --processes, from 0, and write no report; the command starts these")
     args = parser.parse_args(rest)
     args.fields, args.only = fields, [name.strip() for name in args.only.split(",") if name.strip()]
     if not args.out:
@@ -84,6 +84,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value} is out of range: it must be at least {least}")
+    if args.worker is not None and not 0 <= args.worker < args.processes:
+        raise UserError(
+            f"--worker={args.worker} is out of range: with --processes={args.processes} it must be below that"
+        )
     return args
 
 
@@ -120,7 +124,7 @@ def prepare(args: argparse.Namespace, request: Request) -> list[Piece]:
 
 
 def make_in_processes(argv: Sequence[str], processes: int, seconds: float) -> int:
-    """Runs as many workers of this command; returns 0, or 128 + the signal that ended them.
+    """Runs as many workers of this command; returns 0, 1 where one ended early, or 128 + the signal that ended them.
 
     Those that are still at work after `seconds` are stopped, and save what they train.
     """
@@ -139,7 +143,10 @@ def make_in_processes(argv: Sequence[str], processes: int, seconds: float) -> in
                 for worker in workers:
                     worker.kill()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return 128 + received[0] if received else 0
+    failed = [worker.returncode for worker in workers if worker.returncode and stopping is None]
+    if failed:
+        print(f"{len(failed)} processes ended early (status {failed[0]}); the same command resumes", file=sys.stderr)
+    return 128 + received[0] if received else int(bool(failed))
 
 
 def report(args: argparse.Namespace, request: Request) -> int:
@@ -181,7 +188,8 @@ def evidence(argv: Sequence[str]) -> int:
         work.Worker(found, out, args.commit or git_commit()).work()
         return 0 if is_worker else report(args, request)
     status = make_in_processes(argv, args.processes, args.seconds)
-    return status or report(args, request)
+    # After a signal the user waits for the end.
+    return status if status > 1 else max(status, report(args, request))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -51,7 +51,7 @@ def draw(finding: Finding, pieces: Sequence[Piece], results: Mapping[str, dict],
     figure.suptitle(finding.title)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+        figure.savefig(temporary, dpi=100)
     plt.close(figure)
     return True
 

@@ -5,7 +5,6 @@ import contextlib
 import gc
 import json
 import os
-import statistics
 import time
 import traceback
 from collections.abc import Sequence
@@ -59,7 +58,8 @@ class Worker:
             if len(self.tried) % _PIECES_BETWEEN_CLEARING == 0:
                 _clear()
             if (found := stored(piece, self.out)) is not None:
-                print(f"{piece.name}: {line_of(found)} ({time.monotonic() - before:.0f} s)", flush=True)
+                missing = len(left(list(self.pieces.values()), self.out))
+                print(f"{piece.name}: {line_of(found)} ({time.monotonic() - before:.0f} s; {missing} left)", flush=True)
 
     def _stored(self, job: Job) -> dict | None:
         return stored(self.pieces[job.name], self.out)
@@ -97,6 +97,12 @@ class Worker:
         """
         piece, began = self.pieces[job.name], time.monotonic()
         self.tried.add(piece.name)
+        if piece.needs and not (job.workdir / "config.json").exists():
+            reason = (
+                f"its network is not in {job.workdir}, for it was trained elsewhere; copy that folder, or remove "
+                f"{self.out / 'results' / piece.folder}*.json to train it here"
+            )
+            raise RunFailed(f"{piece.name}: {reason}", reason)
         with (
             log.open("a", encoding="utf-8") as file,
             contextlib.redirect_stdout(file),
@@ -209,12 +215,6 @@ def failures(pieces: Sequence[Piece], out: Path) -> dict[str, str]:
         with contextlib.suppress(OSError, ValueError, KeyError):
             found[piece.name] = json.loads(path.read_text(encoding="utf-8"))["reason"]
     return found
-
-
-def seconds_left(pieces: Sequence[Piece], out: Path, processes: int) -> float | None:
-    """A guess from what was made so far; None before anything was."""
-    found = [record["seconds"] for piece in pieces if (record := stored(piece, out))]
-    return statistics.mean(found) * (len(pieces) - len(found)) / processes if found else None
 
 
 def set_environment(processes: int, number: int | None = None) -> None:

@@ -26,6 +26,7 @@ COMMANDS = (
     "compare_spacings",
     "convert",
     "estimation_gap",
+    "evidence",
     "dev/stress_resume",
     "report",
     "reproduce",
