@@ -67,9 +67,9 @@ def bounds(*variances, timesteps, network=EXACT, params=None, **options):
 
 
 def test_gaussian_images_have_their_entropy_in_s_calls_of_the_network_for_each_batch():
-    """For any timesteps; L_0 and L_1 are the same in other chains with these steps, in batches of any size or order."""
+    """For any timesteps; a step has the same term in every chain that has it, in batches of any size or order."""
     entropy = np.log2(127.5) + np.log2(2 * np.pi * np.e * VARIANCE) / 2
-    optimal, few = {"inputs": {"analytic": COV}}, [0, 1, 30, 99]
+    optimal, few = {"inputs": {"analytic": COV}}, [0, 50, 51, 99]
     CALLS.clear()
     whole = bounds("analytic", timesteps=np.arange(100), **optimal)
     jax.effects_barrier()
@@ -83,7 +83,7 @@ def test_gaussian_images_have_their_entropy_in_s_calls_of_the_network_for_each_b
         assert each.prior + each.terms.sum() == pytest.approx(each.bits_per_dim, rel=1e-6)
         assert abs(each.bits_per_dim - entropy) < 3 * each.standard_error < 0.1
     assert (len(found.terms), found.prior) == (4, pytest.approx(whole.prior))
-    np.testing.assert_allclose(found.terms[:2], whole.terms[:2], rtol=1e-5)
+    np.testing.assert_allclose(found.terms[[0, 2]], whole.terms[[0, 51]], rtol=1e-5)
     assert bounds("analytic", seed=1, **batches).bits_per_dim != found.bits_per_dim
 
 
