@@ -156,9 +156,7 @@ def test_every_command_of_both_presets_is_one_that_the_program_takes(tmp_path, s
             assert {image["workdir"] for image in images} <= trained
 
 
-def test_the_default_preset_does_what_made_the_printed_numbers(tmp_path, monkeypatch):
-    # The field of the FID pipeline, whether or not this version has it.
-    monkeypatch.setitem(FIELDS, "eval.inception_resize", None)
+def test_the_default_preset_does_what_made_the_printed_numbers(tmp_path):
     given = {}
     for name in ("sa-table1", "sa-table2", "s2-table1", "s2-table5"):
         args = reproduce.parse([name, f"--out={tmp_path}"])
