@@ -11,8 +11,9 @@ from pathlib import Path
 
 from findings import pieces, work
 from findings.pieces import Piece, Request
+from findings.presets import PRESETS
 from findings.report import headline, write_report
-from findings.table import FINDINGS, PRESETS
+from findings.table import FINDINGS
 from sweeps.plan import split_fields
 
 from s2dm_jax.common.cli import Parser, path_argument
@@ -33,8 +34,8 @@ runs/ with the trained networks, logs/. OUT/results and OUT/plan.json are enough
 The exit status is 0, 1 where something failed, 2 for a mistake on the command line, 128 + signal after a signal."""
 _EXAMPLE = """\
 examples:
-  python scripts/evidence.py --out=runs/evidence --processes=2      # digits, hours on two CPU cores
-  python scripts/evidence.py --out=runs/evidence --processes=12 --seconds=420           # on a GPU
+  python scripts/evidence.py --out=runs/evidence --processes=2      # digits, over four hours on two CPU cores
+  python scripts/evidence.py --out=runs/evidence --processes=2 --seconds=480     # the first eight minutes of it
   python scripts/evidence.py --out=runs/evidence --report           # what is made so far
   python scripts/evidence.py --out=runs/skip --only=skip,released --seeds=2
   python scripts/evidence.py --out=runs/cifar10 --preset=cifar10 --config.data.source=cifar10.tar"""
@@ -64,12 +65,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, help="train steps of the shortest trainings, in place of the preset's")
     add("--only", default="", help="findings to make, comma-separated: " + ", ".join(FINDINGS))
     add("--seeds", type=int, help="at most as many seeds (each finding has its own number)")
-    add("--processes", type=int, default=1, help="processes that train at once (1)")
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        help="processes that train at once, each with its share of the cores (1); a GPU: 1 to 3",
+    )
     add("--seconds", type=float, default=math.inf, help="stop after as many seconds; the same command resumes")
     add("--commit", help="commit of this code, where there is no git repository to tell it")
     add("--list", action="store_true", help="print what is to be made, and its state, only")
     add("--report", action="store_true", help="write the report of what is made, train nothing")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(rest)
     args.fields, args.only = fields, [name.strip() for name in args.only.split(",") if name.strip()]
     if not args.out:
@@ -118,10 +124,10 @@ def make_in_processes(argv: Sequence[str], processes: int, seconds: float) -> in
 
     Those that are still at work after `seconds` are stopped, and save what they train.
     """
-    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--worker"]
+    command = [sys.executable, str(Path(__file__).resolve()), *argv]
     ends = time.monotonic() + seconds
     with deferred(lambda: "stopping once the trainings under way are saved; again to stop at once") as received:
-        workers = [subprocess.Popen(command) for _ in range(processes)]
+        workers = [subprocess.Popen([*command, f"--worker={number}"]) for number in range(processes)]
         stopping = None
         while any(worker.poll() is None for worker in workers):
             now = time.monotonic()
@@ -169,10 +175,11 @@ def evidence(argv: Sequence[str]) -> int:
     if args.list:
         print_list(found, out)
         return 0
-    work.set_environment(args.processes)
-    if args.worker or (args.processes == 1 and args.seconds == math.inf):
+    is_worker = args.worker is not None
+    work.set_environment(args.processes, args.worker)
+    if is_worker or (args.processes == 1 and args.seconds == math.inf):
         work.Worker(found, out, args.commit or git_commit()).work()
-        return 0 if args.worker else report(args, request)
+        return 0 if is_worker else report(args, request)
     status = make_in_processes(argv, args.processes, args.seconds)
     return status or report(args, request)
 

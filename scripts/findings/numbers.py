@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from findings.pieces import Piece, arms_of, split_arm
-from findings.table import EVALUATIONS, FINDINGS, TRAININGS, Finding
+from findings.table import EVALUATIONS, TRAININGS, Finding
 from sweeps.report import Mean, mean_of
 
 # Of the logged steps, those whose mean is given as that of the beginning and of the end.
@@ -75,17 +75,22 @@ def along(record: dict, quantity: str) -> list[float]:
 
 
 def curves_of(finding: Finding, pieces: Sequence[Piece], results: Mapping[str, dict]) -> dict[str, Curve]:
-    """The whole course of a quantity of each arm that has one, over the seeds that have all of its points."""
+    """The whole course of a quantity of each arm that has one, at the points that all seeds have.
+
+    A training that was stopped has logged points of its own.
+    """
     found = {}
     for arm in arms_of(finding):
-        records = records_of(pieces, results, arm)
-        if finding.kind == "gap":
-            by_seed, xs = {s: r[finding.quantity] for s, r in records.items()}, [r["t"] for r in records.values()]
-        else:
-            by_seed = {s: series for s, r in records.items() if (series := along(r, finding.quantity))}
-            xs = [records[seed]["along"]["step"] for seed in by_seed]
-        if by_seed and all(x == xs[0] for x in xs):
-            found[arm] = Curve(xs[0], np.mean(list(by_seed.values()), axis=0).tolist(), by_seed)
+        by_seed = {}
+        for seed, record in records_of(pieces, results, arm).items():
+            if finding.kind == "gap":
+                by_seed[seed] = dict(zip(record["t"], record[finding.quantity], strict=True))
+            elif series := along(record, finding.quantity):
+                by_seed[seed] = dict(zip(record["along"]["step"], series, strict=True))
+        shared = [x for x in next(iter(by_seed.values()), {}) if all(x in points for points in by_seed.values())]
+        if shared:
+            series_of = {seed: [points[x] for x in shared] for seed, points in by_seed.items()}
+            found[arm] = Curve(shared, np.mean(list(series_of.values()), axis=0).tolist(), series_of)
     return found
 
 
@@ -142,8 +147,3 @@ def description_of(training: str, steps: int) -> str:
     chosen = TRAININGS[training]
     fields = [f"{name}={value}" for name, value in chosen.fields.items()]
     return ", ".join([f"`{chosen.objective}`", f"{chosen.length * steps:,} steps", *fields])
-
-
-def planned_seeds(name: str) -> int:
-    """Seeds of a finding when all is made."""
-    return FINDINGS[name].seeds

@@ -8,14 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from findings.table import EVALUATIONS, FINDINGS, PRESETS, TRAININGS, Finding, Preset
+from findings.presets import PRESETS, Preset
+from findings.table import EVALUATIONS, FINDINGS, TRAININGS, Finding
 from run_once import main_command
 from sweeps.jobs import Job
 from sweeps.plan import text_of
 
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.common.files import read_json, write_atomic
-from s2dm_jax.config.metrics import METRICS
 from s2dm_jax.main import training_config
 
 PLAN = "plan.json"
@@ -88,19 +88,22 @@ def split_arm(arm: str) -> tuple[str, str]:
 
 def arms_of(finding: Finding) -> list[str]:
     """What a finding compares, each once."""
-    return list(dict.fromkeys(arm for pair in finding.pairs[:] for arm in reversed(pair) if arm))
+    return list(dict.fromkeys(arm for pair in finding.pairs for arm in reversed(pair) if arm))
 
 
-def is_measurable(name: str) -> bool:
-    """Whether this version measures what a finding is about."""
-    finding = FINDINGS[name]
-    columns = {key for metric in METRICS.values() for key in metric.results}
-    return finding.kind != "distances" or finding.quantity in columns
+def findings_of(preset: Preset, only: Collection[str] = ()) -> dict[str, Finding]:
+    """The findings of a preset by name, in their order: all, or those named; with what it has time for."""
+    found = {}
+    for name in preset.findings:
+        if not only or name in only:
+            whole = FINDINGS[name]
+            pairs = tuple(pair for pair in whole.pairs if all(_is_short(arm, preset) for arm in pair))
+            found[name] = whole._replace(pairs=pairs, seeds=min(whole.seeds, preset.seeds))
+    return found
 
 
-def findings_of(preset: Preset, only: Collection[str] = ()) -> list[str]:
-    """The findings of a preset, in their order: all, or those named."""
-    return [name for name in preset.findings if not only or name in only]
+def _is_short(arm: str, preset: Preset) -> bool:
+    return not arm or TRAININGS[split_arm(arm)[0]].length <= preset.longest
 
 
 def plan(request: Request, only: Collection[str] = (), seeds: int | None = None) -> list[Piece]:
@@ -112,10 +115,10 @@ def plan(request: Request, only: Collection[str] = (), seeds: int | None = None)
       seeds: at most.
     """
     found: dict[str, Piece] = {}
-    names = [name for name in findings_of(request.size, only) if is_measurable(name)]
-    most = min(max((FINDINGS[name].seeds for name in names), default=0), seeds or math.inf)
+    findings = findings_of(request.size, only).values()
+    most = min(max((finding.seeds for finding in findings), default=0), seeds or math.inf)
     for seed in range(int(most)):
-        for finding in (FINDINGS[name] for name in names):
+        for finding in findings:
             if seed >= finding.seeds:
                 continue
             arms = [split_arm(arm) for arm in arms_of(finding)]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from findings import numbers
-from findings.pieces import Piece, Request, arms_of, findings_of, is_measurable, split_arm
-from findings.table import FINDINGS, SKIPS, Finding
+from findings.pieces import Piece, Request, arms_of, findings_of, split_arm
+from findings.table import SKIPS, Finding
 from sweeps.report import Mean
 
 from s2dm_jax.common.files import write_atomic
@@ -27,26 +27,25 @@ def write_report(
     figures: bool = True,
 ) -> str:
     """Writes report.md, report.json and figures/FINDING.png to the folder; returns the Markdown."""
-    names = findings_of(request.size)
+    findings = findings_of(request.size)
     drawn = {}
     if figures:
         from findings.figures import draw
 
-        for name in names:
+        for name, finding in findings.items():
             path = out / "figures" / f"{name}.png"
-            if draw(FINDINGS[name], pieces, results, path):
+            if draw(finding, pieces, results, path):
                 drawn[name] = path.relative_to(out).as_posix()
     text = report_text(request, pieces, results, failures, drawn)
     write_atomic(out / "report.md", text)
-    content = {"request": request._asdict(), "findings": {name: summary(name, pieces, results) for name in names}}
+    content = {"request": request._asdict(), "findings": {n: summary(f, pieces, results) for n, f in findings.items()}}
     content |= {"failures": dict(failures), "made": len(results), "pieces": len(pieces), "where": where_of(results)}
     write_atomic(out / "report.json", json.dumps(content, indent=1) + "\n")
     return text
 
 
-def summary(name: str, pieces: Sequence[Piece], results: Mapping[str, dict]) -> dict[str, Any]:
+def summary(finding: Finding, pieces: Sequence[Piece], results: Mapping[str, dict]) -> dict[str, Any]:
     """The numbers of a finding as plain data."""
-    finding = FINDINGS[name]
     values = numbers.values_of(finding, pieces, results)
     found = {
         "title": finding.title,
@@ -93,8 +92,8 @@ def report_text(
 ) -> str:
     """The report in Markdown: a section for each finding, then what is missing."""
     parts = [f"# Evidence, {request.preset}", _heading(request, pieces, results)]
-    for name in findings_of(request.size):
-        parts += section(name, request, pieces, results, figures.get(name))
+    for name, finding in findings_of(request.size).items():
+        parts += section(name, finding, request, pieces, results, figures.get(name))
     if failures:
         parts += ["## Failed", "\n".join(f"- {name}: {reason}" for name, reason in failures.items())]
     if missing := [piece.name for piece in pieces if piece.name not in results and piece.name not in failures]:
@@ -122,13 +121,15 @@ def _heading(request: Request, pieces: Sequence[Piece], results: Mapping[str, di
 
 
 def section(
-    name: str, request: Request, pieces: Sequence[Piece], results: Mapping[str, dict], figure: str | None
+    name: str,
+    finding: Finding,
+    request: Request,
+    pieces: Sequence[Piece],
+    results: Mapping[str, dict],
+    figure: str | None,
 ) -> list[str]:
     """The section of a finding: the claim, its figure, means, differences."""
-    finding = FINDINGS[name]
     parts = [f"## {finding.title} (`{name}`)", f"> {finding.claim}\n>\n> — {finding.source}"]
-    if not is_measurable(name):
-        return [*parts, f"Left out: this version has no metric `{finding.quantity}`."]
     values = numbers.values_of(finding, pieces, results)
     if not values:
         return [*parts, "Nothing is made yet."]

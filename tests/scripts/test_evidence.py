@@ -26,7 +26,7 @@ DIGITS = Request("digits", "", 0, [])
 def _checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
     # Settings that the command makes for the processes it starts.
-    monkeypatch.setattr(work, "set_environment", lambda processes: None)
+    monkeypatch.setattr(work, "set_environment", lambda *_: None)
     # A second each.
     monkeypatch.setattr(figures, "draw", lambda *_: False)
 
@@ -101,16 +101,18 @@ def test_a_plan_is_made_seed_by_seed_with_each_training_before_its_evaluations()
     for index, piece in enumerate(found):
         assert piece.needs is None or piece.needs in names[:index]
     # A finding of three seeds has no more, and what is most valuable is first.
-    assert {piece.seed for piece in found if piece.training == "sa_2_x4"} == {0, 1, 2}
+    assert {piece.seed for piece in found if piece.training == "sa_2_x4"} == {0, 1}
     assert names[:4] == ["ddpm_seed0", "s2_2_seed0", "s2_10_seed0", "s2_50_seed0"]
     few = pieces.plan(DIGITS, ["ratio"], seeds=2)
     assert {piece.training for piece in few} == {f"s2_{skip}{end}" for skip in (2, 10, 50) for end in ("", "_released")}
     assert {piece.seed for piece in few} == {0, 1}
-    flags = next(piece.flags for piece in found if piece.name == "ddpm_seed3_released_50")
+    flags = next(piece.flags for piece in found if piece.name == "ddpm_seed2_released_50")
     assert {"--mode=evaluate", "--config.eval.skip_scale=50", "--config.eval.skip_scale_preset=released"} < set(flags)
     assert "--config.eval.timestep_spacing=uniform" in flags
     # The same names with other sizes and images.
     own = Request("cifar10", "", 0, ["--config.data.source=images.tar", "--config.train.lr=1e-3"])
+    assert {table.TRAININGS[piece.training].length for piece in pieces.plan(own)} == {1}
+    assert {piece.seed for piece in pieces.plan(own)} == {0, 1, 2}
     evaluation = next(piece for piece in pieces.plan(own) if piece.evaluation == "paper_10")
     assert "--config.data.source=images.tar" in evaluation.flags
     assert "--config.train.lr=1e-3" not in evaluation.flags
@@ -139,6 +141,12 @@ def test_differences_are_paired_by_seed_and_ratios_too():
     along = {"step": [20, 40], "loss_skip": [30.0, 20.0], "loss_simple": [10.0, 4.0]}
     assert numbers.along({"along": along}, "loss_skip/loss_simple") == [3.0, 5.0]
     assert numbers.along({"along": along}, "grad_norm") == []
+    # A training that was stopped at step 30 and resumed.
+    found = [pieces.Piece("s2_2", "", seed, []) for seed in (0, 1)]
+    stopped = {"step": [20, 30, 40], "loss_skip": [40.0, 1.0, 28.0], "loss_simple": [8.0, 1.0, 4.0]}
+    results = {"s2_2_seed0": {"along": along}, "s2_2_seed1": {"along": stopped}}
+    curve = numbers.curves_of(table.FINDINGS["ratio"], found, results)["s2_2"]
+    assert curve == ([20, 40], [4.0, 6.0], {0: [3.0, 5.0], 1: [5.0, 7.0]})
 
 
 @pytest.fixture
