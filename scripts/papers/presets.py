@@ -8,8 +8,6 @@ import argparse
 
 from papers.types import Model, TableRow
 
-from s2dm_jax.config.defaults import FIELDS
-
 # The default first.
 PRESETS = {
     "released": "the authors' code, which made the printed numbers",
@@ -38,7 +36,7 @@ def released_fields(row: TableRow, args: argparse.Namespace) -> dict[str, dict]:
         return {}
     evaluation = dict(row.released)
     # The digits are compared in a classifier's features, which have no Inception to resize for.
-    if args.scale == "full" and "eval.inception_resize" in FIELDS:
+    if args.scale == "full":
         evaluation["inception_resize"] = "pytorch_fid"
     if row.variance_head:
         return {"variance_head": {"dropout": True}, "eval": evaluation}
