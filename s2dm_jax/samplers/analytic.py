@@ -232,27 +232,13 @@ def step_costs(schedule: NoiseSchedule, ms_eps: np.ndarray) -> np.ndarray:
 
 def _ascending_cov_x0(schedule, ms_eps):
     """The mean variance of x_0 given x_t from noisy estimates: as it never descends in t, the nearest that does not."""
+    # Its import takes half a second, which only these timesteps need.
+    from sklearn.isotonic import isotonic_regression
+
     cov, snr = _unbounded_cov_x0(schedule, ms_eps), schedule.alpha_bar / (1 - schedule.alpha_bar)
     late = snr < _ALMOST_NO_SIGNAL
     # The last estimates are the noisiest, and nothing beyond them holds them down.
     if (np.diff(cov[late]) < 0).any():
         cov[late] = np.average(cov[late], weights=snr[late] ** 2)
     # 1/snr multiplies the error of ms_eps.
-    return _ascending(cov, snr**2)
-
-
-def _ascending(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The sequence [T] that never descends and is nearest to `values` in weighted least squares (isotonic regression,
-    by pooling adjacent violators).
-    """
-    means: list[float] = []
-    pooled: list[tuple[float, int]] = []
-    for mean, weight in zip(values, weights, strict=True):
-        count = 1
-        while means and means[-1] > mean:
-            before, others = pooled.pop()
-            mean = (mean * weight + means.pop() * before) / (weight + before)
-            weight, count = weight + before, count + others
-        means.append(mean)
-        pooled.append((weight, count))
-    return np.repeat(means, [count for _, count in pooled])
+    return isotonic_regression(cov, sample_weight=snr**2)
