@@ -1,10 +1,11 @@
-"""Convolutions and matrix products that are fast on CPU, inside `lax.scan` too, and plain elsewhere.
+"""Convolutions, matrix products and attention that are fast on CPU, inside `lax.scan` too, and plain elsewhere.
 
 XLA's compilers for GPU and TPU turn the gradients that autodiff makes into their own kernels; XLA:CPU does not.
 """
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -136,3 +137,46 @@ def _matmul_backward(residuals, g):
 
 
 _matmul_on_cpu.defvjp(_matmul_forward, _matmul_backward)
+
+
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q·kᵀ/√C)·v for each head, [B, tokens, heads, C] each, on CPU with fewer passes over the scores.
+
+    There the exponentials are divided by their sums after the product with the values, and the gradient is made from
+    them (Dao et al. 2022, without the tiles). It is JAX's own for one head, where that saves 5 %, and for types other
+    than float32 and float64.
+    """
+    if _on_cpu() and q.shape[2] > 1 and q.dtype in (jnp.float32, jnp.float64):
+        # Transposed while they are read, rows of a head would be gathered value by value.
+        heads_first = lax.optimization_barrier(tuple(x.swapaxes(1, 2) for x in (q, k, v)))
+        return _attention_on_cpu(*heads_first).swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+@jax.custom_vjp
+def _attention_on_cpu(q, k, v):
+    return _attention_forward(q, k, v)[0]
+
+
+def _attention_forward(q, k, v):  # [B, heads, tokens, C] each
+    scores = jnp.einsum("bhqc,bhkc->bhqk", q, k) / math.sqrt(q.shape[-1])
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bhqk,bhkc->bhqc", weights, v) / total
+    return out, (q, k, v, weights, total, out)
+
+
+def _attention_backward(residuals, g):
+    q, k, v, weights, total, out = residuals
+    g = g / total
+    grad_v = jnp.einsum("bhqk,bhqc->bhkc", weights, g)
+    grad_weights = jnp.einsum("bhqc,bhkc->bhqk", g, v)
+    grad_scores = weights * (grad_weights - (g * out).sum(-1, keepdims=True)) / math.sqrt(q.shape[-1])
+    return (
+        jnp.einsum("bhqk,bhkc->bhqc", grad_scores, k),
+        jnp.einsum("bhqk,bhqc->bhkc", grad_scores, q),
+        grad_v,
+    )
+
+
+_attention_on_cpu.defvjp(_attention_forward, _attention_backward)

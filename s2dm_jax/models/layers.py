@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from jax.typing import DTypeLike
 
-from s2dm_jax.models.cpu_ops import conv2d, matmul, upsample_conv2d
+from s2dm_jax.models.cpu_ops import conv2d, matmul, softmax_attention, upsample_conv2d
 from s2dm_jax.models.network import NORM_EPS, NORM_GROUPS
 
 
@@ -146,7 +146,7 @@ class AttnBlock(nnx.Module):
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q·kᵀ/√C)·v for each head, [B, tokens, heads, C] each, with the softmax in float32."""
     if q.dtype != jnp.float16:
-        return jax.nn.dot_product_attention(q, k, v)
+        return softmax_attention(q, k, v)
     # For float16, JAX's own asks for a product that only GPUs have.
     logits = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     return jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits).astype(v.dtype), v)

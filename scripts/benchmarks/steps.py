@@ -60,6 +60,7 @@ def benchmark_attention(arguments):
     import jax.numpy as jnp
 
     from s2dm_jax.diffusion import objectives
+    from s2dm_jax.models import layers
 
     def written_out(q, k, v):
         scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
@@ -67,13 +68,14 @@ def benchmark_attention(arguments):
         return jnp.einsum("bhqk,bkhc->bqhc", weights, v)
 
     own = jax.nn.dot_product_attention
-    forms = {"dot_product_attention": own, "written out": written_out, "none": lambda q, k, v: v}
+    forms = {"dot_product_attention": own, "as trained": layers.softmax_attention, "written out": written_out}
+    forms["none"] = lambda q, k, v: v
     if jax.default_backend() == "gpu":
         forms["cuDNN"] = functools.partial(own, implementation="cudnn")
     network = cifar10_network()
     steps, memory = {}, {}
     for name, form in forms.items():
-        with mock.patch.object(jax.nn, "dot_product_attention", form):
+        with mock.patch.object(layers, "softmax_attention", form):
             try:
                 steps[name], memory[name] = _compile_step(objectives.paper(), network, arguments.batch)
             except (NotImplementedError, RuntimeError, ValueError) as error:

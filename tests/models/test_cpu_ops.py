@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from s2dm_jax.models import cpu_ops
-from s2dm_jax.models.cpu_ops import conv2d, matmul, upsample_conv2d
+from s2dm_jax.models.cpu_ops import conv2d, matmul, softmax_attention, upsample_conv2d
 from s2dm_jax.models.flops import equations
 
 CASES = [
@@ -128,6 +128,10 @@ PLAIN = {
     "conv2d": (lambda x, w: conv2d(x, w, 2, ASYMMETRIC), lambda x, w: plain(x, w, 2, ASYMMETRIC)),
     "upsample_conv2d": (upsample_conv2d, enlarged),
     "matmul": (lambda x, w: matmul(x, w[0, 0]), lambda x, w: x @ w[0, 0]),
+    "attention": (
+        lambda x, w: softmax_attention(x, x, x * w[0, 0, 0, 0]),
+        lambda x, w: jax.nn.dot_product_attention(x, x, x * w[0, 0, 0, 0]),
+    ),
 }
 
 
@@ -182,3 +186,27 @@ def test_per_example_and_second_order_gradients_of_matmul():
 
     for derivative in (per_example, of_gradient_norm):
         np.testing.assert_allclose(derivative(matmul), derivative(jnp.matmul), rtol=1e-4, atol=1e-3)
+
+
+def test_attention_has_the_value_and_the_gradients_of_jaxs_own():
+    q, k, v, g = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 5, 3, 7), np.float32))
+
+    def found(attention):
+        def first(q, k, v):
+            return (attention(q, k, v) * g).sum()
+
+        def second(q, k, v):
+            return sum((grad**2).sum() for grad in jax.grad(first, (0, 1, 2))(q, k, v))
+
+        per_query = jax.vmap(jax.grad(first), (0, None, None))(jnp.stack([q, 2 * q]), k, v)
+        return (
+            attention(q, k, v),
+            per_query,
+            *jax.grad(first, (0, 1, 2))(q, k, v),
+            *jax.grad(second, (0, 1, 2))(q, k, v),
+        )
+
+    for ours, expected in zip(found(softmax_attention), found(jax.nn.dot_product_attention), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    # The exponentials of scores in the thousands are finite.
+    assert jnp.isfinite(softmax_attention(1e3 * q, k, v)).all()
