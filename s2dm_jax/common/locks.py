@@ -25,7 +25,7 @@ def acquire(file: TextIO, *, fix: str, shared: bool = False, wait: bool = False)
         return False
     except OSError as error:
         raise UserError(
-            f"the file system of {Path(file.name).parent} has no file locks ({error.strerror}), so that two processes "
-            f"could write there at once; {fix}"
+            f"the file system of {Path(file.name).parent} has no file locks ({error.strerror}), so two processes could "
+            f"write there at once; {fix}"
         ) from error
     return True

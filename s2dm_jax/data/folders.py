@@ -1,4 +1,4 @@
-"""The files below a folder, also behind links, each once."""
+"""The files below a folder, links followed, each listed once."""
 
 import collections
 import errno

@@ -35,7 +35,7 @@ class ImageTransform(NamedTuple):
     """The transform of every image of a dataset.
 
     Attributes:
-      size: pixels of a side of the result.
+      size: height and width of the result in pixels.
       channels: 1 (grey) or 3 (RGB) of the result.
       crop: one of `config.datasets.CROPS`.
       resize: Pillow's filter, antialiased: one of `config.datasets.RESIZE_FILTERS`.

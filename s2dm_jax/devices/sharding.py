@@ -24,7 +24,7 @@ def data_mesh() -> Mesh:
 
 
 def replicated() -> NamedSharding:
-    """The sharding of an array that every device has a copy of."""
+    """The sharding of an array of which every device has a copy."""
     return NamedSharding(data_mesh(), PartitionSpec())
 
 

@@ -56,7 +56,7 @@ class Features(NamedTuple):
 
 
 def why_no_classifier(data: Dataset, dataset: str) -> str:
-    """What the images lack for a classifier, as "needs labels, …"; "" where it can be trained."""
+    """What the images lack for a classifier, as "needs labels, …"; "" if it can be trained."""
     size, classes = data.train.shape[1:3], len(np.unique(data.train_labels))
     if data.num_classes < 2:
         return f"needs labels, which {dataset} does not have"
@@ -79,7 +79,7 @@ def resolve_features(config: ConfigDict, no_classifier: str) -> str:
 
     Raises:
       FeaturesUnavailable: where neither is available.
-      UserError: for a classifier that cannot be trained, and for a file of weights that cannot be used.
+      UserError: for a classifier that cannot be trained, and for a weights file that cannot be used.
     """
     chosen, dataset, weights = config.eval.feature_extractor, dataset_name(config), config.eval.inception_weights
     if chosen == "classifier" and no_classifier:
@@ -97,7 +97,7 @@ def resolve_features(config: ConfigDict, no_classifier: str) -> str:
             raise
         if no_classifier:
             raise FeaturesUnavailable(f"a classifier {no_classifier}, and {error}") from error
-        print(f"the distance is measured in a classifier's features, and is no FID: {error}", flush=True)
+        print(f"the distance is measured in a classifier's features and is not an FID: {error}", flush=True)
         return "classifier"
     return "inception"
 
@@ -110,8 +110,8 @@ def check_features(config: ConfigDict, data: Dataset) -> list[tuple[str, int]]:
     """Name and number of the features that its config names, checked before a long training.
 
     Returns:
-      One pair; for "auto", where what is available is found out when it is used, those that it may be, perhaps none: it
-      does not stop a training.
+      One pair; for "auto", whose choice depends on what is available when it is used, every pair that it may choose,
+      perhaps none: it does not stop a training.
 
     Raises:
       UserError: as `build_features`, and for a user's function whose features of real images are not finite.

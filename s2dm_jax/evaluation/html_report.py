@@ -61,12 +61,14 @@ def _section(run: Evaluated) -> list[str]:
     grids = sorted(path for path in folder.iterdir() if path.match("step_*.png")) if folder.is_dir() else []
     if grids:
         image = base64.b64encode(grids[-1].read_bytes()).decode()
-        caption = f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the newest of the training."
+        caption = (
+            f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the newest grid saved during training."
+        )
         parts.append(_figure(f"<img alt='samples' src='data:image/png;base64,{image}'>", caption))
     log = workdir / "metrics.jsonl"
     if log.exists():
         curves = plot_losses(read_json_lines(log))
-        parts.append(_figure(_svg(curves), "Loss and its terms during training, logarithmic."))
+        parts.append(_figure(_svg(curves), "Loss and its terms during training, on a logarithmic scale."))
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in flat_provenance(provenance).items()

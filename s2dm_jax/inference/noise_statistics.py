@@ -146,7 +146,7 @@ def _read(path):
             # Before 0.3, NaN was stored as well.
             return (mean, standard_error) if np.isfinite(mean).all() else (np.zeros(0), np.zeros(0))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        # A missing or damaged file is made anew.
+        # A missing or damaged file is made again.
         return np.zeros(0), np.zeros(0)
 
 

@@ -1,4 +1,4 @@
-"""The interface of a network: all that training, sampling, statistics, export and conversion see of one.
+"""The interface of a network: all that training, sampling, statistics, export and conversion use.
 
 A network is a frozen, hashable value; its parameters are a nested dict apart from it, so that EMA, optimizer,
 checkpoints and sharding act on plain arrays. Equal networks share compiled programs. No jax is imported here, nor by
@@ -91,7 +91,7 @@ def with_features(network: Network) -> FeatureNetwork:
     """The network itself if a variance head can read it, else a `UserError`."""
     if not hasattr(network, "apply_with_features"):
         raise UserError(
-            f"{type(network).__name__} has no features that a variance head could read; choose another "
+            f"{type(network).__name__} has no features for a variance head to read; choose another "
             "config.model.name, or train without config.variance_head"
         )
     return cast(FeatureNetwork, network)

@@ -70,7 +70,7 @@ class UNet:
         return definition(self)[1]
 
     def init(self, seed: int) -> dict:
-        """Parameters as the published code starts (`layers.pytorch_default_init`)."""
+        """Initial parameters as in the published code (`layers.pytorch_default_init`)."""
         from s2dm_jax.models.layers import pytorch_default_init
 
         return pytorch_default_init(self.param_shapes(), seed)

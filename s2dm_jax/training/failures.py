@@ -1,4 +1,4 @@
-"""What can stop a run: losses that are not finite, a loss scale that falls without end."""
+"""Failures that stop a run: losses that are not finite, a loss scale that keeps falling."""
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -6,12 +6,12 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import fixed_loss_scale
 
-# So many steps without one finite loss: the weights are lost, skipping will not mend them.
+# So many steps without one finite loss: the weights are lost, skipping will not fix them.
 _MAX_SKIPPED_IN_A_ROW = 100
 
 
 def usual_cure(config: ConfigDict) -> str:
-    """What mends a loss or gradient that is not finite, most of the time."""
+    """What usually cures a loss or gradient that is not finite."""
     scale = fixed_loss_scale(config)
     not_dynamic = scale is not None and (config.model.dtype == "float16" or scale != 1)
     return "config.train.loss_scale=dynamic, or " * not_dynamic + "a lower config.train.lr"
@@ -47,7 +47,7 @@ def check_finite(
     checkpoint = _last_checkpoint(saved)
     cure = f"{cure} in a new --workdir is the usual cure"
     if on_nonfinite == "stop":
-        resume = "leaves such steps out" if saved is None else "resumes from there and leaves such steps out"
+        resume = "skips such steps" if saved is None else "resumes from there and skips such steps"
         raise UserError(
             f"the loss or its gradient is not finite from step {bad[0]} on, seen in steps {first} to "
             f"{first + len(finite) - 1}; {checkpoint}; the same command with --config.train.on_nonfinite=skip "

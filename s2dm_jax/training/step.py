@@ -33,7 +33,7 @@ State = TypeVar("State")
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What every step of a run is made of.
+    """The components of every step of a run.
 
     Attributes:
       network: what is trained, or what is frozen while its variance head is trained.
@@ -82,7 +82,7 @@ def update(
     """One step of the published training loop: gradient of the mean loss, clipping, Adam, EMA.
 
     Args:
-      config: what the step is made of.
+      config: the components of the step.
       state: before the step.
       x0: images in [−1, 1], [B, H, W, C].
       noise_sample: timesteps and noise of the step.
@@ -153,8 +153,8 @@ def _apply_scaled_gradient(
 ) -> tuple[TrainState, Metrics]:
     """`apply_gradient` with the gradient of a scaled loss, and the metrics with its norm.
 
-    A step that overflows, whose loss is finite and whose gradient is not, changes nothing but the count of steps and a
-    dynamic loss scale. Where the loss is not finite, the scale is not to blame, and stays.
+    A step that overflows, whose loss is finite and whose gradient is not, changes only the step count and a
+    dynamic loss scale. If the loss is not finite, the scale is not to blame and stays the same.
     """
     grads = unscale_gradient(scaled, _loss_factor(config, state))
     metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}

@@ -1,6 +1,6 @@
-"""improved-diffusion's UNet as diffusers' `UNet2DModel`, where that can be it: names, layouts and config both ways.
+"""improved-diffusion's UNet as diffusers' `UNet2DModel`, if that can express it: names, layouts and config both ways.
 
-Written against diffusers 0.42, as `diffusers_names.py`, whose tables are of DDIM's UNet.
+Written against diffusers 0.42, like `diffusers_names.py`, whose tables are for DDIM's UNet.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _ALONE = {
 
 
 def check_expressible(network: ImprovedUNet) -> None:
-    """Raises a ValueError, as the end of a sentence, for a network that no `UNet2DModel` in a DDIMPipeline is."""
+    """Raises a ValueError, as the end of a sentence, for a network that a DDIMPipeline cannot express."""
     widths = _attention_widths(network)
     reasons = {
         f"t_scale={network.t_scale:g}": network.t_scale != 1,
@@ -51,7 +51,7 @@ def check_expressible(network: ImprovedUNet) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"diffusers has no equal of this network, for {reason}")
+            raise ValueError(f"diffusers cannot express this network: {reason}")
 
 
 def _attention_widths(network: ImprovedUNet) -> list[int]:
@@ -75,7 +75,7 @@ def from_zero(network: ImprovedUNet, params: dict) -> tuple[ImprovedUNet, dict]:
 
 
 def unet_config(network: ImprovedUNet) -> dict:
-    """The config.json of the `UNet2DModel` that is this network."""
+    """The config.json of the `UNet2DModel` that equals this network."""
     shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(UNet)}
     return {
         **diffusers_names.unet_config(UNet(**shape)),
@@ -87,7 +87,9 @@ def unet_config(network: ImprovedUNet) -> dict:
 
 
 def read_unet_config(config: Mapping) -> UNet | ImprovedUNet:
-    """The network of a `UNet2DModel`'s config.json, of either kind; ValueError naming the first field of neither."""
+    """The network of a `UNet2DModel`'s config.json, of either kind; ValueError naming the first field that fits
+    neither.
+    """
     if any(config.get(name, value) != value for name, value in _OTHERS.items()):
         return diffusers_names.read_unet_config(config)
     shift, groups = config.get("resnet_time_scale_shift", "default"), config.get("attn_norm_num_groups")

@@ -1,4 +1,4 @@
-"""Model cards: what a network was trained on and how, what was measured, where it comes from."""
+"""Model cards: training data and settings, measured results and origin of a network."""
 
 import datetime
 import json
@@ -58,7 +58,7 @@ def _card_in(folder: Path) -> dict:
         return parse_card((folder / CARD).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{error}; restore {CARD}, or remove it, and a new one is made without what it said of the weights' origin"
+            f"{error}; restore {CARD}, or remove it to have a new one made, without its record of the weights' origin"
         ) from error
 
 
@@ -141,7 +141,7 @@ def card_to_markdown(card: dict, front_matter: dict[str, str] | None = None) -> 
 
 
 def card_paths(path: Path) -> tuple[Path, Path]:
-    """The two files of the card that goes with the file `path`."""
+    """The two files of the card of the file `path`."""
     return path.with_name(f"{path.name}.md"), path.with_name(f"{path.name}.json")
 
 

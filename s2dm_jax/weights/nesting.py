@@ -1,4 +1,4 @@
-"""Finds the network's tensors in a checkpoint as training codes nest them: wrappers, prefixes, buffers.
+"""Finds the network's tensors in a checkpoint, however training codes nest them: wrappers, prefixes, buffers.
 
 The values are whatever a reader has in place of tensors; only their names and nesting are looked at.
 """
@@ -31,8 +31,8 @@ class Found(NamedTuple):
 
     Attributes:
       ema: by the network's own names; the weights where there is no EMA.
-      params: the weights that training changes, where they are others.
-      step: training steps, as far as the checkpoint tells.
+      params: the weights that training changes, if they differ.
+      step: training steps, if the checkpoint records them.
       description: which entry was taken, and what was taken off its names.
     """
 
@@ -83,7 +83,7 @@ def find_state(contents: object, is_tensor: Callable[[object], bool], key: str =
 
 
 def strip_names(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], str]:
-    """A state_dict without buffers, wrappers, and what else is in front of the network's names; what was taken off.
+    """A state_dict without buffers, wrappers, and other prefixes of the network's names; and what was removed.
 
     Args:
       prefix: of the network; "" to find it: of several in one state_dict the EMA's.

@@ -100,7 +100,7 @@ def num_updates(opt_state: optax.OptState) -> jax.Array | np.ndarray | int:
 
 
 def initial_loss_scale(config: ConfigDict) -> LossScale | None:
-    """The loss scale before the first step, or None where it is not dynamic."""
+    """The loss scale before the first step, or None if it is not dynamic."""
     if fixed_loss_scale(config) is not None:
         return None
     return LossScale(np.full((), _INITIAL_LOSS_SCALE, np.float32), np.zeros((), np.int32))

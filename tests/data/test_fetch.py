@@ -78,8 +78,8 @@ def test_what_another_process_left_is_resumed_unless_it_is_of_another_file(serve
     [
         ([404], {}, "the server answers 404 Not Found"),
         ([502] * 4, {}, "the server answers 502 Bad Gateway"),
-        ([PAGE], {}, "the answer is a web page, as of a network that one must log in to"),
-        ([QUOTA], {}, "Google Drive's download quota of this file is used up for the day"),
+        ([PAGE], {}, "the answer is a web page, such as the login page of a network"),
+        ([QUOTA], {}, "Google Drive's download quota for this file is used up for today"),
         ([], {"size": len(CONTENT) + 1}, "the server's file ends after 1,048,576 bytes"),
         ([], {"size": len(CONTENT) - 1}, "it has more than 1,048,575 bytes"),
         ([], {"sha256": 64 * "0"}, f"its SHA-256 is {SHA256[:16]}…, not 0000000000000000…"),
@@ -144,7 +144,10 @@ def test_a_mirror_has_the_published_files_or_says_that_it_has_others(server, mon
     assert capsys.readouterr().err == ""
     write_checksums(server.folder)
     assert mirrored(published) == [RemoteFile("data.bin", f"{server.url}/data.bin", len(CONTENT), SHA256)]
-    assert capsys.readouterr().err == f"note: {server.url} has data.bin of its own, not as published\n"
+    assert (
+        capsys.readouterr().err
+        == f"note: {server.url} has its own version of data.bin, different from the published one\n"
+    )
     monkeypatch.setenv("S2DM_JAX_MIRROR", "/some/folder")
-    with pytest.raises(UserError, match="S2DM_JAX_MIRROR=/some/folder is no URL"):
+    with pytest.raises(UserError, match="S2DM_JAX_MIRROR=/some/folder is not a URL"):
         mirrored(published)

@@ -268,7 +268,7 @@ def test_diffusers_folders_of_networks_that_it_can_express(command, tmp_path):
         "num_classes": 2,
         "resamp_with_conv": False,
     }.items():
-        with pytest.raises(ValueError, match=f"diffusers has no equal of this network, for {field}="):
+        with pytest.raises(ValueError, match=f"diffusers cannot express this network: {field}="):
             diffusers_improved.check_expressible(dataclasses.replace(SMALL, **{field: value}))
     with pytest.raises(ValueError, match="num_heads=4 for attention of 32 and 64 channels"):
         diffusers_improved.check_expressible(dataclasses.replace(SMALL, ch_mult=(1, 2)))
@@ -310,7 +310,7 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(command, tmp_path, capsys)
         read_weights(
             save(tmp_path / "c.pth", {k: v for k, v in state.items() if k != "time_embed.2.bias"}), resolution=8
         )
-    with pytest.raises(UserError, match="do not tell the images' resolution"):
+    with pytest.raises(UserError, match="resolution cannot be inferred from the shapes"):
         read_weights(source)
 
 
