@@ -7,7 +7,7 @@
   python -m s2dm_jax.main --mode=evaluate --workdir=runs/digits --config.eval.nfe=10,20
   python -m s2dm_jax.main --mode=export --workdir=runs/digits
 
-`python -m s2dm_jax` and, where it is installed, `s2dm-jax` are the same command. Every field of the config is a
+`python -m s2dm_jax` and, once installed, `s2dm-jax` are the same command. Every field of the config is a
 flag, --config.GROUP.FIELD=VALUE.
 """
 

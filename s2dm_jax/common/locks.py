@@ -8,10 +8,10 @@ from s2dm_jax.common.errors import UserError
 
 
 def acquire(file: TextIO, *, fix: str, shared: bool = False, wait: bool = False) -> bool:
-    """Locks an open file against other processes; False where one of them holds the lock.
+    """Locks an open file against other processes; False if one of them holds the lock.
 
     Args:
-      fix: what to do where the file system has no locks, for the error.
+      fix: what to do if the file system has no locks, for the error.
       shared: whether others may hold a shared lock at the same time.
       wait: whether to wait for the others.
 

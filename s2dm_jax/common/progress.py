@@ -14,7 +14,7 @@ Job = TypeVar("Job")
 
 
 class ProgressDisplay:
-    """A bar where the stream is a terminal, else lines; the one place that decides between the two.
+    """A bar if the stream is a terminal, else lines; the only place that decides between the two.
 
     Args:
       total: units of work, `done` included; None if unknown, in which case so is the time left.

@@ -12,12 +12,12 @@ class DatasetSpec(NamedTuple):
       title: its name in the provenance.
       builder: its name in tensorflow-datasets; empty for a bundled dataset, or one whose images only come from
         `data.source`.
-      manual_files: what to download by hand where the automatic download fails.
+      manual_files: what to download by hand if the automatic download fails.
       downloadable: whether there is an automatic download.
       crop: what `data.crop="auto"` stands for; one of CROPS. Only a dataset with a crop takes others.
       max_size: largest size that its images have, or None if any can be made.
       label: the builder's feature that is the class; empty for none.
-      binary_attributes: attributes whose values, as bits, make the label where the builder has no labels.
+      binary_attributes: attributes whose values, as bits, make the label if the builder has no labels.
       classes: names of those labels.
       bundled: whether it comes with a dependency and needs no preparation.
     """

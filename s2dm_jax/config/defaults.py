@@ -313,7 +313,7 @@ def image_shape(config: ConfigDict) -> tuple[int, int]:
 
 
 def decay_steps(config: ConfigDict) -> int:
-    """The step at which the decay of the learning rate ends: `train.steps` where none is set; 0 without a decay."""
+    """The step at which the decay of the learning rate ends: `train.steps` if none is set; 0 without a decay."""
     train = config.train
     return train.decay_steps or (0 if train.lr_schedule == "constant" else train.steps)
 

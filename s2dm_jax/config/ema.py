@@ -13,7 +13,7 @@ _SIGMA_REL = "sigma_rel="
 
 
 class EmaChoice(NamedTuple):
-    """What a field `ema` stands for.
+    """The EMA that a field `ema` selects.
 
     Attributes:
       kind: "main", the run's EMA; "weights", the raw weights; "decay", an EMA of `train.ema_decays`;
@@ -32,7 +32,7 @@ class EmaChoice(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What the weights are, as in "EMA at step 1,000"."""
+        """The weights in words, as in "EMA at step 1,000"."""
         if self.kind == "main":
             return "EMA"
         return "weights without EMA" if self.kind == "weights" else f"EMA {self.name}"

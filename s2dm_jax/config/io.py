@@ -149,9 +149,9 @@ def load_config(name: str) -> ConfigDict:
 
 
 def default_workdir(name: str) -> str:
-    """The run's folder where none is given, runs/FILE_OBJECTIVE for FILE[:OBJECTIVE], as runs/cifar10_s2_10.
+    """The run's default folder, runs/FILE_OBJECTIVE for FILE[:OBJECTIVE], such as runs/cifar10_s2_10.
 
-    Where the name has no objective, it is the default of the file's `get_config`, if that has one.
+    If the name has no objective, the default of the file's `get_config` is used, if that has one.
 
     Raises:
       UserError: as `load_config`.

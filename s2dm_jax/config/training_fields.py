@@ -49,7 +49,7 @@ TRAINING: dict[str, Field] = {
         doc="with ema_halflife_images, the half-life is at most this share of the images seen (EDM); 0: no ramp-up",
     ),
     "train.ema_decays": Field(
-        (), entries=float, low=0.0, high=1.0, doc="decays of further EMAs beside the main one, such as 0.999,0.9999"
+        (), entries=float, low=0.0, high=1.0, doc="decays of further EMAs besides the main one, such as 0.999,0.9999"
     ),
     "train.ema_sigma_rel": Field(
         (),

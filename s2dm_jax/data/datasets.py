@@ -76,7 +76,7 @@ _BUNDLED = {"digits": load_digits}
 
 
 def saturation_at_hand(config: ConfigDict) -> float | None:
-    """`Dataset.saturation` of a config's named dataset where it is already prepared; None for others."""
+    """`Dataset.saturation` of a config's named dataset if it is already prepared; None for others."""
     if config.data.source:
         return None
     if config.data.name in _BUNDLED:

@@ -39,7 +39,7 @@ class Feed(NamedTuple):
 def make_feed(
     images: np.ndarray, key: jax.Array, batch_size: int, steps: int, max_fraction: float, memory: int | None = None
 ) -> Feed:
-    """Places the images where they fit: on every device, sharded over the devices, or on the host.
+    """Places the images wherever they fit: on every device, sharded over the devices, or on the host.
 
     Args:
       images: uint8 [N, H, W, C], in memory or mapped.

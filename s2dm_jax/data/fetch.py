@@ -52,7 +52,7 @@ class _TransientError(Exception):
 
 
 def mirrored(files: Iterable[RemoteFile]) -> list[RemoteFile]:
-    """The files with their URLs at $S2DM_JAX_MIRROR, a folder of them on a web server, where that is set.
+    """The files with their URLs at $S2DM_JAX_MIRROR, a folder of them on a web server, if that is set.
 
     A checksums.tsv there, with lines of URL, bytes, SHA-256 and name, replaces the published sizes and checksums.
     """

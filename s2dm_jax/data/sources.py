@@ -143,7 +143,7 @@ def _select(names: list[str], repeated: list[str]) -> tuple[list[int], list[str]
         suffixes["hidden"] = hidden
     if suffixes:
         kinds = ", ".join(f"{n:,} × {suffix!r}" for suffix, n in suffixes.most_common(5))
-        left_out.append(f"for their suffix or as hidden: {kinds}")
+        left_out.append(f"because of their suffix or as hidden files: {kinds}")
     return selected, left_out
 
 

@@ -102,7 +102,7 @@ def _accepts(options):
 
 
 def numerics() -> dict[str, Any]:
-    """Settings of JAX, XLA and the devices' libraries that change results, where they are not the defaults."""
+    """Settings of JAX, XLA and the devices' libraries that change results, if they are not the defaults."""
     settings = {name: getattr(jax.config, name) for name in _NUMERICS}
     found = {name: value for name, value in settings.items() if value != _NUMERICS[name]}
     if flags := xla_flags():

@@ -345,4 +345,4 @@ def _row_name(model, point):
 def _sampler_note(options: ConfigDict) -> str:
     skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
     scaled = f"; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
-    return "last step to the clean image, no clipping but what a sampler's name says" + (scaled if skip else "")
+    return "last step to the clean image, no clipping except where a sampler's name says so" + (scaled if skip else "")

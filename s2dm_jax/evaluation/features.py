@@ -42,7 +42,7 @@ class Features(NamedTuple):
       metric: its description in a sentence.
       apply: uint8 [B,H,W,C] → float32 [B, D + L], the features followed by the logits; compiled.
       dimensions: D.
-      logits: L, 0 where there are none.
+      logits: L, 0 if there are none.
       provenance: what the function depends on, plain data.
     """
 
@@ -75,10 +75,10 @@ def resolve_features(config: ConfigDict, no_classifier: str) -> str:
     """What `config.eval.feature_extractor` stands for: "inception", "classifier" or FILE.py:function.
 
     "auto" is the classifier for the digits, whose 8×8 pixels are too few for Inception, and for other images Inception
-    or, if its weights are unavailable and nothing forbids it (`why_no_classifier`), the classifier.
+    or, if its weights are unavailable and a classifier can be trained (`why_no_classifier`), the classifier.
 
     Raises:
-      FeaturesUnavailable: where neither is available.
+      FeaturesUnavailable: if neither is available.
       UserError: for a classifier that cannot be trained, and for a weights file that cannot be used.
     """
     chosen, dataset, weights = config.eval.feature_extractor, dataset_name(config), config.eval.inception_weights
@@ -130,7 +130,7 @@ def check_features(config: ConfigDict, data: Dataset) -> list[tuple[str, int]]:
         return [inceptions]
     features = build_features(config, data)
     if name != "inception" and not np.isfinite(features.apply(jnp.asarray(data.train[:_TRIED]))).all():
-        raise UserError(f"config.eval.feature_extractor={name!r} gives features of real images that are not finite")
+        raise UserError(f"config.eval.feature_extractor={name!r} returns features of real images that are not finite")
     return [(name, features.dimensions)]
 
 
@@ -214,11 +214,11 @@ def _user_function(name: str, shape: tuple[int, ...]) -> Features:
     batched = hasattr(result, "shape") and len(result.shape) == 2 and result.shape[0] == 2 and result.shape[1] > 0
     if not batched or not jnp.issubdtype(result.dtype, jnp.floating):
         got = f"{result.dtype} {list(result.shape)}" if hasattr(result, "shape") else type(result).__name__
-        raise UserError(f"{field} must give floats [B, D] for uint8 {['B', *shape]}, got {got} for B = 2")
+        raise UserError(f"{field} must return floats [B, D] for uint8 {['B', *shape]}, got {got} for B = 2")
     if result.shape[1] > _MAX_FEATURES:
         raise UserError(
             f"{field} gives {result.shape[1]:,} features, whose covariance does not fit into memory; at most "
-            f"{_MAX_FEATURES:,} are possible"
+            f"{_MAX_FEATURES:,} are allowed"
         )
     return Features(
         name,

@@ -37,7 +37,7 @@ class _NotFiniteError(Exception):
 
 
 class Reference(NamedTuple):
-    """Statistics of the images that samples are compared with, and their features where a metric requires them.
+    """Statistics of the images that samples are compared with, and their features if a metric requires them.
 
     Attributes:
       mean, cov: float64 [D] and [D,D].

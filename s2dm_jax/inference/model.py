@@ -32,7 +32,7 @@ class Model(NamedTuple):
     Attributes:
       config: the run's config.
       network, schedule: the network and the forward process.
-      ema_params: the EMA of the weights, corrected for its start where that matters (`workdir.ema.sampling_ema`).
+      ema_params: the EMA of the weights, corrected for its start if that matters (`workdir.ema.sampling_ema`).
       step: number of training steps.
       ms_eps: float [T], Analytic-DPM's statistic, or None if it has not been estimated.
       variance_head: of SN- or NPR-DPM, or None.
@@ -147,8 +147,8 @@ class Model(NamedTuple):
     def with_noise_statistics(
         self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int, out: str | os.PathLike = ""
     ) -> "Model":
-        """The model with Analytic-DPM's statistic where `sampler` requires it, over `count` training images per
-        timestep: the one cached in `workdir` or `out`, or estimated now, and cached in `out` where `workdir` cannot be
+        """The model with Analytic-DPM's statistic if `sampler` requires it, over `count` training images per
+        timestep: the one cached in `workdir` or `out`, or estimated now, and cached in `out` if `workdir` cannot be
         written to.
         """
         if SAMPLERS[sampler].requires != "ms_eps":

@@ -1,4 +1,4 @@
-"""The UNet of improved-diffusion as a value: its shape, checked, and what it computes (`improved_unet_module.py`).
+"""The UNet of improved-diffusion as a value: its checked configuration and its computation (`improved_unet_module.py`).
 
 Parameter paths equal the published state_dict's names (`input_blocks.1.0.in_layers.2`), so that
 `weights/improved_names.py` needs only a few rules.

@@ -1,4 +1,4 @@
-"""The UNet of the DDIM code as a value: its shape, checked, and what it computes (its layers: `unet_module.py`).
+"""The UNet of the DDIM code as a value: its checked configuration and its computation (layers: `unet_module.py`).
 
 Parameter paths equal the published state_dict's names (`down.0.block.1.conv1`), so that `weights/torch_names.py` needs
 only a few rules.

@@ -119,7 +119,7 @@ def steps_for_nfe(sampler: str, nfe: int) -> int:
     """The number of steps for which the sampler makes `nfe` evaluations, the inverse of `nfe_of`.
 
     Raises:
-      ValueError: as `nfe_of`, and where no number of steps makes so many evaluations.
+      ValueError: as `nfe_of`, and if no number of steps makes exactly `nfe` evaluations.
     """
     spec = spec_of(sampler)
     fewest = nfe_of(sampler, spec.min_steps)

@@ -21,7 +21,7 @@ class TimestepSpec(NamedTuple):
 
     Attributes:
       steps: number of timesteps.
-      nfe: network evaluations; 10 where nothing is set.
+      nfe: network evaluations; 10 if nothing is set.
       timestep_spacing: one of SPACINGS; ignored with `timesteps`. "auto" is the sampler's own (`auto_spacing`).
         "optimal" depends on the network (`analytic.optimal_timesteps`): here it stands for as many timesteps of
         "uniform".
@@ -320,5 +320,5 @@ def unvisited_note(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray
     left_out = f"timestep {T - 1} is" if visitable == T - 1 else f"timesteps {visitable} to {T - 1} are"
     return (
         f"{left_out} not visited by {sampler}: log(alpha/sigma) is below min_log_snr={spec.min_log_snr:g} there, and "
-        "dividing by alpha would multiply the network's error; with clip_x0=True all are visited"
+        "dividing by alpha would multiply the network's error; clip_x0=True visits all"
     )

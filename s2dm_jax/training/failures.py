@@ -25,7 +25,7 @@ def check_finite(
     in_a_row: int,
     cure: str = "a lower config.train.lr",
 ) -> int:
-    """Stops a run, or prints what it skipped, where a chunk of steps had a loss or gradient that is not finite.
+    """Stops a run, or prints what it skipped, if a chunk of steps had a loss or gradient that is not finite.
 
     Args:
       finite: bool [n], whether both loss and gradient norm are.
@@ -45,7 +45,7 @@ def check_finite(
     if not len(bad):
         return 0
     checkpoint = _last_checkpoint(saved)
-    cure = f"{cure} in a new --workdir is the usual cure"
+    cure = f"{cure} in a new --workdir usually helps"
     if on_nonfinite == "stop":
         resume = "skips such steps" if saved is None else "resumes from there and skips such steps"
         raise UserError(
@@ -68,7 +68,7 @@ def check_loss_scale(metrics: dict[str, np.ndarray], first: int, saved: int | No
     """Stops a run whose gradient overflows in float16 with a loss scale of 1 and less: the scale is not to blame.
 
     Args:
-      metrics: "loss_scale" [n], after each of a chunk's steps, where it is dynamic.
+      metrics: "loss_scale" [n], after each of a chunk's steps, if it is dynamic.
       first, saved: as in `check_finite`.
 
     Raises:
@@ -79,7 +79,7 @@ def check_loss_scale(metrics: dict[str, np.ndarray], first: int, saved: int | No
         raise UserError(
             f"the gradient is not finite at step {first + below[0]} with a loss scale of 1: config.train.loss_scale="
             f"dynamic has halved it after each overflow, from 65536 on; {_last_checkpoint(saved)}; a lower "
-            "config.train.lr, or config.model.dtype=bfloat16 or float32, in a new --workdir is the usual cure"
+            "config.train.lr, or config.model.dtype=bfloat16 or float32, in a new --workdir usually helps"
         )
 
 

@@ -54,7 +54,7 @@ _QUEUED_SECONDS = 0.5
 
 
 def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -> None:
-    """Trains as `config` says, resuming what `workdir` holds, and evaluates the result.
+    """Trains as `config` describes, resuming the run in `workdir` if there is one, and evaluates the result.
 
     Leaves in `workdir`: config.json, parameters.txt, metrics.jsonl, tensorboard/, samples/, checkpoints/, results.json
     and results.md. Each of several processes calls this; the main one writes.

@@ -44,7 +44,7 @@ class StepConfig:
       grad_accum_steps: number of equal parts of a batch that go through the network one after another.
       shard_state: whether weights, EMA and moments are split over the devices.
       variance_head: kind of the variance head that is trained, "" for the network itself.
-      loss_scale: factor on the loss where the state has no dynamic one.
+      loss_scale: factor on the loss if the state has no dynamic one.
       loss_scale_growth_interval: number of steps without an overflow after which a dynamic one doubles.
     """
 
@@ -90,7 +90,7 @@ def update(
 
     Returns:
       The state after the step, and scalars: "loss", "loss_TERM" for the mean of each of its terms, "grad_norm" before
-      clipping, "loss_scale" where it is dynamic; and "by_timestep", L_simple by groups of timesteps
+      clipping, "loss_scale" if it is dynamic; and "by_timestep", L_simple by groups of timesteps
       (`loss_by_timestep`).
     """
     # Forward and backward.
@@ -221,7 +221,7 @@ def make_train_chunk(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A function of (state, images, rows [n, B], key, base_params, span) that does steps in one loop.
 
-    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `base_params` are the weights of the
+    If images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `base_params` are the weights of the
     network whose variance head is trained, or None. `span`, int32 [2], are the first row of a step and the one behind
     the last: one compiled program does any number of steps up to n; by default all n. It returns the new state and
     each metric as an array [n, …], which is 0 in the rows without a step.

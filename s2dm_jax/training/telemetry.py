@@ -185,7 +185,7 @@ class Progress:
 
         Returns:
           Of the steps since the last update: "seconds_per_step", "images_per_second", "tflops_per_second", and "mfu"
-          (its share of the peak) where the peak is known; of the run: "peak_memory_gb", "eta_seconds".
+          (its share of the peak) if the peak is available; of the run: "peak_memory_gb", "eta_seconds".
         """
         now = time.monotonic()
         seconds_per_step = (now - self._last_update - self._paused) / max(step - self._last_step, 1)
@@ -255,7 +255,7 @@ class Profile:
 def overflows(metrics: dict[str, np.ndarray]) -> np.ndarray:
     """Steps whose gradient overflowed under a dynamic loss scale, which alone they changed: bool [n].
 
-    `metrics` are "loss", "grad_norm" and, where the loss scale is dynamic, "loss_scale", each [n].
+    `metrics` are "loss", "grad_norm" and, if the loss scale is dynamic, "loss_scale", each [n].
     """
     if "loss_scale" not in metrics:
         return np.zeros(len(metrics["loss"]), bool)
@@ -263,7 +263,7 @@ def overflows(metrics: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:
-    """The means over a chunk of steps, and learning rate and loss scale of the last one where these change.
+    """The means over a chunk of steps, and learning rate and loss scale of the last one if these change.
 
     Steps that overflowed count in every mean but that of the gradient norm.
 
@@ -275,7 +275,7 @@ def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int
 
     Returns:
       The mean of each metric, that of L_simple in each group of timesteps that occurred as
-      "loss_simple_by_t/000-099"; "overflow_steps" where the loss scale is dynamic, "skipped_steps" if there are any.
+      "loss_simple_by_t/000-099"; "overflow_steps" if the loss scale is dynamic, "skipped_steps" if there are any.
     """
     overflow = overflows(metrics)
     counted = finite | overflow

@@ -1,4 +1,4 @@
-"""A workdir's run on Weights & Biases, beside metrics.jsonl and TensorBoard; needs wandb, the extra `wandb`."""
+"""A workdir's run on Weights & Biases, besides metrics.jsonl and TensorBoard; needs wandb, the extra `wandb`."""
 
 import contextlib
 import json
@@ -112,7 +112,7 @@ class WandbRun:
         self._attempt(lambda run: run.summary.update(summary))
 
     def close(self) -> None:
-        """Ends the run; called while an exception passes, as a failed one."""
+        """Ends the run; as failed, if called while an exception propagates."""
         failed = sys.exc_info()[0] is not None
         self._attempt(lambda run: run.finish(exit_code=int(failed)))
         if self._run is None:

@@ -98,15 +98,15 @@ def read_unet_config(config: Mapping) -> UNet | ImprovedUNet:
     as_ddim = {**config, **{name: diffusers_names.needed(name) for name in (*_OTHERS, *_READ)}}
     unet = diffusers_names.read_unet_config(as_ddim)
     if unet.in_channels != unet.out_channels:
-        raise ValueError(f"its out_channels are {unet.out_channels}, where its in_channels are {unet.in_channels}")
+        raise ValueError(f"its out_channels are {unet.out_channels}, but its in_channels are {unet.in_channels}")
     network = ImprovedUNet(**vars(unet), num_heads=1, scale_shift_norm=shift == "scale_shift")
     width, widths = config.get("attention_head_dim", 8), _attention_widths(network)
     if width is None:
         return network
     if type(width) is not int or width < 1 or len(widths) > 1 or widths[0] % width:
         raise ValueError(
-            f"its attention_head_dim is {width!r} for attention of {' and '.join(map(str, widths))} channels, where "
-            "one number of heads is needed"
+            f"its attention_head_dim is {width!r} for attention of {' and '.join(map(str, widths))} channels, but one "
+            "number of heads is needed"
         )
     return dataclasses.replace(network, num_heads=widths[0] // width)
 

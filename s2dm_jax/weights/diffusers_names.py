@@ -137,32 +137,30 @@ def needed(name: str) -> Any:
 
 
 def read_unet_config(config: Mapping) -> UNet:
-    """The network of a `UNet2DModel`'s config.json; ValueError naming the first field that DDIM's network does not
-    have.
-    """
+    """The network of a `UNet2DModel`'s config.json; ValueError naming the first field that is not DDIM's."""
     if config.get("_class_name") != "UNet2DModel":
-        raise ValueError(f"it is a {config.get('_class_name')}, where a UNet2DModel is needed")
+        raise ValueError(f"it is a {config.get('_class_name')}, but a UNet2DModel is needed")
     widths, down = config.get("block_out_channels", ()), config.get("down_block_types") or ()
     for name, (needed, default) in _NEEDED.items():
         value = config.get(name, default)
         # One head as wide as its input also goes by its width.
         one_head = name == "attention_head_dim" and all(value == width for width in widths)
         if value != needed and not one_head:
-            raise ValueError(f"its {name} is {value!r}, where DDIM's network has {needed!r}")
+            raise ValueError(f"its {name} is {value!r}, but DDIM's network has {needed!r}")
     attention = {"DownBlock2D": False, "AttnDownBlock2D": True}
     mirrored = [name.replace("Down", "Up") for name in reversed(down)]
     if not down or not set(down) <= set(attention) or list(config.get("up_block_types", ())) != mirrored:
         raise ValueError(
-            f"its blocks are {down} and {config.get('up_block_types')}, where DDIM's network has DownBlock2D "
+            f"its blocks are {down} and {config.get('up_block_types')}, but DDIM's network has DownBlock2D "
             "and AttnDownBlock2D, and the same backwards on the way up"
         )
     sizes: dict[str, Any] = {name: config.get(name) for name in _SIZES}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
-            raise ValueError(f"its {name} is {value!r}, where a number is needed")
+            raise ValueError(f"its {name} is {value!r}, but a number is needed")
     resolution, in_channels, out_channels, num_res_blocks = sizes.values()
     if not widths or len(widths) != len(down) or any(type(w) is not int or w % widths[0] for w in widths):
-        raise ValueError(f"its block_out_channels are {widths}, where one multiple of the first a block is needed")
+        raise ValueError(f"its block_out_channels are {widths}, but each must be a multiple of the first")
     if resolution % (1 << (len(down) - 1)):
         raise ValueError(f"its sample_size {resolution} cannot be halved {len(down) - 1} times")
     return UNet(
@@ -178,23 +176,19 @@ def read_unet_config(config: Mapping) -> UNet:
 
 
 def read_scheduler_config(config: Mapping) -> tuple[ScheduleSpec, str]:
-    """Schedule and prediction type, under s2dm_jax's names, from a scheduler_config.json; ValueError if they are
-    unsupported.
-    """
+    """Schedule and prediction type from a scheduler_config.json, under s2dm_jax's names; ValueError if unsupported."""
     kind = str(config.get("_class_name", ""))
     if _OTHER_PROCESSES.search(kind):
         raise ValueError(f"it is a {kind}, whose forward process is not supported; DDPMScheduler and DDIMScheduler are")
     if config.get("use_flow_sigmas"):
-        raise ValueError(
-            "its use_flow_sigmas is True, which is flow matching and not supported; a diffusion network is needed"
-        )
+        raise ValueError("its use_flow_sigmas is True, which is flow matching; a diffusion network is needed")
     prediction_type = config.get("prediction_type", "epsilon")
     predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
     if prediction_type not in predictions:
-        raise ValueError(f"its prediction_type is {prediction_type!r}, where one of {', '.join(predictions)} is needed")
+        raise ValueError(f"its prediction_type is {prediction_type!r}, but one of {', '.join(predictions)} is needed")
     T = config.get("num_train_timesteps", 1000)
     if type(T) is not int or T < 2:
-        raise ValueError(f"its num_train_timesteps is {T!r}, where a number from 2 up is needed")
+        raise ValueError(f"its num_train_timesteps is {T!r}, but a number of at least 2 is needed")
     if config.get("rescale_betas_zero_snr"):
         raise ValueError(
             "its rescale_betas_zero_snr is True: betas rescaled to a terminal signal-to-noise ratio of zero are not "

@@ -107,7 +107,7 @@ def _kernel(shapes: Shapes, name: str, axes: int = 4) -> tuple[int, ...]:
     if len(shape) != axes or 0 in shape:
         found = f"is of shape {shape}" if name in shapes else "is missing"
         raise ValueError(
-            f"these are no weights of improved-diffusion's UNet: {name} {found}, where a kernel's {axes} axes are "
+            f"these are not the weights of improved-diffusion's UNet: {name} {found}, but a kernel's {axes} axes are "
             "needed"
         )
     return shape
@@ -129,8 +129,8 @@ def _levels(shapes: Shapes) -> tuple[list[list[tuple[int, bool]]], bool]:
             levels.append([])
     if not all(levels) or len(convolutions) > 1:
         raise ValueError(
-            f"these are no weights of improved-diffusion's UNet: the blocks of input_blocks are {sorted(numbers)}, "
-            "which lack some"
+            "these are not the weights of improved-diffusion's UNet: the blocks of input_blocks are "
+            f"{sorted(numbers)}, which lack some"
         )
     return levels, convolutions != {False}
 

@@ -125,18 +125,18 @@ def card_to_markdown(card: dict, front_matter: dict[str, str] | None = None) -> 
         "Data": card["data"],
         "Objective": _sentence(card["objective"]),
         "Training": _sentence(card["training"]),
-        "Comes from": _sentence(card["source"]) if card["source"] else "trained with s2dm_jax from the start",
+        "Origin": _sentence(card["source"]) if card["source"] else "trained with s2dm_jax from the start",
         "License": card["license"],
-        "Made with": f"{_sentence(card['made_with'])}; {card['date']}",
+        "Created with": f"{_sentence(card['made_with'])}; {card['date']}",
     }
     if "sampler" in card:
-        facts["Sampler baked in"] = _sentence(card["sampler"])
-    lines += ["# Diffusion model", "", *_list(facts), "", "## Measured", ""]
+        facts["Embedded sampler"] = _sentence(card["sampler"])
+    lines += ["# Diffusion model", "", *_list(facts), "", "## Results", ""]
     if card["metrics"]:
         provenance = {name: _sentence(value) for name, value in card["metrics"]["provenance"].items()}
         lines += [results_table(card["metrics"]), "", *_list(provenance), ""]
     else:
-        lines += ["Nothing has been measured for these weights.", ""]
+        lines += ["No evaluation results for these weights.", ""]
     return "\n".join(lines)
 
 

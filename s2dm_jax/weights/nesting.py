@@ -30,7 +30,7 @@ class Found(NamedTuple):
     """A network's tensors in a checkpoint.
 
     Attributes:
-      ema: by the network's own names; the weights where there is no EMA.
+      ema: by the network's own names; the weights if there is no EMA.
       params: the weights that training changes, if they differ.
       step: training steps, if the checkpoint records them.
       description: which entry was taken, and what was taken off its names.
@@ -48,10 +48,11 @@ def find_state(contents: object, is_tensor: Callable[[object], bool], key: str =
     Args:
       contents: what a checkpoint holds.
       is_tensor: whether a value stands for a tensor.
-      key: where the state_dict is, as "model.ema" or "0"; "" to look for it.
+      key: of the state_dict, such as "model.ema" or "0"; "" to search for it.
 
     Raises:
-      ValueError: if there is none under `key`, or several and none has a known name; for an EMA that cannot be read.
+      ValueError: if there is none under `key`, or several and none with a recognized name; for an EMA that cannot be
+        read.
     """
     states = _states(contents, is_tensor)
     step = _step(contents)
@@ -86,7 +87,7 @@ def strip_names(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, A
     """A state_dict without buffers, wrappers, and other prefixes of the network's names; and what was removed.
 
     Args:
-      prefix: of the network; "" to find it: of several in one state_dict the EMA's.
+      prefix: of the network; "" to find it: the EMA's, if one state_dict has several.
 
     Raises:
       ValueError: if there are several, and not one of them is an EMA.

@@ -47,9 +47,9 @@ class Weights(NamedTuple):
     """A network with its weights and their file's metadata.
 
     Attributes:
-      network: the shape; dropout is 0 where the file does not state it.
-      ema_params: nested dict of float32 arrays, the EMA; the weights themselves where there is none.
-      params: the weights that training changes; `ema_params` where there are no others.
+      network: the shape; dropout is 0 if the file does not state it.
+      ema_params: nested dict of float32 arrays, the EMA; the weights themselves if there is none.
+      params: the weights that training changes; `ema_params` if there are no others.
       model_card: the model card (`model_card.make_card`) in a file written by s2dm_jax, with its config; else None.
       schedule: if the file has it.
       step: training steps so far, according to the file.
@@ -188,7 +188,7 @@ def _infer(
             return improved_shapes.infer_improved(shapes, resolution, stated)
         return torch_names.infer_network(shapes, resolution), None
     except ValueError as error:
-        if "these are no weights of" not in str(error):
+        if "these are not the weights of" not in str(error):
             raise
         shown = ", ".join(list(state)[:3]) + (", …" if len(state) > 3 else "")
         raise ValueError(f"{error}; it holds {len(state)} tensors: {shown or 'none'}") from error

@@ -134,7 +134,9 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
     def channels(name, axis=0):
         if len(shapes.get(name, ())) != 4:
             found = f"is of shape {shapes[name]}" if name in shapes else "is missing"
-            raise ValueError(f"these are no weights of DDIM's UNet: {name} {found}, where a kernel's 4 axes are needed")
+            raise ValueError(
+                f"these are not the weights of DDIM's UNet: {name} {found}, but a kernel's 4 axes are needed"
+            )
         return shapes[name][axis]
 
     def numbers(pattern):
@@ -145,7 +147,8 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
     widths = [channels(f"down.{i}.block.0.conv1.weight") for i in range(len(levels))]
     if not levels or levels != list(range(len(levels))) or any(width % ch for width in widths):
         raise ValueError(
-            f"these are no weights of DDIM's UNet: resolution levels {levels} of {widths} channels after {ch} at first"
+            f"these are not the weights of DDIM's UNet: resolution levels {levels} of {widths} channels after {ch} at "
+            "first"
         )
     attention = numbers(r"down\.(\d+)\.attn\.")
     if resolution is None:

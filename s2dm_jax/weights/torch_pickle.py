@@ -62,7 +62,7 @@ class Tensor(NamedTuple):
 
 
 class _Ignored:
-    """Stands for an object that a training loop saved beside its tensors, without its contents."""
+    """Stands for an object, without its contents, that a training loop saved along with its tensors."""
 
     def __new__(cls, *_, **__):
         return super().__new__(cls)
@@ -127,7 +127,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid):
         kind, dtype, key, _, count, *views = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or any(view is not None for view in views):
-            raise ValueError("an entry that is no storage")
+            raise ValueError("an entry that is not a storage")
         return Storage(str(key), dtype, int(count))
 
 
@@ -145,7 +145,7 @@ def _unpickle(stream: BinaryIO, size: int) -> Any:
 def open_torch(path: str | os.PathLike) -> Iterator[tuple[object, Callable[[Tensor], np.ndarray], bool]]:
     """Opens what `torch.save` wrote: the zip files of torch 1.6 and later, or the streams before.
 
-    Yields the contents with a `Tensor` in the place of each tensor; a function that reads one as an array of its own
+    Yields the contents with a `Tensor` in place of each tensor; a function that reads one as an array of its own
     type; and whether the file has checksums of what is read, which streams do not. Never executes code in the file: an
     object that is neither a tensor nor plain data is a UserError, as is a damaged file or one of another kind.
     """

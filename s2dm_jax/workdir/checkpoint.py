@@ -199,8 +199,8 @@ def restore_latest(
         return _with_unused(state, like)
     others = f", nor can the {len(steps) - 1} before it" if len(steps) > 1 else ""
     raise UserError(
-        f"the checkpoint {Path(manager.directory) / str(steps[0])} cannot be read, it is damaged or of "
-        f"another network ({damaged[steps[0]]}){others}; give another --workdir to start over"
+        f"the checkpoint {Path(manager.directory) / str(steps[0])} cannot be read: it is damaged or of another network "
+        f"({damaged[steps[0]]}){others}; give another --workdir to start over"
     )
 
 
@@ -291,7 +291,7 @@ def _quarantine(manager: ocp.CheckpointManager, steps: list[int]) -> None:
 def _read_through(item: Path) -> None:
     """Reads everything that a saved pytree's index names, and discards it.
 
-    Orbax reads its arrays concurrently: where a file is cut short it raises a bare Exception, and the reads still under
+    Orbax reads its arrays concurrently: if a file is cut short it raises a bare Exception, and the reads still under
     way print a page of tracebacks each.
     """
     if not item.is_dir():

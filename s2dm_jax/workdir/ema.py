@@ -152,7 +152,7 @@ def sampling_ema(
 ) -> tuple[dict, str]:
     """The weights to sample from, and a sentence if they are not simply the EMA of the state.
 
-    They are the EMA where at most NEGLIGIBLE of it are initial weights, else `corrected_ema`. The EMA of a run that
+    They are the EMA if at most NEGLIGIBLE of it is initial weights, else `corrected_ema`. The EMA of a run that
     started from converted weights (a folder with a model card) started from those: nothing is subtracted. Neither is it
     with a ramp-up, whose first update replaces the initial weights.
 
@@ -161,7 +161,7 @@ def sampling_ema(
       network: the trained network, or that of the variance head in `state`.
       state: with its EMA replicated.
       workdir: folder of the run.
-      decay: that of the EMA where it is one of `train.ema_decays`; None for the run's own.
+      decay: that of the EMA if it is one of `train.ema_decays`; None for the run's own.
     """
     import jax
 
@@ -198,7 +198,7 @@ def sampling_ema(
 
 
 def largest_update(b1: float, b2: float) -> float:
-    """Upper bound of Adam's |m̂|/√v̂ by Cauchy and Schwarz, with bias correction; infinite where β₁² ≥ β₂.
+    """Upper bound of Adam's |m̂|/√v̂ by Cauchy and Schwarz, with bias correction; infinite if β₁² ≥ β₂.
 
     It is √((1−β₁)²/((1−β₂)(1−β₁²/β₂))), times √(1−β₂)/(1−β₁) where that is more than 1: 7.3 for 0.9 and 0.999.
     """

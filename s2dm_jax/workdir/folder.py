@@ -53,7 +53,7 @@ def evaluation_folder(workdir: str | os.PathLike, out: str) -> Path:
 
 
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
-    """Creates the folder of a run; raises a `UserError` where a run with this config cannot train."""
+    """Creates the folder of a run; raises a `UserError` if a run with this config cannot train."""
     path = Path(workdir)
     _check_storable(path)
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -113,7 +113,7 @@ def check_readable_name(workdir: str | os.PathLike) -> None:
     """
     if "\\" in str(Path(workdir).absolute()):
         raise UserError(
-            f"{workdir} has a backslash in its path, where checkpoints cannot be written or read; give another path, "
+            f"{workdir} has a backslash in its path, which checkpoints do not support; give another path, "
             "or rename the folder"
         )
 

@@ -82,7 +82,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
-            f"{workdir} holds no config.json, so it is no training run; give the --workdir of one"
+            f"{workdir} holds no config.json, so it is not a training run; give the --workdir of one"
         ) from error
     except (OSError, ValueError) as error:
         raise unreadable_config(file, error) from error

@@ -157,7 +157,7 @@ def test_the_split_and_what_it_leaves_out_are_printed(cache, tmp_path, capsys):
     # A later run, which finds them in the cache, prints it in its summary.
     assert data.split.splitlines()[1] == "classes  2: cat, dog"
     out = capsys.readouterr().out
-    assert "split    train/ 20 for training, test/ 3 held out; left out, beside them: no folder 1" in out
+    assert "split    train/ 20 for training, test/ 3 held out; left out, outside these folders: no folder 1" in out
     assert "classes  2: cat, dog" in out
 
 
@@ -261,7 +261,7 @@ def test_concatenated_archives_are_refused(cache, tmp_path, suffix):
     parts = [make(tmp_path / f"{n}.{suffix}", {f"{n}/{name}": data for name, data in PICTURES.items()}) for n in "ab"]
     both = tmp_path / f"both.{suffix}"
     both.write_bytes(parts[0].read_bytes() + parts[1].read_bytes())
-    with pytest.raises(UserError, match="concatenated: unpack them into one folder"):
+    with pytest.raises(UserError, match="concatenated archives: unpack them into one folder"):
         load_dataset(config_for(both))
 
 
@@ -325,7 +325,7 @@ def test_invalid_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_
     for name in bad:
         assert f"skipped {name!r}: " in output.err
     assert "3 of 23 images skipped; at most 3 may be" in output.err
-    assert "left out, for their suffix or as hidden: 2 × 'hidden', 1 × '.txt'" in output.out
+    assert "left out, because of their suffix or as hidden files: 2 × 'hidden', 1 × '.txt'" in output.out
     assert "3 skipped" in data.provenance
     provenance = json.loads((cache / left_in(cache)[0] / "provenance.json").read_text())
     assert sorted(name for name, _ in provenance["skipped"]) == sorted(bad)

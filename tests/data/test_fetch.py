@@ -91,8 +91,8 @@ def test_what_cannot_be_downloaded_is_one_sentence(server, tmp_path, faults, cha
     with pytest.raises(UserError) as error:
         fetched(server, tmp_path, **changes)
     assert str(error.value) == (
-        f"data.bin of the set cannot be downloaded ({reason}); get {server.url}/data.bin with a browser, put it at "
-        f"{tmp_path}/manual/data.bin, and run the same command again"
+        f"data.bin of the set cannot be downloaded ({reason}); download {server.url}/data.bin with a browser, put it "
+        f"at {tmp_path}/manual/data.bin, and run the same command again"
     )
     assert not (tmp_path / "downloads" / "data.bin").exists()
     assert fetched(server, tmp_path) == {"data.bin": CONTENT}
@@ -111,7 +111,7 @@ def test_no_network_and_no_answer_are_one_sentence(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/data.bin"
         file = RemoteFile("data.bin", url, 10, SHA256)
-        with pytest.raises(UserError, match=r"\(no answer for 0\.1 s\); get http.* with a browser, put it at"):
+        with pytest.raises(UserError, match=r"\(no answer for 0\.1 s\); download http.* with a browser, put it at"):
             fetch_files("the set", [file], tmp_path / "downloads", tmp_path / "manual")
     for address, reason in ((url, "Connection refused"), ("http://s2dm-jax.invalid/data.bin", "[^)]+")):
         with pytest.raises(

@@ -375,7 +375,7 @@ def test_features_do_not_depend_on_the_batches(config, data):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("wrong", r"must give floats \[B, D\] for uint8 \['B', 8, 8, 1\], got float32 \[\] for B = 2"),
+        ("wrong", r"must return floats \[B, D\] for uint8 \['B', 8, 8, 1\], got float32 \[\] for B = 2"),
         ("broken", r"failed with RuntimeError: no such thing$"),
         ("missing", r"failed with AttributeError"),
     ],
@@ -609,7 +609,7 @@ def test_features_that_are_constant_leave_a_table_with_gaps(config, data, tmp_pa
         ),
         ({"reference": "complex.npz"}, r"cannot be read \(mu holds complex128, not real numbers\)"),
         ({"feature_extractor": "nan.py:f"}, r"features of real images that are not finite"),
-        ({"feature_extractor": "nan.py:none"}, r"must give floats \[B, D\] .* got float32 \[2, 0\]"),
+        ({"feature_extractor": "nan.py:none"}, r"must return floats \[B, D\] .* got float32 \[2, 0\]"),
         ({"feature_extractor": "nan.py:many"}, r"gives 20,000 features, whose covariance does not fit"),
         # "auto" may be Inception or the classifier.
         (

@@ -415,7 +415,7 @@ def test_damaged_checkpoints(workdir, tmp_path):
             os.truncate(path, path.stat().st_size // 2)
         else:
             path.unlink()
-        with pytest.raises(UserError, match=r"checkpoints/7 cannot be read, it is damaged") as error:
+        with pytest.raises(UserError, match=r"checkpoints/7 cannot be read: it is damaged") as error:
             s2dm_jax.load(str(run))
         assert "\n" not in str(error.value)
     done = command(f"--workdir={tmp_path / 'run0'}")

@@ -274,7 +274,9 @@ def test_published_checkpoints_are_taken_apart(read):
         read({"epoch": 3})
     with pytest.raises(UserError, match="the images' resolution cannot be inferred from the shapes"):
         read(raw, resolution=None)
-    with pytest.raises(UserError, match=r"no weights of improved-diffusion's UNet: input_blocks.0.0.weight is missing"):
+    with pytest.raises(
+        UserError, match=r"not the weights of improved-diffusion's UNet: input_blocks.0.0.weight is missing"
+    ):
         read({"time_embed.0.weight": raw["conv_in.bias"]})
     with pytest.raises(UserError, match=r"mid.block_1.conv1.weight has shape .*\(3, 3, 3, 3\).*\(32, 32, 3, 3\)"):
         read({**raw, "mid.block_1.conv1.weight": np.zeros((3, 3, 3, 3), np.float32)})
@@ -438,7 +440,7 @@ def test_a_card_claims_nothing_about_a_training_that_it_does_not_know(command, f
         *["not stated"] * 3,
         "cc0",
     )
-    assert "Nothing has been measured" in (tmp_path / "again.pth.md").read_text()
+    assert "No evaluation results" in (tmp_path / "again.pth.md").read_text()
 
 
 def test_a_config_must_be_that_of_the_weights(files):

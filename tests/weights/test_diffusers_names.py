@@ -26,18 +26,18 @@ def published():
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("norm_eps", None, "its norm_eps is 1e-05, where DDIM's network has 1e-06"),
-        ("freq_shift", 0, "its freq_shift is 0, where DDIM's network has 1"),
-        ("attention_head_dim", 8, "its attention_head_dim is 8, where DDIM's network has None"),
+        ("norm_eps", None, "its norm_eps is 1e-05, but DDIM's network has 1e-06"),
+        ("freq_shift", 0, "its freq_shift is 0, but DDIM's network has 1"),
+        ("attention_head_dim", 8, "its attention_head_dim is 8, but DDIM's network has None"),
         (
             "_class_name",
             "UNet2DConditionModel",
-            "it is a UNet2DConditionModel, where a UNet2DModel is needed",
+            "it is a UNet2DConditionModel, but a UNet2DModel is needed",
         ),
         ("down_block_types", ["SkipDownBlock2D"], r"its blocks are \['SkipDownBlock2D'\] and"),
-        ("sample_size", None, "its sample_size is None, where a number is needed"),
-        ("in_channels", 0, "its in_channels is 0, where a number is needed"),
-        ("block_out_channels", [48, 32], r"its block_out_channels are \[48, 32\], where one multiple"),
+        ("sample_size", None, "its sample_size is None, but a number is needed"),
+        ("in_channels", 0, "its in_channels is 0, but a number is needed"),
+        ("block_out_channels", [48, 32], r"its block_out_channels are \[48, 32\], but each must be"),
     ],
 )
 def test_a_diffusers_network_of_another_kind_is_refused(tmp_path, field, value, sentence):
@@ -138,13 +138,13 @@ def test_the_ema_of_a_training_is_preferred(tmp_path):
         (
             "prediction_type",
             "flow",
-            "its prediction_type is 'flow', where one of epsilon, v_prediction, sample is needed",
+            "its prediction_type is 'flow', but one of epsilon, v_prediction, sample is needed",
         ),
         ("rescale_betas_zero_snr", True, "its rescale_betas_zero_snr is True"),
         ("snr_shift_scale", 3.0, "its snr_shift_scale is 3.0, which changes the betas"),
         ("use_flow_sigmas", True, "its use_flow_sigmas is True, which is flow matching"),
         ("_class_name", "EDMEulerScheduler", "it is a EDMEulerScheduler, whose forward process is not supported"),
-        ("num_train_timesteps", 1, "its num_train_timesteps is 1, where a number from 2 up is needed"),
+        ("num_train_timesteps", 1, "its num_train_timesteps is 1, but a number of at least 2 is needed"),
     ],
 )
 def test_a_scheduler_of_another_kind_is_refused(field, value, sentence):
