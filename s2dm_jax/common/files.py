@@ -48,7 +48,7 @@ def environment_path(variable: str, default: str) -> Path:
     """The folder in an environment variable, or the default, with `~` for the home folder.
 
     Raises:
-      UserError: if there is no home folder, as for a container's user without a passwd entry and HOME.
+      UserError: if there is no home folder, such as for a container's user without a passwd entry and HOME.
     """
     expanded = os.path.expanduser(os.environ.get(variable) or default)
     if expanded.startswith("~"):

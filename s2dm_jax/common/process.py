@@ -38,9 +38,9 @@ _IGNORED = {
 def set_up_process() -> None:
     """Makes a command's output and results independent of its environment; before jax is imported.
 
-    Characters that stdout and stderr cannot encode become question marks; a closed stdout or stderr, as after `>&-`, is
-    opened to nowhere, before a file that is written gets its descriptor. JAX settings in the environment that would
-    change the results are removed, each with a line on stderr. Warnings are one line, without a line of source.
+    Characters that stdout and stderr cannot encode become question marks; a closed stdout or stderr, such as after
+    `>&-`, is opened to nowhere, before a file that is written gets its descriptor. JAX settings in the environment that
+    would change the results are removed, each with a line on stderr. Warnings are one line, without a line of source.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     for name in ("stdout", "stderr"):

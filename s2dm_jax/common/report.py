@@ -113,7 +113,7 @@ class _Droppable:
 
 @contextlib.contextmanager
 def _droppable_output() -> Iterator[None]:
-    """For the block, what cannot be written to stdout or stderr, as after `| head`, is dropped without an error."""
+    """For the block, what cannot be written to stdout or stderr, such as after `| head`, is dropped silently."""
     output, error = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Droppable(output), _Droppable(error)
     try:

@@ -103,7 +103,7 @@ def drop_foreign_options(config: ConfigDict, named: Iterable[str]) -> list[str]:
     An option that is named on the command line itself stays, and `validate.check_config` refuses it.
 
     Args:
-      named: the fields that the command line sets, as "sample.sampler".
+      named: the fields that the command line sets, such as "sample.sampler".
 
     Returns:
       One sentence for each option that is reset.

@@ -39,12 +39,12 @@ class EmaChoice(NamedTuple):
 
 
 def decay_name(decay: float) -> str:
-    """The name of an EMA with this decay, as "0.999"."""
+    """The name of an EMA with this decay, such as "0.999"."""
     return repr(float(decay))
 
 
 def sigma_rel_name(sigma_rel: float) -> str:
-    """The name of a power-function EMA of this relative width, as "sigma_rel=0.1"."""
+    """The name of a power-function EMA of this relative width, such as "sigma_rel=0.1"."""
     return f"{_SIGMA_REL}{float(sigma_rel)!r}"
 
 
@@ -100,7 +100,7 @@ def extra_names(train: ConfigDict) -> list[str]:
 
 
 def ema_summary(train: ConfigDict) -> str:
-    """A run's EMAs in a few words, as "EMA 0.9999 (also 0.999, sigma_rel=0.05)"."""
+    """A run's EMAs in a few words, such as "EMA 0.9999 (also 0.999, sigma_rel=0.05)"."""
     if not train.ema_halflife_images:
         words = f"EMA {train.ema_decay:g}"
     else:

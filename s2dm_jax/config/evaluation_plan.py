@@ -65,7 +65,7 @@ def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> 
     samplers = [sampler_name(name) for name in split_names(fields["samplers"])]
     for name in samplers:
         if name not in SAMPLERS:
-            raise ValueError(f"samplers={fields['samplers']!r} names {name!r}; there are {', '.join(SAMPLERS)}")
+            raise ValueError(f"samplers={fields['samplers']!r} names {name!r}; choose among {', '.join(SAMPLERS)}")
     if not samplers or len(set(samplers)) < len(samplers):
         raise ValueError(f"samplers={fields['samplers']!r} must name at least one sampler, each only once")
     if fields["timestep_spacing"] == "optimal" and any(SAMPLERS[name].requires != "ms_eps" for name in samplers):

@@ -336,7 +336,7 @@ def _skip_scale_options(options: ConfigDict) -> dict:
 
 
 def _row_name(model, point):
-    """With the options that are not the defaults, as "ddim, uniform, skip_scale 10, EMA 0.999"."""
+    """The row's name with non-default options, such as "ddim, uniform, skip_scale 10, EMA 0.999"."""
     values = _skip_scale_options(model.config.eval).items()
     changed = [f"{name} {value}" for name, value in values if value != SAMPLER_OPTIONS[name].default]
     return ", ".join([point.name, *changed, *([model.weights] if model.ema else [])])

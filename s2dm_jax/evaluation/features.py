@@ -56,7 +56,7 @@ class Features(NamedTuple):
 
 
 def why_no_classifier(data: Dataset, dataset: str) -> str:
-    """What the images lack for a classifier, as "needs labels, …"; "" if it can be trained."""
+    """What the images lack for a classifier, such as "needs labels, …"; "" if it can be trained."""
     size, classes = data.train.shape[1:3], len(np.unique(data.train_labels))
     if data.num_classes < 2:
         return f"needs labels, which {dataset} does not have"

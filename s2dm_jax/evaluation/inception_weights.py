@@ -23,7 +23,7 @@ _CHUNK = 1 << 20
 
 
 def inception_params(source: str = "", sha256: str = "") -> dict[str, np.ndarray]:
-    """The parameters of Inception, as `inception.fold_norms` gives them.
+    """The parameters of Inception, as returned by `inception.fold_norms`.
 
     Args:
       source: a file or URL of the PyTorch port's state dict; "" for the cache, or else the standard URL.

@@ -66,7 +66,7 @@ def estimate_noise_statistics(
     Args:
       params: the network's weights to sample with, usually the EMA.
       images: uint8 [N, H, W, C], training images.
-      folder: of the cache, as `statistics_folder`.
+      folder: of the cache, from `statistics_folder`.
       num_images: how many of the images, drawn by `seed`; all if there are fewer.
       seed: of the choice and of the noise: that of image i at timestep t depends on (seed, t, i) alone.
       batch_size: images per batch.

@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
       params, ema_params: nested dicts of float32 arrays, the weights and their EMA.
       opt_state: of the optimizer.
       loss_scale: None unless it is dynamic.
-      ema_extra: further EMAs by name (`config.ema.extra_names`), as `ema_params`.
+      ema_extra: further EMAs by name (`config.ema.extra_names`), each like `ema_params`.
     """
 
     step: jax.Array | np.ndarray

@@ -69,7 +69,7 @@ def test_a_sampler_or_an_nfe_without_any_point_leaves_gaps():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"samplers": "ddim,plms"}, "samplers='ddim,plms' names 'plms'; there are ddim, ddpm"),
+        ({"samplers": "ddim,plms"}, "samplers='ddim,plms' names 'plms'; choose among ddim, ddpm"),
         ({"samplers": "ddim,ddim"}, "must name at least one sampler, each only once"),
         ({"samplers": " , "}, "must name at least one sampler"),
         ({"samplers": "f_pndm", "nfe": (5, 10)}, "nfe=5 is too few for f_pndm"),
@@ -88,7 +88,7 @@ def test_bad_plans(change, sentence):
 def test_metrics_come_in_one_order_and_fid_always():
     assert parse_metrics("precision_recall, kid") == ["fid", "kid", "precision_recall"]
     assert parse_metrics("") == ["fid"]
-    with pytest.raises(ValueError, match="metrics='fid,cmmd' names 'cmmd'; there are fid, kid, inception_score"):
+    with pytest.raises(ValueError, match="metrics='fid,cmmd' names 'cmmd'; choose among fid, kid, inception_score"):
         parse_metrics("fid,cmmd")
 
 
