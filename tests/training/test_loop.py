@@ -316,7 +316,7 @@ def no_data(monkeypatch):
 
 def test_batch_that_does_not_go_into_parts_and_devices(tmp_path, monkeypatch, no_data):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    with pytest.raises(UserError, match=r"batch_size=8 must be a multiple of 16: of the 4 devices times"):
+    with pytest.raises(UserError, match=r"batch_size=8 must be a multiple of 16, the 4 devices times"):
         train(run_config(train__grad_accum_steps=4), tmp_path / "run")
 
 
