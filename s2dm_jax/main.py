@@ -7,7 +7,7 @@
   python -m s2dm_jax.main --mode=evaluate --workdir=runs/digits --config.eval.nfe=10,20
   python -m s2dm_jax.main --mode=export --workdir=runs/digits
 
-`python -m s2dm_jax` and, where it is installed, `s2dm-jax` are the same command. Every field of the config is a
+`python -m s2dm_jax` and, once installed, `s2dm-jax` are the same command. Every field of the config is a
 flag, --config.GROUP.FIELD=VALUE.
 """
 
@@ -63,37 +63,35 @@ _GROUPS = {"sample": ("sample",), "evaluate": ("eval",), "export": ("sample", "e
 _AFTER_SIGNAL = {
     "train": "no new step was trained; run the same command again",
     "sample": "no file was left half-written; run the same command again",
-    "evaluate": "the rows measured so far are cached, and the same command measures the others",
+    "evaluate": "the rows measured so far are cached; run the same command to measure the others",
     "export": "nothing was exported; run the same command again",
 }
 
 
 def _define_flags() -> flags.FlagValues:
-    """The flags beside the config's fields; in an object of their own, for absl's is global."""
+    """The flags other than the config's fields; in their own object, because absl's is global."""
     values = flags.FlagValues()
-    config = "Config FILE[:OBJECTIVE], as configs/digits.py:s2_10; by default the config of the run in --workdir"
+    config = "Config FILE[:OBJECTIVE], such as configs/digits.py:s2_10; default: the config of the run in --workdir"
     mode = (
         "Train a run, sample from one (config.sample), evaluate one (config.eval), or export its sampler as one file "
         "(config.sample, config.export)"
     )
-    out = "Folder for what the modes sample, evaluate and export write, where it shall not be in the run's own"
-    address = "Several hosts: HOST:PORT of process 0; not needed under Slurm, Open MPI and on TPU pods"
+    out = "Output folder of the modes sample, evaluate and export; default: the run's own folder"
+    address = "Multi-host: HOST:PORT of process 0; not needed under Slurm, under Open MPI and on TPU pods"
     flags.DEFINE_string("config", None, config, values)
-    workdir = (
-        "Folder of the run, which is resumed if it is there; by default runs/FILE_OBJECTIVE, as --config names them"
-    )
+    workdir = "Folder of the run, which is resumed if it exists; default: runs/FILE_OBJECTIVE, named after --config"
     flags.DEFINE_string("workdir", None, workdir, values)
     flags.DEFINE_string("out", "", out, values)
     flags.DEFINE_enum("mode", "train", ["train", *_GROUPS], mode, values)
     flags.DEFINE_string("coordinator_address", None, address, values)
-    flags.DEFINE_integer("num_processes", None, "Several hosts: number of processes", 1, flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Several hosts: index of this process, from 0", 0, flag_values=values)
-    flags.DEFINE_boolean("help", False, "Show this text", values, short_name="h")
+    flags.DEFINE_integer("num_processes", None, "Multi-host: number of processes", 1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Multi-host: index of this process, from 0", 0, flag_values=values)
+    flags.DEFINE_boolean("help", False, "Show this help", values, short_name="h")
     return values
 
 
 def _parse(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
-    """Reads the flags of `values`; what absl objects to becomes a `UserError`."""
+    """Reads the flags of `values`; absl's errors become a `UserError`."""
     try:
         return values(argv, known_only=known_only)
     except (flags.Error, ValueError) as error:
@@ -119,7 +117,7 @@ def _workdir(values: flags.FlagValues) -> str:
 
 def _out(values: flags.FlagValues) -> str:
     if values.out and values.mode == "train":
-        raise UserError(f"--out={values.out} does not go with --mode=train, which writes to --workdir")
+        raise UserError(f"--out={values.out} cannot be used with --mode=train, which writes to --workdir")
     return str(user_path(values.out, "--out")) if values.out else ""
 
 
@@ -131,7 +129,9 @@ def _outputs(mode: str, config: ConfigDict, workdir: str, out: str) -> list[Path
         run = evaluation_folder(workdir, out)
         return [run, run / "evaluations", run / "evaluations" / "points"]
     if config.export.path and out:
-        raise UserError(f"--out={out} does not go with config.export.path={config.export.path}; give one of the two")
+        raise UserError(
+            f"--out={out} cannot be combined with config.export.path={config.export.path}; give one of the two"
+        )
     return [Path(config.export.path).parent if config.export.path else output_folder(workdir, out, "exports")]
 
 
@@ -142,7 +142,7 @@ def _starting_config(values: flags.FlagValues, workdir: str) -> ConfigDict:
         return read_config(workdir)
     if values.config is None and os.path.isfile(workdir):
         raise UserError(
-            f"--workdir={workdir} is a file, which cannot be trained; an exported sampler can be used with "
+            f"--workdir={workdir} is a file, but training needs a folder; an exported sampler can be used with "
             "--mode=sample and --mode=evaluate"
         )
     if not values.config:
@@ -277,7 +277,7 @@ def _start(values: flags.FlagValues, config: ConfigDict, workdir: str, out: str)
 
 
 def _training_config(config: ConfigDict, named: Iterable[str], workdir: str) -> ConfigDict:
-    """The config to train, checked: that of a variance head has its base's groups, any other is as it is."""
+    """The checked config to train; that of a variance head gets the groups of its base run."""
     for name in named:
         if config.variance_head.kind and name.startswith(("data.", "diffusion.", "model.")):
             raise UserError(

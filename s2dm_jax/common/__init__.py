@@ -1,1 +1,3 @@
-"""Knows nothing of diffusion: errors, atomic files, hashing, progress, images, Markdown, command lines, the version."""
+"""General code, independent of diffusion: errors, atomic files, hashing, progress, images, Markdown, command lines, the
+version.
+"""

@@ -1,4 +1,4 @@
-"""Shared by the command lines: help, the check for matplotlib, running other commands."""
+"""Parts that all command lines share: help, the matplotlib check, running other commands."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ _SECONDS_OF_LAST_LINES = 5.0
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints description and examples as they are written; errors of argparse become a `UserError`."""
+    """Prints its description and examples verbatim; argparse's errors become a `UserError`."""
 
     def __init__(self, description: str, examples: str):
         super().__init__(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,12 +29,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def path_argument(name: str) -> Callable[[str], str]:
-    """The `type=` of an argument that is a path: as `files.user_path` reads it; `name` is for its errors."""
+    """The `type=` of a path argument, read by `files.user_path`; `name` appears in its errors."""
     return lambda text: str(user_path(text, name)) if text else ""
 
 
 def check_matplotlib(purpose: str) -> None:
-    """Raises a `UserError` unless matplotlib is installed; `purpose` is what needs it, as "the page"."""
+    """Raises a `UserError` unless matplotlib is installed; `purpose` names what needs it, such as "the page"."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"{purpose} needs matplotlib; install it with pip install 's2dm_jax[plot]'")
 
@@ -50,15 +50,15 @@ def run_command(
 
     Args:
       log: a file to which the output is appended as well.
-      inherited: descriptors that stay open in the command, such as that of a lock, which it then holds too.
+      inherited: file descriptors that stay open in the command, such as a lock's, so that it holds the lock too.
 
     Raises:
-      SystemExit: after a signal, which the command receives too, once the command has saved and ended.
+      SystemExit: after a signal, once the command, which receives it too, has saved and exited.
     """
     with contextlib.ExitStack() as stack:
         child = stack.enter_context(_started(command, output or sys.stderr, log, inherited))
         received = stack.enter_context(
-            deferred(lambda: "waiting until the command above has ended; again to stop at once", child)
+            deferred(lambda: "waiting for the command above to finish; interrupt again to stop at once", child)
         )
         status = child.wait()
     if received:

@@ -1,4 +1,4 @@
-"""Where JAX caches compiled programs; to be set before it is imported."""
+"""Where JAX caches compiled programs; must be set before JAX is imported."""
 
 import functools
 import os
@@ -16,9 +16,9 @@ _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 
 def set_compilation_cache() -> None:
-    """Makes JAX cache compiled programs in ~/.cache/s2dm_jax, or where the user says, if that can be written to.
+    """Makes JAX cache compiled programs in ~/.cache/s2dm_jax, or the folder that the user names, if it is writable.
 
-    What JAX then cannot read or write there is a note, not a warning for every program; damaged entries are made anew.
+    JAX's read and write errors there become one note, not a warning for every program; damaged entries are replaced.
     """
     name = "JAX_COMPILATION_CACHE_DIR"
     written = os.environ.get(name, "~/.cache/s2dm_jax")
@@ -28,7 +28,8 @@ def set_compilation_cache() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     if reason := "HOME is not set" if folder.startswith("~") else why_not_writable(folder):
         print(
-            f"note: compiled programs are not cached in {folder} ({reason}); {name}=DIR names another", file=sys.stderr
+            f"note: compiled programs are not cached in {folder} ({reason}); {name}=DIR selects another folder",
+            file=sys.stderr,
         )
         if os.path.isdir(folder):
             # Those that are there are used, and none is added.
@@ -53,7 +54,7 @@ def _show_warning(
     for path in damaged:
         path.unlink(missing_ok=True)
     if action == "reading" and damaged:
-        note = f"{len(damaged)} compiled programs in {folder} were cut short or changed, and are compiled again"
+        note = f"{len(damaged)} compiled programs in {folder} are truncated or corrupt and will be compiled again"
         print(f"note: {note}", file=sys.stderr, flush=True)
     elif action not in noted:
         noted.add(action)

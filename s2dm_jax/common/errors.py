@@ -1,4 +1,4 @@
-"""The errors of a command: the user's, and those of the file system where something is written."""
+"""The errors of a command: user errors, and file system errors while writing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,15 +6,15 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """An error of the user's, described in one sentence; `main` prints it and exits with status 2."""
+    """A user error, described in one sentence; `main` prints it and exits with status 2."""
 
 
 class WriteError(OSError):
-    """An error of the file system at a file that was being written, whose name it has."""
+    """A file system error while writing a file; it carries the file's name."""
 
 
 class AbruptEnd(UserError):
-    """An error after which the process ends at once: its threads may wait for what never comes."""
+    """An error after which the process must exit at once, because its threads may wait forever."""
 
 
 class UnfinishedWrite(AbruptEnd):
@@ -27,7 +27,9 @@ class LostProcess(AbruptEnd):
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Makes an `OSError` that names no file, or one at `temporary`, a `WriteError` with the name of what is written."""
+    """Turns an `OSError` without a file name, or for `temporary`, into a `WriteError` with the name of the file
+    written.
+    """
     try:
         yield
     except OSError as error:

@@ -48,7 +48,7 @@ def environment_path(variable: str, default: str) -> Path:
     """The folder in an environment variable, or the default, with `~` for the home folder.
 
     Raises:
-      UserError: if there is no home folder, as for a container's user without an entry and HOME.
+      UserError: if there is no home folder, such as for a container's user without a passwd entry and HOME.
     """
     expanded = os.path.expanduser(os.environ.get(variable) or default)
     if expanded.startswith("~"):
@@ -67,8 +67,8 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
     # pathlib makes one slash of two.
     if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", written):
         raise UserError(
-            f"{name}={written} is a URL ({url[1]}:), which is not supported; give a path, such as a folder that the "
-            "bucket is mounted at"
+            f"{name}={written} is a URL ({url[1]}:), which is not supported; give a path, such as the folder where the "
+            "bucket is mounted"
         )
     expanded = os.path.expanduser(written)
     if expanded.startswith("~"):
@@ -87,9 +87,9 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
 
 
 def why_not_writable(place: str | os.PathLike, *, is_file: bool = False) -> str:
-    """Why no file can be made in a folder, or where it will be, or why a file cannot be appended to; "" where it works.
+    """Why a file cannot be created in a folder (which may not exist yet), or appended to; "" if it can.
 
-    Tries it, and leaves nothing: the mode of a folder says nothing about a file system that is read-only.
+    Tries it and leaves nothing behind: a folder's mode does not show that its file system is read-only.
     """
     path = Path(place).absolute()
     existing = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
@@ -106,7 +106,7 @@ def why_not_writable(place: str | os.PathLike, *, is_file: bool = False) -> str:
 
 
 def why_not_replaceable(file: str | os.PathLike) -> str:
-    """Why `atomic_path` cannot write a file, or a folder as a whole; "" where it can."""
+    """Why `atomic_path` cannot write a file, or a folder as a whole; "" if it can."""
     path = Path(file).absolute()
     if os.path.lexists(path):
         owner, folder = path.lstat().st_uid, path.parent.stat()
@@ -177,9 +177,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, keys: Sequence[str], consequence: str) -> dict | None:
-    """The dict in a JSON file that can be made again; None if it is missing, or empty, cut short or without `keys`.
+    """The dict in a JSON file that can be regenerated; None if it is missing, empty, truncated or without `keys`.
 
-    The latter, what a power failure leaves, is reported with its `consequence`, as is a file that may not be read.
+    All but a missing file are reported with their `consequence`, as is a file without read permission.
     """
     content, fault = None, "is empty or damaged"
     try:
@@ -197,7 +197,7 @@ def read_json(path: Path, keys: Sequence[str], consequence: str) -> dict | None:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The lines of a log of JSON, without those that a crash has cut short."""
+    """The lines of a JSON log, without any that a crash truncated."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):

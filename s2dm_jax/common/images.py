@@ -29,7 +29,7 @@ def to_uint8(x: jax.Array) -> jax.Array:
     """Floats of any shape, clipped to [−1, 1], to uint8, rounded half up like torchvision's save_image.
 
     Raises:
-      ValueError: where x is not floating.
+      ValueError: if x is not floating.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating, in [-1, 1], got {x.dtype}")

@@ -1,4 +1,4 @@
-"""JAX's environment, before it is imported: variables that it would end on."""
+"""Checks, before JAX is imported, the environment variables with which it would abort."""
 
 import importlib.util
 import mmap
@@ -25,12 +25,12 @@ def check_jax_environment() -> None:
     """Checks the variables of the environment that JAX reads, before it is imported.
 
     Raises:
-      UserError: for a variable with a value that JAX would end on; names the variable.
+      UserError: for a value with which JAX would abort; names the variable.
     """
     check_xla_flags()
     count = os.environ.get("JAX_NUM_CPU_DEVICES", "-1")
     if not re.fullmatch(r"-1|0*[1-9]\d*", count):
-        raise UserError(f"JAX_NUM_CPU_DEVICES={count} is not a number of devices from 1 up; correct or unset it")
+        raise UserError(f"JAX_NUM_CPU_DEVICES={count} is not a number of devices of at least 1; correct or unset it")
     given = {name: value for name, value in os.environ.items() if name.startswith("JAX_") and name not in _ANY_TEXT}
     if not given or "jax" in sys.modules:
         return
@@ -42,7 +42,7 @@ def check_jax_environment() -> None:
         named = [name for name in given if name.lower() in reason.lower().replace(".", "_")]
         wrong = named or [name for name, value in given.items() if repr(value) in reason]
         settings = " ".join(f"{name}={given[name]}" for name in wrong or given)
-        raise UserError(f"{settings} is no value that JAX accepts ({reason}); correct or unset it") from error
+        raise UserError(f"{settings} is not a value that JAX accepts ({reason}); correct or unset it") from error
 
 
 def check_platforms() -> None:
@@ -83,7 +83,7 @@ def xla_flags() -> list[str]:
     try:
         return Path(value).read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not a text file"
         raise UserError(
             f"XLA_FLAGS={value} does not start with --, so it names a file of flags, which cannot be read ({reason}); "
             "give flags such as --xla_backend_optimization_level=3, or a file"

@@ -8,10 +8,10 @@ from s2dm_jax.common.errors import UserError
 
 
 def acquire(file: TextIO, *, fix: str, shared: bool = False, wait: bool = False) -> bool:
-    """Locks an open file against other processes; False where one of them holds the lock.
+    """Locks an open file against other processes; False if one of them holds the lock.
 
     Args:
-      fix: what to do where the file system has no locks, for the error.
+      fix: what to do if the file system has no locks, for the error.
       shared: whether others may hold a shared lock at the same time.
       wait: whether to wait for the others.
 
@@ -25,7 +25,7 @@ def acquire(file: TextIO, *, fix: str, shared: bool = False, wait: bool = False)
         return False
     except OSError as error:
         raise UserError(
-            f"the file system of {Path(file.name).parent} has no file locks ({error.strerror}), so that two processes "
-            f"could write there at once; {fix}"
+            f"the file system of {Path(file.name).parent} has no file locks ({error.strerror}), so two processes could "
+            f"write there at once; {fix}"
         ) from error
     return True

@@ -1,4 +1,4 @@
-"""What a command sets right about its process before any work: the output's encoding, JAX's settings."""
+"""Process setup of a command before any work: the output's encoding, JAX's settings."""
 
 import io
 import os
@@ -38,9 +38,9 @@ _IGNORED = {
 def set_up_process() -> None:
     """Makes a command's output and results independent of its environment; before jax is imported.
 
-    Characters that stdout and stderr cannot encode become question marks; a closed stdout or stderr, as after `>&-`, is
-    opened to nowhere, before a file that is written gets its descriptor. Settings of JAX in the environment that would
-    change the results are removed, with a line on stderr for each. Warnings are one line, without a line of source.
+    Characters that stdout and stderr cannot encode become question marks; a closed stdout or stderr, such as after
+    `>&-`, is opened to nowhere, before a file that is written gets its descriptor. JAX settings in the environment that
+    would change the results are removed, each with a line on stderr. Warnings are one line, without a line of source.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     for name in ("stdout", "stderr"):
@@ -52,4 +52,4 @@ def set_up_process() -> None:
     for name, neutral in _IGNORED.items():
         value = os.environ.pop(name, "")
         if value.strip().lower() not in neutral:
-            print(f"note: {name}={value} is ignored: with it, results would differ or programs fail", file=sys.stderr)
+            print(f"note: {name}={value} is ignored: it would change results or break programs", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Progress and time left of long work: a bar on a terminal, elsewhere a line every ten seconds."""
+"""Progress and remaining time of long work: a bar on a terminal, a line every ten seconds elsewhere."""
 
 import contextlib
 import sys
@@ -14,10 +14,10 @@ Job = TypeVar("Job")
 
 
 class ProgressDisplay:
-    """A bar where the stream is a terminal, else lines; the one place that decides between the two.
+    """A bar if the stream is a terminal, else lines; the only place that decides between the two.
 
     Args:
-      total: units of work, `done` included; None where unknown, and then the time left is, too.
+      total: units of work, `done` included; None if unknown, in which case so is the time left.
       done: units done before.
       shown: False to write nothing.
       **bar_options: of `tqdm.tqdm`.

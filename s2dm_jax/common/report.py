@@ -1,4 +1,4 @@
-"""What a command reports: `UserError` in one sentence, a full disk likewise, and nothing where nobody reads it."""
+"""Error reporting of a command: one sentence for a `UserError` or a full disk, none if the output has no reader."""
 
 import contextlib
 import errno
@@ -20,8 +20,8 @@ _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)
 
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turns a `UserError`, an `OSError` for a full disk or a lack of rights, and a lack of memory into a sentence and
-    exit status 2.
+    """Turns a `UserError`, an `OSError` for a full disk or missing permissions, and a lack of memory into a sentence
+    and exit status 2.
 
     Sets up the process first (`set_up_process`).
     """
@@ -43,8 +43,8 @@ def report_user_errors() -> Iterator[None]:
             reason = str(error).strip().partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ") or "out of memory"
             _exit_with(
                 UserError(
-                    f"the memory does not suffice ({reason[:200].rstrip('.')}); choose a smaller batch_size, fewer "
-                    "images at once, or a smaller network"
+                    f"not enough memory ({reason[:200].rstrip('.')}); use a smaller batch_size, fewer images at once, "
+                    "or a smaller network"
                 )
             )
 
@@ -67,9 +67,9 @@ def _sentence(error: OSError) -> str:
             "the same command again"
         )
     if isinstance(error, WriteError):
-        return f"writing failed{where} ({error.strerror}); mend that, and run the same command again"
+        return f"writing failed{where} ({error.strerror}); fix that, and run the same command again"
     if error.errno in _UNUSABLE and error.filename:
-        return f"{error.filename} cannot be used ({error.strerror}); mend that, or give another path"
+        return f"{error.filename} cannot be used ({error.strerror}); fix that, or give another path"
     if error.errno in _FORBIDDEN and error.filename:
         return (
             f"{error.filename} cannot be read or written ({error.strerror}); change its permissions, or give another "
@@ -113,7 +113,7 @@ class _Droppable:
 
 @contextlib.contextmanager
 def _droppable_output() -> Iterator[None]:
-    """For the block, what cannot be written to stdout or stderr, as after `| head`, is dropped without an error."""
+    """For the block, what cannot be written to stdout or stderr, such as after `| head`, is dropped silently."""
     output, error = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Droppable(output), _Droppable(error)
     try:

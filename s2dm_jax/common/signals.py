@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do to a command: end it in one sentence, or let a training save first.
+"""Signal handling: SIGINT, SIGTERM and SIGHUP end a command with one sentence, or let training save first.
 
 Python runs a handler between two bytecodes of the main thread, which a compilation by XLA holds for minutes. An
 exception raised there (KeyboardInterrupt) comes out wherever the thread is: JAX's callbacks ignore it, and shutting the
@@ -84,7 +84,7 @@ def deferred(sentence: Callable[[], str], child: subprocess.Popen | None = None)
     global _deferral
     with contextlib.ExitStack() as stack:
         if _advice is None:
-            stack.enter_context(end_on_signal("what was under way is lost"))
+            stack.enter_context(end_on_signal("unfinished work is lost"))
         install_handlers()
         _deferral = _Deferral(sentence, child)
         received = _deferral.received

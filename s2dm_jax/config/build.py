@@ -1,4 +1,4 @@
-"""From a config to the objects that it names; imports jax only when called."""
+"""Builds the objects that a config names; imports jax only when called."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def schedule_spec(config: ConfigDict) -> ScheduleSpec:
-    """What names the noise schedule: the group `diffusion` of a config."""
+    """The `ScheduleSpec` in the group `diffusion` of a config."""
     return ScheduleSpec(**config.diffusion)
 
 
@@ -66,10 +66,10 @@ def network_of(config: ConfigDict, dtype: str) -> "Network":
     names = {field.name for field in dataclasses.fields(network)}
     for name in stated.keys() - names:
         if FIELDS[f"model.{name}"].default is None:
-            raise ValueError(f"{name}={stated[name]!r} is no field of {network.__name__}; leave it None")
+            raise ValueError(f"{name}={stated[name]!r} is not a field of {network.__name__}; leave it None")
     if "prediction" not in names and config.model.prediction != "epsilon":
         raise ValueError(
-            f"prediction={config.model.prediction!r} is no field of {network.__name__}, which predicts epsilon; "
+            f"prediction={config.model.prediction!r} is not a field of {network.__name__}, which predicts epsilon; "
             "choose epsilon"
         )
     return network(**{name: value for name, value in values.items() if name in names} | {"dtype": dtype})

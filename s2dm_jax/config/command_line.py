@@ -1,5 +1,5 @@
 """How the command line changes a config: values after a space, fields set to None, options of another sampler, and
-what is said of mistakes.
+error messages.
 """
 
 import difflib
@@ -22,9 +22,9 @@ _FIELD = re.compile(r"--?config\.([^=]*)(=?)(.*)", re.DOTALL)
 
 
 def check_values(arguments: Sequence[str], names: Iterable[str]) -> None:
-    """Raises a `UserError` where a flag of `names`, or a field that needs a value, is followed by another flag.
+    """Raises a `UserError` if a flag of `names`, or a field that needs a value, is followed by another flag.
 
-    absl would take `--workdir --mode=sample` for a folder of the name `--mode=sample`.
+    absl would read `--workdir --mode=sample` as a folder named `--mode=sample`.
     """
     fields = {f"config.{name}" for name, field in FIELDS.items() if field.type is not bool}
     needing = fields | set(names)
@@ -35,7 +35,7 @@ def check_values(arguments: Sequence[str], names: Iterable[str]) -> None:
 
 
 def check_processes(values: flags.FlagValues, mode: str) -> None:
-    """Raises a `UserError` where the flags of several hosts do not go together, or with `mode`."""
+    """Raises a `UserError` if the multi-host flags are incomplete or invalid, or not allowed with `mode`."""
     names = ("coordinator_address", "num_processes", "process_id")
     hosts: list[Any] = [values[name].value for name in names]
     missing = [name for name, value in zip(names, hosts, strict=True) if value is None]
@@ -43,8 +43,8 @@ def check_processes(values: flags.FlagValues, mode: str) -> None:
         return
     if missing:
         raise UserError(
-            f"--{missing[0]} is missing: --coordinator_address=HOST:PORT, --num_processes=N and --process_id=I go "
-            "together"
+            f"--{missing[0]} is missing: --coordinator_address=HOST:PORT, --num_processes=N and --process_id=I must be "
+            "given together"
         )
     coordinator, count, number = hosts
     port = re.fullmatch(r".+:(\d{1,5})", coordinator)
@@ -57,11 +57,11 @@ def check_processes(values: flags.FlagValues, mode: str) -> None:
             f"--process_id={number} is out of range: with --num_processes={count} it must be from 0 to {count - 1}"
         )
     if mode != "train":
-        raise UserError(f"--coordinator_address does not go with --mode={mode}, which is for one process")
+        raise UserError(f"--coordinator_address cannot be combined with --mode={mode}, which runs in a single process")
 
 
 def _nothing(field: Field) -> Any:
-    """The value of a field that stands for nothing; Ellipsis where it has none."""
+    """The value of a field that means "not set"; Ellipsis if it has none."""
     if field.type is tuple and not field.min_length:
         return ()
     return field.default if field.default in (None, "") else ...
@@ -70,7 +70,7 @@ def _nothing(field: Field) -> Any:
 def reset_fields(config: ConfigDict, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Sets back, in place, the optional fields that the command line gives as `=None`, `=none` or `=`.
 
-    They become None, or the empty text or list that is their default; any list that may be empty becomes empty.
+    They become None, or the empty text or list that is their default; lists that may be empty become empty.
 
     Returns:
       The arguments without those of these fields, and the names of the fields. The last of several values counts.
@@ -103,7 +103,7 @@ def drop_foreign_options(config: ConfigDict, named: Iterable[str]) -> list[str]:
     An option that is named on the command line itself stays, and `validate.check_config` refuses it.
 
     Args:
-      named: the fields that the command line sets, as "sample.sampler".
+      named: the fields that the command line sets, such as "sample.sampler".
 
     Returns:
       One sentence for each option that is reset.
@@ -120,7 +120,7 @@ def drop_foreign_options(config: ConfigDict, named: Iterable[str]) -> list[str]:
             if value == default or field in named or _applies(name, value, samplers, options.mean):
                 continue
             options[name] = default
-            notes.append(f"config.{field}={value!r} is no option of {', '.join(samplers)}: {default!r} is used")
+            notes.append(f"config.{field}={value!r} is not an option of {', '.join(samplers)}: using {default!r}")
     return notes
 
 
@@ -137,13 +137,13 @@ def _applies(name: str, value: object, samplers: list[str], mean: str | None) ->
 
 
 def describe_flag_error(message: str, values: flags.FlagValues) -> str:
-    """What absl says of a wrong flag, as one sentence with the value and what is allowed."""
+    """absl's message about a wrong flag, as one sentence with the value and what is allowed."""
     if wrong := re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL):
         return f"config.{wrong[1]}={wrong[2]!r} has the wrong type: it must be {allowed_type(FIELDS[wrong[1]])}"
     if wrong := re.match(r"flag --(\w+)=(.*?): ", message, re.DOTALL):
         parser: Any = values[wrong[1]].parser
         if choices := getattr(parser, "enum_values", None):
-            return f"--{wrong[1]}={wrong[2]} is not known; choose one of {', '.join(choices)}"
+            return f"--{wrong[1]}={wrong[2]} is not valid; choose one of {', '.join(choices)}"
         return f"--{wrong[1]}={wrong[2]} is not {parser.syntactic_help}"
     if unknown := re.match(r"Unknown command line flag '(?:no)?([^']*)'", message):
         return f"--{unknown[1]} is not a flag; {_suggestion(unknown[1], '', values)}"
@@ -166,9 +166,9 @@ def describe_stray_argument(argument: str, arguments: Sequence[str]) -> str:
     before = dict(itertools.pairwise(reversed(arguments))).get(argument, "")
     name = before.lstrip("-").removeprefix("config.")
     if name in FIELDS and FIELDS[name].type is bool:
-        return f"{argument!r} is not a flag; a field that is True or False is set by --config.{name}={argument}"
+        return f"{argument!r} is not a flag; set a field that is True or False by --config.{name}={argument}"
     if argument.startswith("-"):
-        return f"{argument!r} follows --, after which there are no flags; give it before"
+        return f"{argument!r} follows --, after which nothing is read as a flag; put it before the --"
     name, equals, value = argument.partition("=")
     suggestion = _suggestion(name, f"{equals}{value}") if equals else "flags start with --"
     return f"{argument!r} is not a flag; {suggestion} (see --help)"

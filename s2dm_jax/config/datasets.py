@@ -7,19 +7,19 @@ class DatasetSpec(NamedTuple):
     """A dataset.
 
     Attributes:
-      size: pixels of a side.
+      size: height and width in pixels.
       channels: 1 (grey) or 3 (RGB).
       title: its name in the provenance.
-      builder: its name in tensorflow-datasets; empty for one that is bundled, or whose images are only taken from
+      builder: its name in tensorflow-datasets; empty for a bundled dataset, or one whose images only come from
         `data.source`.
-      manual_files: what to download by hand where the automatic download fails.
+      manual_files: what to download by hand if the automatic download fails.
       downloadable: whether there is an automatic download.
       crop: what `data.crop="auto"` stands for; one of CROPS. Only a dataset with a crop takes others.
-      max_size: largest size that its images have, or None where any can be made.
+      max_size: largest size that its images have, or None if any can be made.
       label: the builder's feature that is the class; empty for none.
-      binary_attributes: attributes whose values, as bits, make the label where the builder has no labels.
+      binary_attributes: attributes whose values, as bits, make the label if the builder has no labels.
       classes: names of those labels.
-      bundled: whether it comes with a dependency, and needs no preparation.
+      bundled: whether it comes with a dependency and needs no preparation.
     """
 
     size: int
@@ -37,7 +37,7 @@ class DatasetSpec(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Pixels of a side, channels."""
+        """Height and width in pixels, channels."""
         return self.size, self.channels
 
 

@@ -1,4 +1,4 @@
-"""Every field of a config, and what is read off the fields.
+"""Every field of a config, and values derived from the fields.
 
 A file in `configs/` starts from `default_config()` and sets what its dataset needs.
 """
@@ -36,13 +36,16 @@ SAMPLER_OPTIONS: dict[str, Field] = {
     "timestep_spacing": Resumable(
         "auto",
         choices=SPACINGS,
-        doc="spacing of the timesteps; auto: the sampler's best; optimal: Analytic-DPM's dynamic programme",
+        doc=(
+            "spacing of the timesteps; auto: the best measured for the sampler; optimal: Analytic-DPM's dynamic "
+            "programming"
+        ),
     ),
     "min_log_snr": Resumable(
         MIN_LOG_SNR,
         low=-1000.0,
         high=0.0,
-        doc="lowest log(alpha/sigma) of a timestep that is visited where x_0 is not clipped; -1000: no bound",
+        doc="lowest log(alpha/sigma) of a timestep that a sampler without clipping of x_0 visits; -1000: no bound",
     ),
     "eta": Resumable(0.0, low=0.0, high=1.0, doc="DDIM's noise: 0 is deterministic, 1 has DDPM's posterior variance"),
     "clip_x0": Resumable(None, type=bool, doc="clip each step's prediction of x_0"),
@@ -51,20 +54,22 @@ SAMPLER_OPTIONS: dict[str, Field] = {
         type=float,
         low=1e-6,
         high=1.0,
-        doc="clip x_0 to this quantile of each image's values, such as 0.995, and scale it into [-1, 1] (Imagen); in "
-        "the place of clip_x0",
+        doc=(
+            "clip x_0 to this quantile of each image's values, such as 0.995, and scale it into [-1, 1] (Imagen); "
+            "replaces clip_x0"
+        ),
     ),
     "raw_eps": Resumable(
-        None, type=bool, doc="keep DDIM's ε as predicted where x_0 is clipped, as Analytic-DPM's code"
+        None, type=bool, doc="keep DDIM's ε as predicted when x_0 is clipped, like Analytic-DPM's code"
     ),
     "variance": Resumable(
         None,
         type=str,
         choices=OPTIONS["variance"],
-        doc="variance of DDPM's steps; learned: by the second output of a network that has model.learned_variance",
+        doc="variance of DDPM's steps; learned: from the second output of a network with model.learned_variance",
     ),
     "pndm_convention": Resumable(
-        None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM reads at a timestep"
+        None, type=str, choices=OPTIONS["pndm_convention"], doc="which alpha_bar PNDM uses at a timestep"
     ),
     "order": Resumable(None, type=int, choices=OPTIONS["order"], doc="order of DEIS, DPM-Solver++ and UniPC"),
     "variant": Resumable(None, type=str, choices=OPTIONS["variant"], doc="B(h) of UniPC: h or e^h − 1"),
@@ -73,14 +78,16 @@ SAMPLER_OPTIONS: dict[str, Field] = {
         None,
         type=float,
         low=1e-6,
-        doc="bound on the mean absolute noise of the last noisy step of Analytic-, SN- and NPR-DPM, in grey "
-        "values of 255",
+        doc=(
+            "bound on the mean absolute noise of the last noisy step of Analytic-, SN- and NPR-DPM, in grey values (0 "
+            "to 255)"
+        ),
     ),
     "skip_scale": Resumable(
         0, low=0, doc="scale the network's output as training with L_skip and this skip would; 0: no scaling"
     ),
     "skip_scale_tau": Resumable(0.99, low=0.0, high=1.0, doc="tau of that scaling"),
-    "skip_scale_preset": Resumable("paper", choices=LOSS_PRESETS, doc="loss preset of that scaling, as loss.preset"),
+    "skip_scale_preset": Resumable("paper", choices=LOSS_PRESETS, doc="loss preset of that scaling (see loss.preset)"),
 }
 
 # All that these two groups share.
@@ -88,23 +95,25 @@ _SHARED = {
     **SAMPLER_OPTIONS,
     "ema": Resumable(
         "",
-        doc="weights to use; empty: the run's EMA; weights: those without an average; a decay of train.ema_decays; "
-        "sigma_rel=0.1: the power-function EMA of that width, with train.ema_sigma_rel",
+        doc=(
+            "weights to use; empty: the run's EMA; weights: the raw weights; a decay: that EMA of train.ema_decays; "
+            "sigma_rel=0.1: the power-function EMA of that width, which needs train.ema_sigma_rel"
+        ),
     ),
     "noise_stat_images": Resumable(100, low=2, doc="training images per timestep for Analytic-DPM's noise statistic"),
 }
 
 FIELDS: dict[str, Field] = {
     "data.name": Field("digits", choices=tuple(DATASETS), doc="dataset"),
-    "data.random_flip": Field(False, doc="flip half of the training images from left to right"),
+    "data.random_flip": Field(False, doc="flip training images horizontally with probability 1/2"),
     # Resumable: the hash of the images decides whether they are the same.
     "data.source": Resumable(
         "",
         path="path",
         doc="your own images: a folder, a .zip or .tar of one, an .npy or .npz; empty: the dataset data.name",
     ),
-    "data.resolution": Field(0, low=0, high=1024, doc="pixels of a side; 0: as the dataset data.name"),
-    "data.channels": Field(0, choices=(0, 1, 3), doc="1: grey, 3: RGB; 0: as the dataset data.name"),
+    "data.resolution": Field(0, low=0, high=1024, doc="height and width in pixels; 0: those of the dataset data.name"),
+    "data.channels": Field(0, choices=(0, 1, 3), doc="1: grey, 3: RGB; 0: that of the dataset data.name"),
     "data.crop": Field(
         "auto",
         choices=("auto", *CROPS),
@@ -115,7 +124,10 @@ FIELDS: dict[str, Field] = {
         0.01, low=0.0, high=1.0, doc="largest fraction of your own images that may be skipped as corrupt or unsupported"
     ),
     "data.max_device_memory_fraction": Resumable(
-        0.4, low=0.0, high=1.0, doc="fraction of a device's memory for images; larger datasets stream from the host"
+        0.4,
+        low=0.0,
+        high=1.0,
+        doc="largest fraction of a device's memory for the images; larger datasets stream from the host",
     ),
     "diffusion.schedule": Field("linear", choices=tuple(BETAS), doc="noise schedule"),
     "diffusion.T": Field(1000, low=2, high=MAX_T, doc="number of timesteps"),
@@ -127,14 +139,14 @@ FIELDS: dict[str, Field] = {
     ),
     "model.name": Field("unet", choices=tuple(NETWORKS), doc="network"),
     "model.prediction": Field(
-        "epsilon", choices=_PREDICTIONS, doc="what the network's output is: the noise, v or the clean image"
+        "epsilon", choices=_PREDICTIONS, doc="what the network predicts: the noise, v or the clean image"
     ),
     "model.ch": Field(128, low=32, high=4096, doc="channels at the highest resolution"),
-    "model.ch_mult": Field((1, 2, 2, 2), low=1, min_length=1, doc="factor on the channels at each resolution level"),
+    "model.ch_mult": Field((1, 2, 2, 2), low=1, min_length=1, doc="channel multiplier of each resolution level"),
     "model.num_res_blocks": Field(2, low=1, high=64, doc="residual blocks per resolution level"),
     "model.attn_resolutions": Field((16,), low=1, doc="resolutions with self-attention, in pixels"),
     "model.dropout": Field(0.1, low=0.0, high=0.999, doc="dropout rate in the residual blocks"),
-    "model.resamp_with_conv": Field(True, doc="resample with convolutions, as the published networks"),
+    "model.resamp_with_conv": Field(True, doc="resample with convolutions, like the published networks"),
     # None stands for the network's own default; a network that has no such field refuses any other value.
     "model.num_heads": Field(None, type=int, low=1, high=4096, doc="heads of self-attention (improved_unet)"),
     "model.scale_shift_norm": Field(
@@ -143,30 +155,37 @@ FIELDS: dict[str, Field] = {
     "model.learned_variance": Field(
         None,
         type=bool,
-        doc="as many output channels again, for sample.variance=learned; only in converted weights, since no loss "
-        "trains them (improved_unet)",
+        doc=(
+            "predict a variance in as many extra output channels, for sample.variance=learned; only for converted "
+            "weights, since no loss here trains it (improved_unet)"
+        ),
     ),
     "model.num_classes": Field(
         None,
         type=int,
         low=0,
         high=1_000_000,
-        doc="classes of a class-conditional network; only in converted weights, since nothing here gives the network "
-        "labels (improved_unet)",
+        doc=(
+            "number of classes of a class-conditional network; only for converted weights, since losses and samplers "
+            "here pass no labels (improved_unet)"
+        ),
     ),
     "model.t_offset": Field(
         None,
         type=int,
         low=0,
         high=1,
-        doc="timestep that the network is given for the first: 0, or 1 as Analytic-DPM's for CIFAR-10 (improved_unet)",
+        doc=(
+            "number that the network receives for the first timestep: 0, or 1 as in Analytic-DPM's network for "
+            "CIFAR-10 (improved_unet)"
+        ),
     ),
     "model.t_scale": Field(
         None,
         type=float,
         low=1e-6,
         high=1e6,
-        doc="factor on the timestep that the network is given, such as 1000/T for OpenAI's (improved_unet)",
+        doc="factor on the timestep that the network receives, such as 1000/T for OpenAI's networks (improved_unet)",
     ),
     "model.dtype": Field(
         "auto",
@@ -184,32 +203,41 @@ FIELDS: dict[str, Field] = {
     ),
     "loss.skip_factors": Field(None, type=int, low=0, doc="one-step alphas multiplied in alpha_skip"),
     "loss.skip_boundary": Field(
-        None, type=str, choices=("truncate", "plain"), doc="L_skip at timesteps with fewer steps below than factors"
+        None,
+        type=str,
+        choices=("truncate", "plain"),
+        doc="what L_skip does at timesteps with fewer steps below them than loss.skip_factors",
     ),
-    "loss.window": Field(None, type=str, choices=("forward", "backward"), doc="L_sa's window from t on or up to t"),
-    "loss.window_boundary": Field(None, type=str, choices=("inner", "all"), doc="timesteps of the window in L_sa"),
+    "loss.window": Field(
+        None, type=str, choices=("forward", "backward"), doc="direction of L_sa's window: from t upwards or downwards"
+    ),
+    "loss.window_boundary": Field(
+        None, type=str, choices=("inner", "all"), doc="which timesteps of the window count in L_sa"
+    ),
     "loss.sa_norm": Field(None, type=str, choices=("K^2", "K"), doc="divisor of L_sa"),
     "loss.use_tau_s": Field(None, type=bool, doc="weight L_sa by Theorem 1's τ_s"),
     "loss.reduction": Field(None, type=str, choices=("sum", "mean"), doc="reduction over an image's pixels"),
-    "loss.antithetic": Field(None, type=bool, doc="draw half of the timesteps as mirrors of the others"),
+    "loss.antithetic": Field(None, type=bool, doc="draw half of the timesteps as mirrors T-1-t of the others"),
     "variance_head.kind": Field(
         "", choices=("", *HEADS), doc="variance head to train on another run's frozen network; empty: none"
     ),
     # Resumable: the hash of the weights decides whether it is the same network.
     "variance_head.base_workdir": Resumable("", path="path", doc="workdir of that run"),
-    "variance_head.dropout": Field(False, doc="whether the frozen network's dropout is on"),
+    "variance_head.dropout": Field(False, doc="apply dropout in the frozen network"),
     **TRAINING,
     "sample.sampler": Resumable("ddim", choices=tuple(SAMPLERS), doc="sampler"),
-    "sample.steps": Resumable(0, low=0, high=MAX_T, doc="sampling steps; 0: from nfe or timesteps"),
+    "sample.steps": Resumable(0, low=0, high=MAX_T, doc="number of sampling steps; 0: derived from nfe or timesteps"),
     "sample.nfe": Resumable(
         0,
         low=0,
         high=5 * MAX_T,
-        doc="number of network evaluations; 0: from steps or timesteps, or 10 without any of the three",
+        doc=(
+            "number of network evaluations (NFE); 0: derived from steps or timesteps, or 10 if none of the three is set"
+        ),
     ),
-    "sample.timesteps": Resumable((), doc="explicit timesteps, ascending; empty: from steps, nfe"),
+    "sample.timesteps": Resumable((), doc="explicit timesteps, ascending; empty: derived from steps or nfe"),
     **{f"sample.{name}": field for name, field in _SHARED.items()},
-    "sample.num_images": Resumable(64, low=1, high=MAX_IMAGES, doc="images to sample"),
+    "sample.num_images": Resumable(64, low=1, high=MAX_IMAGES, doc="number of images to sample"),
     "sample.seed": Resumable(0, low=0, high=MAX_SEED, doc="seed of the sampler's noise"),
     "sample.batch_size": Resumable(500, low=1, high=MAX_BATCH, doc="images sampled at once"),
     "sample.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to sample from; 0: the newest"),
@@ -219,11 +247,14 @@ FIELDS: dict[str, Field] = {
         doc="what --mode=sample writes: one PNG with all images, one .npz, or one PNG per image",
     ),
     "sample.interpolate": Resumable(
-        0, low=0, high=MAX_BATCH, doc="write rows of this many images between two noises instead; 0: off"
+        0,
+        low=0,
+        high=MAX_BATCH,
+        doc="instead write rows of this many images, interpolated between two noise images; 0: off",
     ),
-    "sample.trajectory": Resumable(False, doc="write each step's prediction of x_0 instead"),
+    "sample.trajectory": Resumable(False, doc="instead write each step's prediction of x_0"),
     "sample.compare": Resumable(
-        "", path="paths", doc="write the same noise through these workdirs (a,b,…) as well, row by row"
+        "", path="paths", doc="also sample from the same noise with the runs in these workdirs (a,b,…), one row each"
     ),
     "eval.samplers": Resumable("ddim", doc="samplers to evaluate (a,b,…)"),
     "eval.nfe": Resumable((10, 20, 50), low=1, min_length=1, doc="NFE to evaluate each sampler at"),
@@ -245,14 +276,16 @@ FIELDS: dict[str, Field] = {
         "auto",
         choices=("auto", *INCEPTION_RESIZES),
         doc="how images are resized and scaled for Inception: tf1 (TensorFlow, torch-fidelity, EDM) or pytorch_fid; "
-        "auto: tf1, but with the statistics of another program as reference it must be named",
+        "auto: tf1, but with another program's statistics as the reference it must be set",
     ),
     "eval.inception_weights": Resumable(
         "", path="URL", doc="file or URL of Inception's weights; empty: the standard ones"
     ),
     "eval.inception_sha256": Resumable("", doc="SHA-256 of Inception's weights; empty: that of the standard ones"),
     "eval.checkpoint_step": Resumable(0, low=0, doc="training step of the checkpoint to evaluate; 0: the newest"),
-    "eval.num_images": Resumable(50_000, low=2, high=MAX_IMAGES, doc="images to sample for each sampler and NFE"),
+    "eval.num_images": Resumable(
+        50_000, low=2, high=MAX_IMAGES, doc="number of images to sample for each sampler and NFE"
+    ),
     "eval.batch_size": Resumable(500, low=1, high=MAX_BATCH, doc="images sampled at once"),
     "eval.seed": Resumable(0, low=0, high=MAX_SEED, doc="seed of the samplers' noise"),
     "export.path": Resumable(
@@ -274,22 +307,22 @@ def default_config() -> ConfigDict:
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int]:
-    """Pixels of a side and channels of the images that the config trains on."""
+    """Height and width in pixels, and channels, of the images that the config trains on."""
     size, channels = DATASETS[config.data.name].shape
     return config.data.resolution or size, config.data.channels or channels
 
 
 def decay_steps(config: ConfigDict) -> int:
-    """The step at which the decay of the learning rate ends: `train.steps` where none is set; 0 without a decay."""
+    """The step at which the decay of the learning rate ends: `train.steps` if none is set; 0 without a decay."""
     train = config.train
     return train.decay_steps or (0 if train.lr_schedule == "constant" else train.steps)
 
 
 def fixed_loss_scale(config: ConfigDict) -> float | None:
-    """The factor on the loss, 1 for none, or None where it is dynamic.
+    """The factor on the loss, 1 for none, or None if it is dynamic.
 
     Raises:
-      ValueError: for text that is neither a known word nor a number in the range of LOSS_SCALES.
+      ValueError: for text that is neither auto, dynamic or none nor a number in the range of LOSS_SCALES.
     """
     text = config.train.loss_scale
     if text == "auto":
@@ -303,5 +336,5 @@ def fixed_loss_scale(config: ConfigDict) -> float | None:
 
 
 def dataset_name(config: ConfigDict) -> str:
-    """What the images are called: the path of the user's own, else the dataset's name."""
+    """The name of the dataset: the path of the user's own images, else `data.name`."""
     return config.data.source or config.data.name

@@ -1,4 +1,4 @@
-"""The EMAs of a run's weights: which there are, and which one is sampled from. Imports no jax."""
+"""The EMAs of a run's weights: which it tracks, and which one is sampled from. Imports no jax."""
 
 from typing import Literal, NamedTuple
 
@@ -13,10 +13,10 @@ _SIGMA_REL = "sigma_rel="
 
 
 class EmaChoice(NamedTuple):
-    """What a field `ema` stands for.
+    """The EMA that a field `ema` selects.
 
     Attributes:
-      kind: "main", the run's EMA; "weights", those without an average; "decay", an EMA of `train.ema_decays`;
+      kind: "main", the run's EMA; "weights", the raw weights; "decay", an EMA of `train.ema_decays`;
         "sigma_rel", a power-function EMA.
       value: the decay or σ_rel.
     """
@@ -32,19 +32,19 @@ class EmaChoice(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What the weights are, as in "EMA at step 1,000"."""
+        """The weights in words, as in "EMA at step 1,000"."""
         if self.kind == "main":
             return "EMA"
         return "weights without EMA" if self.kind == "weights" else f"EMA {self.name}"
 
 
 def decay_name(decay: float) -> str:
-    """The name of an EMA with this decay, as "0.999"."""
+    """The name of an EMA with this decay, such as "0.999"."""
     return repr(float(decay))
 
 
 def sigma_rel_name(sigma_rel: float) -> str:
-    """The name of a power-function EMA of this relative width, as "sigma_rel=0.1"."""
+    """The name of a power-function EMA of this relative width, such as "sigma_rel=0.1"."""
     return f"{_SIGMA_REL}{float(sigma_rel)!r}"
 
 
@@ -56,7 +56,7 @@ def parse_choice(text: str) -> EmaChoice:
         value = float(text.removeprefix(_SIGMA_REL))
     except ValueError as error:
         raise ValueError(
-            f"ema={text!r} is not known; it must be empty, weights, a decay such as 0.999, or {_SIGMA_REL}0.1"
+            f"ema={text!r} is not valid; it must be empty, weights, a decay such as 0.999, or {_SIGMA_REL}0.1"
         ) from error
     if not text.startswith(_SIGMA_REL):
         return EmaChoice("decay", value)
@@ -66,7 +66,7 @@ def parse_choice(text: str) -> EmaChoice:
 
 
 def check_choice(choice: EmaChoice, train: ConfigDict) -> None:
-    """Raises a ValueError where a run with these fields of `train` has no such EMA."""
+    """Raises a ValueError if a run with these fields of `train` has no such EMA."""
     if choice.kind == "sigma_rel" and not train.ema_sigma_rel:
         raise ValueError(
             f"ema={choice.name!r} needs power-function EMAs, which a run with config.train.ema_sigma_rel=() does not "
@@ -77,8 +77,8 @@ def check_choice(choice: EmaChoice, train: ConfigDict) -> None:
     if choice.kind == "decay" and choice.value not in decays:
         tracked = ["weights", *map(decay_name, decays), *([f"{_SIGMA_REL}0.1"] if train.ema_sigma_rel else [])]
         raise ValueError(
-            f"ema={choice.name!r} is no EMA of this run, whose config.train.ema_decays are {train.ema_decays}; choose "
-            f"one of {', '.join(tracked)}, or nothing for the run's own"
+            f"ema={choice.name!r} is not an EMA of this run, whose config.train.ema_decays is {train.ema_decays}; "
+            f"choose one of {', '.join(tracked)}, or leave it empty for the run's own EMA"
         )
 
 
@@ -100,7 +100,7 @@ def extra_names(train: ConfigDict) -> list[str]:
 
 
 def ema_summary(train: ConfigDict) -> str:
-    """A run's EMAs in a few words, as "EMA 0.9999 (also 0.999, sigma_rel=0.05)"."""
+    """A run's EMAs in a few words, such as "EMA 0.9999 (also 0.999, sigma_rel=0.05)"."""
     if not train.ema_halflife_images:
         words = f"EMA {train.ema_decay:g}"
     else:

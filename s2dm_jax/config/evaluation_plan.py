@@ -47,7 +47,7 @@ class EvalPoint(NamedTuple):
         return split_timestep_spec(fields | self.options)
 
     def note(self, T: int, log_snr: np.ndarray) -> str:
-        """One sentence where the last timesteps are not visited, else ""."""
+        """One sentence if the last timesteps are not visited, else ""."""
         spec, options = self.request()
         return unvisited_note(T, self.sampler, spec, log_snr, **options)
 
@@ -55,19 +55,19 @@ class EvalPoint(NamedTuple):
 def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> tuple[list[EvalPoint], list[str]]:
     """The points that a config's group `eval` requests, sampler by sampler, and one sentence for each skipped pair.
 
-    A pair of sampler and NFE that is impossible, as F-PNDM with 10, is skipped. An option applies to those of the
+    An impossible pair of sampler and NFE, such as F-PNDM with 10, is skipped. An option applies to those of the
     samplers that have it. `log_snr` is the schedule's λ at each timestep, as for `plan_timesteps`.
 
     Raises:
-      ValueError: for an unknown or repeated sampler, an option that no sampler has or a value that it cannot have, and
-        where no pair is possible. The message begins with the name of a field.
+      ValueError: for an unknown or repeated sampler, an option that no sampler has or a value that is not allowed, and
+        if no pair is possible. The message begins with the name of a field.
     """
     samplers = [sampler_name(name) for name in split_names(fields["samplers"])]
     for name in samplers:
         if name not in SAMPLERS:
-            raise ValueError(f"samplers={fields['samplers']!r} names {name!r}; there are {', '.join(SAMPLERS)}")
+            raise ValueError(f"samplers={fields['samplers']!r} names {name!r}; choose among {', '.join(SAMPLERS)}")
     if not samplers or len(set(samplers)) < len(samplers):
-        raise ValueError(f"samplers={fields['samplers']!r} must name at least one sampler, none of them twice")
+        raise ValueError(f"samplers={fields['samplers']!r} must name at least one sampler, each only once")
     if fields["timestep_spacing"] == "optimal" and any(SAMPLERS[name].requires != "ms_eps" for name in samplers):
         raise ValueError(f"timestep_spacing='optimal' is only for analytic, not for samplers={fields['samplers']!r}")
     requested = {name: fields[name] for name in OPTIONS if fields[name] is not None}
@@ -76,7 +76,7 @@ def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> 
     for name, value in requested.items():
         if not any(name in SAMPLERS[sampler].options for sampler in samplers):
             owners = ", ".join(sampler for sampler, spec in SAMPLERS.items() if name in spec.options)
-            raise ValueError(f"{name}={value!r} is no option of {', '.join(samplers)}, only of {owners}")
+            raise ValueError(f"{name}={value!r} is not an option of {', '.join(samplers)}, only of {owners}")
     spacing = fields["timestep_spacing"]
     if spacing not in SPACINGS:
         raise ValueError(f"timestep_spacing={spacing!r} is not one of {', '.join(SPACINGS)}")
@@ -93,7 +93,7 @@ def plan_evaluation(T: int, fields: dict, log_snr: np.ndarray | None = None) -> 
                 points.append(point)
             except ValueError as error:
                 reasons.append(str(error))
-                skipped.append(f"no {sampler} at {nfe}: {error}")
+                skipped.append(f"skipped {sampler} at NFE {nfe}: {error}")
     if not points:
         raise ValueError(reasons[0])
     return points, skipped

@@ -1,4 +1,4 @@
-"""What a field of a config is: default, type, bounds or choices, and one sentence for `--help`."""
+"""A config field's description: default, type, bounds or choices, and one sentence for `--help`."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ class Field:
     """One field of a config.
 
     Attributes:
-      default: the value where a config file sets none; None where the loss preset, the network or the sampler decides.
+      default: the value if a config file sets none; None if the loss preset, the network or the sampler decides.
       doc: one sentence for `--help`.
       low, high: smallest and largest value, both allowed, or None for no bound; for a tuple, of each entry.
       min_length: fewest entries of a tuple.

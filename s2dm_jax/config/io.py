@@ -1,4 +1,4 @@
-"""Config files: found, loaded, to JSON and back."""
+"""Config files: finding and loading them, writing and reading them as JSON."""
 
 import contextlib
 import inspect
@@ -33,7 +33,7 @@ def split_config(name: str) -> tuple[str, list[str]]:
     there is one, in a list. The name of the file may have colons.
 
     Raises:
-      UserError: where there is neither.
+      UserError: if there is neither.
     """
     parts = name.split(":")
     for length in range(len(parts), 0, -1):
@@ -52,9 +52,7 @@ def split_config(name: str) -> tuple[str, list[str]]:
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
     packaged = {f"configs/{path.name}": path for path in sorted(folder.glob("*.py"))}
     if os.path.normpath(file) not in packaged:
-        raise UserError(
-            f"--config={name}: there is no such file; those that come with s2dm_jax are {', '.join(packaged)}"
-        )
+        raise UserError(f"--config={name}: no such file; the configs that come with s2dm_jax are {', '.join(packaged)}")
     return str(packaged[os.path.normpath(file)]), objective
 
 
@@ -96,9 +94,9 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote, with tuples for lists; fields that are newer get their default.
+    """The config that `to_json` wrote, with tuples for lists; fields that it lacks get their default.
 
-    A config of before 0.3 has no betas: those that were used at every T are set.
+    A config written before 0.3 has no betas: it gets those that every T used then.
     """
     config, stored = default_config(), json.loads(text)
     for group, values in stored.items():
@@ -110,7 +108,7 @@ def from_json(text: str) -> ConfigDict:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says of a config, in words that name the field."""
+    """An error's message about a config, worded to name the field."""
     text = str(error)
     pattern = r"Could not override field '(\w+)'.*?\. (.*) is of original type <class '(\w+)"
     if wrong := re.match(pattern, text, re.DOTALL):
@@ -118,9 +116,9 @@ def _reason(error: Exception) -> str:
         types = {allowed_type(field) for name, field in FIELDS.items() if name.endswith(f".{wrong[1]}")}
         return f"{wrong[1]}={value} has the wrong type: it must be {' or '.join(sorted(types)) or 'a group of fields'}"
     if isinstance(error, json.JSONDecodeError):
-        return f"it is no JSON at line {error.lineno}, column {error.colno}" if error.doc.strip() else "it is empty"
+        return f"it is not JSON at line {error.lineno}, column {error.colno}" if error.doc.strip() else "it is empty"
     if isinstance(error, UnicodeDecodeError):
-        return "it is no text in UTF-8"
+        return "it is not UTF-8 text"
     # ConfigDict lists all fields.
     sentence, listed, _ = text.partition(". Other fields present")
     return (sentence.strip("'") if listed else sentence).strip().partition("\n")[0]
@@ -130,7 +128,7 @@ def load_config(name: str) -> ConfigDict:
     """The config that FILE[:OBJECTIVE] names, as --config of the main command line does.
 
     Raises:
-      UserError: where there is no such file, and for whatever the file raises.
+      UserError: for a missing file, and for whatever the file raises.
     """
     path, objective = split_config(name)
     if path.endswith(".json"):
@@ -151,9 +149,9 @@ def load_config(name: str) -> ConfigDict:
 
 
 def default_workdir(name: str) -> str:
-    """The run's folder where none is given, runs/FILE_OBJECTIVE for FILE[:OBJECTIVE], as runs/cifar10_s2_10.
+    """The run's default folder, runs/FILE_OBJECTIVE for FILE[:OBJECTIVE], such as runs/cifar10_s2_10.
 
-    Where the name has no objective, it is the default of the file's `get_config`, if that has one.
+    If the name has no objective, the default of the file's `get_config` is used, if that has one.
 
     Raises:
       UserError: as `load_config`.
@@ -171,7 +169,9 @@ def default_workdir(name: str) -> str:
 def _config_function(name: str, path: str) -> Callable:
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
-        raise UserError(f"--config={name} defines no function get_config; see configs/digits.py for one that does")
+        raise UserError(
+            f"--config={name} does not define the function get_config; see configs/digits.py for an example"
+        )
     return get_config
 
 
@@ -185,13 +185,13 @@ def _as_user_error(name: str) -> Iterator[None]:
     except ValueError as error:
         raise UserError(f"--config={name}: {_reason(error)}") from error
     except SystemExit as error:
-        raise UserError(f"--config={name} ends the program, by sys.exit({error.code!r}); it must not") from error
+        raise UserError(f"--config={name} calls sys.exit({error.code!r}), which a config file must not do") from error
     except Exception as error:
         raise UserError(f"--config={name} failed with {type(error).__name__}: {_reason(error)}") from error
 
 
 def _load_json(name: str, path: str, objective: list[str]) -> ConfigDict:
-    """The config in a JSON file, such as a run's config.json; fields that it has not get their default."""
+    """The config in a JSON file, such as a run's config.json; fields that it lacks get their default."""
     if objective:
         raise UserError(f"--config={name}: a .json file has no objectives; give it without :{objective[0]}")
     try:
@@ -202,7 +202,7 @@ def _load_json(name: str, path: str, objective: list[str]) -> ConfigDict:
     except (OSError, ValueError, TypeError) as error:
         reason = _reason(error)
     except AttributeError:
-        reason = "it is no object of groups of fields"
+        reason = "it is not an object of field groups"
     raise UserError(
         f"--config={name} is not the config of a run as JSON ({reason}); give a config.json, or a Python file such as "
         "configs/digits.py"

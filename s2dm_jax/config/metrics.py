@@ -107,7 +107,7 @@ def parse_metrics(text: str) -> list[str]:
     names = split_names(text)
     for name in names:
         if name not in METRICS:
-            raise ValueError(f"metrics={text!r} names {name!r}; there are {', '.join(METRICS)}")
+            raise ValueError(f"metrics={text!r} names {name!r}; choose among {', '.join(METRICS)}")
     return [name for name in METRICS if name in names or name == "fid"]
 
 

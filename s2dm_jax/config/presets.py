@@ -23,7 +23,7 @@ HEADS = ("sn", "npr")
 
 
 def full_objective_name(objective: str) -> str:
-    """The one name of an objective's spellings: "s2sa" and "sa_2+s2_10" are "s2_10+sa_2"; other text as it is."""
+    """The canonical name of an objective: "s2sa" and "sa_2+s2_10" are "s2_10+sa_2"; other text as it is."""
     parts, known = _parts(objective), [*OBJECTIVES, *OBJECTIVE_SCHEDULES]
     return "+".join(sorted(parts, key=known.index)) if set(parts) <= set(known) else objective
 
@@ -42,15 +42,15 @@ def set_objective(config: ConfigDict, objective: str) -> None:
     for part in parts:
         if part not in OBJECTIVES and part not in OBJECTIVE_SCHEDULES:
             raise ValueError(
-                f"objective {objective!r} is not known; choose one of {', '.join((*OBJECTIVES, *ALIASES))}, "
-                f"join one of s2_ and one of sa_ as in s2_10+sa_2, add +{' or +'.join(OBJECTIVE_SCHEDULES)}, or choose "
-                f"a variance head: {' or '.join(HEADS)}"
+                f"objective {objective!r} is not valid; choose one of {', '.join((*OBJECTIVES, *ALIASES))}, combine an "
+                f"s2_ and an sa_ objective as in s2_10+sa_2, add +{' or +'.join(OBJECTIVE_SCHEDULES)}, or choose a "
+                f"variance head: {' or '.join(HEADS)}"
             )
     kinds = ["schedule" if part in OBJECTIVE_SCHEDULES else part.split("_")[0] for part in parts]
     if len(set(kinds)) < len(kinds) or ("ddpm" in kinds and {"s2", "sa"} & set(kinds)):
         raise ValueError(
-            f"objective {objective!r} names parts that exclude one another; join at most one s2_, one sa_ "
-            "and one schedule, or ddpm and a schedule"
+            f"objective {objective!r} names parts that exclude one another; combine at most one s2_, one sa_ and one "
+            "schedule, or ddpm and a schedule"
         )
     for part in parts:
         if part in OBJECTIVE_SCHEDULES:

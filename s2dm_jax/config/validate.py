@@ -30,7 +30,7 @@ def check_config(config: ConfigDict, *, trained: bool = False) -> None:
     """Checks every field's name, type and range, and the fields against each other.
 
     Args:
-      trained: the config is that of a network that was trained, whose schedule is what it is: it need not end in noise.
+      trained: the config belongs to an already trained network, whose schedule need not end in noise.
 
     Raises:
       UserError: one sentence that names the field, its value and what is allowed.
@@ -78,7 +78,7 @@ def _check_field(name: str, field: Field, value: Any) -> None:
             value = ",".join(map(str, value))
         raise UserError(f"config.{name}={value!r} has the wrong type: it must be {allowed_type(field)}")
     if field.choices is not None and value not in field.choices:
-        raise UserError(f"config.{name}={value!r} is not known; choose {allowed_choices(field)}")
+        raise UserError(f"config.{name}={value!r} is not valid; choose {allowed_choices(field)}")
     if field.type is not tuple and not _in_range(field, value):
         raise UserError(f"config.{name}={value} is out of range: it must be {allowed_range(field)}")
 
@@ -101,15 +101,16 @@ def _in_range(field: Field, value: float) -> bool:
 
 
 def _check_data(config: ConfigDict) -> None:
-    """The named datasets take no other size, channels or crop than fit them."""
+    """The named datasets accept only the sizes, channels and crops that fit them."""
     data = config.data
     if data.source:
         return
     spec = DATASETS[data.name]
     if spec.bundled and image_shape(config) != spec.shape:
         raise UserError(
-            f"config.data.resolution={data.resolution} and config.data.channels={data.channels} do not go with the "
-            f"{data.name}, which are {spec.size} pixels of {spec.channels} channel(s); leave both 0"
+            f"config.data.resolution={data.resolution} and config.data.channels={data.channels} do not match "
+            f"{data.name}, whose images have {spec.size}×{spec.size} pixels and {spec.channels} channel(s); leave both "
+            "0"
         )
     if spec.max_size is not None and data.resolution > spec.max_size:
         raise UserError(
@@ -133,8 +134,8 @@ def _check_learned_variance(config: ConfigDict, network: Network, trained: bool)
         )
     if config.model.num_classes and not trained:
         raise UserError(
-            f"config.model.num_classes={config.model.num_classes} is for weights that were trained elsewhere: nothing "
-            "here gives the network labels; leave it None"
+            f"config.model.num_classes={config.model.num_classes} is for weights that were trained elsewhere: losses "
+            "and samplers here pass no labels; leave it None"
         )
     for group in ("sample", "eval"):
         if config[group].variance == "learned":
@@ -153,8 +154,8 @@ def _check_training(config: ConfigDict) -> None:
         )
     if head and parts > 1:
         raise UserError(
-            f"config.train.grad_accum_steps={parts} does not go with config.variance_head.kind={head!r}, whose steps "
-            "keep no activations; it must be 1"
+            f"config.train.grad_accum_steps={parts} cannot be combined with config.variance_head.kind={head!r}, whose "
+            "steps store no activations; it must be 1"
         )
     _check_loss_scale(config)
 
@@ -165,26 +166,26 @@ def _check_loss_scale(config: ConfigDict) -> None:
         scale = fixed_loss_scale(config)
     except ValueError as error:
         raise UserError(
-            f"config.train.loss_scale={train.loss_scale!r} is not known; choose auto, dynamic, none or a number such "
+            f"config.train.loss_scale={train.loss_scale!r} is not valid; choose auto, dynamic, none or a number such "
             f"as 1024, from {LOSS_SCALES[0]} to {LOSS_SCALES[1]}"
         ) from error
     interval, default = train.loss_scale_growth_interval, FIELDS["train.loss_scale_growth_interval"].default
     if scale is not None and interval != default:
         raise UserError(
-            f"config.train.loss_scale_growth_interval={interval} is for a dynamic loss scale, which "
-            f"config.train.loss_scale={train.loss_scale!r} with config.model.dtype={config.model.dtype!r} is not; "
-            f"choose dynamic, or leave it {default}"
+            f"config.train.loss_scale_growth_interval={interval} is for a dynamic loss scale, but "
+            f"config.train.loss_scale={train.loss_scale!r} with config.model.dtype={config.model.dtype!r} is not "
+            f"dynamic; choose dynamic, or leave it {default}"
         )
 
 
 def _check_optimizer(config: ConfigDict) -> None:
-    """The learning rate's schedule is possible, and weight decay shrinks weights."""
+    """Checks that the learning rate's schedule is possible and that weight decay shrinks weights."""
     train, decays = config.train, config.train.lr_schedule != "constant"
     for name in ("lr_end", "decay_steps"):
         if train[name] and not decays:
             raise UserError(
-                f"config.train.{name}={train[name]} is for a decay, which config.train.lr_schedule='constant' has "
-                "not; choose cosine or linear, or leave it 0"
+                f"config.train.{name}={train[name]} is for a learning rate decay, but "
+                "config.train.lr_schedule='constant'; choose cosine or linear, or leave it 0"
             )
     if train.warmup_steps > train.steps:
         raise UserError(
@@ -205,7 +206,7 @@ def _check_optimizer(config: ConfigDict) -> None:
     if train.lr * train.weight_decay >= 1:
         raise UserError(
             f"config.train.weight_decay={train.weight_decay} must be less than 1/config.train.lr={1 / train.lr:g}: a "
-            "step would take more than the weights"
+            "step would subtract more than the weights"
         )
 
 
@@ -214,17 +215,19 @@ def _check_ema(config: ConfigDict) -> None:
     train = config.train
     if not train.ema_halflife_images and train.ema_rampup_ratio not in (0, EMA_RAMPUP_RATIO):
         raise UserError(
-            f"config.train.ema_rampup_ratio={train.ema_rampup_ratio} is for a half-life, which "
-            "config.train.ema_halflife_images=0 is not; set one in images"
+            f"config.train.ema_rampup_ratio={train.ema_rampup_ratio} is for an EMA with a half-life, but "
+            "config.train.ema_halflife_images=0; set it to a number of images"
         )
     if train.ema_snapshot_every and not train.ema_sigma_rel:
         raise UserError(
-            f"config.train.ema_snapshot_every={train.ema_snapshot_every} is for power-function EMAs, of which "
-            "config.train.ema_sigma_rel=() names none; give two widths, such as 0.05,0.1"
+            f"config.train.ema_snapshot_every={train.ema_snapshot_every} is for power-function EMAs, but "
+            "config.train.ema_sigma_rel=(); set two widths, such as 0.05,0.1"
         )
     for name in ("ema_decays", "ema_sigma_rel"):
         if len(set(train[name])) < len(train[name]):
-            raise UserError(f"config.train.{name}={','.join(map(str, train[name]))} has a number twice; give each once")
+            raise UserError(
+                f"config.train.{name}={','.join(map(str, train[name]))} repeats a number; give each only once"
+            )
     for group in ("sample", "eval"):
         try:
             check_choice(parse_choice(config[group].ema), train)
@@ -274,21 +277,20 @@ def _check_sampling(config: ConfigDict) -> None:
         )
     special = [name for name in ("interpolate", "trajectory", "compare") if sample[name]]
     if len(special) > 1:
-        raise UserError(f"config.sample.{special[0]} and config.sample.{special[1]} do not go together; give one")
+        raise UserError(f"config.sample.{special[0]} and config.sample.{special[1]} are mutually exclusive; give one")
     if special and sample.output != "grid":
         raise UserError(
-            f"config.sample.output={sample.output!r} does not go with config.sample.{special[0]}, which makes one "
-            "image: it must be grid"
+            f"config.sample.output={sample.output!r} cannot be combined with config.sample.{special[0]}, which makes "
+            "one image: it must be grid"
         )
     if sample.interpolate == 1 or (sample.interpolate and sample.num_images % 2):
         raise UserError(
-            f"config.sample.interpolate={sample.interpolate} does not go with "
+            f"config.sample.interpolate={sample.interpolate} cannot be combined with "
             f"config.sample.num_images={sample.num_images}: it must be at least 2, and num_images even"
         )
     if sample.interpolate and (sample.eta or sampler.stochastic):
         raise UserError(
-            f"config.sample.interpolate={sample.interpolate} needs a sampler that draws no noise, and "
-            "config.sample.eta=0"
+            f"config.sample.interpolate={sample.interpolate} needs a deterministic sampler and config.sample.eta=0"
         )
 
 
@@ -312,7 +314,7 @@ def _check_evaluation(config: ConfigDict) -> None:
     features, reference, sha256 = group.feature_extractor, group.reference, group.inception_sha256
     if features not in FEATURES and not all(features.rpartition(":")):
         raise UserError(
-            f"config.eval.feature_extractor={features!r} is not known; choose one of {', '.join(FEATURES)}, "
+            f"config.eval.feature_extractor={features!r} is not valid; choose one of {', '.join(FEATURES)}, "
             "or FILE.py:function"
         )
     for name in metrics:
@@ -332,7 +334,7 @@ def _check_evaluation(config: ConfigDict) -> None:
                 f"config.eval.reference={reference!r} must be train or held_out for that"
             )
     if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise UserError(f"config.eval.inception_sha256={sha256!r} is no SHA-256: it must be 64 hexadecimal digits")
+        raise UserError(f"config.eval.inception_sha256={sha256!r} is not a SHA-256: it must be 64 hexadecimal digits")
 
 
 def check_evaluation_files(config: ConfigDict) -> None:
@@ -340,6 +342,6 @@ def check_evaluation_files(config: ConfigDict) -> None:
     features, reference = config.eval.feature_extractor, config.eval.reference
     path = features.rpartition(":")[0]
     if features not in FEATURES and not os.path.isfile(path):
-        raise UserError(f"config.eval.feature_extractor={features!r} names the file {path}, which is not there")
+        raise UserError(f"config.eval.feature_extractor={features!r} names the file {path}, which does not exist")
     if reference not in REFERENCES and not os.path.isfile(reference):
-        raise UserError(f"config.eval.reference={reference!r} must be {', '.join(REFERENCES)}, or a file that is there")
+        raise UserError(f"config.eval.reference={reference!r} must be {', '.join(REFERENCES)}, or an existing file")

@@ -66,7 +66,7 @@ def follow_links(
     Returns:
       The name of each member, "" for a link to a folder, with a "/" at the end for a link without a suffix that leads
       nowhere: it may have been one. The member whose data a link to a file stands for, by its index. The links to
-      folders whose files have names already; a link whose name is `preferred` names them anew.
+      folders whose files have names already; a link whose name is `preferred` names them again.
     """
     names = [member.name for member in members]
     data_of: dict[int, int] = {}
@@ -108,8 +108,8 @@ def _check_zip_start(path: Path) -> None:
         first = min((member.header_offset for member in archive.infolist()), default=0)
         if first and file.read(4) == b"PK\x03\x04":
             raise ValueError(
-                f"its first {first:,} bytes are files that its table of contents does not have, as where archives are "
-                "concatenated: unpack them into one folder"
+                f"its first {first:,} bytes are files that its table of contents lacks, as in concatenated archives: "
+                "unpack them into one folder"
             )
 
 
@@ -170,7 +170,7 @@ def _check_tar_end(archive):
     archive.fileobj.seek(archive.offset)
     while block := archive.fileobj.read(2**20):
         if any(block):
-            raise ValueError("more follows its end, as where archives are concatenated: unpack them into one folder")
+            raise ValueError("data follows its end, as in concatenated archives: unpack them into one folder")
 
 
 def read_tar(source: str, names: list[str], selected: Container[int]) -> Iterator[tuple[int, bytes | Exception]]:

@@ -55,7 +55,7 @@ class Cifar10(cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]
 
 
 class ZipImages:
-    """The files of a zip by their names without folders, read when asked for."""
+    """The files of a zip by their names without folders, read on request."""
 
     def __init__(self, path: Path):
         self._archive = zipfile.ZipFile(path)

@@ -49,7 +49,7 @@ def prepare_dataset(config: ConfigDict, check: Callable[[], None] | None = None)
     """Prepares a checked config's images unless they are in the cache; may take minutes and use the network.
 
     Args:
-      check: what is called before images are prepared, to find what would stop the work after it.
+      check: is called before images are prepared, to find what would stop the work that follows.
 
     Returns:
       The folder with train.npy, train_labels.npy, held_out.npy, held_out_labels.npy and provenance.json; None for the
@@ -75,7 +75,7 @@ def prepare_dataset(config: ConfigDict, check: Callable[[], None] | None = None)
             if leftover.exists():
                 _remove(leftover)
         temporary.mkdir()
-        stopped = f"{name} was not prepared, and the same command starts over"
+        stopped = f"{name} was not prepared; run the same command to start over"
         with removed_on_signal(temporary), signal_advice(stopped):
             _prepare(config, name, temporary, folder)
     return folder
@@ -124,16 +124,16 @@ def check_preparable(config: ConfigDict) -> None:
     path, prepared = manual_folder() / spec.manual_files, data_cache_dir() / "tfds" / name / spec.builder
     if not spec.downloadable and not path.exists() and not prepared.exists():
         raise UserError(
-            f"{spec.title} cannot be downloaded: make {spec.manual_files} by hand and put it at {path}, or "
-            "give its images as config.data.source (docs/data.md says how)"
+            f"{spec.title} cannot be downloaded: make {spec.manual_files} by hand and put it at {path}, or give its "
+            "images as config.data.source (see docs/data.md)"
         )
 
 
 def cached_folder(config: ConfigDict) -> Path | None:
-    """The cache entry of the config's images, named by source and transform; None where nothing is prepared.
+    """The cache entry of the config's images, named by source and transform; None if nothing is prepared.
 
     Raises:
-      UserError: where the images are missing: `check_source`, or a dataset that is only taken from `data.source`.
+      UserError: if the images are missing: `check_source`, or a dataset whose images only come from `data.source`.
     """
     source = config.data.source and str(user_path(config.data.source, "config.data.source"))
     if source:
@@ -143,7 +143,7 @@ def cached_folder(config: ConfigDict) -> Path | None:
     elif not DATASETS[config.data.name].builder:
         raise UserError(
             f"config.data.source is missing: {DATASETS[config.data.name].title} is not downloaded; give a folder, zip "
-            "or tar of its images, --config.data.source=PATH (docs/data.md says how)"
+            "or tar of its images, --config.data.source=PATH (see docs/data.md)"
         )
     transform = transform_of(config)
     name = Path(source).resolve().name if source else config.data.name
@@ -155,7 +155,7 @@ def is_ready(folder: Path) -> bool:
     """Whether a cache entry holds all files of a dataset, at the sizes that its provenance names.
 
     Raises:
-      UserError: if it may not be read, which leaves that open.
+      UserError: if it cannot be read for lack of permission.
     """
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
@@ -165,7 +165,7 @@ def is_ready(folder: Path) -> bool:
         )
     except PermissionError as error:
         raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); get the permission to, or set S2DM_JAX_DATA to "
+            f"{error.filename} cannot be read ({error.strerror}); get permission to read it, or set S2DM_JAX_DATA to "
             "another folder"
         ) from error
     # Whatever a damaged file holds in place of the provenance.
@@ -181,7 +181,7 @@ def check_hashes(folder: Path, provenance: dict) -> None:
         if found != facts["sha256"]:
             raise UserError(
                 f"{folder / name} has changed since it was prepared (SHA-256 {found[:16]}…, not "
-                f"{facts['sha256'][:16]}…); remove the folder {folder}, and the images are prepared again"
+                f"{facts['sha256'][:16]}…); remove the folder {folder} to have the images prepared again"
             )
 
 
@@ -214,6 +214,6 @@ def _locked(path: Path, name: str) -> Iterator[None]:
     with file:
         fix = "set S2DM_JAX_DATA to another folder"
         if not acquire(file, fix=fix):
-            print(f"another process prepares {name}; waiting for it …", flush=True)
+            print(f"another process is preparing {name}; waiting for it …", flush=True)
             acquire(file, fix=fix, wait=True)
         yield

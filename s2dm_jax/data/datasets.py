@@ -23,11 +23,11 @@ class Dataset(NamedTuple):
     Attributes:
       train, held_out: uint8 [N, H, W, C], in memory or mapped from a file.
       train_labels, held_out_labels: int [N].
-      num_classes: number of different labels.
+      num_classes: number of distinct labels.
       provenance: content and source in one line.
       digest: SHA-256 of the file of `train`; empty for images that never change.
       labels_digest: SHA-256 of the labels of `train`; empty likewise.
-      split: the splits and classes that were read off your own images, a line each; empty for the datasets by name.
+      split: the splits and classes inferred from your own images, a line each; empty for the datasets by name.
     """
 
     train: np.ndarray
@@ -76,7 +76,7 @@ _BUNDLED = {"digits": load_digits}
 
 
 def saturation_at_hand(config: ConfigDict) -> float | None:
-    """`Dataset.saturation` of a config's named dataset where it is already prepared; None for others."""
+    """`Dataset.saturation` of a config's named dataset if it is already prepared; None for others."""
     if config.data.source:
         return None
     if config.data.name in _BUNDLED:

@@ -1,4 +1,4 @@
-"""Where a step's images come from: an array on the devices if it fits, else a mapped file that the host prefetches."""
+"""The source of a step's images: an array on the devices if it fits, else a mapped file that the host prefetches."""
 
 import functools
 import os
@@ -24,7 +24,7 @@ class Feed(NamedTuple):
 
     Attributes:
       placement: where the images are: all on every device, sharded over the devices, or on the host.
-      images: uint8 [N, H, W, C] on the devices, or None where the host reads.
+      images: uint8 [N, H, W, C] on the devices, or None if the host reads.
       batches: function of (first step, number of steps) giving what a chunk loops over: rows [n, B] of `images`, or,
         where that is None, the images themselves, uint8 [n, B, H, W, C]; zeros for steps after the run's last one.
       summary: size and placement, in one line.
@@ -39,7 +39,7 @@ class Feed(NamedTuple):
 def make_feed(
     images: np.ndarray, key: jax.Array, batch_size: int, steps: int, max_fraction: float, memory: int | None = None
 ) -> Feed:
-    """Places the images where they fit: on every device, sharded over the devices, or on the host.
+    """Places the images wherever they fit: on every device, sharded over the devices, or on the host.
 
     Args:
       images: uint8 [N, H, W, C], in memory or mapped.

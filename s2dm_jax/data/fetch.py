@@ -1,4 +1,6 @@
-"""Published files over HTTP: resumed, retried, checked by SHA-256, complete or absent; or got by hand by the user."""
+"""Published files over HTTP: resumed, retried, checked by SHA-256, complete or absent; or downloaded by hand by the
+user.
+"""
 
 import html
 import http.client
@@ -20,7 +22,7 @@ from s2dm_jax.common.files import flush_to_disk
 from s2dm_jax.common.hashing import digest_of_file
 from s2dm_jax.common.progress import progress_bar
 
-# Seconds without a byte, and before each new try; what was downloaded meanwhile begins the tries anew.
+# Seconds without a byte, and before each new try; what was downloaded meanwhile begins the tries again.
 _TIMEOUT = 30.0
 _WAITS = (1.0, 2.0, 4.0)
 _CHUNK = 1 << 18
@@ -50,7 +52,7 @@ class _TransientError(Exception):
 
 
 def mirrored(files: Iterable[RemoteFile]) -> list[RemoteFile]:
-    """The files with their URLs at $S2DM_JAX_MIRROR, a folder of them on a web server, where that is set.
+    """The files with their URLs at $S2DM_JAX_MIRROR, a folder of them on a web server, if that is set.
 
     A checksums.tsv there, with lines of URL, bytes, SHA-256 and name, replaces the published sizes and checksums.
     """
@@ -58,7 +60,7 @@ def mirrored(files: Iterable[RemoteFile]) -> list[RemoteFile]:
     if not mirror or not files:
         return files
     if not re.match("https?://", mirror):
-        raise UserError(f"S2DM_JAX_MIRROR={mirror} is no URL; it must begin with http:// or https://")
+        raise UserError(f"S2DM_JAX_MIRROR={mirror} is not a URL; it must begin with http:// or https://")
     try:
         with _open(urllib.request.build_opener(), f"{mirror}/{_CHECKSUMS}", 0) as response:
             text = b"".join(_chunks(response)).decode(errors="replace")
@@ -68,12 +70,15 @@ def mirrored(files: Iterable[RemoteFile]) -> list[RemoteFile]:
     own = {name: (int(size), sha256) for size, sha256, name in lines}
     found = [RemoteFile(f.name, f"{mirror}/{f.name}", *own.get(f.name, (f.size, f.sha256))) for f in files]
     if others := [file.name for file, other in zip(files, found, strict=True) if file.sha256 != other.sha256]:
-        print(f"note: {mirror} has {', '.join(others)} of its own, not as published", file=sys.stderr)
+        print(
+            f"note: {mirror} has its own version of {', '.join(others)}, different from the published one",
+            file=sys.stderr,
+        )
     return found
 
 
 def fetch_files(title: str, files: Iterable[RemoteFile], folder: Path, by_hand: Path) -> None:
-    """Makes every file be in `folder`, complete: a link to one that the user has put into `by_hand`, or a download.
+    """Puts every file into `folder`, complete: a link to one that the user put into `by_hand`, or a download.
 
     An interrupted download is resumed.
 
@@ -81,7 +86,7 @@ def fetch_files(title: str, files: Iterable[RemoteFile], folder: Path, by_hand: 
       title: of the dataset, for errors.
 
     Raises:
-      UserError: where a file cannot be downloaded, or the user's is another; it says what to put where.
+      UserError: if a file cannot be downloaded, or the user's is a different one; it says what to put where.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -90,7 +95,7 @@ def fetch_files(title: str, files: Iterable[RemoteFile], folder: Path, by_hand: 
             if fault := why_not(own, file):
                 raise UserError(
                     f"{own} is not the published {file.name} of {title} ({fault}); get it again from {file.url}, or "
-                    "remove it and it is downloaded"
+                    "remove it to have it downloaded"
                 )
             target.unlink(missing_ok=True)
             target.symlink_to(own.resolve())
@@ -101,13 +106,13 @@ def fetch_files(title: str, files: Iterable[RemoteFile], folder: Path, by_hand: 
                 _download(file, target)
             except (_FinalError, _TransientError) as error:
                 raise UserError(
-                    f"{file.name} of {title} cannot be downloaded ({error}); get {file.url} with a browser, put it at "
-                    f"{own}, and run the same command again"
+                    f"{file.name} of {title} cannot be downloaded ({error}); download {file.url} with a browser, put "
+                    f"it at {own}, and run the same command again"
                 ) from error
 
 
 def why_not(path: Path, file: RemoteFile) -> str:
-    """Why a file on disk is not the published one, "" where it is."""
+    """Why a file on disk is not the published one, "" if it is."""
     size = path.stat().st_size
     if kind := kind_of_file(path):
         return kind
@@ -234,8 +239,8 @@ def _confirmed_url(url: str, page: str) -> str:
 
 def _describe_page(page: str) -> str:
     if re.search(r"quota|too many users", page, re.IGNORECASE):
-        return "Google Drive's download quota of this file is used up for the day"
-    return "the answer is a web page, as of a network that one must log in to"
+        return "Google Drive's download quota for this file is used up for today"
+    return "the answer is a web page, such as the login page of a network"
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The files below a folder, also behind links, each once."""
+"""The files below a folder, links followed, each listed once."""
 
 import collections
 import errno
@@ -14,7 +14,7 @@ class Tree(NamedTuple):
     Attributes:
       files: all of them.
       unreadable: the folders that cannot be read, with the reason; links without a suffix that lead nowhere, too.
-      repeated: links to folders whose files are among `files` already, as those that lead back to where they are.
+      repeated: links to folders whose files are among `files` already, such as those that lead back to a parent folder.
     """
 
     files: list[str]

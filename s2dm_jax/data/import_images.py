@@ -1,4 +1,4 @@
-"""Users' images into arrays: decoded by a few threads; invalid files are reported, counted and skipped."""
+"""Imports users' images into arrays: a few threads decode them; invalid files are reported, counted and skipped."""
 
 import collections
 import math
@@ -141,7 +141,7 @@ def import_images(source: str, transform: ImageTransform, max_invalid_fraction: 
     counts = writer.close(labels)
     for split, n in counts.items():
         if not n:
-            fix = "all of its images are corrupt or unsupported: mend them" if skipped else "give more images"
+            fix = "all of its images are corrupt or unsupported: fix them" if skipped else "give more images"
             raise UserError(f"config.data.source={source} leaves no image for the split {split}; {fix}")
     return {
         "source": os.path.abspath(source),
@@ -168,10 +168,10 @@ def _write_images(source, names, count, jobs, transform, max_invalid_fraction, w
                     tqdm.write(f"skipped {names[index]!r}: {reason}", file=sys.stderr)
                 if len(skipped) > max_invalid:
                     raise UserError(
-                        f"config.data.source={source}: {len(skipped)} of {count} images are corrupt or "
-                        f"unsupported, the last {names[index]!r} ({reason}); "
-                        f"config.data.max_invalid_fraction={max_invalid_fraction:g} allows {max_invalid}: mend "
-                        "or remove them, or allow more"
+                        f"config.data.source={source}: {len(skipped)} of {count} images are corrupt or unsupported, "
+                        f"the last {names[index]!r} ({reason}); "
+                        f"config.data.max_invalid_fraction={max_invalid_fraction:g} allows {max_invalid}: fix or "
+                        "remove them, or raise the limit"
                     )
             else:
                 writer.write(index, result)
@@ -186,7 +186,7 @@ def _write_images(source, names, count, jobs, transform, max_invalid_fraction, w
 def _reason(error: Exception) -> str:
     """Why an image could not be read, without the objects that libraries print."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is no PNG, JPEG or WebP file"
+        return "it is not a PNG, JPEG or WebP file"
     if isinstance(error, zipfile.BadZipFile):
         return "it is damaged in the archive"
     if "password required" in str(error):

@@ -40,18 +40,18 @@ def check_source(source: str) -> str:
         return "folder"
     if not path.exists() and name == UNKNOWN:
         raise UserError(
-            f"config.data.source={UNKNOWN}: the weights do not say what they were trained on; give its images, "
+            f"config.data.source={UNKNOWN}: the weights do not record what they were trained on; give its images, "
             "--config.data.source=PATH, or convert the weights again with --data=NAME"
         )
     if not path.exists():
-        raise UserError(f"config.data.source={source}: there is no such file or folder")
+        raise UserError(f"config.data.source={source}: no such file or folder")
     if not path.is_file():
         raise UserError(f"config.data.source={source} is a device or a pipe, not a file or a folder")
     for kind, suffixes in _SOURCE_SUFFIXES.items():
         if name.endswith(suffixes):
             return kind
     known = ", ".join(itertools.chain(*_SOURCE_SUFFIXES.values()))
-    raise UserError(f"config.data.source={source} is no folder of images, and its suffix none of {known}")
+    raise UserError(f"config.data.source={source} is not a folder of images, and its suffix is not one of {known}")
 
 
 def fingerprint(source: str) -> str:
@@ -64,7 +64,7 @@ def fingerprint(source: str) -> str:
 
 
 def _size_and_time(file: Path) -> str:
-    """Size and modification time of a file, of a link that cannot be followed its own; "" where they cannot be read."""
+    """Size and modification time of a file, of a link that cannot be followed its own; "" if they cannot be read."""
     for read in (file.stat, file.lstat):
         with contextlib.suppress(OSError):
             stat = read()
@@ -132,7 +132,7 @@ def _select(names: list[str], repeated: list[str]) -> tuple[list[int], list[str]
     selected = [index for index in visible if names[index].lower().endswith((*SUFFIXES, "/"))]
     last = {posixpath.normpath(names[index]): index for index in selected}
     if replaced := len(selected) - len(last):
-        left_out.append(f"{replaced:,} file(s) that a later one of the same name in the archive replaces")
+        left_out.append(f"{replaced:,} file(s) that a later one of the same name in the archive overrides")
         selected = sorted(last.values())
     suffixes = Counter(
         os.path.splitext(names[i])[1].lower() or "no suffix"
@@ -143,7 +143,7 @@ def _select(names: list[str], repeated: list[str]) -> tuple[list[int], list[str]
         suffixes["hidden"] = hidden
     if suffixes:
         kinds = ", ".join(f"{n:,} × {suffix!r}" for suffix, n in suffixes.most_common(5))
-        left_out.append(f"for their suffix or as hidden: {kinds}")
+        left_out.append(f"because of their suffix or as hidden files: {kinds}")
     return selected, left_out
 
 
@@ -159,7 +159,8 @@ def open_array(source: str) -> tuple[int, Iterator[tuple[int, np.ndarray]], np.n
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = _reason(source, error)
         raise UserError(
-            f"config.data.source={source} cannot be read as an array ({reason}); give what numpy's save or savez wrote"
+            f"config.data.source={source} cannot be read as an array ({reason}); give a file written by numpy's save "
+            "or savez"
         ) from error
     if dtype != np.uint8 or len(shape) not in (3, 4) or 0 in shape or fortran_order:
         raise UserError(
@@ -268,12 +269,12 @@ def _reason(source: str, error: Exception) -> str:
     if os.path.isfile(source) and (kind := kind_of_file(source)):
         return kind
     if isinstance(error, zipfile.BadZipFile) and not zipfile.is_zipfile(source):
-        return "it is no zip file"
+        return "it is not a zip file"
     if isinstance(error, tarfile.ReadError) and "\n" in text:
         # tarfile lists what each kind of compression objects to.
-        return "it is no tar file, or compressed in another way"
+        return "it is not a tar file, or its compression is not supported"
     if "magic string" in text or text.startswith("EOF"):
-        return "an array in it is cut short, or is none of numpy"
+        return "an array in it is cut short or not in numpy's format"
     if "allow_pickle" in text:
         return "an array in it holds Python objects"
     return text.partition("\n")[0]

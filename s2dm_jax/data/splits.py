@@ -1,4 +1,4 @@
-"""Training and held-out images and labels, read off the paths of the images."""
+"""Training and held-out images and labels, inferred from the paths of the images."""
 
 import re
 from collections import Counter
@@ -44,9 +44,9 @@ class Splits(NamedTuple):
 def split_and_label(names: list[str]) -> Splits:
     """Split and label of every image, from its relative path with "/"; a folder that cannot be read ends in one.
 
-    Folders that all images share do not count. At the first level of folders that has names of both kinds, as train/
+    Folders that all images share are ignored. At the first level of folders that has names of both kinds, as train/
     and test/ (`_TRAIN`, `_HELD_OUT`), else as seg_train/ and seg_test/ (`_AROUND`), they are the splits, and images
-    beside them belong to neither. Without them a tenth of all, drawn with seed 0 from the sorted names, is held out.
+    outside them belong to neither. Without them a tenth of all, drawn with seed 0 from the sorted names, is held out.
     The other folders are the labels, sorted; those of trainA/ and trainB/ are A and B.
     """
     parents = [[p for p in name.split("/")[:-1] if p not in ("", ".", "..")] for name in names]
@@ -64,7 +64,7 @@ def split_and_label(names: list[str]) -> Splits:
         split = f"split    {_counts(parents, level, ~held_out & used)} for training, "
         split += f"{_counts(parents, level, held_out)} held out"
         if not used.all():
-            split += f"; left out, beside them: {_counts(parents, level, ~used)}"
+            split += f"; left out, outside these folders: {_counts(parents, level, ~used)}"
         above = {tuple(parent[:level]) for parent, member in zip(parents, used, strict=True) if member}
         first = level if len(above) == 1 else 0
         several = len({around for _, around in kind_of.values()}) > 1
@@ -103,7 +103,7 @@ def _describe_classes(classes: list[str]) -> str:
 
 
 def held_out_mask(count: int) -> np.ndarray:
-    """Which images are held out where the source has no split: bool [count], a tenth, drawn with seed 0."""
+    """Which images are held out if the source has no split: bool [count], a tenth, drawn with seed 0."""
     mask = np.zeros(count, bool)
     mask[np.random.default_rng(0).permutation(count)[: max(1, round(_HELD_OUT_FRACTION * count))]] = True
     return mask
@@ -115,7 +115,7 @@ def is_split(path: str) -> bool:
 
 
 def _split_level(parents: list[list[str]]) -> tuple[int | None, dict[str, tuple[str, str]]]:
-    """The level of the folders that are splits, and `_kinds` of them; None where there are none."""
+    """The level of the folders that are splits, and `_kinds` of them; None if there are none."""
     for level in range(max(map(len, parents), default=0)):
         counts = Counter(_folder(parent, level) for parent in parents)
         kinds = _kinds(counts.keys())

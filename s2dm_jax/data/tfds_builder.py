@@ -1,4 +1,4 @@
-"""tensorflow-datasets: what it has prepared elsewhere, or prepares here, into the arrays of the cache."""
+"""Converts what tensorflow-datasets has prepared elsewhere, or prepares here, to the arrays of the cache."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ def run_tfds(name: str, transform: ImageTransform, temporary: Path) -> dict:
     """Prepares a dataset in the cache and writes its arrays into `temporary`; returns entries of the provenance.
 
     Raises:
-      UserError: where it cannot be downloaded or prepared; one sentence.
+      UserError: if it cannot be downloaded or prepared.
     """
     print(f"preparing {name} with tensorflow-datasets in {data_cache_dir()}", flush=True)
     folder = data_cache_dir() / "tfds" / name
@@ -44,10 +44,10 @@ def manual_folder() -> Path:
 
 
 def existing_builder(name: str) -> Any:
-    """The builder of a dataset that tensorflow-datasets has prepared in its own folder; None where there is none.
+    """The builder of a dataset that tensorflow-datasets has prepared in its own folder; None if there is none.
 
     Raises:
-      UserError: where it is there in another format than array_record.
+      UserError: if its format is not array_record.
     """
     folder = tfds_folder() / DATASETS[name].builder
     if not folder.exists():
@@ -59,7 +59,7 @@ def existing_builder(name: str) -> Any:
         if (found := builder.info.file_format.value) != "array_record":
             raise UserError(
                 f"{builder.data_path} is in the format {found}, which only TensorFlow reads: set TFDS_DATA_DIR to "
-                f"another folder, and {name} is prepared anew, or prepare it there with file_format='array_record'"
+                f"another folder to have {name} prepared again, or prepare it there with file_format='array_record'"
             )
         return builder
 
@@ -124,7 +124,7 @@ def _as_user_error(name: str, folder: Path) -> Iterator[None]:
     except Exception as error:
         reason, files = " ".join(str(error).split())[:300], DATASETS[name].manual_files
         raise UserError(
-            f"preparing {name} failed with {type(error).__name__}: {reason}; get {files} anew if they are in "
+            f"preparing {name} failed with {type(error).__name__}: {reason}; download {files} again if they are in "
             f"{manual_folder()}, remove {folder}, and run the same command again"
         ) from error
 
@@ -138,10 +138,10 @@ def encoded_examples(builder: Any, split: str) -> Iterable[dict]:
 
 
 def label_feature(name: str, features: Mapping[str, Any]) -> str:
-    """The feature of a builder that is the class; "" where there are none, or attributes make them.
+    """The feature of a builder that is the class; "" if there are none, or attributes make them.
 
     Raises:
-      UserError: where the entry in `DATASETS` does not say which of the features it is, or names one that is no class.
+      UserError: if the entry in `DATASETS` does not say which of the features it is, or names one that is not a class.
     """
     label = DATASETS[name].label
     classes = [key for key, feature in features.items() if hasattr(feature, "names")]
@@ -149,8 +149,9 @@ def label_feature(name: str, features: Mapping[str, Any]) -> str:
         return label if label in classes else ""
     if classes or label in features:
         raise UserError(
-            f"{label!r} is no class among the features of {DATASETS[name].builder}, {', '.join(features)}; name one of "
-            f"{', '.join(classes) or 'none'} as `label` of {name} in s2dm_jax/config/datasets.py, or '' for no labels"
+            f"{label!r} is not a class among the features of {DATASETS[name].builder}, {', '.join(features)}; name one "
+            f"of {', '.join(classes) or 'none'} as `label` of {name} in s2dm_jax/config/datasets.py, or '' for no "
+            "labels"
         )
     return ""
 

@@ -35,7 +35,7 @@ class ImageTransform(NamedTuple):
     """The transform of every image of a dataset.
 
     Attributes:
-      size: pixels of a side of the result.
+      size: height and width of the result in pixels.
       channels: 1 (grey) or 3 (RGB) of the result.
       crop: one of `config.datasets.CROPS`.
       resize: Pillow's filter, antialiased: one of `config.datasets.RESIZE_FILTERS`.
@@ -62,12 +62,12 @@ def crop_box(crop: str, width: int, height: int) -> tuple[int, int, int, int]:
         return 0, 0, width, height
     if crop == "ddim":
         if (width, height) != _CELEBA_SIZE:
-            raise ValueError(f"{width}×{height} pixels, where the crop ddim needs CelebA's 178×218")
+            raise ValueError(f"{width}×{height} pixels, but the crop ddim needs CelebA's 178×218")
         return _DDIM_BOX
     side = min(width, height)
     if crop == "center_crop_140":
         if side < 140:
-            raise ValueError(f"{width}×{height} pixels, where the crop center_crop_140 needs 140×140")
+            raise ValueError(f"{width}×{height} pixels, but the crop center_crop_140 needs 140×140")
         side = 140
     left, top = round((width - side) / 2), round((height - side) / 2)
     return left, top, left + side, top + side
@@ -133,8 +133,8 @@ def decode(data: bytes, transform: ImageTransform) -> np.ndarray:
     """`to_array` of the bytes of a PNG, JPEG or WebP file; of an animation, the first image.
 
     Raises:
-      Exception: of Pillow's many kinds, for bytes that are no such image, are cut short, or open into more pixels than
-        `Image.MAX_IMAGE_PIXELS`.
+      Exception: of Pillow's many kinds, for bytes that are not such an image, are cut short, or open into more pixels
+        than `Image.MAX_IMAGE_PIXELS`.
     """
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         max_pixels = Image.MAX_IMAGE_PIXELS

@@ -1,4 +1,4 @@
-"""Several processes as one run: finding each other, barriers, stopping together."""
+"""Several processes as one run: initialization, barriers, stopping together."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ def initialize_distributed(
     Without `coordinator`, process 0's "host:port", they are found under Slurm, Open MPI, and on TPU pods (GCE, GKE).
 
     Raises:
-      UserError: if the others do not come.
+      UserError: if the other processes do not join in time.
     """
     launched = bool(coordinator) or _has_companions()
     if not launched and not _on_tpu_vm():
@@ -72,7 +72,7 @@ def _has_companions() -> bool:
 def _number_of_processes(variable: str) -> int:
     value = os.environ.get(variable) or "1"
     if not value.isdecimal():
-        raise UserError(f"{variable}={value} is no number of processes; unset it, or start with srun or mpirun")
+        raise UserError(f"{variable}={value} is not a number of processes; unset it, or start with srun or mpirun")
     return int(value)
 
 
@@ -104,7 +104,7 @@ def noticing_lost_processes() -> Iterator[None]:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 

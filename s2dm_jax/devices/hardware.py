@@ -80,7 +80,7 @@ def check_devices() -> None:
         reason = str(error).strip().partition("\n")[0]
         if legacy and reason.startswith("Unknown backend"):
             settings = " ".join(f"{name}={value}" for name, value in legacy.items())
-            raise UserError(f"{settings} names a platform that is not here ({reason}); unset it") from error
+            raise UserError(f"{settings} names a platform that is not available here ({reason}); unset it") from error
         if not platforms:
             raise
         raise unusable_platform(platforms, reason) from error
@@ -102,7 +102,7 @@ def _accepts(options):
 
 
 def numerics() -> dict[str, Any]:
-    """Settings of JAX, XLA and the devices' libraries that change results, where they are not the defaults."""
+    """Settings of JAX, XLA and the devices' libraries that change results, if they are not the defaults."""
     settings = {name: getattr(jax.config, name) for name in _NUMERICS}
     found = {name: value for name, value in settings.items() if value != _NUMERICS[name]}
     if flags := xla_flags():
@@ -117,7 +117,7 @@ def numerics() -> dict[str, Any]:
 
 
 def peak_flops(dtype: str) -> float | None:
-    """FLOP/s of matrix products over all devices; None where unknown, as float32's, which depends on settings."""
+    """FLOP/s of matrix products over all devices; None if unknown, as float32's, which depends on settings."""
     kind = jax.devices()[0].device_kind
     for name, tflops in _PEAK_TFLOPS.items():
         if kind.startswith(name) and dtype in ("bfloat16", "float16"):

@@ -24,7 +24,7 @@ def data_mesh() -> Mesh:
 
 
 def replicated() -> NamedSharding:
-    """The sharding of an array that every device has a copy of."""
+    """The sharding of an array of which every device has a copy."""
     return NamedSharding(data_mesh(), PartitionSpec())
 
 
@@ -60,7 +60,7 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 
 def shard_batch(x: jax.Array | np.ndarray, axis: int = 0) -> jax.Array:
-    """`x` with `axis` split evenly over the devices; replicated where their number does not divide it."""
+    """`x` with `axis` split evenly over the devices; replicated if their number does not divide it."""
     divisible = x.shape[axis] % jax.device_count() == 0
     return jax.device_put(x, split_along(axis) if divisible else replicated())
 

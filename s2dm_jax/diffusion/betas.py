@@ -14,7 +14,7 @@ _T, _BETA_START, _BETA_END = 1000, 1e-4, 2e-2
 
 
 class ScheduleSpec(NamedTuple):
-    """What names a noise schedule, as the group `diffusion` of a config does.
+    """The parameters that define a noise schedule, as in a config's group `diffusion`.
 
     Attributes:
       schedule: one of BETAS.
@@ -84,7 +84,7 @@ def schedule_betas(spec: ScheduleSpec) -> np.ndarray:
         if value is None:
             continue
         if name not in has:
-            raise ValueError(f"{name}={value} is no field of the {spec.schedule} schedule; leave it None")
+            raise ValueError(f"{name}={value} is not a field of the {spec.schedule} schedule; leave it None")
         if not 0 < value < 1:
             raise ValueError(f"{name}={value} is out of range: a beta is between 0 and 1")
     scale = _T / spec.T

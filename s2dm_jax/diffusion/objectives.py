@@ -5,8 +5,8 @@
 Every timestep in the window of an example goes through the network in one call; L_skip reuses the output that L_simple
 needs. `docs/objectives.md` lists where the papers and their authors' code differ.
 
-A new term is a function as `Term.compute` and one entry of `TERMS`: `loss` then adds it up, and the logged metrics,
-`train.keep_best`, the loss curves and the run's summary have it by its name there.
+A new term is a function like `Term.compute` and one entry of `TERMS`: `loss` then adds it, and the logged metrics,
+`train.keep_best`, the loss curves and the run's summary include it under its name there.
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def skip_ratio(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
 
 
 def simple_weight(schedule: NoiseSchedule, objective: Objective) -> np.ndarray:
-    """Weight of L_simple at each timestep; L_skip gets the rest to 1 (S²-DMs, eq. 13); float64 [T]."""
+    """Weight of L_simple at each timestep; L_skip gets one minus that (S²-DMs, eq. 13); float64 [T]."""
     if not objective.has_skip:
         return np.ones(schedule.T)
     below_boundary = np.arange(schedule.T) < objective.skip_factors
@@ -169,7 +169,8 @@ def skip_quadratic(schedule: NoiseSchedule, objective: Objective) -> tuple[np.nd
 
 
 def skip_scale(schedule: NoiseSchedule, skip: int, tau: float = 0.99, preset: str = "paper") -> np.ndarray:
-    """s_t, by which the optimum under L_skip differs from that under L_simple: a control that no paper ran.
+    """s_t, by which the optimum under L_skip differs from that under L_simple: a control experiment that neither paper
+    ran.
 
     `skip` and `tau` are those of `Objective`, `preset` is "paper" or "released". Multiply any pretrained network's
     output by the result, float64 [T], while sampling (`samplers.common.scale_eps`).

@@ -20,7 +20,7 @@ PREDICTIONS: dict[str, Callable[..., jax.Array]] = {
 
 
 def predict_x0(x: jax.Array, eps: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """x_0 that x would have been made from if its noise were eps (DDIM, Song et al. 2020, eq. 9)."""
+    """The x_0 that x was made from if its noise is eps (DDIM, Song et al. 2020, eq. 9)."""
     return (x - sigma * eps) / alpha
 
 

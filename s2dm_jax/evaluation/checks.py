@@ -1,4 +1,4 @@
-"""What an evaluation needs, checked before a training at whose end it is."""
+"""Checks what an evaluation needs before the training that ends with it."""
 
 from ml_collections import ConfigDict
 
@@ -14,7 +14,7 @@ _MIN_REFERENCE = 2
 
 
 def check_evaluation(config: ConfigDict, data: Dataset) -> None:
-    """Checks what the evaluation at the end of a training needs, before it.
+    """Checks, before a training, what the evaluation at its end needs.
 
     Raises:
       UserError: for features or a reference that are unavailable, and for too few images for a metric.
@@ -26,8 +26,8 @@ def check_evaluation(config: ConfigDict, data: Dataset) -> None:
     if "bits_per_dim" in names and counts["held_out"] < METRICS["bits_per_dim"].min_images:
         raise UserError(
             f"config.eval.metrics={config.eval.metrics!r} names bits_per_dim, which needs "
-            f"{METRICS['bits_per_dim'].min_images} held-out images; there are {counts['held_out']}: choose others, or "
-            "give more images"
+            f"{METRICS['bits_per_dim'].min_images} held-out images; there are {counts['held_out']}: choose other "
+            "metrics, or give more images"
         )
     if reference not in REFERENCES:
         read_statistics(reference, found, config.eval.inception_resize)
@@ -46,5 +46,5 @@ def check_evaluation(config: ConfigDict, data: Dataset) -> None:
         if "reference_features" in metric.requires and number < metric.min_images:
             raise UserError(
                 f"config.eval.metrics={config.eval.metrics!r} names {name}, which needs {metric.min_images} images of "
-                f"the reference {reference}; there are {number}: choose others, or config.eval.reference"
+                f"the reference {reference}; there are {number}: choose other metrics, or another config.eval.reference"
             )

@@ -1,6 +1,6 @@
-"""A small image classifier whose features replace Inception's where those do not fit or are unavailable.
+"""A small image classifier whose features replace Inception's if those do not fit or are unavailable.
 
-A Fréchet distance in these features is no FID: it compares only runs that share the classifier.
+A Fréchet distance in these features is not an FID: it compares only runs that share the classifier.
 """
 
 import functools
@@ -103,7 +103,7 @@ def accuracy(params: Params, images: np.ndarray, labels: np.ndarray) -> float:
       A number in [0, 1].
 
     Raises:
-      ValueError: where images or labels are not as above.
+      ValueError: if images or labels are not as above.
     """
     labels = np.asarray(labels)
     _check_labels(labels, len(images))

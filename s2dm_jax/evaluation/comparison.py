@@ -51,10 +51,10 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
     """The runs with their newest results.
 
     Raises:
-      UserError: for a folder without a run or results, one named twice, or results that cannot be compared.
+      UserError: for a folder without a run or results, a repeated folder, or results that cannot be compared.
     """
     if len({str(Path(name).resolve()) for name in workdirs}) < len(workdirs):
-        raise UserError(f"one workdir is named twice in {' '.join(workdirs)}; give each once")
+        raise UserError(f"a workdir appears twice in {' '.join(workdirs)}; give each only once")
     runs = []
     for workdir in workdirs:
         fields = flatten(read_config(workdir))
@@ -67,7 +67,7 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not readable as results ({error}); evaluate the run again") from error
         if not all("frechet_distance" in row for row in (rows[0], rows[-1])):
-            raise UserError(f"{path} has no distance of real images or noise, as its notes say; leave out {workdir}")
+            raise UserError(f"{path} has no distance for real images or noise (its notes say why); leave out {workdir}")
         trained = {name: value for name, value in fields.items() if not FIELDS[name].resumable}
         runs.append(Evaluated(workdir, {**trained, "step": results["step"]}, results))
     for run in runs[1:]:
@@ -76,7 +76,7 @@ def read_evaluated(workdirs: Sequence[str]) -> list[Evaluated]:
             if one != other:
                 raise UserError(
                     f"{runs[0].workdir} and {run.workdir} were evaluated with different {name}: {one} and "
-                    f"{other}; evaluate both alike"
+                    f"{other}; evaluate both with the same settings"
                 )
     return runs
 
@@ -100,7 +100,10 @@ def series_of(runs: Sequence[Evaluated]) -> list[Series]:
     series = []
     for label, members in zip(labels, groups.values(), strict=True):
         if len({run.fields["train.seed"] for run in members}) < len(members):
-            raise UserError(f"{' and '.join(run.workdir for run in members)} share one train.seed and config; give one")
+            raise UserError(
+                f"{' and '.join(run.workdir for run in members)} have the same train.seed and config; give only one of "
+                "them"
+            )
         for sampler in samplers:
             rows = [(run.workdir, row) for run in members for row in run.results["rows"] if row["name"] == sampler]
             distances = defaultdict(list)  # by NFE

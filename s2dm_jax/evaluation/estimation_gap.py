@@ -107,7 +107,7 @@ def gap_curve(
     """The total gap of a trained network on real images, uint8 [N, H, W, C], as one number for each timestep.
 
     The noise of image i depends on (seed, i) alone, so that two networks are compared on the same noise. Equal networks
-    share a compiled program where they share the `schedule` object.
+    share a compiled program if they share the `schedule` object.
 
     Returns:
       "t" int32 [S]; "rms" [S], root mean square of the gap over pixels and images; "rms_of_mean" [S], root mean square

@@ -98,7 +98,7 @@ def compute_metrics(batches: Iterable[np.ndarray], features: Features, reference
             row["notes"].append(f"no {name}: {error}")
             continue
         if not np.isfinite(values).all():
-            row["notes"].append(f"no {name}: it is not finite, for the features are too large or too small")
+            row["notes"].append(f"no {name}: it is not finite, because the features are too large or too small")
             continue
         row |= zip(metric.results, values if isinstance(values, tuple) else (values,), strict=True)
     return row
@@ -123,9 +123,9 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
 
     Returns:
       {"step", "eval": the config's group, "rows": a dict per row of the table, with "name", "nfe",
-      "frechet_distance", "normalized" and the results of the other metrics, "provenance": all that the numbers depend
-      on}, and with the metric bits_per_dim that key, from `measure_bounds`; plain data, the same on every run with the
-      same versions on the same device.
+      "frechet_distance", "normalized" and the results of the other metrics, "provenance": everything that the numbers
+      depend on}, and with the metric bits_per_dim that key, from `measure_bounds`; plain data, the same on every run
+      with the same versions on the same device.
 
     Raises:
       UserError: for features or a reference that are unavailable.
@@ -195,7 +195,9 @@ def evaluate(model: Model, data: Dataset, workdir: str | os.PathLike, out: str |
             values["normalized"] = (values["frechet_distance"] - floor) / (ceiling - floor)
     notes = [note for note in (model.ema_note,) if note] + skipped + _notes(rows)
     if floor is not None and floor == ceiling:
-        notes.append("noise is as far as real images are in these features: nothing is normalized")
+        notes.append(
+            "in these features, noise is as far from the reference as real images: distances are not normalized"
+        )
     provenance = {
         "metric": features.metric,
         "distance": features.distance,
@@ -253,7 +255,7 @@ def _sampled(model, weights, point, features, batch_size, counts):
 
 
 def _notes_of_point(model, point, values):
-    """The timesteps that are not visited, and what makes the images nonsense."""
+    """Notes on timesteps that are not visited, and on images that are nonsense."""
     notes = [point.note(model.schedule.T, model.schedule.log_snr)]
     if "saturated" in values:  # Points of before 0.3 do not say.
         ends = Ends(*(values[name] for name in ("num_images", "saturated", "not_finite")))
@@ -334,7 +336,7 @@ def _skip_scale_options(options: ConfigDict) -> dict:
 
 
 def _row_name(model, point):
-    """With the options that are not the defaults, as "ddim, uniform, skip_scale 10, EMA 0.999"."""
+    """The row's name with non-default options, such as "ddim, uniform, skip_scale 10, EMA 0.999"."""
     values = _skip_scale_options(model.config.eval).items()
     changed = [f"{name} {value}" for name, value in values if value != SAMPLER_OPTIONS[name].default]
     return ", ".join([point.name, *changed, *([model.weights] if model.ema else [])])
@@ -343,4 +345,4 @@ def _row_name(model, point):
 def _sampler_note(options: ConfigDict) -> str:
     skip, tau, preset = options.skip_scale, options.skip_scale_tau, options.skip_scale_preset
     scaled = f"; output scaled as training with skip {skip}, tau {tau:g}, preset {preset} would scale it"
-    return "last step to the clean image, no clipping but what a sampler's name says" + (scaled if skip else "")
+    return "last step to the clean image, no clipping except where a sampler's name says so" + (scaled if skip else "")

@@ -42,7 +42,7 @@ class Features(NamedTuple):
       metric: its description in a sentence.
       apply: uint8 [B,H,W,C] → float32 [B, D + L], the features followed by the logits; compiled.
       dimensions: D.
-      logits: L, 0 where there are none.
+      logits: L, 0 if there are none.
       provenance: what the function depends on, plain data.
     """
 
@@ -56,7 +56,7 @@ class Features(NamedTuple):
 
 
 def why_no_classifier(data: Dataset, dataset: str) -> str:
-    """What the images lack for a classifier, as "needs labels, …"; "" where it can be trained."""
+    """What the images lack for a classifier, such as "needs labels, …"; "" if it can be trained."""
     size, classes = data.train.shape[1:3], len(np.unique(data.train_labels))
     if data.num_classes < 2:
         return f"needs labels, which {dataset} does not have"
@@ -75,11 +75,11 @@ def resolve_features(config: ConfigDict, no_classifier: str) -> str:
     """What `config.eval.feature_extractor` stands for: "inception", "classifier" or FILE.py:function.
 
     "auto" is the classifier for the digits, whose 8×8 pixels are too few for Inception, and for other images Inception
-    or, if its weights are unavailable and nothing forbids it (`why_no_classifier`), the classifier.
+    or, if its weights are unavailable and a classifier can be trained (`why_no_classifier`), the classifier.
 
     Raises:
-      FeaturesUnavailable: where neither is available.
-      UserError: for a classifier that cannot be trained, and for a file of weights that cannot be used.
+      FeaturesUnavailable: if neither is available.
+      UserError: for a classifier that cannot be trained, and for a weights file that cannot be used.
     """
     chosen, dataset, weights = config.eval.feature_extractor, dataset_name(config), config.eval.inception_weights
     if chosen == "classifier" and no_classifier:
@@ -97,7 +97,7 @@ def resolve_features(config: ConfigDict, no_classifier: str) -> str:
             raise
         if no_classifier:
             raise FeaturesUnavailable(f"a classifier {no_classifier}, and {error}") from error
-        print(f"the distance is measured in a classifier's features, and is no FID: {error}", flush=True)
+        print(f"the distance is measured in a classifier's features and is not an FID: {error}", flush=True)
         return "classifier"
     return "inception"
 
@@ -110,8 +110,8 @@ def check_features(config: ConfigDict, data: Dataset) -> list[tuple[str, int]]:
     """Name and number of the features that its config names, checked before a long training.
 
     Returns:
-      One pair; for "auto", where what is available is found out when it is used, those that it may be, perhaps none: it
-      does not stop a training.
+      One pair; for "auto", whose choice depends on what is available when it is used, every pair that it may choose,
+      perhaps none: it does not stop a training.
 
     Raises:
       UserError: as `build_features`, and for a user's function whose features of real images are not finite.
@@ -130,7 +130,7 @@ def check_features(config: ConfigDict, data: Dataset) -> list[tuple[str, int]]:
         return [inceptions]
     features = build_features(config, data)
     if name != "inception" and not np.isfinite(features.apply(jnp.asarray(data.train[:_TRIED]))).all():
-        raise UserError(f"config.eval.feature_extractor={name!r} gives features of real images that are not finite")
+        raise UserError(f"config.eval.feature_extractor={name!r} returns features of real images that are not finite")
     return [(name, features.dimensions)]
 
 
@@ -214,11 +214,11 @@ def _user_function(name: str, shape: tuple[int, ...]) -> Features:
     batched = hasattr(result, "shape") and len(result.shape) == 2 and result.shape[0] == 2 and result.shape[1] > 0
     if not batched or not jnp.issubdtype(result.dtype, jnp.floating):
         got = f"{result.dtype} {list(result.shape)}" if hasattr(result, "shape") else type(result).__name__
-        raise UserError(f"{field} must give floats [B, D] for uint8 {['B', *shape]}, got {got} for B = 2")
+        raise UserError(f"{field} must return floats [B, D] for uint8 {['B', *shape]}, got {got} for B = 2")
     if result.shape[1] > _MAX_FEATURES:
         raise UserError(
             f"{field} gives {result.shape[1]:,} features, whose covariance does not fit into memory; at most "
-            f"{_MAX_FEATURES:,} are possible"
+            f"{_MAX_FEATURES:,} are allowed"
         )
     return Features(
         name,

@@ -36,8 +36,8 @@ def report_page(workdirs: Sequence[str]) -> str:
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if len(runs) > 1:
         header, rows, caption = comparison_cells(runs)
-        parts += ["<h2>Compared</h2>", _table(header, rows, caption)]
-    parts.append(_figure(_svg(plot_distances(runs)), "Distance against NFE, lower is better."))
+        parts += ["<h2>Comparison</h2>", _table(header, rows, caption)]
+    parts.append(_figure(_svg(plot_distances(runs)), "Distance against NFE; lower is better."))
     for run in runs:
         parts += _section(run)
     parts.append(f"<p class=small>s2dm_jax {__version__}</p>")
@@ -61,12 +61,12 @@ def _section(run: Evaluated) -> list[str]:
     grids = sorted(path for path in folder.iterdir() if path.match("step_*.png")) if folder.is_dir() else []
     if grids:
         image = base64.b64encode(grids[-1].read_bytes()).decode()
-        caption = f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the newest of the training."
+        caption = f"Samples at step {int(grids[-1].stem.removeprefix('step_')):,}, the last ones saved in training."
         parts.append(_figure(f"<img alt='samples' src='data:image/png;base64,{image}'>", caption))
     log = workdir / "metrics.jsonl"
     if log.exists():
         curves = plot_losses(read_json_lines(log))
-        parts.append(_figure(_svg(curves), "Loss and its terms during training, logarithmic."))
+        parts.append(_figure(_svg(curves), "Loss and its terms during training, on a logarithmic scale."))
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in flat_provenance(provenance).items()

@@ -1,4 +1,4 @@
-"""The Inception network that FID is defined by: the TensorFlow graph of 2015-12-05, as ported to PyTorch.
+"""The Inception network that defines FID: the TensorFlow graph of 2015-12-05, as ported to PyTorch.
 
 It differs from torchvision's Inception v3 in three ways: average pools leave the padding out of the mean, the last
 block takes a maximum instead of a mean, and there are 1,008 classes. Batch norms are folded into the convolutions.

@@ -23,14 +23,14 @@ _CHUNK = 1 << 20
 
 
 def inception_params(source: str = "", sha256: str = "") -> dict[str, np.ndarray]:
-    """The parameters of Inception, as `inception.fold_norms` gives them.
+    """The parameters of Inception, as returned by `inception.fold_norms`.
 
     Args:
       source: a file or URL of the PyTorch port's state dict; "" for the cache, or else the standard URL.
       sha256: of that file; "" for the standard weights'.
 
     Raises:
-      UserError: where the file is missing, cannot be fetched, has another SHA-256, or is not this network's.
+      UserError: if the file is missing, cannot be fetched, has another SHA-256, or is not this network's.
     """
     sha256 = (sha256 or SHA256).lower()
     folder = cache_dir() / "inception"
@@ -80,10 +80,9 @@ def _fetch(url, folder, manual):
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"the weights of Inception are not in the cache and {url} cannot be fetched ({reason}); get that "
-            f"file elsewhere and put it at {manual} or give it as --config.eval.inception_weights=FILE, or "
-            "measure in other features with --config.eval.feature_extractor=classifier, which needs labels, or "
-            "FILE.py:function"
+            f"the weights of Inception are not in the cache and {url} cannot be fetched ({reason}); get that file "
+            f"elsewhere and put it at {manual} or give it as --config.eval.inception_weights=FILE, or use other "
+            "features with --config.eval.feature_extractor=classifier, which needs labels, or FILE.py:function"
         ) from error
     return temporary
 

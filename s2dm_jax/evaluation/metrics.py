@@ -72,7 +72,7 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """‖μ₁−μ₂‖² + tr(C₁ + C₂ − 2(C₁C₂)^½) between two Gaussians (Heusel et al. 2017, eq. 6).
 
-    The squared distance, ≥ 0, is FID where the features are Inception's. The trace of the root is the sum of the square
+    The squared distance, ≥ 0, is FID if the features are Inception's. The trace of the root is the sum of the square
     roots of the eigenvalues of the symmetric RᵀC₂R, with C₁ = RRᵀ: no matrix square root of an unsymmetric product,
     whose value changed with SciPy's version.
 
@@ -118,7 +118,7 @@ def fid_infinity(features: np.ndarray, mean: np.ndarray, cov: np.ndarray, *, see
     """The Fréchet distance that infinitely many vectors would have (FID∞; Chong & Forsyth 2020).
 
     The distance of N samples is too large by about c/N. It is computed for 15 random subsets, of a tenth of the vectors
-    (or 2·D, if more) up to all of them, and a line through it against 1/N is read off at 0. What is left is the bias of
+    (or 2·D, if more) up to all of them, and a line fitted against 1/N is extrapolated to 0. What is left is the bias of
     the reference's own number of images.
 
     Args:

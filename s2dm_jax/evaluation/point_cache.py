@@ -1,4 +1,4 @@
-"""The points of an evaluation as files: each is measured once for all that it depends on."""
+"""The points of an evaluation as cached files: each is measured once per combination of its inputs."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What samples are compared with: real images in the chosen features, or a file of statistics."""
+"""The reference that samples are compared with: real images in the chosen features, or a file of statistics."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,13 +37,13 @@ class _NotFiniteError(Exception):
 
 
 class Reference(NamedTuple):
-    """Statistics of the images that samples are compared with, and their features where a metric requires them.
+    """Statistics of the images that samples are compared with, and their features if a metric requires them.
 
     Attributes:
       mean, cov: float64 [D] and [D,D].
       features: float32 [N,D], or None.
       provenance: plain data.
-      problem: why there are no statistics, which are 0 then; "" where there are.
+      problem: why there are no statistics, which are 0 then; "" if there are.
     """
 
     mean: np.ndarray
@@ -91,7 +91,7 @@ def _finite(batches: Iterable[np.ndarray], dimensions: int) -> Iterator[np.ndarr
 
 
 def _read_cached(path: Path, dimensions: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and covariance from the cache; None where they are missing, or the file is damaged."""
+    """Mean and covariance from the cache; None if they are missing, or the file is damaged."""
     try:
         with np.load(path) as arrays:
             mean, cov = arrays["mu"], arrays["sigma"]

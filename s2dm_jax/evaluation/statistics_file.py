@@ -45,7 +45,7 @@ def read_statistics(
       inception_resize: the config's field; with "auto", the file must record the pipeline of Inception's statistics.
 
     Raises:
-      UserError: for a file that is none, of other features, or perhaps of another pipeline.
+      UserError: for an unreadable file, statistics of other features, or a pipeline that differs or is not recorded.
     """
     try:
         with np.load(path) as arrays:
@@ -61,7 +61,9 @@ def read_statistics(
         ) from error
     if len(mean) not in (dimensions for _, dimensions in features):
         made = " or ".join(f"config.eval.feature_extractor={name!r} makes {number}" for name, number in features)
-        raise UserError(f"config.eval.reference={path!r} holds {len(mean)} features, {made}; the numbers must be equal")
+        raise UserError(
+            f"config.eval.reference={path!r} holds {len(mean)} features, {made}; the two numbers must be equal"
+        )
     if ("inception", len(mean)) in features:
         _check_resize(path, recorded, inception_resize)
     return mean, cov
@@ -107,7 +109,7 @@ def _symmetric(mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
     """The covariance without the asymmetry of round-off.
 
     Raises:
-      ValueError: for shapes that do not match, values that are not finite, and what is no covariance.
+      ValueError: for shapes that do not match, values that are not finite, and a matrix that is not a covariance.
     """
     if mean.ndim != 1 or not mean.size or cov.shape != (mean.size, mean.size):
         raise ValueError(f"mu is {list(mean.shape)} and sigma {list(cov.shape)}")
@@ -118,7 +120,7 @@ def _symmetric(mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
         raise ValueError(f"sigma is not symmetric: entries differ by {difference:.3g}")
     cov = (cov + cov.T) / 2
     if np.linalg.eigvalsh(cov)[0] < -_ROUND_OFF * largest * len(cov):
-        raise ValueError("sigma is no covariance: it has negative eigenvalues")
+        raise ValueError("sigma is not a covariance matrix: it has negative eigenvalues")
     return cov
 
 
@@ -128,7 +130,7 @@ def _reason(error: Exception) -> str:
     if "context manager" in str(error):
         return "it is a single array"
     if isinstance(error, EOFError | zipfile.BadZipFile):
-        return "it is empty, cut short or no .npz"
+        return "it is empty, cut short or not an .npz"
     if "pickle" in str(error):
         return "it holds Python objects or text, not arrays of numbers"
     return str(error).strip().partition("\n")[0] or "it is empty"

@@ -30,7 +30,7 @@ def map_batches(
     """`compute` of the indices 0 … num_images−1, a batch at a time on the host; its arguments are `sample_batches`'s.
 
     `compute` is a function of indices int [B] → array [B, …] on the device, or a tuple of them; B is the same in every
-    call, so that one program serves, and the results for indices from num_images on are dropped.
+    call, so that one compiled program suffices, and the results for indices from num_images on are dropped.
     """
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:

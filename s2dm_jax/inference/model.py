@@ -32,12 +32,12 @@ class Model(NamedTuple):
     Attributes:
       config: the run's config.
       network, schedule: the network and the forward process.
-      ema_params: the EMA of the weights, corrected for its start where that matters (`workdir.ema.sampling_ema`).
-      step: train steps behind them.
-      ms_eps: float [T], Analytic-DPM's statistic, or None where it has not been estimated.
+      ema_params: the EMA of the weights, corrected for its start if that matters (`workdir.ema.sampling_ema`).
+      step: number of training steps.
+      ms_eps: float [T], Analytic-DPM's statistic, or None if it has not been estimated.
       variance_head: of SN- or NPR-DPM, or None.
-      ema_note: a sentence where an EMA is not just the checkpoint's, else "".
-      saturation: share of the values of real images that are 0 or 255, or None where it is not recorded.
+      ema_note: a sentence if the EMA differs from the checkpoint's, else "".
+      saturation: share of the values of real images that are 0 or 255, or None if it is not recorded.
       ema: which weights `ema_params`, or the variance head's, are, as in `config.sample.ema`; "" is the run's EMA.
     """
 
@@ -54,7 +54,7 @@ class Model(NamedTuple):
 
     @property
     def weights(self) -> str:
-        """What is sampled from in words, as "EMA" or "EMA sigma_rel=0.1"."""
+        """The weights sampled from, in words: "EMA" or "EMA sigma_rel=0.1"."""
         return parse_choice(self.ema).words
 
     @property
@@ -133,20 +133,22 @@ class Model(NamedTuple):
         return fault_of(ends, self.real_saturation, *words)
 
     def unvisited_note(self, sampler: str = "ddim", **options: Any) -> str:
-        """One sentence where `sampler` with these options leaves the last timesteps out (`min_log_snr`), else ""."""
+        """One sentence if `sampler` with these options leaves the last timesteps out (`min_log_snr`), else ""."""
         spec, others = split_timestep_spec(options)
         own = {name: value for name, value in others.items() if name in ("eta", *OPTIONS) and value is not None}
         return unvisited_note(self.schedule.T, sampler_name(sampler), spec, self.schedule.log_snr, **own)
 
     def real_saturation(self) -> float | None:
-        """The share of the values of real images that are 0 or 255: recorded, or counted; None without any."""
+        """The share of the values of real images that are 0 or 255: recorded or counted; None if no images are
+        available.
+        """
         return saturation_at_hand(self.config) if self.saturation is None else self.saturation
 
     def with_noise_statistics(
         self, workdir: str | os.PathLike, sampler: str, count: int, batch_size: int, out: str | os.PathLike = ""
     ) -> "Model":
-        """The model with Analytic-DPM's statistic where `sampler` requires it, over `count` training images per
-        timestep: the one cached in `workdir` or `out`, or estimated now, and cached in `out` where `workdir` cannot be
+        """The model with Analytic-DPM's statistic if `sampler` requires it, over `count` training images per
+        timestep: the one cached in `workdir` or `out`, or estimated now, and cached in `out` if `workdir` cannot be
         written to.
         """
         if SAMPLERS[sampler].requires != "ms_eps":
@@ -154,7 +156,9 @@ class Model(NamedTuple):
         folder, statistic = statistics_folder(workdir), None
         if out and (reason := why_not_writable(folder)):
             statistic = noise_statistics.load_cached(self.schedule, self.ema_params, folder, count)
-            print(f"{folder} cannot be written to ({reason}): the statistic is cached in {out}", file=sys.stderr)
+            print(
+                f"{folder} cannot be written to ({reason}); the statistic is cached in {out} instead", file=sys.stderr
+            )
             folder = statistics_folder(out)
         statistic = statistic or noise_statistics.load_cached(self.schedule, self.ema_params, folder, count)
         if statistic is None:
@@ -183,7 +187,7 @@ def load(
     Args:
       workdir: folder of a run, or the file of an exported sampler, whose weights any sampler can use.
       step: of the checkpoint; None for the newest.
-      network: what was trained, where that is not the network that the run's config names.
+      network: what was trained, if that is not the network that the run's config names.
       ema: the weights to sample from, as in `config.sample.ema`: "" for the run's EMA, "weights", "0.999",
         "sigma_rel=0.1".
 

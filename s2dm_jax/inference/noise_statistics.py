@@ -66,8 +66,8 @@ def estimate_noise_statistics(
     Args:
       params: the network's weights to sample with, usually the EMA.
       images: uint8 [N, H, W, C], training images.
-      folder: of the cache, as `statistics_folder`.
-      num_images: how many of the images, drawn by `seed`; all where there are fewer.
+      folder: of the cache, from `statistics_folder`.
+      num_images: how many of the images, drawn by `seed`; all if there are fewer.
       seed: of the choice and of the noise: that of image i at timestep t depends on (seed, t, i) alone.
       batch_size: images per batch.
 
@@ -146,7 +146,7 @@ def _read(path):
             # Before 0.3, NaN was stored as well.
             return (mean, standard_error) if np.isfinite(mean).all() else (np.zeros(0), np.zeros(0))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        # A missing or damaged file is made anew.
+        # A missing or damaged file is made again.
         return np.zeros(0), np.zeros(0)
 
 

@@ -1,4 +1,4 @@
-"""What `--mode=sample` does: samples as a config says and leaves the images in the run's folder."""
+"""`--mode=sample`: samples as a config describes and writes the images to the run's folder."""
 
 import datetime
 import itertools
@@ -151,7 +151,7 @@ def _rows(options: ConfigDict, models: list[Model]) -> tuple[np.ndarray, int | N
 
 
 def _report(fault: Fault) -> None:
-    """Says what is wrong with the images; refuses to write those of which none is finite."""
+    """Reports what is wrong with the images; refuses to write them if none is finite."""
     if fault.hopeless:
         raise UserError(fault.text)
     print(f"warning: {fault.text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Samples from trained weights: compiled samplers from the user's options, batches of any number of images.
+"""Sampling from trained weights: compiled samplers from the user's options, any number of images in batches.
 
 Image i of a seed depends on (seed, i) alone, not on the batch or the order that it is sampled in.
 """
@@ -33,7 +33,7 @@ from s2dm_jax.samplers.timesteps import TimestepSpec, plan_timesteps, split_time
 
 
 class SamplerConfig(NamedTuple):
-    """What a compiled sampler is made for; options are sorted pairs of name and value."""
+    """What a compiled sampler is specialised to; options are sorted pairs of name and value."""
 
     network: Network
     schedule: NoiseSchedule
@@ -107,7 +107,9 @@ def resolve_program(
     if own.get("variance") == "learned":
         with_learned_variance(network)
         if scale is not None:
-            raise ValueError("skip_scale does not go with variance='learned', which is that of the unscaled network")
+            raise ValueError(
+                "skip_scale cannot be combined with variance='learned', which belongs to the unscaled network"
+            )
     # Without noise nothing is drawn: eta 0 is a program of its own.
     eta = own.pop("eta", None) or None
     program = SamplerConfig(network, schedule, sampler, tuple(sorted(own.items())))
@@ -155,8 +157,8 @@ def resolve_sampler(
     if spec.timestep_spacing == "optimal" and not len(spec.timesteps):
         if ms_eps is None:
             raise ValueError(
-                "timestep_spacing='optimal' needs ms_eps, the network's statistic; "
-                "noise_statistics.estimate_noise_statistics makes it"
+                "timestep_spacing='optimal' needs ms_eps, the network's statistic, from "
+                "noise_statistics.estimate_noise_statistics"
             )
         visitable = num_visitable(schedule.T, sampler, spec.min_log_snr, schedule.log_snr, **options)
         visited = NoiseSchedule(schedule.beta[:visitable])
@@ -168,8 +170,8 @@ def resolve_sampler(
         scale = objectives.skip_scale(schedule, skip, skip_scale_tau, skip_scale_preset) if skip else None
     elif np.shape(skip_scale) != (schedule.T,):
         raise ValueError(
-            f"skip_scale has shape {np.shape(skip_scale)}; it is a skip, or one number per timestep, "
-            f"shape ({schedule.T},)"
+            f"skip_scale has shape {np.shape(skip_scale)}; it must be a skip, or one number per timestep, shape "
+            f"({schedule.T},)"
         )
     else:
         scale = np.asarray(skip_scale)
@@ -187,9 +189,8 @@ def sampler_inputs(
     if requires == "ms_eps":
         if ms_eps is None:
             raise ValueError(
-                f"sampler={sampler!r} needs ms_eps, the network's statistic; "
-                "noise_statistics.estimate_noise_statistics makes it, and so does --mode=sample "
-                f"--config.sample.sampler={sampler}"
+                f"sampler={sampler!r} needs ms_eps, the network's statistic, from "
+                f"noise_statistics.estimate_noise_statistics or --mode=sample --config.sample.sampler={sampler}"
             )
         # Scaled noise has a scaled mean square.
         return cov_x0(schedule, ms_eps if scale is None else ms_eps * np.square(scale))
@@ -197,12 +198,13 @@ def sampler_inputs(
         return None
     if head is None or head.kind != requires:
         raise ValueError(
-            f"sampler={sampler!r} needs a variance head of the network; train one with the config's objective "
-            f":{requires} and give its workdir"
+            f"sampler={sampler!r} needs a variance head of the network; train one with the objective :{requires} after "
+            "the config's name and give its workdir"
         )
     if scale is not None:
         raise ValueError(
-            f"skip_scale does not go with sampler={sampler!r}: its variance head was trained on the unscaled network"
+            f"skip_scale cannot be combined with sampler={sampler!r}: its variance head was trained on the unscaled "
+            "network"
         )
     return head.params
 
@@ -280,12 +282,12 @@ def sample_batches(
     postprocess: Callable[[jax.Array], jax.Array] | None = None,
     counts: list[np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Images 0 … num_images−1 of a seed, a batch at a time.
+    """Images 0 … num_images−1 of a seed, batch by batch.
 
     Args:
       sample_fn, params, timesteps: the function from `configure_sampler`, or one like it, and its arguments.
       seed: of the noise.
-      num_images: in all.
+      num_images: in total.
       batch_size: images per batch; the memory needed is that of two batches.
       progress: whether to show progress.
       postprocess: a function of the images, on the device; its result takes their place.

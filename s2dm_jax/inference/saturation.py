@@ -11,7 +11,7 @@ from s2dm_jax.samplers.guards import MIN_LOG_SNR
 from s2dm_jax.samplers.specs import SAMPLERS, clips_x0, nfe_of
 from s2dm_jax.samplers.timesteps import plan_timesteps, resolve_spacing, split_timestep_spec
 
-# Where no real images are at hand: drawings on a plain ground may have as many, photographs never.
+# Where no real images are available: drawings on a plain ground may have as many, photographs never.
 _LIMIT_WITHOUT_DATA = 0.95
 
 
@@ -66,7 +66,7 @@ def fault_of(ends: Ends, real: Callable[[], float | None], how: str, remedies: s
 
     Args:
       ends: of the images.
-      real: gives the share of real images; called only where it matters.
+      real: returns the share of real images; called only if it matters.
       how, remedies: from `sampling_in_words`.
     """
     if ends.not_finite:
@@ -78,16 +78,16 @@ def fault_of(ends: Ends, real: Callable[[], float | None], how: str, remedies: s
     if ends.saturated <= saturation_limit(share):
         return None
     compared = (
-        f"of real images {100 * share:.1f} %"
+        f"against {100 * share:.1f} % of those of real images"
         if share is not None
-        else f"no real ones are at hand, {100 * _LIMIT_WITHOUT_DATA:.0f} % is the bound"
+        else f"no real images to compare with: the limit is {100 * _LIMIT_WITHOUT_DATA:.0f} %"
     )
     text = f"{100 * ends.saturated:.1f} % of the images' values are 0 or 255, {compared} ({how}); try {remedies}"
     return Fault(text, hopeless=False)
 
 
 def sampling_in_words(log_snr: np.ndarray, schedule: str, dtype: str, sampler: str, **options: Any) -> tuple[str, str]:
-    """How images were sampled with `configure_sampler`'s options, and what may help where they are nonsense.
+    """How images were sampled with `configure_sampler`'s options, and what may help if they are nonsense.
 
     `log_snr` is that of the schedule, float [T], and `schedule` its name.
     """

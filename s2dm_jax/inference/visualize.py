@@ -35,7 +35,7 @@ def interpolate(
       num_images: images in a row, at least 2; the weights are equally spaced, 11 gives 0, 0.1, … 1.
       seed: of the starts.
       end_seed: of the ends, by default the same.
-      sampler: a sampler that draws no noise at its steps.
+      sampler: a deterministic sampler.
       report: is called if the images are nonsense, as in `Model.sample`.
       **options: as for `sampler.configure_sampler`; eta stays 0.
 
@@ -43,12 +43,11 @@ def interpolate(
       uint8 [rows, num_images, H, W, C].
 
     Raises:
-      ValueError: for a sampler that draws noise, fewer than 2 images, or unequal numbers of ends.
+      ValueError: for a stochastic sampler, fewer than 2 images, or unequal numbers of ends.
     """
     if options.get("eta") or (sampler in SAMPLERS and SAMPLERS[sampler].stochastic):
         raise ValueError(
-            f"{sampler} with eta={options.get('eta', 0)} draws noise at its steps; interpolation needs a "
-            "sampler that draws none"
+            f"{sampler} with eta={options.get('eta', 0)} is stochastic; interpolation needs a deterministic sampler"
         )
     if num_images < 2:
         raise ValueError(f"num_images={num_images} is out of range: it must be at least 2")

@@ -40,7 +40,7 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int, pad: Pad) -> jax.Array:
 
     XLA:CPU rewrites convolutions to its fast form only in the entry computation. Inside `lax.scan` the backward
     convolutions that autodiff makes, whose layouts are permuted, fall to a naive loop 20-40 times slower. On CPU both
-    are written in the fast form to begin with; the gradients are the same. Reverse mode of any order and vmap work;
+    are written in the fast form directly; the gradients are the same. Reverse mode of any order and vmap work;
     `jax.jvp` of it raises TypeError on CPU, so what needs it calls lax directly.
 
     Args:

@@ -1,4 +1,4 @@
-"""The UNet of improved-diffusion as a value: its shape, checked, and what it computes (`improved_unet_module.py`).
+"""The UNet of improved-diffusion as a value: its checked configuration and its computation (`improved_unet_module.py`).
 
 Parameter paths equal the published state_dict's names (`input_blocks.1.0.in_layers.2`), so that
 `weights/improved_names.py` needs only a few rules.
@@ -59,8 +59,8 @@ class ImprovedUNet:
         for factor in self.ch_mult:
             if self.ch * factor % self.num_heads:
                 raise ValueError(
-                    f"num_heads={self.num_heads} must divide the channels of every level, but not those of "
-                    f"{self.ch * factor} channels"
+                    f"num_heads={self.num_heads} must divide the channels of every resolution level, but does not "
+                    f"divide {self.ch * factor}"
                 )
 
     @property
@@ -90,7 +90,7 @@ class ImprovedUNet:
         return definition(self)[1]
 
     def init(self, seed: int) -> dict:
-        """Parameters as the published code starts: PyTorch's default, the last convolution of each block 0."""
+        """Initial parameters as in the published code: PyTorch's default, the last convolution of each block 0."""
         from s2dm_jax.models.improved_unet_module import init
 
         return init(self.param_shapes(), seed)
@@ -109,7 +109,8 @@ class ImprovedUNet:
           labels: int [B], the classes of the images, for a class-conditional network.
 
         Raises:
-          ValueError: if the images do not have the network's resolution and channels, or labels are not asked for.
+          ValueError: if the images do not have the network's resolution and channels, or for labels that the network
+            does not take.
           UserError: if labels are missing.
         """
         return self.outputs(params, x, t, dropout_key, labels)[0]
@@ -139,7 +140,7 @@ class ImprovedUNet:
         if labels is None and self.num_classes:
             raise UserError(
                 f"the network is class-conditional (model.num_classes={self.num_classes}), and samplers and losses "
-                "give it no labels; it can be converted, and ImprovedUNet.apply takes labels"
+                "pass no labels; it can be converted, and ImprovedUNet.apply takes labels"
             )
         if labels is not None and not self.num_classes:
             raise ValueError("a network with num_classes=0 takes no labels")

@@ -191,7 +191,7 @@ class ImprovedUNetModule(nnx.Module):
 
 
 def init(shapes: dict, seed: int) -> dict:
-    """Parameters as the published code starts, a function of (seed, its name) each.
+    """Initial parameters as in the published code, each a function of (seed, its name).
 
     PyTorch's default but for the last convolution of each block and of the network, which is 0, and the embedding of
     classes, standard normal.

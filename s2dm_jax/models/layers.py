@@ -1,4 +1,4 @@
-"""What the UNet of the DDIM code is made of: its blocks, GroupNorm, convolutions, the embedding of t."""
+"""The layers of the DDIM code's UNet: its blocks, GroupNorm, convolutions, the embedding of t."""
 
 import math
 import zlib
@@ -30,8 +30,8 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
 def add(x: jax.Array, per_channel: jax.Array) -> jax.Array:
     """x [..., C] + per_channel in float32, in x's type.
 
-    The gradient of what is added to every pixel is a sum over all of them; a GPU that knows how to add bfloat16 would
-    otherwise add those up in bfloat16.
+    The gradient of what is added to every pixel is a sum over all of them; a GPU with native bfloat16 addition would
+    otherwise sum them in bfloat16.
     """
     return (x.astype(jnp.float32) + per_channel).astype(x.dtype)
 
@@ -165,7 +165,7 @@ def split_module(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict]:
 
 
 def pytorch_default_init(shapes: dict, seed: int) -> dict:
-    """Parameters as the published code starts: PyTorch's default U(−1/√fan_in, 1/√fan_in), norms 1 and 0.
+    """Initial parameters as in the published code: PyTorch's default U(−1/√fan_in, 1/√fan_in), norms 1 and 0.
 
     A nested dict of float32 numpy arrays with the paths of `shapes`. Each is a function of (seed, its name) alone.
     Sampled by numpy: compiling JAX's initialisers takes longer.

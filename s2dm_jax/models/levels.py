@@ -1,4 +1,4 @@
-"""What every UNet asks of its resolution levels; imports no jax."""
+"""Checks of a UNet's resolution levels; imports no jax."""
 
 from s2dm_jax.models.network import NORM_GROUPS
 
@@ -17,8 +17,8 @@ def check_levels(resolution: int, ch: int, ch_mult: tuple[int, ...], attn_resolu
         raise ValueError(f"ch={ch} must be a multiple of {NORM_GROUPS}, the groups of the norms")
     if resolution % 2**halvings:
         raise ValueError(
-            f"ch_mult={ch_mult} halves images of {resolution} pixels {halvings} times, which does not go evenly; give "
-            "fewer resolution levels"
+            f"ch_mult={ch_mult} halves images of {resolution} pixels {halvings} times, which does not divide evenly; "
+            "give fewer resolution levels"
         )
     resolutions = [resolution >> i for i in range(len(ch_mult))]
     for attn in attn_resolutions:

@@ -1,4 +1,4 @@
-"""The interface of a network: all that training, sampling, statistics, export and conversion see of one.
+"""The interface of a network: all that training, sampling, statistics, export and conversion use.
 
 A network is a frozen, hashable value; its parameters are a nested dict apart from it, so that EMA, optimizer,
 checkpoints and sharding act on plain arrays. Equal networks share compiled programs. No jax is imported here, nor by
@@ -55,7 +55,7 @@ class Network(Protocol):
     def apply(
         self, params: dict, x: "jax.Array", t: "jax.Array", dropout_key: "jax.Array | None" = None
     ) -> "jax.Array":
-        """The network's output for x_t, float32 [B, H, W, C], with dropout where there is a `dropout_key`.
+        """The network's output for x_t, float32 [B, H, W, C], with dropout if a `dropout_key` is passed.
 
         x is [B, H, W, C]; t is [B], timesteps in 0 … T−1, which may be fractional.
         """
@@ -69,10 +69,10 @@ class FeatureNetwork(Network, Protocol):
 
     Attributes:
       feature_channels: channels of the features.
-      prediction: what `apply` gives (`parameterization.PREDICTIONS`).
+      prediction: what `apply` returns (`parameterization.PREDICTIONS`).
 
-    A variance head's norm has the epsilon `norm_eps` where the network has that attribute, and its convolution starts
-    from 0 where the network's `zero_init` is true.
+    A variance head's norm has the epsilon `norm_eps` if the network has that attribute, and its convolution starts
+    from 0 if the network's `zero_init` is true.
     """
 
     @property
@@ -91,7 +91,7 @@ def with_features(network: Network) -> FeatureNetwork:
     """The network itself if a variance head can read it, else a `UserError`."""
     if not hasattr(network, "apply_with_features"):
         raise UserError(
-            f"{type(network).__name__} has no features that a variance head could read; choose another "
+            f"{type(network).__name__} has no features for a variance head to read; choose another "
             "config.model.name, or train without config.variance_head"
         )
     return cast(FeatureNetwork, network)

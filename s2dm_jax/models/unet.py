@@ -1,4 +1,4 @@
-"""The UNet of the DDIM code as a value: its shape, checked, and what it computes (its layers: `unet_module.py`).
+"""The UNet of the DDIM code as a value: its checked configuration and its computation (layers: `unet_module.py`).
 
 Parameter paths equal the published state_dict's names (`down.0.block.1.conv1`), so that `weights/torch_names.py` needs
 only a few rules.
@@ -70,7 +70,7 @@ class UNet:
         return definition(self)[1]
 
     def init(self, seed: int) -> dict:
-        """Parameters as the published code starts (`layers.pytorch_default_init`)."""
+        """Initial parameters as in the published code (`layers.pytorch_default_init`)."""
         from s2dm_jax.models.layers import pytorch_default_init
 
         return pytorch_default_init(self.param_shapes(), seed)

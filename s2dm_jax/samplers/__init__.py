@@ -22,9 +22,9 @@ The contract of every sampler; each one's own docstring lists only what it adds 
       noisiest timestep first.
 
     Raises:
-      ValueError: for timesteps that are not ascending integers in [0, T), or of which the sampler needs more; for an
-        option outside its choices. Of traced timesteps only the shape can be checked, of a traced eta nothing.
+      ValueError: for timesteps that are not ascending integers in [0, T) or too few for the sampler; for an option
+        outside its choices. Of traced timesteps only the shape can be checked, of a traced eta nothing.
 
-A new sampler is a function in a file of this folder, made of the parts in `common`, and one line in `specs.SAMPLERS`.
-`specs` and `timesteps` import no jax.
+A new sampler is a function in a file of this folder, built from the parts in `common`, and one line in
+`specs.SAMPLERS`. `specs` and `timesteps` import no jax.
 """

@@ -1,4 +1,4 @@
-"""The parts that samplers are made of: pairs of timesteps, the network call, the DDIM step, the scan over steps."""
+"""Building blocks of the samplers: pairs of timesteps, the network call, the DDIM step, the scan over steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,7 +83,7 @@ def scale_eps(eps_fn: EpsFn, scale: np.ndarray | jax.Array) -> EpsFn:
       ValueError: if `scale` is not 1-D.
     """
     if np.ndim(scale) != 1:
-        raise ValueError(f"scale has shape {np.shape(scale)}; it is one number per timestep, shape [T]")
+        raise ValueError(f"scale has shape {np.shape(scale)}; it must be one number per timestep, shape [T]")
 
     def scaled(x, t):
         factor = jnp.interp(t, jnp.arange(len(scale)), jnp.asarray(scale, x.dtype)).astype(x.dtype)  # [B]

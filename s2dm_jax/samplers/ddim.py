@@ -32,8 +32,8 @@ def ddim(
       eta: 0 is deterministic, 1 has the posterior variance of DDPM; may be traced.
       noise_fn: needed unless eta is 0.
       clip_x0, dynamic_threshold: also make the step's ε agree with the bounded prediction, unless `raw_eps`.
-      raw_eps: whether ε stays the network's where the prediction is clipped, as in the plain DDIM of Analytic-DPM's
-        code (Bao et al. 2022a), which SA-DPM's CelebA results come from; needs one of the two.
+      raw_eps: whether ε stays the network's when the prediction is clipped, as in the plain DDIM of Analytic-DPM's
+        code (Bao et al. 2022a), which produced SA-DPM's CelebA results; needs one of the two.
     """
     bounds = clip_x0, dynamic_threshold
     options = {"clip_x0": clip_x0, "dynamic_threshold": dynamic_threshold, "raw_eps": raw_eps}

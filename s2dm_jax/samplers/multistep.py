@@ -104,9 +104,9 @@ def dpmpp(
     back: it is a DDIM step.
 
     Args:
-      order: predictions that a step combines, 1 to 3. Order 2 takes the line half a step ahead, as the paper. Order 3
-        integrates the parabola exactly; the released code's coefficient of the second difference is half of that, which
-        is of order 2; with fewer than 15 steps the one before the last has order 2.
+      order: predictions that a step combines, 1 to 3. Order 2 takes the line half a step ahead, as in the paper.
+        Order 3 integrates the parabola exactly; the released code's coefficient of the second difference is half of
+        that, which is of order 2; with fewer than 15 steps the one before the last has order 2.
     """
     check_concrete_options("dpmpp", order=order)
     t, signal, sigma, decay, gain, h, growth = _log_snr_steps(schedule, timesteps, x_T.dtype)

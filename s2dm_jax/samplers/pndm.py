@@ -1,4 +1,4 @@
-"""PNDM: classical Runge-Kutta and linear multistep formulas with the DDIM step in the place of x + h·f.
+"""PNDM: classical Runge-Kutta and linear multistep formulas with the DDIM step in place of x + h·f.
 
 The multistep history is part of the scan's state.
 """

@@ -1,4 +1,4 @@
-"""The table of samplers: where each one is, its options, its NFE (number of function evaluations).
+"""The table of samplers: each one's module, options and NFE (number of function evaluations).
 
 Imports no jax, so that wrong options are reported before it is. Error messages begin with the name of the argument.
 """
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class SamplerSpec(NamedTuple):
-    """Where a sampler is and what it takes.
+    """A sampler's module, options and cost.
 
     Attributes:
       module: file of this folder that defines the function of the sampler's name.
@@ -82,7 +82,7 @@ OPTIONS: dict[str, tuple | None] = {
 
 
 def sampler_name(name: str) -> str:
-    """The name in SAMPLERS of a sampler that goes by several: PNDM's papers call F-PNDM so."""
+    """The name in SAMPLERS of a sampler with several names: PNDM's papers call F-PNDM pndm."""
     return "f_pndm" if name == "pndm" else name
 
 
@@ -119,15 +119,15 @@ def steps_for_nfe(sampler: str, nfe: int) -> int:
     """The number of steps for which the sampler makes `nfe` evaluations, the inverse of `nfe_of`.
 
     Raises:
-      ValueError: as `nfe_of`, and where no number of steps makes so many evaluations.
+      ValueError: as `nfe_of`, and if no number of steps makes exactly `nfe` evaluations.
     """
     spec = spec_of(sampler)
     fewest = nfe_of(sampler, spec.min_steps)
     if nfe < fewest:
-        raise ValueError(f"nfe={nfe} is too few for {sampler}: its fewest steps make {fewest} evaluations")
+        raise ValueError(f"nfe={nfe} is too few for {sampler}: its smallest number of steps makes {fewest} evaluations")
     steps, left = divmod(nfe - spec.extra_evaluations, spec.evaluations_per_step)
     if left:
-        raise ValueError(f"nfe={nfe} is no number of evaluations of {sampler}: {steps} steps make {nfe - left}")
+        raise ValueError(f"nfe={nfe} is not possible with {sampler}: {steps} steps make {nfe - left} evaluations")
     return steps
 
 
@@ -142,11 +142,11 @@ def check_options(sampler: str, **options: Any) -> None:
         _check_value(name, value)
         if name not in spec.options and not (name == "eta" and value == 0):
             owners = ", ".join(other for other, spec in SAMPLERS.items() if name in spec.options)
-            raise ValueError(f"{name}={value!r} is no option of {sampler}, only of {owners}")
+            raise ValueError(f"{name}={value!r} is not an option of {sampler}, only of {owners}")
     if options.get("raw_eps") and not clips_x0(sampler, **options):
-        raise ValueError("raw_eps=True does nothing without clip_x0=True: without clipping ε is the network's")
+        raise ValueError("raw_eps=True has no effect without clip_x0=True: without clipping, ε is the network's")
     if options.get("eta") and "mean" in spec.options and options.get("mean", "ddpm") == "ddpm":
-        raise ValueError(f"eta={options['eta']} is no option of mean='ddpm', only of mean='ddim'")
+        raise ValueError(f"eta={options['eta']} is not an option of mean='ddpm', only of mean='ddim'")
 
 
 def clips_x0(sampler: str, **options: Any) -> bool:
@@ -160,14 +160,18 @@ def clips_x0(sampler: str, **options: Any) -> bool:
 def _check_value(name: str, value: Any) -> None:
     if name == "eta":
         if not 0 <= value <= 1:
-            raise ValueError(f"eta={value} is not allowed: 0 (deterministic) to 1 (DDPM's posterior variance)")
+            raise ValueError(
+                f"eta={value} is not allowed: it must be from 0 (deterministic) to 1 (DDPM's posterior variance)"
+            )
     elif name not in OPTIONS:
-        raise ValueError(f"{name}={value!r} is no option of a sampler; there are eta, {', '.join(OPTIONS)}")
+        raise ValueError(f"{name}={value!r} is not an option of any sampler; choose among eta, {', '.join(OPTIONS)}")
     elif name == "dynamic_threshold":
         if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{name}={value!r} is not allowed: a share of an image's values up to 1, such as 0.995")
+            raise ValueError(
+                f"{name}={value!r} is not allowed: it must be a fraction of an image's values up to 1, such as 0.995"
+            )
     elif (choices := OPTIONS[name]) is None:
         if not value > 0:
-            raise ValueError(f"{name}={value!r} is not allowed: a number above 0, or inf")
+            raise ValueError(f"{name}={value!r} is not allowed: it must be a number above 0, or inf")
     elif value not in choices:
-        raise ValueError(f"{name}={value!r} is not allowed: {' or '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {' or '.join(map(repr, choices))}")

@@ -19,7 +19,7 @@ def threshold_x0(x0: jax.Array, clip_x0: bool, dynamic_threshold: float | None =
     Args:
       clip_x0: clip the values.
       dynamic_threshold: which quantile of each image's |x_0| is s, at least 1: clip to [−s, s] and divide by s (Imagen,
-        Saharia et al. 2022, section 2.3); in the place of clipping. None for no dynamic threshold.
+        Saharia et al. 2022, section 2.3); instead of clipping. None for no dynamic threshold.
     """
     if dynamic_threshold is not None:
         quantile = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), dynamic_threshold, axis=1)  # [B]

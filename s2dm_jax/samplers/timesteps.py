@@ -21,7 +21,7 @@ class TimestepSpec(NamedTuple):
 
     Attributes:
       steps: number of timesteps.
-      nfe: network evaluations; 10 where nothing is set.
+      nfe: network evaluations; 10 if nothing is set.
       timestep_spacing: one of SPACINGS; ignored with `timesteps`. "auto" is the sampler's own (`auto_spacing`).
         "optimal" depends on the network (`analytic.optimal_timesteps`): here it stands for as many timesteps of
         "uniform".
@@ -82,7 +82,7 @@ def linspace_timesteps(T: int, steps: int) -> np.ndarray:
     """
     check_steps(T, steps)
     if steps < 2:
-        raise ValueError("steps=1 is too few for linspace spacing: it has the first and the last timestep")
+        raise ValueError("steps=1 is too few for linspace spacing, which includes the first and the last timestep")
     return (np.round(1 + np.arange(steps) * (T - 1) / (steps - 1)) - 1).astype(np.int32)
 
 
@@ -193,7 +193,7 @@ _ALMOST_NOISE = -2.3
 
 
 def auto_spacing(sampler: str, log_snr: np.ndarray | None = None) -> str:
-    """The spacing that "auto" is for a sampler: the best of those measured in docs/samplers.md.
+    """The spacing that "auto" stands for: the sampler's best of those measured in docs/samplers.md.
 
     "quadratic" begins at 0.8·T, where a schedule such as the cosine one is not near noise yet: it has another.
 
@@ -237,7 +237,7 @@ def check_published_pndm(T: int, last: int) -> None:
 def plan_timesteps(
     T: int, sampler: str, spec: TimestepSpec, *, log_snr: np.ndarray | None = None, **options: Any
 ) -> np.ndarray:
-    """The timesteps int32 [S], ascending, that a sampler with these options visits, once all of them are checked.
+    """The timesteps int32 [S], ascending, that a sampler with these options visits, after checking all options.
 
     `log_snr` is the schedule's λ at each timestep, float [T]. A spacing that would visit timesteps beyond
     `num_visitable` is made over those that it allows. Without `log_snr` there is no bound, and the spacings of
@@ -245,7 +245,7 @@ def plan_timesteps(
 
     Raises:
       ValueError: as `check_options`; for an unknown spacing, a number of steps that the sampler, the spacing or T does
-        not allow, a bad list, fields that contradict one another, or a PNDM convention that the timesteps do not suit.
+        not allow, a bad list, contradictory fields, or timesteps that the PNDM convention does not allow.
     """
     check_options(sampler, **options)
     if spec.timestep_spacing not in SPACINGS:
@@ -310,7 +310,7 @@ def _spacing(T: int, name: str, steps: int, log_snr: np.ndarray | None) -> np.nd
 
 
 def unvisited_note(T: int, sampler: str, spec: TimestepSpec, log_snr: np.ndarray, **options: Any) -> str:
-    """One sentence where `min_log_snr` has moved a spacing away from the last timesteps, else ""."""
+    """One sentence if `min_log_snr` has moved a spacing away from the last timesteps, else ""."""
     visitable = num_visitable(T, sampler, spec.min_log_snr, log_snr, **options)
     if visitable == T or len(spec.timesteps):
         return ""

@@ -1,4 +1,4 @@
-"""Training: the loop, the step, what is logged, what stops a run.
+"""Training: the loop, the step, logging, failures that stop a run.
 
 Public: `loop.train`; `step.StepConfig`, `update`, `make_train_chunk`.
 """

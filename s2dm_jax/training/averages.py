@@ -18,7 +18,7 @@ class Averages(NamedTuple):
     """Which EMAs a run tracks.
 
     Attributes:
-      decay: of the run's EMA, after the ramp-up where there is one.
+      decay: of the run's EMA, after the ramp-up if there is one.
       start: it starts at the "initial" weights (DDIM code), or at those after the "first_step" (SA-DPM code).
       halflife: of the run's EMA in updates; 0 without a ramp-up.
       rampup_ratio: the half-life is at most this times the updates before.

@@ -1,4 +1,4 @@
-"""What can stop a run: losses that are not finite, a loss scale that falls without end."""
+"""Failures that stop a run: losses that are not finite, a loss scale that keeps falling."""
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -6,12 +6,12 @@ from ml_collections import ConfigDict
 from s2dm_jax.common.errors import UserError
 from s2dm_jax.config.defaults import fixed_loss_scale
 
-# So many steps without one finite loss: the weights are lost, skipping will not mend them.
+# So many steps without one finite loss: the weights are lost, skipping will not fix them.
 _MAX_SKIPPED_IN_A_ROW = 100
 
 
 def usual_cure(config: ConfigDict) -> str:
-    """What mends a loss or gradient that is not finite, most of the time."""
+    """What usually cures a loss or gradient that is not finite."""
     scale = fixed_loss_scale(config)
     not_dynamic = scale is not None and (config.model.dtype == "float16" or scale != 1)
     return "config.train.loss_scale=dynamic, or " * not_dynamic + "a lower config.train.lr"
@@ -25,7 +25,7 @@ def check_finite(
     in_a_row: int,
     cure: str = "a lower config.train.lr",
 ) -> int:
-    """Stops a run, or prints what it skipped, where a chunk of steps had a loss or gradient that is not finite.
+    """Stops a run, or prints what it skipped, if a chunk of steps had a loss or gradient that is not finite.
 
     Args:
       finite: bool [n], whether both loss and gradient norm are.
@@ -45,9 +45,9 @@ def check_finite(
     if not len(bad):
         return 0
     checkpoint = _last_checkpoint(saved)
-    cure = f"{cure} in a new --workdir is the usual cure"
+    cure = f"{cure} in a new --workdir usually helps"
     if on_nonfinite == "stop":
-        resume = "leaves such steps out" if saved is None else "resumes from there and leaves such steps out"
+        resume = "skips such steps" if saved is None else "resumes from there and skips such steps"
         raise UserError(
             f"the loss or its gradient is not finite from step {bad[0]} on, seen in steps {first} to "
             f"{first + len(finite) - 1}; {checkpoint}; the same command with --config.train.on_nonfinite=skip "
@@ -68,7 +68,7 @@ def check_loss_scale(metrics: dict[str, np.ndarray], first: int, saved: int | No
     """Stops a run whose gradient overflows in float16 with a loss scale of 1 and less: the scale is not to blame.
 
     Args:
-      metrics: "loss_scale" [n], after each of a chunk's steps, where it is dynamic.
+      metrics: "loss_scale" [n], after each of a chunk's steps, if it is dynamic.
       first, saved: as in `check_finite`.
 
     Raises:
@@ -79,7 +79,7 @@ def check_loss_scale(metrics: dict[str, np.ndarray], first: int, saved: int | No
         raise UserError(
             f"the gradient is not finite at step {first + below[0]} with a loss scale of 1: config.train.loss_scale="
             f"dynamic has halved it after each overflow, from 65536 on; {_last_checkpoint(saved)}; a lower "
-            "config.train.lr, or config.model.dtype=bfloat16 or float32, in a new --workdir is the usual cure"
+            "config.train.lr, or config.model.dtype=bfloat16 or float32, in a new --workdir usually helps"
         )
 
 

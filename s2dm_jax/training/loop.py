@@ -1,4 +1,4 @@
-"""Training, from top to bottom: what a run is made of, the loop over chunks of steps in one compiled program, the end.
+"""Training, from top to bottom: setting up a run, the loop over chunks of steps in one compiled program, the end.
 
 Nothing about a run is hidden state: batch order, flips, timesteps, noise and dropout are functions of (seed, step), so
 that a resumed run continues exactly as it would have. `training/step.py` has the step.
@@ -56,7 +56,7 @@ _CALL_SECONDS = 0.02
 
 
 def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -> None:
-    """Trains as `config` says, resuming what `workdir` holds, and evaluates the result.
+    """Trains as `config` describes, resuming the run in `workdir` if there is one, and evaluates the result.
 
     Leaves in `workdir`: config.json, parameters.txt, metrics.jsonl, tensorboard/, samples/, checkpoints/, results.json
     and results.md. Each of several processes calls this; the main one writes.
@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -
     Args:
       config: a checked config.
       workdir: folder of the run, created if it is missing.
-      network: what to train, in place of the network that the config names.
+      network: what to train instead of the network that the config names.
 
     Raises:
       UserError: if the folder cannot be written to or is in use, no checkpoint in it can be read, or the loss stops
@@ -90,7 +90,7 @@ def train(config: ConfigDict, workdir: str, *, network: Network | None = None) -
 
 
 class TrainingLoop:
-    """A run under way: its state, the compiled programs, what is logged and saved."""
+    """A run in progress: its state, the compiled programs, logging and saving."""
 
     def __init__(self, setup: Setup, stack: contextlib.ExitStack):
         """Restores the newest checkpoint, prints the run's summary, compiles the program of the steps."""
@@ -167,7 +167,7 @@ class TrainingLoop:
         """What a signal's first line says."""
         seconds = max(1, round(self.piece_ends - time.monotonic()))
         duration = f", which takes about {seconds:,} s" if self.seconds_per_step else ""
-        return f"stopping after the steps under way{duration}; again to stop at once"
+        return f"stopping after the current steps{duration}; interrupt again to stop at once"
 
     def _train(self, received: list[int]) -> None:
         train, agree = self.config.train, make_agreement()
@@ -227,10 +227,10 @@ class TrainingLoop:
             self.seconds_per_step = (self.computed - began) / (end - begin)
 
     def evaluate(self) -> None:
-        """Evaluates the trained run and leaves the results in its folder."""
+        """Evaluates the trained run and writes the results to its folder."""
         _log(f"evaluating with {self.config.eval.num_images:,} images …")
         try:
-            with signal_advice("the training is saved, and the same command evaluates it"):
+            with signal_advice("the training is saved; run the same command to evaluate it"):
                 results = evaluate(self._model(self.config.eval.ema), self.setup.data, self.workdir)
         except FeaturesUnavailable as error:
             _log(f"trained {self.config.train.steps:,} steps; no distance to real images is measured: {error}")
@@ -283,7 +283,7 @@ class TrainingLoop:
         self.writer.scalars(last, {**means, **speed})
 
     def _model(self, ema_name: str) -> Model:
-        """The run so far, to sample from; the first time that its EMA is corrected, this is said."""
+        """The run so far, to sample from; prints a note the first time that its EMA is corrected."""
         setup = self.setup
         ema, note = chosen_weights(self.config, setup.network, self.state, self.workdir, parse_choice(ema_name))
         if note and not self.ema_note:
@@ -296,7 +296,7 @@ class TrainingLoop:
         return Model(self.config, setup.network, setup.schedule, params, self.step, None, head, *notes)
 
     def _save_samples(self) -> None:
-        """Leaves a grid of samples in samples/ and TensorBoard."""
+        """Writes a grid of samples to samples/ and TensorBoard."""
         # In the batches of the evaluation, which then finds the sampler compiled.
         sample = copy.deepcopy(self.config.sample)
         sample.batch_size = device_batch_size(sample.batch_size)

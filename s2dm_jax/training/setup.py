@@ -1,4 +1,4 @@
-"""What a run is made of, built and checked before the first long work."""
+"""The components of a run, built and checked before the first long work."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ _STATE_BYTES, _EMA_BYTES = 16, 4
 
 
 class Setup(NamedTuple):
-    """What a run is made of.
+    """The components of a run.
 
     Attributes:
       config: the run's, checked.
@@ -101,7 +101,7 @@ def _check_memory(config: ConfigDict, network: Network) -> None:
 
 
 def save_config(config: ConfigDict, workdir: Path, data: Dataset) -> None:
-    """Writes config.json and the hashes of the images; raises a `UserError` if the run was trained on other ones."""
+    """Writes config.json and the hashes of the images; raises a `UserError` if a run had other images."""
     check_same_images(workdir, data.digest, data.labels_digest, record=False)
     # Before the hashes: a folder that holds anything without it is not taken for a run.
     write_atomic(workdir / "config.json", to_json(config))
@@ -114,17 +114,17 @@ def _check(config: ConfigDict, terms: tuple[str, ...]) -> None:
     parts = devices * train.grad_accum_steps
     if train.batch_size % parts:
         raise UserError(
-            f"config.train.batch_size={train.batch_size} must be a multiple of {parts}: of the {devices} devices times "
+            f"config.train.batch_size={train.batch_size} must be a multiple of {parts}, the {devices} devices times "
             f"config.train.grad_accum_steps={train.grad_accum_steps}"
         )
     if SAMPLERS[sampler].requires == "ms_eps":
         raise UserError(
-            f"config.sample.sampler={sampler!r} cannot sample during training: its statistic belongs to a network that "
-            "no longer changes; train with ddim, and use it with --mode=sample"
+            f"config.sample.sampler={sampler!r} cannot sample during training: its statistic belongs to a trained "
+            f"network; train with ddim, and use {sampler} with --mode=sample"
         )
     metrics = ("", "loss", *(f"loss_{name}" for name in terms), "grad_norm")
     if train.keep_best not in metrics:
         raise UserError(
-            f"config.train.keep_best={train.keep_best!r} is no metric of this run; choose one of "
+            f"config.train.keep_best={train.keep_best!r} is not a metric of this run; choose one of "
             + ", ".join(name or "nothing" for name in metrics)
         )

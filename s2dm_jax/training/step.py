@@ -33,7 +33,7 @@ State = TypeVar("State")
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What every step of a run is made of.
+    """The components of every step of a run.
 
     Attributes:
       network: what is trained, or what is frozen while its variance head is trained.
@@ -44,7 +44,7 @@ class StepConfig:
       grad_accum_steps: number of equal parts of a batch that go through the network one after another.
       shard_state: whether weights, EMA and moments are split over the devices.
       variance_head: kind of the variance head that is trained, "" for the network itself.
-      loss_scale: factor on the loss where the state has no dynamic one.
+      loss_scale: factor on the loss if the state has no dynamic one.
       loss_scale_growth_interval: number of steps without an overflow after which a dynamic one doubles.
     """
 
@@ -82,7 +82,7 @@ def update(
     """One step of the published training loop: gradient of the mean loss, clipping, Adam, EMA.
 
     Args:
-      config: what the step is made of.
+      config: the components of the step.
       state: before the step.
       x0: images in [−1, 1], [B, H, W, C].
       noise_sample: timesteps and noise of the step.
@@ -90,7 +90,7 @@ def update(
 
     Returns:
       The state after the step, and scalars: "loss", "loss_TERM" for the mean of each of its terms, "grad_norm" before
-      clipping, "loss_scale" where it is dynamic; and "by_timestep", L_simple by groups of timesteps
+      clipping, "loss_scale" if it is dynamic; and "by_timestep", L_simple by groups of timesteps
       (`loss_by_timestep`).
     """
     # Forward and backward.
@@ -153,8 +153,8 @@ def _apply_scaled_gradient(
 ) -> tuple[TrainState, Metrics]:
     """`apply_gradient` with the gradient of a scaled loss, and the metrics with its norm.
 
-    A step that overflows, whose loss is finite and whose gradient is not, changes nothing but the count of steps and a
-    dynamic loss scale. Where the loss is not finite, the scale is not to blame, and stays.
+    A step that overflows, whose loss is finite and whose gradient is not, changes only the step count and a
+    dynamic loss scale. If the loss is not finite, the scale is not to blame and stays the same.
     """
     grads = unscale_gradient(scaled, _loss_factor(config, state))
     metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
@@ -221,7 +221,7 @@ def make_train_chunk(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A function of (state, images, rows [n, B], key, base_params, span) that does steps in one loop.
 
-    Where images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `base_params` are the weights of the
+    If images is None, rows are the images themselves, uint8 [n, B, H, W, C]. `base_params` are the weights of the
     network whose variance head is trained, or None. `span`, int32 [2], are the first row of a step and the one behind
     the last: one compiled program does any number of steps up to n; by default all n. It returns the new state and
     each metric as an array [n, …], which is 0 in the rows without a step.

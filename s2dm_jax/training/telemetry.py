@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar or plain lines, `metrics.jsonl`, TensorBoard events, W&B, a profile."""
+"""Logging of a run: a progress bar or plain lines, `metrics.jsonl`, TensorBoard events, W&B, a profile."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ from s2dm_jax.training.wandb_run import WandbRun
 
 
 def run_summary(config: ConfigDict, network: Network, data: Dataset, step: int) -> str:
-    """What a run is about to do, in a few lines."""
+    """A few lines on what a run is about to do."""
     objective, train, diffusion = build_objective(config), config.train, config.diffusion
     loss = f"{objective.formula}, preset {config.loss.preset}"
     devices = jax.devices()
@@ -126,7 +126,7 @@ class MetricWriter:
         """Records `values` after `step` steps."""
         if not self._writes:
             return
-        # Opened anew for each line: one that is kept open is written to in vain once it was removed.
+        # Opened again for each line: one that is kept open is written to in vain once it was removed.
         with naming(self._path, self._path), self._path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -164,7 +164,7 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """Step, loss, speed and time left: a bar on a terminal, a line now and then elsewhere."""
+    """Step, loss, speed and time left: a bar on a terminal, an occasional line elsewhere."""
 
     def __init__(self, start: int, total: int, images_per_step: int, flops_per_step: float, peak: float | None):
         """Starts the clock.
@@ -185,7 +185,7 @@ class Progress:
 
         Returns:
           Of the steps since the last update: "seconds_per_step", "images_per_second", "tflops_per_second", and "mfu"
-          (its share of the peak) where the peak is known; of the run: "peak_memory_gb", "eta_seconds".
+          (its share of the peak) if the peak is available; of the run: "peak_memory_gb", "eta_seconds".
         """
         before = self._last_update + self._paused
         now = computed if computed and computed > before else time.monotonic()
@@ -250,13 +250,13 @@ class Profile:
             print(f"no trace could be written to {self._folder} ({str(error).splitlines()[0]})", file=sys.stderr)
             return
         if is_main_process():
-            print(f"trace of steps {self._from:,} and on in {self._folder}", flush=True)
+            print(f"trace of the steps from {self._from:,} on in {self._folder}", flush=True)
 
 
 def overflows(metrics: dict[str, np.ndarray]) -> np.ndarray:
     """Steps whose gradient overflowed under a dynamic loss scale, which alone they changed: bool [n].
 
-    `metrics` are "loss", "grad_norm" and, where the loss scale is dynamic, "loss_scale", each [n].
+    `metrics` are "loss", "grad_norm" and, if the loss scale is dynamic, "loss_scale", each [n].
     """
     if "loss_scale" not in metrics:
         return np.zeros(len(metrics["loss"]), bool)
@@ -264,9 +264,9 @@ def overflows(metrics: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int) -> dict[str, float]:
-    """The means over a chunk of steps, and learning rate and loss scale of the last one where these change.
+    """The means over a chunk of steps, and learning rate and loss scale of the last one if these change.
 
-    Of steps that overflowed all counts but the norm of the gradient.
+    Steps that overflowed count in every mean but that of the gradient norm.
 
     Args:
       metrics: "by_timestep" [n, 2, G], sums of L_simple and counts of the examples in each of G equal groups of
@@ -276,7 +276,7 @@ def aggregate_metrics(metrics: dict[str, np.ndarray], finite: np.ndarray, T: int
 
     Returns:
       The mean of each metric, that of L_simple in each group of timesteps that occurred as
-      "loss_simple_by_t/000-099"; "overflow_steps" where the loss scale is dynamic, "skipped_steps" if there are some.
+      "loss_simple_by_t/000-099"; "overflow_steps" if the loss scale is dynamic, "skipped_steps" if there are any.
     """
     overflow = overflows(metrics)
     counted = finite | overflow

@@ -1,4 +1,4 @@
-"""A workdir's run on Weights & Biases, beside metrics.jsonl and TensorBoard; needs wandb, the extra `wandb`."""
+"""A workdir's run on Weights & Biases, besides metrics.jsonl and TensorBoard; needs wandb, the extra `wandb`."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ _FINISH_SECONDS = 60.0
 
 
 def check_wandb(config: ConfigDict) -> None:
-    """Raises a `UserError` where `config.train.wandb` needs what is missing: the package, or a login to be online."""
+    """Raises a `UserError` if `config.train.wandb` needs a missing package, or the mode "online" a missing login."""
     mode = config.train.wandb
     if not mode:
         return
@@ -40,7 +40,7 @@ def check_wandb(config: ConfigDict) -> None:
 
 
 class WandbRun:
-    """A run under way on Weights & Biases, which a workdir's later trainings continue by the id in `ID_FILE`.
+    """A live run on Weights & Biases, which later trainings in the workdir continue by the id in `ID_FILE`.
 
     A failure of its service is reported once and ends the logging here, not the training.
     """
@@ -86,7 +86,7 @@ class WandbRun:
         except Exception as error:
             raise UserError(
                 f"config.train.wandb={mode!r} cannot start run {run_id} of config.train.wandb_project={project!r} "
-                f"({_reason(error)}); mend that, or choose offline and upload it later with wandb sync"
+                f"({_reason(error)}); fix that, or choose offline and upload it later with wandb sync"
             ) from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -112,7 +112,7 @@ class WandbRun:
         self._attempt(lambda run: run.summary.update(summary))
 
     def close(self) -> None:
-        """Ends the run; called while an exception passes, as a failed one."""
+        """Ends the run; as failed, if called while an exception propagates."""
         failed = sys.exc_info()[0] is not None
         self._attempt(lambda run: run.finish(exit_code=int(failed)))
         if self._run is None:
@@ -128,8 +128,8 @@ class WandbRun:
         except Exception as error:
             self._run = None
             print(
-                f"warning: Weights & Biases takes nothing more from this run ({_reason(error)}); the training "
-                "does not depend on it, and metrics.jsonl has every metric",
+                f"warning: Weights & Biases accepts no more data from this run ({_reason(error)}); "
+                "training is not affected, and metrics.jsonl has every metric",
                 file=sys.stderr,
             )
 

@@ -1,6 +1,6 @@
-"""improved-diffusion's UNet as diffusers' `UNet2DModel`, where that can be it: names, layouts and config both ways.
+"""improved-diffusion's UNet as diffusers' `UNet2DModel`, if that can express it: names, layouts and config both ways.
 
-Written against diffusers 0.42, as `diffusers_names.py`, whose tables are of DDIM's UNet.
+Written against diffusers 0.42, like `diffusers_names.py`, whose tables are for DDIM's UNet.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _ALONE = {
 
 
 def check_expressible(network: ImprovedUNet) -> None:
-    """Raises a ValueError, as the end of a sentence, for a network that no `UNet2DModel` in a DDIMPipeline is."""
+    """Raises a ValueError, as the end of a sentence, for a network that a DDIMPipeline cannot express."""
     widths = _attention_widths(network)
     reasons = {
         f"t_scale={network.t_scale:g}": network.t_scale != 1,
@@ -51,7 +51,7 @@ def check_expressible(network: ImprovedUNet) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"diffusers has no equal of this network, for {reason}")
+            raise ValueError(f"diffusers cannot express this network: {reason}")
 
 
 def _attention_widths(network: ImprovedUNet) -> list[int]:
@@ -75,7 +75,7 @@ def from_zero(network: ImprovedUNet, params: dict) -> tuple[ImprovedUNet, dict]:
 
 
 def unet_config(network: ImprovedUNet) -> dict:
-    """The config.json of the `UNet2DModel` that is this network."""
+    """The config.json of the `UNet2DModel` that equals this network."""
     shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(UNet)}
     return {
         **diffusers_names.unet_config(UNet(**shape)),
@@ -87,7 +87,9 @@ def unet_config(network: ImprovedUNet) -> dict:
 
 
 def read_unet_config(config: Mapping) -> UNet | ImprovedUNet:
-    """The network of a `UNet2DModel`'s config.json, of either kind; ValueError naming the first field of neither."""
+    """The network of a `UNet2DModel`'s config.json, of either kind; ValueError naming the first field that fits
+    neither.
+    """
     if any(config.get(name, value) != value for name, value in _OTHERS.items()):
         return diffusers_names.read_unet_config(config)
     shift, groups = config.get("resnet_time_scale_shift", "default"), config.get("attn_norm_num_groups")
@@ -96,15 +98,15 @@ def read_unet_config(config: Mapping) -> UNet | ImprovedUNet:
     as_ddim = {**config, **{name: diffusers_names.needed(name) for name in (*_OTHERS, *_READ)}}
     unet = diffusers_names.read_unet_config(as_ddim)
     if unet.in_channels != unet.out_channels:
-        raise ValueError(f"its out_channels are {unet.out_channels}, where its in_channels are {unet.in_channels}")
+        raise ValueError(f"its out_channels are {unet.out_channels}, but its in_channels are {unet.in_channels}")
     network = ImprovedUNet(**vars(unet), num_heads=1, scale_shift_norm=shift == "scale_shift")
     width, widths = config.get("attention_head_dim", 8), _attention_widths(network)
     if width is None:
         return network
     if type(width) is not int or width < 1 or len(widths) > 1 or widths[0] % width:
         raise ValueError(
-            f"its attention_head_dim is {width!r} for attention of {' and '.join(map(str, widths))} channels, where "
-            "one number of heads is needed"
+            f"its attention_head_dim is {width!r} for attention of {' and '.join(map(str, widths))} channels, but one "
+            "number of heads is needed"
         )
     return dataclasses.replace(network, num_heads=widths[0] // width)
 

@@ -1,7 +1,7 @@
 """The names and configs of diffusers' `UNet2DModel` and `DDIMScheduler`, to and from the DDIM code's.
 
-Only names differ, and attention's 1×1 convolutions are matrices there. Written against diffusers 0.42; the names
-before 0.14, which Google's checkpoints have, are read too.
+Only the names differ, and attention's 1×1 convolutions are matrices in diffusers. Written against diffusers 0.42; the
+names before 0.14, which Google's checkpoints have, are read too.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ _BETA_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "
 
 
 def unet_config(network: UNet) -> dict:
-    """The config.json of the `UNet2DModel` that is this network."""
+    """The config.json of the `UNet2DModel` that equals this network."""
     attention = [network.resolution >> i in network.attn_resolutions for i in range(len(network.ch_mult))]
     return {
         "_class_name": "UNet2DModel",
@@ -111,7 +111,7 @@ def unet_config(network: UNet) -> dict:
 
 
 def scheduler_config(spec: ScheduleSpec, prediction: str = "epsilon") -> dict:
-    """The scheduler_config.json of the `DDIMScheduler` that takes our DDIM's steps, where their number divides T."""
+    """The scheduler_config.json of the `DDIMScheduler` with the same steps as `ddim`, if their number divides T."""
     beta, schedule = schedule_betas(spec), spec.schedule
     return {
         "_class_name": "DDIMScheduler",
@@ -137,30 +137,30 @@ def needed(name: str) -> Any:
 
 
 def read_unet_config(config: Mapping) -> UNet:
-    """The network of a `UNet2DModel`'s config.json; ValueError naming the first field that DDIM's network has not."""
+    """The network of a `UNet2DModel`'s config.json; ValueError naming the first field that is not DDIM's."""
     if config.get("_class_name") != "UNet2DModel":
-        raise ValueError(f"it is a {config.get('_class_name')}, where a UNet2DModel is needed")
+        raise ValueError(f"it is a {config.get('_class_name')}, but a UNet2DModel is needed")
     widths, down = config.get("block_out_channels", ()), config.get("down_block_types") or ()
     for name, (needed, default) in _NEEDED.items():
         value = config.get(name, default)
         # One head as wide as its input also goes by its width.
         one_head = name == "attention_head_dim" and all(value == width for width in widths)
         if value != needed and not one_head:
-            raise ValueError(f"its {name} is {value!r}, where DDIM's network has {needed!r}")
+            raise ValueError(f"its {name} is {value!r}, but DDIM's network has {needed!r}")
     attention = {"DownBlock2D": False, "AttnDownBlock2D": True}
     mirrored = [name.replace("Down", "Up") for name in reversed(down)]
     if not down or not set(down) <= set(attention) or list(config.get("up_block_types", ())) != mirrored:
         raise ValueError(
-            f"its blocks are {down} and {config.get('up_block_types')}, where DDIM's network has DownBlock2D "
+            f"its blocks are {down} and {config.get('up_block_types')}, but DDIM's network has DownBlock2D "
             "and AttnDownBlock2D, and the same backwards on the way up"
         )
     sizes: dict[str, Any] = {name: config.get(name) for name in _SIZES}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
-            raise ValueError(f"its {name} is {value!r}, where a number is needed")
+            raise ValueError(f"its {name} is {value!r}, but a number is needed")
     resolution, in_channels, out_channels, num_res_blocks = sizes.values()
     if not widths or len(widths) != len(down) or any(type(w) is not int or w % widths[0] for w in widths):
-        raise ValueError(f"its block_out_channels are {widths}, where one multiple of the first a block is needed")
+        raise ValueError(f"its block_out_channels are {widths}, but each must be a multiple of the first")
     if resolution % (1 << (len(down) - 1)):
         raise ValueError(f"its sample_size {resolution} cannot be halved {len(down) - 1} times")
     return UNet(
@@ -176,31 +176,33 @@ def read_unet_config(config: Mapping) -> UNet:
 
 
 def read_scheduler_config(config: Mapping) -> tuple[ScheduleSpec, str]:
-    """Schedule and prediction type, in our names, from a scheduler_config.json; ValueError where we have none."""
+    """Schedule and prediction type from a scheduler_config.json, under s2dm_jax's names; ValueError if unsupported."""
     kind = str(config.get("_class_name", ""))
     if _OTHER_PROCESSES.search(kind):
-        raise ValueError(f"it is a {kind}, whose forward process is none of ours; DDPMScheduler and DDIMScheduler are")
+        raise ValueError(f"it is a {kind}, whose forward process is not supported; DDPMScheduler and DDIMScheduler are")
     if config.get("use_flow_sigmas"):
-        raise ValueError("its use_flow_sigmas is True, which is flow matching; a network of ours predicts noise")
+        raise ValueError("its use_flow_sigmas is True, which is flow matching; a diffusion network is needed")
     prediction_type = config.get("prediction_type", "epsilon")
     predictions = {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
     if prediction_type not in predictions:
-        raise ValueError(f"its prediction_type is {prediction_type!r}, where one of {', '.join(predictions)} is needed")
+        raise ValueError(f"its prediction_type is {prediction_type!r}, but one of {', '.join(predictions)} is needed")
     T = config.get("num_train_timesteps", 1000)
     if type(T) is not int or T < 2:
-        raise ValueError(f"its num_train_timesteps is {T!r}, where a number from 2 up is needed")
+        raise ValueError(f"its num_train_timesteps is {T!r}, but a number of at least 2 is needed")
     if config.get("rescale_betas_zero_snr"):
         raise ValueError(
-            "its rescale_betas_zero_snr is True: betas rescaled to a terminal signal-to-noise ratio of zero are none "
-            "of our schedules"
+            "its rescale_betas_zero_snr is True: betas rescaled to a terminal signal-to-noise ratio of zero are not "
+            "supported"
         )
     if config.get("snr_shift_scale", 1.0) not in (1.0, None):
-        raise ValueError(f"its snr_shift_scale is {config['snr_shift_scale']!r}, which makes other betas than ours")
+        raise ValueError(
+            f"its snr_shift_scale is {config['snr_shift_scale']!r}, which changes the betas and is not supported"
+        )
     return _read_schedule(config, T), predictions[prediction_type]
 
 
 def _read_schedule(config: Mapping, T: int) -> ScheduleSpec:
-    """The schedule in a scheduler_config.json; its ends are None where they are our defaults for T."""
+    """The schedule in a scheduler_config.json; its ends are None if they are the defaults for T."""
     betas, beta_schedule = config.get("trained_betas"), config.get("beta_schedule", "linear")
     first, last = ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
     if betas is not None:
@@ -212,7 +214,7 @@ def _read_schedule(config: Mapping, T: int) -> ScheduleSpec:
         found = ScheduleSpec(named, T, *(() if named == "cosine" else ends)) if named else None
         described = f"{beta_schedule} from {first} to {last}"
     if not found:
-        raise ValueError(f"its betas ({described}) are none of our schedules {', '.join(BETAS)}")
+        raise ValueError(f"its betas ({described}) do not match any of the schedules {', '.join(BETAS)}")
     schedule_betas(found)
     default = ScheduleSpec(found.schedule, T)
     try:
@@ -223,7 +225,7 @@ def _read_schedule(config: Mapping, T: int) -> ScheduleSpec:
 
 
 def _schedule_of(betas: np.ndarray, T: int) -> ScheduleSpec | None:
-    """The schedule whose betas these are, None where there is none."""
+    """The schedule whose betas these are, None if there is none."""
     if betas.shape != (T,) or not ((betas > 0) & (betas < 1)).all():
         return None
     first, last = float(betas[0]), float(betas[-1])
@@ -246,7 +248,7 @@ def _schedule_of(betas: np.ndarray, T: int) -> ScheduleSpec | None:
 
 
 def unused_scheduler_options(config: Mapping) -> list[str]:
-    """The options in a scheduler_config.json that our samplers do not take from it, known or not, as "name=value"."""
+    """The options in a scheduler_config.json that s2dm_jax's samplers ignore, as "name=value"."""
     allowed = {name: ours if isinstance(ours, tuple) else (ours,) for name, ours in _SAMPLING_OPTIONS.items()}
     used = {*_NOTHING_SAID, *_SCHEDULE_FIELDS, "rescale_betas_zero_snr"}
     return [

@@ -91,13 +91,13 @@ def export_programs(
 
 
 def export(config: ConfigDict, workdir: str, out: str = "", *, network: Network | None = None) -> Path:
-    """Writes a run's sampler with its EMA as one file, its model card beside it, for `--mode=export`.
+    """Writes a run's sampler with its EMA as one file, with its model card next to it, for `--mode=export`.
 
     Args:
       config: the run's, checked, with the groups `sample` and `export` as requested.
       out: the folder to write to, by default `workdir`/exports (`folder.output_folder`); config.export.path is the
         file.
-      network: what was trained, where that is not the network that the config names.
+      network: what was trained, if that is not the network that the config names.
     """
     run = load_run(workdir, network=network, ema=config.sample.ema)
     schedule = build_schedule(config)
@@ -141,7 +141,7 @@ def export(config: ConfigDict, workdir: str, out: str = "", *, network: Network 
         programs = export_programs(network, schedule, **options, **inputs)
         _write(file, programs, run, config, card)
         model_card.write_card(card, *card_files)
-    print(f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB), its model card beside it")
+    print(f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB), with its model card next to it")
     return path
 
 

@@ -21,7 +21,7 @@ SUFFIXES = {
 
 
 def format_of(source: str, out: str, network: str = "unet", variance_head: bool = False) -> str:
-    """The entry of FORMATS that the name of the output `out` stands for; a folder's depends on what `source` is.
+    """The entry of FORMATS that the name of the output `out` implies; for a folder it depends on what `source` is.
 
     Args:
       network: its name in NETWORKS.

@@ -21,19 +21,21 @@ _WEIGHTS = re.compile(r"diffusion_pytorch_model(\.[^/]*)?\.(safetensors|bin)")
 def check_hub_name(text: str) -> str:
     """Returns hf://OWNER/NAME[@REVISION] as it is; raises a `UserError` for another form."""
     if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
-        raise UserError(f"{text} is no model of the Hugging Face Hub; give hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+        raise UserError(
+            f"{text} does not name a model on the Hugging Face Hub; give hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
+        )
     return text
 
 
 def fetch_from_hub(text: str) -> tuple[Path, str]:
-    """Downloads the network of a diffusers folder into the Hub's own cache, as far as it is not there.
+    """Downloads the network of a diffusers folder into the Hub's own cache, except for files that are already there.
 
     Returns:
       The folder, and hf://OWNER/NAME@COMMIT.
 
     Raises:
-      UserError: for a name or revision that is not there or not open to the user, a download that fails, and a
-        repository without a network of diffusers; where huggingface_hub is not installed.
+      UserError: for a name or revision that does not exist or is not accessible, a failed download, and a repository
+        without a diffusers network; if huggingface_hub is not installed.
     """
     if importlib.util.find_spec("huggingface_hub") is None:
         raise UserError(f"{text} needs huggingface_hub; install it with pip install 's2dm_jax[hub]'")
@@ -50,7 +52,7 @@ def fetch_from_hub(text: str) -> tuple[Path, str]:
         paths = [huggingface_hub.hf_hub_download(name, file, revision=info.sha, endpoint=endpoint) for file in files]
     if not files:
         raise UserError(
-            f"{text} holds no network of diffusers, which is a diffusion_pytorch_model.safetensors with its config.json"
+            f"{text} holds no diffusers network: a diffusion_pytorch_model.safetensors with its config.json is needed"
         )
     return Path(paths[-1]).parents[len(Path(files[-1]).parts) - 1], f"{PREFIX}{name}@{info.sha}"
 
@@ -63,9 +65,7 @@ def _as_user_error(text: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        raise UserError(
-            f"{text} is open only to those who accept its conditions; do so on its page, and log in with hf auth login"
-        ) from error
+        raise UserError(f"{text} is gated: accept its conditions on its page, and log in with hf auth login") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{text}: the model has no such revision; give a branch, tag or commit after the @") from error
     except errors.RepositoryNotFoundError as error:
@@ -76,8 +76,8 @@ def _as_user_error(text: str) -> Iterator[None]:
         # What the client raises for a connection differs between its versions.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{text} cannot be fetched ({reason}); check the network and run the same command again, which keeps the "
-            "files that are complete, or download the folder yourself and give its path"
+            f"{text} cannot be fetched ({reason}); check the network and run the same command again, which reuses "
+            "complete files, or download the folder yourself and give its path"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The network of an improved-diffusion state_dict: what its names and shapes say, and what they leave open."""
+"""Infers the network of an improved-diffusion state_dict from its names and shapes, and what they leave open."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Assumed(NamedTuple):
     """What the shapes of a state_dict leave open.
 
     Attributes:
-      whose: the published networks whose values are taken where the user states none.
+      whose: the published networks whose values are used if the user states none.
       num_heads, t_offset, t_scale: as in `ImprovedUNet`.
       schedule, T: the noise schedule's name and number of timesteps.
     """
@@ -39,11 +39,11 @@ def infer_improved(
 ) -> tuple[ImprovedUNet, Assumed]:
     """The network of a published state_dict, and what was assumed of it.
 
-    Dropout is not told either, and is that of the published networks. The resolution of the images is known where
+    Dropout is not recorded either, and is that of the published networks. The resolution of the images is inferred if
     networks of 128 or 192 channels for RGB images have attention as the published ones: at 16 pixels, or 16 and 8.
 
     Args:
-      stated: values of OPEN_FIELDS that are known.
+      stated: values of OPEN_FIELDS that the user states.
 
     Raises:
       ValueError: for other networks, naming a tensor and its shape, or the field that is missing.
@@ -61,9 +61,9 @@ def infer_improved(
     blocks = len(levels[0])
     if any(level != [level[0]] * blocks for level in levels) or any(width % ch for width in widths):
         raise ValueError(
-            f"its resolution levels have blocks of (channels, attention) {levels} after {ch} channels at first, where "
-            "improved-diffusion has as many equal ones at each level; guided-diffusion's networks that resample in "
-            "residual blocks are not supported"
+            f"its resolution levels have blocks of (channels, attention) {levels} after {ch} channels at first, but "
+            "improved-diffusion has the same number of equal blocks at each level; guided-diffusion's networks that "
+            "resample in residual blocks are not supported"
         )
     if resolution is None:
         resolution = _published_resolution(ch, in_channels, attention)
@@ -75,7 +75,7 @@ def infer_improved(
     classes = _kernel(shapes, "label_emb.weight", axes=2)[0] if "label_emb.weight" in shapes else 0
     if outputs not in (in_channels, 2 * in_channels):
         raise ValueError(
-            f"out.2.weight has {outputs} channels, where {in_channels}, the noise, or {2 * in_channels}, noise and "
+            f"out.2.weight has {outputs} channels, but {in_channels}, the noise, or {2 * in_channels}, noise and "
             "variance, are needed"
         )
     width_of_emb = _kernel(shapes, "input_blocks.1.0.emb_layers.1.weight", axes=2)[0]
@@ -107,7 +107,7 @@ def _kernel(shapes: Shapes, name: str, axes: int = 4) -> tuple[int, ...]:
     if len(shape) != axes or 0 in shape:
         found = f"is of shape {shape}" if name in shapes else "is missing"
         raise ValueError(
-            f"these are no weights of improved-diffusion's UNet: {name} {found}, where a kernel's {axes} axes are "
+            f"these are not the weights of improved-diffusion's UNet: {name} {found}, but a kernel's {axes} axes are "
             "needed"
         )
     return shape
@@ -129,8 +129,8 @@ def _levels(shapes: Shapes) -> tuple[list[list[tuple[int, bool]]], bool]:
             levels.append([])
     if not all(levels) or len(convolutions) > 1:
         raise ValueError(
-            f"these are no weights of improved-diffusion's UNet: the blocks of input_blocks are {sorted(numbers)}, "
-            "which lack some"
+            "these are not the weights of improved-diffusion's UNet: the blocks of input_blocks are "
+            f"{sorted(numbers)}, which lack some"
         )
     return levels, convolutions != {False}
 
@@ -139,14 +139,14 @@ def _published_resolution(ch: int, in_channels: int, attention: list[int]) -> in
     """The resolution at which these levels with attention have 16 pixels, or 16 and 8."""
     if ch not in (128, 192) or in_channels != 3 or not attention or attention[1:] not in ([], [attention[0] + 1]):
         raise ValueError(
-            "the shapes do not tell the images' resolution, since it is none of the published networks; give it as "
-            "--resolution"
+            "the images' resolution cannot be inferred from the shapes, since this is not a published network; give "
+            "it as --resolution"
         )
     return 16 << attention[0]
 
 
 def _assume(scale_shift_norm: bool, learned_variance: bool, classes: int, stated: Mapping[str, Any]) -> Assumed:
-    """What a network has of which the shapes say nothing: as stated, else as the published ones of this kind."""
+    """What the shapes leave open: as stated, else as in the published networks of this kind."""
     rescales = False
     if not learned_variance and scale_shift_norm and not classes:
         values = Assumed("Analytic-DPM's for CIFAR-10", 4, 1, 1.0, "linear", 1000)

@@ -1,4 +1,4 @@
-"""Model cards: what a network was trained on and how, what was measured, where it comes from."""
+"""Model cards: training data and settings, measured results and origin of a network."""
 
 import datetime
 import json
@@ -58,7 +58,7 @@ def _card_in(folder: Path) -> dict:
         return parse_card((folder / CARD).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{error}; restore {CARD}, or remove it, and a new one is made without what it said of the weights' origin"
+            f"{error}; restore {CARD}, or remove it to have a new one made, without its record of the weights' origin"
         ) from error
 
 
@@ -125,23 +125,23 @@ def card_to_markdown(card: dict, front_matter: dict[str, str] | None = None) -> 
         "Data": card["data"],
         "Objective": _sentence(card["objective"]),
         "Training": _sentence(card["training"]),
-        "Comes from": _sentence(card["source"]) if card["source"] else "trained with s2dm_jax from the start",
+        "Origin": _sentence(card["source"]) if card["source"] else "trained with s2dm_jax from the start",
         "License": card["license"],
-        "Made with": f"{_sentence(card['made_with'])}; {card['date']}",
+        "Created with": f"{_sentence(card['made_with'])}; {card['date']}",
     }
     if "sampler" in card:
-        facts["Sampler baked in"] = _sentence(card["sampler"])
-    lines += ["# Diffusion model", "", *_list(facts), "", "## Measured", ""]
+        facts["Embedded sampler"] = _sentence(card["sampler"])
+    lines += ["# Diffusion model", "", *_list(facts), "", "## Results", ""]
     if card["metrics"]:
         provenance = {name: _sentence(value) for name, value in card["metrics"]["provenance"].items()}
         lines += [results_table(card["metrics"]), "", *_list(provenance), ""]
     else:
-        lines += ["Nothing has been measured for these weights.", ""]
+        lines += ["No evaluation results for these weights.", ""]
     return "\n".join(lines)
 
 
 def card_paths(path: Path) -> tuple[Path, Path]:
-    """The two files of the card that goes with the file `path`."""
+    """The two files of the card of the file `path`."""
     return path.with_name(f"{path.name}.md"), path.with_name(f"{path.name}.json")
 
 

@@ -1,4 +1,4 @@
-"""Finds the network's tensors in a checkpoint as training codes nest them: wrappers, prefixes, buffers.
+"""Finds the network's tensors in a checkpoint, however training codes nest them: wrappers, prefixes, buffers.
 
 The values are whatever a reader has in place of tensors; only their names and nesting are looked at.
 """
@@ -30,9 +30,9 @@ class Found(NamedTuple):
     """A network's tensors in a checkpoint.
 
     Attributes:
-      ema: by the network's own names; the weights where there is no EMA.
-      params: the weights that training changes, where they are others.
-      step: training steps, as far as the checkpoint tells.
+      ema: by the network's own names; the weights if there is no EMA.
+      params: the weights that training changes, if they differ.
+      step: training steps, if the checkpoint records them.
       description: which entry was taken, and what was taken off its names.
     """
 
@@ -48,10 +48,11 @@ def find_state(contents: object, is_tensor: Callable[[object], bool], key: str =
     Args:
       contents: what a checkpoint holds.
       is_tensor: whether a value stands for a tensor.
-      key: where the state_dict is, as "model.ema" or "0"; "" to look for it.
+      key: of the state_dict, such as "model.ema" or "0"; "" to search for it.
 
     Raises:
-      ValueError: if there is none under `key`, or several and none has a known name; for an EMA that cannot be read.
+      ValueError: if there is none under `key`, or several and none with a recognized name; for an EMA that cannot be
+        read.
     """
     states = _states(contents, is_tensor)
     step = _step(contents)
@@ -83,10 +84,10 @@ def find_state(contents: object, is_tensor: Callable[[object], bool], key: str =
 
 
 def strip_names(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], str]:
-    """A state_dict without buffers, wrappers, and what else is in front of the network's names; what was taken off.
+    """A state_dict without buffers, wrappers, and other prefixes of the network's names; and what was removed.
 
     Args:
-      prefix: of the network; "" to find it: of several in one state_dict the EMA's.
+      prefix: of the network; "" to find it: the EMA's, if one state_dict has several.
 
     Raises:
       ValueError: if there are several, and not one of them is an EMA.

@@ -1,4 +1,4 @@
-"""What is what in the checkpoints of the published PyTorch codes: EMA, weights, step."""
+"""Identifies the parts of the published PyTorch codes' checkpoints: EMA, weights, step."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def step_in_name(path: Path) -> int:
 
 
 def identify(contents: object, key: str) -> tuple[dict, dict | None, int, str]:
-    """EMA, weights where they are others, step and kind of a published checkpoint."""
+    """EMA, weights if they differ, step and kind of a published checkpoint."""
     if isinstance(contents, list) and contents and _is_state(contents[0]) and not key:
         step = contents[3] if len(contents) > 3 and type(contents[3]) is int else 0
         params = _plain(contents[0])
@@ -37,7 +37,7 @@ def identify(contents: object, key: str) -> tuple[dict, dict | None, int, str]:
     held = type(contents).__name__
     if isinstance(contents, dict):
         held = f"a dict of {', '.join(map(str, list(contents)[:5])) or 'nothing'}"
-    raise ValueError(f"it holds {held}, where a state_dict of tensors is needed, in dicts or lists or by itself")
+    raise ValueError(f"it holds {held}, but a state_dict of tensors is needed, alone or inside dicts or lists")
 
 
 def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:

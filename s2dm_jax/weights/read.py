@@ -1,6 +1,6 @@
 """Reads a network's weights from a file or folder of any supported format, checked against their network.
 
-No code of a file is run. Checksums are verified; for a file without any, the caller can give a digest.
+Code in a file is never executed. Checksums are verified; for a file without any, the caller can give a digest.
 """
 
 import dataclasses
@@ -44,20 +44,20 @@ _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 
 
 class Weights(NamedTuple):
-    """A network with its weights and what their file says about them.
+    """A network with its weights and their file's metadata.
 
     Attributes:
-      network: the shape; dropout is 0 where the file does not state it.
-      ema_params: nested dict of float32 arrays, the EMA; the weights themselves where there is none.
-      params: the weights that training changes; `ema_params` where there are no others.
+      network: the shape; dropout is 0 if the file does not state it.
+      ema_params: nested dict of float32 arrays, the EMA; the weights themselves if there is none.
+      params: the weights that training changes; `ema_params` if there are no others.
       model_card: the model card (`model_card.make_card`) in a file written by s2dm_jax, with its config; else None.
-      schedule: where the file has it.
+      schedule: if the file has it.
       step: training steps so far, according to the file.
       description: one line: format, what was taken from it, how it was checked.
       sha256: of the file, or of the file with the weights in a folder; "" for a run's folder.
-      head: the variance head beside the network, with the EMA of its weights; its kind is "" where the file does not
+      head: the variance head stored with the network, with the EMA of its weights; its kind is "" if the file does not
         state it.
-      assumed: what the file leaves open, as it is taken to be; None where it has that, and for DDIM's UNet.
+      assumed: values assumed for what the file leaves open; None if it leaves nothing open, and for DDIM's UNet.
     """
 
     network: UNet | ImprovedUNet
@@ -84,19 +84,19 @@ def read_weights(
     """The weights in a run's folder, a diffusers folder, an exported sampler, a `.safetensors` or a `.pth`.
 
     Args:
-      resolution: of the images in pixels, where shapes leave it open (`torch_names.infer_network`).
+      resolution: of the images in pixels, if the shapes leave it open (`torch_names.infer_network`).
       digest: SHA-256 or MD5 that the file, or the file with the weights in a folder, must have.
-      key: where the state_dict is in a file with several, as "model.ema"; "" to look for it.
+      key: which state_dict of a file with several, such as "model.ema"; "" to search for it.
       ema: which weights of a run, as in `config.sample.ema`; "" for its EMA.
       stated: values of `improved_shapes.OPEN_FIELDS`, which the state_dict of an improved-diffusion UNet leaves open.
 
     Raises:
-      UserError: for a file that is missing, damaged, hostile, or of another network, naming the tensor and both shapes.
+      UserError: for a file that is missing, damaged, unsafe, or of another network, naming the tensor and both shapes.
     """
     place = user_path(path, "path")
     path = str(place)
     if not place.exists():
-        raise UserError(f"{path} does not exist; give a checkpoint's file, or a folder")
+        raise UserError(f"{path} does not exist; give a checkpoint file or a folder")
     try:
         if checkpoint_folder(place).is_dir():
             return _read_run(path, "a run's folder", ema)
@@ -112,7 +112,7 @@ def read_weights(
 
 
 def _check_digest(path: Path, digest: str) -> str:
-    """The file's SHA-256; ValueError where the file has another digest than the one given."""
+    """The file's SHA-256; ValueError if the file has another digest than the one given."""
     algorithm = {0: "sha256", 32: "md5", 64: "sha256"}.get(len(digest))
     if algorithm is None:
         raise ValueError(f"--digest={digest} is neither a SHA-256 (64 digits) nor an MD5 (32 digits)")
@@ -125,7 +125,7 @@ def _check_digest(path: Path, digest: str) -> str:
 def _how_checked(has_checksums: bool, digest: str) -> str:
     if has_checksums:
         return "its checksums agree"
-    return "it has the digest given" if digest else "it has no checksums: compare its SHA-256 with its publisher's"
+    return "it has the given digest" if digest else "it has no checksums: compare its SHA-256 with the publisher's"
 
 
 def _read_run(path: str, kind: str, ema: str = "") -> Weights:
@@ -188,7 +188,7 @@ def _infer(
             return improved_shapes.infer_improved(shapes, resolution, stated)
         return torch_names.infer_network(shapes, resolution), None
     except ValueError as error:
-        if "these are no weights of" not in str(error):
+        if "these are not the weights of" not in str(error):
             raise
         shown = ", ".join(list(state)[:3]) + (", …" if len(state) > 3 else "")
         raise ValueError(f"{error}; it holds {len(state)} tensors: {shown or 'none'}") from error
@@ -213,11 +213,11 @@ def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
         raise ValueError(f"its tensors are of type {kind}, which is not supported; save them as float32") from error
     except (safetensors.SafetensorError, OSError, TypeError) as error:
         reason = kind_of_file(path) or str(error).removeprefix("Error while deserializing header: ")
-        raise ValueError(f"it is damaged or no safetensors file ({reason}); fetch it again") from error
+        raise ValueError(f"it is damaged or not a safetensors file ({reason}); fetch it again") from error
     digest = metadata.pop(f"{METADATA_PREFIX}sha256", None)
     written_here = digest is not None or any(name.startswith(METADATA_PREFIX) for name in metadata)
     if written_here and digest != sha256_of_tensors(state, metadata):
-        raise ValueError("its tensors or metadata are not those that it was written with; fetch it again")
+        raise ValueError("its tensors or metadata have changed since it was written; fetch it again")
     return state, metadata.get(f"{METADATA_PREFIX}card")
 
 
@@ -235,20 +235,20 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
     weights = next((path for name in names for path in sorted(unet.glob(name))), None)
     if weights is None or not (unet / "config.json").exists():
         raise ValueError(
-            "it is neither a run's folder nor one of diffusers, which has a UNet2DModel's config.json and "
+            "it is neither a run's folder nor a diffusers folder, which has a UNet2DModel's config.json and "
             f"{_DIFFUSERS_WEIGHTS}.safetensors{_inside(folder, unet)}"
         )
     network: UNet | ImprovedUNet = _described(unet / "config.json", diffusers_improved.read_unet_config)
     if weights.stem != _DIFFUSERS_WEIGHTS:
         note += f"; the variant {weights.name} was taken"
     if unused := _described(unet / "config.json", diffusers_names.unused_network_options):
-        note += f"; of its network's options these are not read: {', '.join(unused)}"
+        note += f"; these options of its network are ignored: {', '.join(unused)}"
     schedule = text = card = None
     if (scheduler / "scheduler_config.json").exists():
         described_by = scheduler / "scheduler_config.json"
         schedule, prediction = _described(described_by, diffusers_names.read_scheduler_config)
         if unused := _described(described_by, diffusers_names.unused_scheduler_options):
-            note += f"; its scheduler's options of sampling are not used: {', '.join(unused)}"
+            note += f"; these sampling options of its scheduler are ignored: {', '.join(unused)}"
         network = dataclasses.replace(network, prediction=prediction)
     sha256 = _check_digest(weights, digest)
     if weights.suffix == ".safetensors":
@@ -264,7 +264,7 @@ def _read_diffusers(folder: Path, digest: str) -> Weights:
         card, network, schedule = _read_card(text, weights)
         same = described == (network.resolution, network.attn_resolutions, network.prediction)
         if not same or read is None or not same_betas(read, schedule):
-            raise ValueError(f"its configs are not those that {weights.name} was written with")
+            raise ValueError(f"its configs have changed since {weights.name} was written")
     params = torch_names.from_torch(state, network)
     step = card["step"] if card else 0
     origin = f"a diffusers folder{note}; {_how_checked(has_checksums, digest)}"
@@ -288,7 +288,7 @@ def _check_sums(folder: Path) -> None:
     for name in sorted(names | listed.keys()):
         if name not in names or digest_of_file(folder / name) != listed.get(name):
             raise ValueError(
-                f"{name} is not as {SUMS} says; fetch it again, or delete {SUMS} if it was changed on purpose"
+                f"{name} does not match {SUMS}; fetch it again, or delete {SUMS} if it was changed on purpose"
             )
 
 
@@ -296,9 +296,9 @@ def _described(path: Path, read: Callable[[dict], Any]) -> Any:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path.name} is {kind_of_file(path)[6:] or 'no JSON'}; fetch it again") from error
+        raise ValueError(f"{path.name} is {kind_of_file(path)[6:] or 'not JSON'}; fetch it again") from error
     if not isinstance(described, dict):
-        raise ValueError(f"{path.name} is no object of fields; fetch it again")
+        raise ValueError(f"{path.name} is not an object of fields; fetch it again")
     try:
         return read(described)
     except (ValueError, TypeError, AttributeError) as error:
@@ -322,7 +322,7 @@ def _finite(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Every tensor as float32, checked to be finite, and to be of floats: integers are quantised weights."""
     for name, value in state.items():
         if value.dtype.kind in "iub":
-            raise ValueError(f"the tensor {name} is of type {value.dtype}, where floating-point weights are needed")
+            raise ValueError(f"the tensor {name} is of type {value.dtype}, but floating-point weights are needed")
     state = {name: np.asarray(value, np.float32) for name, value in state.items()}
     for name, value in state.items():
         if not np.isfinite(value).all():

@@ -1,4 +1,4 @@
-"""Weights between the published PyTorch names and layouts and ours; the network from its tensors' shapes.
+"""Converts weights from and to the published PyTorch names and layouts; infers the network from its tensors' shapes.
 
 Paths are the same on both sides; only the last part's name and the layout differ (`_leaf_to_torch`).
 """
@@ -28,7 +28,7 @@ class _Names(NamedTuple):
     Attributes:
       pointwise: name of a layer that is a matrix product here → axes of length 1 that its kernel ends with in PyTorch.
       place: function of a tensor's name that sorts the names in the order of the state_dict.
-      head: module of `VarianceHead` → module of Extended-Analytic-DPM's state_dict, which has it beside the network's.
+      head: module of `VarianceHead` → module of Extended-Analytic-DPM's state_dict, which stores it with the network's.
     """
 
     pointwise: Mapping[str, int]
@@ -125,7 +125,7 @@ def _from_torch(state: Mapping[str, np.ndarray], nested: dict, leaves: Mapping[s
 def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None = None) -> UNet:
     """DDIM's network of a published state_dict, from its names and shapes; dropout, which they leave open, is 0.
 
-    The resolution of the images is known where 128 channels of RGB images get attention at one resolution: in every
+    The resolution of the images is inferred if 128 channels of RGB images get attention at one resolution: in every
     published config that is 16 pixels. Other networks need `resolution`, or raise a ValueError as other architectures.
     """
     if any(name.startswith("down_blocks.") for name in shapes):
@@ -134,7 +134,9 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
     def channels(name, axis=0):
         if len(shapes.get(name, ())) != 4:
             found = f"is of shape {shapes[name]}" if name in shapes else "is missing"
-            raise ValueError(f"these are no weights of DDIM's UNet: {name} {found}, where a kernel's 4 axes are needed")
+            raise ValueError(
+                f"these are not the weights of DDIM's UNet: {name} {found}, but a kernel's 4 axes are needed"
+            )
         return shapes[name][axis]
 
     def numbers(pattern):
@@ -145,13 +147,14 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], resolution: int | None 
     widths = [channels(f"down.{i}.block.0.conv1.weight") for i in range(len(levels))]
     if not levels or levels != list(range(len(levels))) or any(width % ch for width in widths):
         raise ValueError(
-            f"these are no weights of DDIM's UNet: resolution levels {levels} of {widths} channels after {ch} at first"
+            f"these are not the weights of DDIM's UNet: resolution levels {levels} of {widths} channels after {ch} at "
+            "first"
         )
     attention = numbers(r"down\.(\d+)\.attn\.")
     if resolution is None:
         if len(attention) != 1 or ch != 128 or in_channels != 3:
             raise ValueError(
-                "the shapes do not tell the images' resolution, since it is none of the published networks; "
+                "the images' resolution cannot be inferred from the shapes, since this is not a published network; "
                 "give it as --resolution"
             )
         resolution = 16 << attention[0]

@@ -1,7 +1,8 @@
-"""PyTorch's checkpoint files without PyTorch: only tensors and plain data are read, no code of a file runs.
+"""PyTorch's checkpoint files without PyTorch: only tensors and plain data are read, and code in a file is never
+executed.
 
 `torch.load(weights_only=True)` is as safe, but needs PyTorch, refuses SA-DPM's `ckpt_*.pth` for its argparse namespace,
-and ignores the checksums in a file: flipped bits become wrong weights in silence.
+and ignores the checksums in a file: flipped bits silently become wrong weights.
 """
 
 import collections
@@ -61,7 +62,7 @@ class Tensor(NamedTuple):
 
 
 class _Ignored:
-    """Stands for an object that a training loop saved beside its tensors, without its contents."""
+    """Stands for an object, without its contents, that a training loop saved along with its tensors."""
 
     def __new__(cls, *_, **__):
         return super().__new__(cls)
@@ -126,7 +127,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid):
         kind, dtype, key, _, count, *views = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or any(view is not None for view in views):
-            raise ValueError("an entry that is no storage")
+            raise ValueError("an entry that is not a storage")
         return Storage(str(key), dtype, int(count))
 
 
@@ -144,9 +145,9 @@ def _unpickle(stream: BinaryIO, size: int) -> Any:
 def open_torch(path: str | os.PathLike) -> Iterator[tuple[object, Callable[[Tensor], np.ndarray], bool]]:
     """Opens what `torch.save` wrote: the zip files of torch 1.6 and later, or the streams before.
 
-    Yields the contents with a `Tensor` in the place of each tensor; a function that reads one as an array of its own
-    type; and whether the file has checksums of what is read, which streams do not. Runs no code of the file: an object
-    that is neither a tensor nor plain data is a UserError, as is a damaged or another kind of file.
+    Yields the contents with a `Tensor` in place of each tensor; a function that reads one as an array of its own
+    type; and whether the file has checksums of what is read, which streams do not. Never executes code in the file: an
+    object that is neither a tensor nor plain data is a UserError, as is a damaged file or one of another kind.
     """
     try:
         with open(path, "rb") as file:
@@ -168,10 +169,12 @@ def open_torch(path: str | os.PathLike) -> Iterator[tuple[object, Callable[[Tens
     except (pickle.UnpicklingError, AttributeError, IndexError, TypeError, MemoryError, *ZIP_DAMAGE) as error:
         # pickle's own words say nothing about a file that is no pickle.
         own = "" if isinstance(error, pickle.UnpicklingError) or "opcode" in str(error) else str(error)
-        reason = kind_of_file(path) or own.strip().partition("\n")[0][:120] or "it does not begin as torch.save begins"
+        reason = (
+            kind_of_file(path) or own.strip().partition("\n")[0][:120] or "it does not begin like a torch.save file"
+        )
         raise UserError(
-            f"{path} cannot be read as a PyTorch checkpoint, it is damaged or another kind of file "
-            f"({reason}); fetch it again"
+            f"{path} cannot be read as a PyTorch checkpoint: it is damaged or another kind of file ({reason}); fetch "
+            "it again"
         ) from error
 
 
@@ -184,7 +187,7 @@ def _open_zip(archive, size):
         archive.open(info).close()
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise ValueError("there is no data.pkl in it")
+        raise ValueError("it has no data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("its byte order is not little-endian")
@@ -196,7 +199,7 @@ def _open_zip(archive, size):
 
 def _open_stream(file, size):
     if _unpickle(file, size) != _LEGACY_MAGIC or _unpickle(file, size) != _LEGACY_PROTOCOL:
-        raise ValueError("it does not begin as torch.save begins")
+        raise ValueError("it does not begin like a torch.save file")
     if _unpickle(file, size).get("little_endian") is not True:
         raise ValueError("its byte order is not little-endian")
     contents, keys = _unpickle(file, size), _unpickle(file, size)
@@ -242,7 +245,7 @@ def _array(read: Callable[[Storage], bytes], tensor: Tensor) -> np.ndarray:
 
 
 def read_note(path: str | os.PathLike) -> str | None:
-    """The note that `write_torch` put beside the tensors, or None; UserError for a damaged file."""
+    """The note that `write_torch` stored with the tensors, or None; UserError for a damaged file."""
     if not zipfile.is_zipfile(path):
         return None
     try:

@@ -57,7 +57,7 @@ _FREE_FIELDS = ("name", "dropout", "dtype", "remat", "prediction")
 
 
 def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str = "") -> ConfigDict:
-    """The config of a run that continues from weights: the given one, else that of their card, else the defaults.
+    """The config of a run that continues from weights: `given`, else that of their card, else the defaults.
 
     Args:
       given: a config with the weights' network and schedule; others are a UserError.
@@ -67,8 +67,8 @@ def infer_config(weights: Weights, *, given: ConfigDict | None = None, data: str
     network = weights.network
     if network.in_channels != network.out_channels:
         raise UserError(
-            f"conv_out.weight has {network.out_channels} channels, conv_in.weight {network.in_channels}: a "
-            "network that predicts more than the noise cannot be used"
+            f"conv_out.weight has {network.out_channels} channels, conv_in.weight {network.in_channels}: networks that "
+            "predict more than the noise are not supported"
         )
     inherited = from_json(json.dumps(weights.model_card["config"])) if weights.model_card else None
     config = given or inherited or default_config()
@@ -114,12 +114,12 @@ def _published_dropout(network: UNet | ImprovedUNet) -> float:
 
 
 def _check_network(config: ConfigDict, weights: Weights) -> None:
-    """UserError where the config has another network or schedule than the weights state."""
+    """UserError if the config has another network or schedule than the weights state."""
     name, network = network_name(weights.network), weights.network
     if config.model.name != name:
         raise UserError(
             f"the weights are of a network with model.name={name!r}, but the config has {config.model.name!r}; give "
-            "the config that suits"
+            "a matching config"
         )
     try:
         wanted = network_of(config, "float32")
@@ -131,14 +131,14 @@ def _check_network(config: ConfigDict, weights: Weights) -> None:
         value = getattr(network, name)
         if getattr(wanted, name) != value:
             raise UserError(
-                f"the weights are of a network with model.{name}={value}, but the config has "
-                f"{getattr(wanted, name)}; give the config that suits"
+                f"the weights are of a network with model.{name}={value}, but the config has {getattr(wanted, name)}; "
+                "give a matching config"
             )
     if weights.schedule and not same_betas(weights.schedule, schedule_spec(config)):
         stated = {name: value for name, value in weights.schedule._asdict().items() if value is not None}
         raise UserError(
-            f"the weights are of a network for {stated}, but the config has {schedule_fields(config)}; give the config "
-            "that suits"
+            f"the weights are of a network for {stated}, but the config has {schedule_fields(config)}; give a matching "
+            "config"
         )
 
 
@@ -151,7 +151,7 @@ def write_weights(
       out: file or folder.
       kind: one of `formats.FORMATS`.
       weights, config: from `read.read_weights` and `infer_config`.
-      source: where they come from (`model_card.make_card`), for weights without a card of their own.
+      source: their origin (`model_card.make_card`), for weights without a card of their own.
       license: for the card, instead of the one in theirs.
 
     Raises:
@@ -206,7 +206,7 @@ def write_weights(
 def write_head_run(
     out: str, weights: Weights, config: ConfigDict, *, base: str, source: dict, license: str = ""
 ) -> None:
-    """Writes the run of `weights.head`, and that of the frozen network beside it if `base` does not exist.
+    """Writes the run of `weights.head`, and that of the frozen network if `base` does not exist.
 
     Args:
       weights: whose head has a kind.

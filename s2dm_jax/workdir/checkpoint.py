@@ -39,9 +39,9 @@ def open_checkpoints(
     """Opens `workdir`/checkpoints, created if missing; saves run in the background.
 
     Args:
-      max_to_keep: number of newest checkpoints that a save preserves.
-      keep_period: also preserves one checkpoint in this many steps for good; 0 for none.
-      best: also preserves the checkpoint where this metric was lowest; "" for none.
+      max_to_keep: number of newest checkpoints to keep.
+      keep_period: also keep one checkpoint in this many steps permanently; 0 for none.
+      best: also keep the checkpoint where this metric was lowest; "" for none.
     """
     _drop_reports_to_closed_loops()
 
@@ -61,7 +61,7 @@ def open_checkpoints(
 
 @functools.cache
 def _drop_reports_to_closed_loops() -> None:
-    """Leaves out tracebacks that tell nothing, hundreds of them where a save fails.
+    """Suppresses the hundreds of useless tracebacks of a failed save.
 
     Orbax closes its event loop at the first array that cannot be written, and raises that error; tensorstore then
     reports the other arrays to the closed loop, and prints a traceback for each through `sys.unraisablehook`.
@@ -123,13 +123,13 @@ def finish(manager: ocp.CheckpointManager) -> None:
     """Waits until what `save` started is on the disk.
 
     Raises:
-      UnfinishedWrite: if it could not be written, or was removed since.
+      UnfinishedWrite: if it could not be written, or was has been removed since.
     """
     with _as_user_error(manager):
         manager.wait_until_finished()
         # Orbax does not notice that its folder was removed or replaced.
         if (step := manager.latest_step()) is not None and not (Path(manager.directory) / str(step)).is_dir():
-            raise FileNotFoundError(errno.ENOENT, "it was removed while it was written", str(step))
+            raise FileNotFoundError(errno.ENOENT, "it was removed while it was being written", str(step))
 
 
 def close(manager: ocp.CheckpointManager) -> None:
@@ -160,13 +160,13 @@ def restore_latest(
     quarantine: bool = False,
     step: int | None = None,
 ) -> State | None:
-    """The newest saved state that verifies, or None where nothing was saved; damaged ones are reported and skipped.
+    """The newest saved state that verifies, or None if nothing was saved; damaged ones are reported and skipped.
 
     Args:
       like: a state of the same structure, shapes and types (arrays or `jax.ShapeDtypeStruct`).
       shardings: of each leaf, on the present devices, which may differ from those of the save; None: replicated.
       quarantine: whether to move newer, damaged checkpoints to `workdir`/damaged_checkpoints; their steps can then be
-        saved anew.
+        saved again.
       step: the one checkpoint to restore; None for the newest.
 
     Raises:
@@ -199,8 +199,8 @@ def restore_latest(
         return _with_unused(state, like)
     others = f", nor can the {len(steps) - 1} before it" if len(steps) > 1 else ""
     raise UserError(
-        f"the checkpoint {Path(manager.directory) / str(steps[0])} cannot be read, it is damaged or of "
-        f"another network ({damaged[steps[0]]}){others}; give another --workdir to start anew"
+        f"the checkpoint {Path(manager.directory) / str(steps[0])} cannot be read: it is damaged or of another network "
+        f"({damaged[steps[0]]}){others}; give another --workdir to start over"
     )
 
 
@@ -256,8 +256,8 @@ def _check_permission(folder: Path) -> None:
                 refuse(error)
     if any_process(bool(refused)):
         raise UserError(
-            f"the checkpoint {folder} cannot be read: {refused or 'another process may not'}; get the permission to, "
-            "or give another run"
+            f"the checkpoint {folder} cannot be read: {refused or 'another process may not'}; get permission to read "
+            "it, or give another run"
         )
 
 
@@ -291,7 +291,7 @@ def _quarantine(manager: ocp.CheckpointManager, steps: list[int]) -> None:
 def _read_through(item: Path) -> None:
     """Reads everything that a saved pytree's index names, and discards it.
 
-    Orbax reads its arrays concurrently: where a file is cut short it raises a bare Exception, and the reads still under
+    Orbax reads its arrays concurrently: if a file is cut short it raises a bare Exception, and the reads still under
     way print a page of tracebacks each.
     """
     if not item.is_dir():

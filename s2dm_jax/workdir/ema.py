@@ -1,4 +1,4 @@
-"""The EMA of the weights, corrected for its start: what a young run is sampled from.
+"""The EMA of the weights, corrected for its start, from which a run in its first steps is sampled.
 
 With decay r the EMA after n steps still holds r^n of the initial weights, 37 % after 1,000 steps with r = 0.999, and
 what is sampled from it is noise. The initial weights are a function of the seed, so that share is subtracted exactly. A
@@ -88,7 +88,7 @@ def corrected_ema(ema: dict, initial: dict, averaging: Averaging) -> dict:
 def chosen_weights(
     config: ConfigDict, network: "Network", state: "TrainState", workdir: str | Path, choice: EmaChoice
 ) -> tuple[dict, str]:
-    """The weights that a field `ema` names, and a sentence where they are not just what their name says.
+    """The weights that a field `ema` names, and a sentence if they differ from the stored ones.
 
     The arguments are as for `sampling_ema`, but no array needs to be replicated.
 
@@ -150,18 +150,18 @@ def _flat(params: dict) -> dict[str, np.ndarray]:
 def sampling_ema(
     config: ConfigDict, network: "Network", state: "TrainState", workdir: str | Path, decay: float | None = None
 ) -> tuple[dict, str]:
-    """The weights to sample from, and a sentence where they are not just the EMA of the state.
+    """The weights to sample from, and a sentence if they are not simply the EMA of the state.
 
-    They are the EMA where at most NEGLIGIBLE of it are initial weights, else `corrected_ema`. The EMA of a run that
+    They are the EMA if at most NEGLIGIBLE of it is initial weights, else `corrected_ema`. The EMA of a run that
     started from converted weights (a folder with a model card) started from those: nothing is subtracted. Neither is it
     with a ramp-up, whose first update replaces the initial weights.
 
     Args:
       config: the run's.
-      network: what is trained, or what the variance head in `state` belongs to.
+      network: the trained network, or that of the variance head in `state`.
       state: with its EMA replicated.
       workdir: folder of the run.
-      decay: that of the EMA where it is one of `train.ema_decays`; None for the run's own.
+      decay: that of the EMA if it is one of `train.ema_decays`; None for the run's own.
     """
     import jax
 
@@ -189,13 +189,16 @@ def sampling_ema(
     initial = variance_head.init_params(network, train.seed) if is_head else network.init(train.seed)
     ema = jax.tree.map(np.asarray, state.ema_params)
     if not _reachable(ema, initial, averaging, train):
-        return state.ema_params, f"{held}, but not of those that train.seed={train.seed} gives; it is used uncorrected"
+        return (
+            state.ema_params,
+            f"{held}, but of other ones than train.seed={train.seed} generates; it is used uncorrected",
+        )
     corrected = replicate(corrected_ema(ema, initial, averaging))
     return corrected, f"{held}; images are sampled from the EMA corrected for this"
 
 
 def largest_update(b1: float, b2: float) -> float:
-    """Upper bound of Adam's |m̂|/√v̂ by Cauchy and Schwarz, with bias correction; infinite where β₁² ≥ β₂.
+    """Upper bound of Adam's |m̂|/√v̂ by Cauchy and Schwarz, with bias correction; infinite if β₁² ≥ β₂.
 
     It is √((1−β₁)²/((1−β₂)(1−β₁²/β₂))), times √(1−β₂)/(1−β₁) where that is more than 1: 7.3 for 0.9 and 0.999.
     """

@@ -1,6 +1,6 @@
 """Reads the file of an exported sampler: an .npz of compiled programs, weights and a description.
 
-Imports no jax. docs/weights.md says what is in the file, and has the loader that needs none of this.
+Imports no jax. docs/weights.md describes the file, and has a loader that does not need this module.
 """
 
 import contextlib
@@ -72,11 +72,11 @@ def _reason(path, error):
 
 @contextlib.contextmanager
 def _as_user_error(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what a damaged file, or one of another kind, makes the readers raise into a `UserError`."""
+    """Turns the readers' exceptions for a file that is damaged or of another kind into a `UserError`."""
     try:
         yield
     except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); get the permission to") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); get permission to read it") from error
     except (*ZIP_DAMAGE, TypeError, MemoryError) as error:
         message = _reason(path, error)
         raise UserError(

@@ -53,7 +53,7 @@ def evaluation_folder(workdir: str | os.PathLike, out: str) -> Path:
 
 
 def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
-    """Creates the folder of a run; raises a `UserError` where a run with this config cannot train."""
+    """Creates the folder of a run; raises a `UserError` if a run with this config cannot train."""
     path = Path(workdir)
     _check_storable(path)
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -64,7 +64,7 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
     checkpoints = checkpoint_folder(path)
     if checkpoints.exists() and not checkpoints.is_dir():
         raise UserError(
-            f"--workdir={workdir} cannot be used: {checkpoints} is not a folder; mend that, or give another path"
+            f"--workdir={workdir} cannot be used: {checkpoints} is not a folder; fix that, or give another path"
         )
     if existing == path:
         _check_permissions(path)
@@ -85,20 +85,20 @@ def prepare_workdir(workdir: str, config: ConfigDict) -> Path:
 
 
 def _check_permissions(path: Path) -> None:
-    """Raises a `UserError` unless everything that a training writes can be written: some may be another user's."""
+    """Raises a `UserError` unless all files that training writes are writable: some may belong to another user."""
     if not os.access(path, os.R_OK):
         raise UserError(f"--workdir={path} cannot be used: it cannot be listed; give another path")
     steps = [checkpoint_folder(path) / str(step) for step in checkpoint_steps(path)]
     folders = [place for place in (path, *(path / name for name in _FOLDERS), *steps) if place.exists()]
     files = [path / name for name in _APPENDED if (path / name).exists()]
     replaced = [path / name for name in _REPLACED]
-    check_writable(folders, "get the permission to, or give another --workdir", files=files, replaced=replaced)
+    check_writable(folders, "get write permission, or give another --workdir", files=files, replaced=replaced)
 
 
 def unreadable_config(place: str | os.PathLike, error: Exception) -> UserError:
     """The error for a file that should be a run's config; a checkpoint has a copy of it."""
     if isinstance(error, OSError):
-        return UserError(f"{place} cannot be read ({error.strerror}); get the permission to, or give another run")
+        return UserError(f"{place} cannot be read ({error.strerror}); get permission to read it, or give another run")
     advice = "give another run"
     if steps := checkpoint_steps(Path(place).parent):
         copy = checkpoint_folder(Path(place).parent) / str(steps[-1]) / "about" / "metadata"
@@ -113,7 +113,7 @@ def check_readable_name(workdir: str | os.PathLike) -> None:
     """
     if "\\" in str(Path(workdir).absolute()):
         raise UserError(
-            f"{workdir} has a backslash in its path, where checkpoints cannot be written or read; give another path, "
+            f"{workdir} has a backslash in its path, which checkpoints do not support; give another path, "
             "or rename the folder"
         )
 
@@ -124,8 +124,8 @@ def _check_storable(path: Path) -> None:
     for part in path.absolute().parts:
         if not fnmatch.fnmatchcase(part, part):
             raise UserError(
-                f"--workdir={path} has the name {part!r} in its path, whose brackets are a pattern to the library that "
-                "writes checkpoints; give a path without them"
+                f"--workdir={path} has the name {part!r} in its path, whose brackets the checkpoint library reads as a "
+                "pattern; give a path without them"
             )
 
 
@@ -160,13 +160,13 @@ def _lock(file: TextIO, workdir: str, shared: bool = False) -> None:
     if not acquire(file, fix="give another --workdir", shared=shared):
         file.seek(0)
         raise UserError(
-            f"--workdir={workdir} is in use by {file.read() or 'another process'}, which trains there; wait "
-            "until it ends, or give another --workdir"
+            f"--workdir={workdir} is in use by {file.read() or 'another process'}, which is training there; wait until "
+            "it ends, or give another --workdir"
         )
 
 
 def check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
-    """Raises a `UserError` where the run whose config is in `saved_path` cannot resume with `config`."""
+    """Raises a `UserError` if the run whose config is in `saved_path` cannot resume with `config`."""
     try:
         saved_config = from_json(saved_path.read_text(encoding="utf-8"))
         saved = flatten(saved_config)
@@ -192,8 +192,8 @@ def check_same_run(saved_path: Path, workdir: str, config: ConfigDict) -> None:
 
 
 def check_same_images(workdir: str | os.PathLike, digest: str, labels_digest: str = "", *, record: bool = True) -> None:
-    """Records the hashes of a run's training images and their labels, "" if they never change; rejects other ones when
-    the run resumes, or is read with `record=False`.
+    """Records the hashes of a run's training images and their labels, "" if they never change; rejects different ones
+    when the run resumes, or is read with `record=False`.
     """
     if not digest:
         return

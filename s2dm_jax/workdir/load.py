@@ -1,4 +1,4 @@
-"""Runs read back: config, network, EMA; the base run of a variance head."""
+"""Loads runs: config, network, EMA; the base run of a variance head."""
 
 import contextlib
 import json
@@ -40,8 +40,8 @@ class Run(NamedTuple):
       step: number of training steps, of the network or its variance head.
       params: nested dict of float32 arrays, the weights that training changes: the network's or the head's.
       variance_head: the variance head with the EMA of its weights, or None.
-      ema_note: a sentence where the EMA that was trained is not just the checkpoint's, else "".
-      saturation: share of the values of its training images that are 0 or 255, or None where it is not recorded.
+      ema_note: a sentence if `ema_params`, of a trained EMA, differ from the checkpoint's, else "".
+      saturation: share of the values of its training images that are 0 or 255, or None if it is not recorded.
       ema: what was chosen to sample from, as in `config.sample.ema`; "" is the run's EMA.
     """
 
@@ -82,7 +82,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
-            f"{workdir} holds no config.json, so it is no training run; give the --workdir of one"
+            f"{workdir} holds no config.json, so it is not a training run; give the --workdir of one"
         ) from error
     except (OSError, ValueError) as error:
         raise unreadable_config(file, error) from error
@@ -126,7 +126,7 @@ def load_run(
     Args:
       workdir: folder of the run, or file of the sampler.
       step: of the checkpoint; a power-function EMA needs only a snapshot of it.
-      network: what was trained, where that is not the network of the run's config.
+      network: what was trained, if that is not the network of the run's config.
       correct_ema: False leaves the EMA as it is in the checkpoint.
       ema: the weights to sample from, as in `config.sample.ema`.
     """
@@ -242,7 +242,7 @@ def load_base_params(
 ) -> dict:
     """The EMA of the base network of the variance head in `workdir`, at the step recorded when its training began.
 
-    `record`: whether to record the step where none is.
+    `record`: whether to record the step if none is recorded.
     """
     import jax
 
@@ -252,8 +252,8 @@ def load_base_params(
         recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise UserError(
-            f"{path} is empty or damaged: it says which weights of {base_workdir} the variance head belongs to; "
-            "restore it, or remove it if the base was not trained further since"
+            f"{path} is empty or damaged: it records which weights of {base_workdir} the variance head belongs to; "
+            "restore it, or remove it if the base has not been trained further"
         ) from error
     run = load_run(base_workdir, recorded.get("step"), network=network)
     digest = sha256_of_arrays(jax.tree.leaves(run.ema_params))
@@ -264,7 +264,7 @@ def load_base_params(
     if recorded and recorded["sha256"] != digest:
         raise UserError(
             f"{base_workdir} holds other weights at step {run.step:,} than those that "
-            f"the variance head in {workdir} was trained on; train it anew in a new --workdir"
+            f"the variance head in {workdir} was trained on; train the head again in a new --workdir"
         )
     if record and not recorded and jax.process_index() == 0:
         recorded = {"workdir": base_workdir, "step": run.step, "sha256": digest}

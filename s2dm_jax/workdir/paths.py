@@ -1,4 +1,4 @@
-"""What the files in a run's folder are called. Imports no jax."""
+"""The names of the files in a run's folder. Imports no jax."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def checkpoint_steps(workdir: str | os.PathLike) -> list[int]:
         return []
     except OSError as error:
         raise UserError(
-            f"{checkpoint_folder(workdir)} cannot be read ({error.strerror}); get the permission to, or give another "
-            "run"
+            f"{checkpoint_folder(workdir)} cannot be read ({error.strerror}); get permission to read it, or give "
+            "another run"
         ) from error
     return sorted(int(name) for name in names if name.isdigit())

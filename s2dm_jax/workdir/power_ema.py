@@ -63,12 +63,12 @@ class Synthesis(NamedTuple):
 
     @property
     def note(self) -> str:
-        """A sentence where the profile is not met, else ""."""
+        """A sentence if the requested profile is not matched, else ""."""
         if self.error <= _MAX_ERROR:
             return ""
         return (
-            f"the profile of the power-function EMA deviates by {100 * self.error:.0f} % from the one requested, which "
-            f"{self.snapshots} snapshots cannot synthesise better; store more by config.train.ema_snapshot_every"
+            f"the profile of the power-function EMA deviates by {100 * self.error:.0f} % from the requested one, the "
+            f"closest that {self.snapshots} snapshots can synthesise; store more with config.train.ema_snapshot_every"
         )
 
 
@@ -157,7 +157,7 @@ def write_snapshot(
 
 
 def read_snapshots(workdir: str | os.PathLike, last: int) -> list[Average]:
-    """The power-function EMAs in a run's snapshots up to step `last`; their weights are read when asked for.
+    """The power-function EMAs in a run's snapshots up to step `last`; their weights are read on request.
 
     Raises:
       UserError: for a file that is damaged.
@@ -184,10 +184,10 @@ def _as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); get the permission to") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); get permission to read it") from error
     except (*ZIP_DAMAGE, TypeError) as error:
         raise UserError(
-            f"{path} is damaged or is no snapshot of s2dm_jax; remove it, and the EMA is synthesised from the others"
+            f"{path} is damaged or not a snapshot of s2dm_jax; remove it to have the EMA synthesised from the others"
         ) from error
 
 

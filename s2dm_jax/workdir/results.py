@@ -52,7 +52,7 @@ def bound_cells(results: dict) -> tuple[str, list[str], list[list[str]]]:
 
 
 def bound_text(results: dict) -> str:
-    """`bound_cells` as a paragraph and a Markdown table; "" where there is no bound."""
+    """`bound_cells` as a paragraph and a Markdown table; "" if there is no bound."""
     if "bits_per_dim" not in results:
         return ""
     title, header, rows = bound_cells(results)

@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
       params, ema_params: nested dicts of float32 arrays, the weights and their EMA.
       opt_state: of the optimizer.
       loss_scale: None unless it is dynamic.
-      ema_extra: further EMAs by name (`config.ema.extra_names`), as `ema_params`.
+      ema_extra: further EMAs by name (`config.ema.extra_names`), each like `ema_params`.
     """
 
     step: jax.Array | np.ndarray
@@ -100,7 +100,7 @@ def num_updates(opt_state: optax.OptState) -> jax.Array | np.ndarray | int:
 
 
 def initial_loss_scale(config: ConfigDict) -> LossScale | None:
-    """The loss scale before the first step, or None where it is not dynamic."""
+    """The loss scale before the first step, or None if it is not dynamic."""
     if fixed_loss_scale(config) is not None:
         return None
     return LossScale(np.full((), _INITIAL_LOSS_SCALE, np.float32), np.zeros((), np.int32))

@@ -48,7 +48,7 @@ def test_a_file_that_cannot_be_written_is_named_whatever_the_reason(tmp_path, ca
     with pytest.raises(SystemExit) as stop, report_user_errors(), atomic_path(folder / "a.json") as temporary:
         temporary.write_text("the folder was removed meanwhile")
     assert stop.value.code == 2
-    expected = f"writing failed at {folder / 'a.json'} (No such file or directory); mend that, and run the same "
+    expected = f"writing failed at {folder / 'a.json'} (No such file or directory); fix that, and run the same "
     assert capsys.readouterr().err == f"error: {expected}command again\n"
     # An input that is missing is no fault of a writer.
     with pytest.raises(FileNotFoundError), report_user_errors(), atomic_path(tmp_path / "a.json"):

@@ -102,9 +102,7 @@ def test_a_lack_of_memory_is_one_sentence(error, capsys):
         raise error
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(
-        "error: the memory does not suffice .(O|o)ut of memory.*; choose a smaller batch_size, .*\n", said
-    )
+    assert re.fullmatch("error: not enough memory .(O|o)ut of memory.*; use a smaller batch_size, .*\n", said)
     with pytest.raises(RuntimeError, match="other"), report_user_errors():
         raise RuntimeError("other")
 
@@ -229,7 +227,7 @@ def test_damaged_programs_are_removed_and_what_cannot_be_cached_is_one_note(monk
     for _ in range(2):
         warnings.showwarning(message.format("writing", "No space"), UserWarning, "compiler.py", 1)
     assert capsys.readouterr().err == (
-        f"note: 2 compiled programs in {tmp_path} were cut short or changed, and are compiled again\n"
+        f"note: 2 compiled programs in {tmp_path} are truncated or corrupt and will be compiled again\n"
         f"note: writing compiled programs in {tmp_path} failed (OSError: No space)\n"
     )
 

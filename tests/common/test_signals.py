@@ -108,7 +108,7 @@ def test_ctrl_c_while_the_modules_are_imported_is_no_traceback(tmp_path, module)
     ("code", "advice"),
     [
         (PREPARING, "run the same command again"),
-        (EVALUATING, "the training is saved, and the same command evaluates it"),
+        (EVALUATING, "the training is saved; run the same command to evaluate it"),
     ],
 )
 def test_what_is_left_to_do_is_said(tmp_path, code, advice):
@@ -165,4 +165,4 @@ def test_a_command_that_runs_another_waits_until_that_has_saved(monkeypatch, cap
         run_command([sys.executable, "-c", child])
     assert stop.value.code == 128 + signal.SIGTERM
     errors = capfd.readouterr().err.splitlines()
-    assert sorted(errors) == ["saved", "waiting until the command above has ended; again to stop at once"]
+    assert sorted(errors) == ["saved", "waiting for the command above to finish; interrupt again to stop at once"]

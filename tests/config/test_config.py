@@ -61,13 +61,13 @@ BAD_COMMANDS = [
     (["surplus"], "'surplus' is not a flag"),
     (["--noconfig.model.remat=1"], "--noconfig.model.remat=1 does not take an argument"),
     (["--wrkdir=runs"], "--wrkdir is not a flag; did you mean --workdir?"),
-    (["--mode=fly"], "--mode=fly is not known; choose one of train, sample, evaluate, export"),
+    (["--mode=fly"], "--mode=fly is not valid; choose one of train, sample, evaluate, export"),
     (["--process_id=x"], "--process_id=x is not a non-negative integer"),
     (["--train.steps=3"], "--train.steps is not a flag; did you mean --config.train.steps=VALUE?"),
     (["--noconfig.train.steps"], "--config.train.steps is not a flag; did you mean --config.train.steps=VALUE?"),
     (["--stepps=3"], "--stepps is not a flag; did you mean --config.train.steps?"),
     (["train.steps=3"], "'train.steps=3' is not a flag; did you mean --config.train.steps=3?"),
-    (["--config.data.random_flip", "False"], "is set by --config.data.random_flip=False"),
+    (["--config.data.random_flip", "False"], "set a field that is True or False by --config.data.random_flip=False"),
     (["--config.train=3"], "config.train is a group of fields; set one of them, such as --config.train.steps=VALUE"),
     (["--config.model.ch_mult=1,x"], "config.model.ch_mult='1,x' has the wrong type: it must be a tuple of"),
     (["--workdir="], "--workdir is missing"),
@@ -100,8 +100,8 @@ def test_bad_command_lines(tmp_path, arguments, sentence):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("configs/digits.py:sq", "--config=configs/digits.py:sq: objective 'sq' is not known; choose one of ddpm"),
-        ("configs/nothing.py", "--config=configs/nothing.py: there is no such file"),
+        ("configs/digits.py:sq", "--config=configs/digits.py:sq: objective 'sq' is not valid; choose one of ddpm"),
+        ("configs/nothing.py", "--config=configs/nothing.py: no such file"),
         ("README.md", "--config=README.md failed with SyntaxError"),
         ("", "--config is missing"),
     ],
@@ -138,7 +138,7 @@ def test_bad_config_files(tmp_path, config, sentence):
             "config.diffusion.beta_end=0.002 with config.diffusion.T=1000 leave alpha_bar_T=0.35 at the last timestep",
         ),
         ("data.name", "mnist", "choose one of digits, cifar10, celeba, celebahq"),
-        ("data.resolution", 16, "config.data.resolution=16 and config.data.channels=0 do not go with the digits"),
+        ("data.resolution", 16, "config.data.resolution=16 and config.data.channels=0 do not match digits, whose"),
         ("data.channels", 2, "choose one of 0, 1, 3"),
         ("data.crop", "ddim", "is for celeba and for config.data.source, not for digits: it must be auto"),
         ("data.resize", "nearest", "choose one of bilinear, bicubic, lanczos, box"),
@@ -160,9 +160,9 @@ def test_bad_fields(field, value, sentence):
     [
         (
             {"lr_end": 1e-5},
-            "config.train.lr_end=1e-05 is for a decay, which config.train.lr_schedule='constant' has not",
+            "config.train.lr_end=1e-05 is for a learning rate decay, but config.train.lr_schedule='constant'",
         ),
-        ({"decay_steps": 4}, "config.train.decay_steps=4 is for a decay"),
+        ({"decay_steps": 4}, "config.train.decay_steps=4 is for a learning rate decay"),
         ({"warmup_steps": 5}, "config.train.warmup_steps=5 must be at most config.train.steps=4"),
         (
             {"lr_schedule": "cosine", "warmup_steps": 3, "decay_steps": 3},
@@ -175,17 +175,17 @@ def test_bad_fields(field, value, sentence):
         ({"lr_schedule": "cosine", "lr_end": 0.01}, "config.train.lr_end=0.01 must be at most config.train.lr=0.001"),
         ({"weight_decay": 1e3}, "config.train.weight_decay=1000.0 must be less than 1/config.train.lr=1000"),
         ({"adam_b2": 1.0}, "config.train.adam_b2=1.0 is out of range: it must be from 0.0 to 0.999999"),
-        ({"lr_schedule": "step"}, "config.train.lr_schedule='step' is not known; choose one of constant, cosine, lin"),
+        ({"lr_schedule": "step"}, "config.train.lr_schedule='step' is not valid; choose one of constant, cosine, lin"),
         *(
             (
                 {"loss_scale": text},
-                f"config.train.loss_scale={text!r} is not known; choose auto, dynamic, none or a num",
+                f"config.train.loss_scale={text!r} is not valid; choose auto, dynamic, none or a num",
             )
             for text in ("static", "", "None", "0", "-2", "nan", "inf", "1e31")
         ),
         (
             {"loss_scale_growth_interval": 100},
-            "config.train.loss_scale_growth_interval=100 is for a dynamic loss scale, which "
+            "config.train.loss_scale_growth_interval=100 is for a dynamic loss scale, but "
             "config.train.loss_scale='auto' with config.model.dtype='auto' is not",
         ),
     ],
@@ -317,7 +317,7 @@ def test_one_way_to_set_the_sampling_steps_replaces_another(monkeypatch, tmp_pat
     [
         ("return None", ": get_config returns nothing; it must return a ConfigDict"),
         ("return {'train': 1}", ": get_config returns a dict; it must return a ConfigDict"),
-        ("import sys; sys.exit(5)", " ends the program, by sys.exit(5)"),
+        ("import sys; sys.exit(5)", " calls sys.exit(5), which"),
         ("from s2dm_jax.common.errors import UserError; raise UserError('as written')", "as written"),
         ("return 1 / 0", " failed with ZeroDivisionError: division by zero"),
         ("from ml_collections import ConfigDict; return ConfigDict()", "config.data.channels is missing"),
@@ -344,8 +344,8 @@ def test_unavailable_images_are_reported_before_anything_is_written(tmp_path, mo
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     workdir = f"--workdir={tmp_path / 'run'}"
     for flags, sentence in (
-        ([f"--config.data.source={tmp_path / 'pictures'}"], "pictures: there is no such file or folder"),
-        (["--config.data.source=README.md"], "config.data.source=README.md is no folder of images"),
+        ([f"--config.data.source={tmp_path / 'pictures'}"], "pictures: no such file or folder"),
+        (["--config.data.source=README.md"], "config.data.source=README.md is not a folder of images"),
     ):
         done = command(workdir, *flags)
         assert (done.returncode, done.stdout) == (2, "")
@@ -434,9 +434,9 @@ def test_every_field_has_a_type_and_bounds_or_choices_that_are_checked(name):
     assert f"config.{name}={b'no'} has the wrong type: it must be" in error_of(name, b"no")
     if field.choices:
         outside = max(field.choices) + 1 if field.type is int else f"{field.choices[-1]}s"
-        assert f"config.{name}={outside!r} is not known; choose one of" in error_of(name, outside)
+        assert f"config.{name}={outside!r} is not valid; choose one of" in error_of(name, outside)
         for choice in field.choices:
-            assert f"config.{name}={choice!r} is not known" not in error_of(name, choice)
+            assert f"config.{name}={choice!r} is not valid" not in error_of(name, choice)
     elif field.type in (int, float):
         assert field.low is not None
         for bound, way in ((field.low, -1), (field.high, 1)):
@@ -539,7 +539,7 @@ def test_workdirs_that_cannot_be_used(tmp_path):
         prepare_workdir(tmp_path / "other", small_config())
     (tmp_path / "third").mkdir()
     (tmp_path / "third" / "checkpoints").touch()
-    with pytest.raises(UserError, match=r"third/checkpoints is not a folder; mend that, or give another path"):
+    with pytest.raises(UserError, match=r"third/checkpoints is not a folder; fix that, or give another path"):
         prepare_workdir(tmp_path / "third", small_config())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other", "third"]
 

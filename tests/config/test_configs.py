@@ -44,7 +44,7 @@ def test_every_objective_and_combination_makes_a_config(name):
         assert config.variance_head.kind == ""
     for kind in HEADS:
         assert load(name, kind).variance_head.kind == kind
-        with pytest.raises(ValueError, match=f"objective '{kind}\\+cosine' is not known"):
+        with pytest.raises(ValueError, match=f"objective '{kind}\\+cosine' is not valid"):
             load(name, f"{kind}+cosine")
 
 
@@ -73,8 +73,8 @@ def test_joined_objectives_are_the_parts_in_any_order(name):
 @pytest.mark.parametrize(
     ("objective", "sentence"),
     [
-        ("s2_3", "objective 's2_3' is not known; choose one of ddpm, s2_2"),
-        ("", "objective '' is not known"),
+        ("s2_3", "objective 's2_3' is not valid; choose one of ddpm, s2_2"),
+        ("", "objective '' is not valid"),
         ("s2_2+s2_10", "exclude one another"),
         ("s2sa+sa_3", "exclude one another"),
         ("ddpm+sa_2", "exclude one another"),

@@ -55,13 +55,13 @@ def test_an_nfe_that_a_sampler_cannot_run_with_is_skipped_with_a_reason():
         ("f_pndm", 1000),
         ("f_pndm", 1009),
     ]
-    assert [reason.split(":")[0] for reason in skipped] == ["no ddim at 1009", "no f_pndm at 10"]
+    assert [reason.split(":")[0] for reason in skipped] == ["skipped ddim at NFE 1009", "skipped f_pndm at NFE 10"]
 
 
 def test_a_sampler_or_an_nfe_without_any_point_leaves_gaps():
     points, skipped = plan(samplers="ddim,heun", nfe=(10, 1001))
     assert [(point.sampler, point.nfe) for point in points] == [("ddim", 10), ("heun", 1001)]
-    assert [reason.split(":")[0] for reason in skipped] == ["no ddim at 1001", "no heun at 10"]
+    assert [reason.split(":")[0] for reason in skipped] == ["skipped ddim at NFE 1001", "skipped heun at NFE 10"]
     points, skipped = plan(samplers="ddim,f_pndm", nfe=(5, 10))
     assert len(points) == len(skipped) == 2
 
@@ -69,12 +69,12 @@ def test_a_sampler_or_an_nfe_without_any_point_leaves_gaps():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"samplers": "ddim,plms"}, "samplers='ddim,plms' names 'plms'; there are ddim, ddpm"),
-        ({"samplers": "ddim,ddim"}, "must name at least one sampler, none of them twice"),
+        ({"samplers": "ddim,plms"}, "samplers='ddim,plms' names 'plms'; choose among ddim, ddpm"),
+        ({"samplers": "ddim,ddim"}, "must name at least one sampler, each only once"),
         ({"samplers": " , "}, "must name at least one sampler"),
         ({"samplers": "f_pndm", "nfe": (5, 10)}, "nfe=5 is too few for f_pndm"),
         ({"nfe": (1001,)}, "nfe=1001 is not possible"),
-        ({"samplers": "unipc", "eta": 0.5}, "eta=0.5 is no option of unipc, only of ddim"),
+        ({"samplers": "unipc", "eta": 0.5}, "eta=0.5 is not an option of unipc, only of ddim"),
         ({"timestep_spacing": "cosine"}, "timestep_spacing='cosine' is not one of auto, uniform"),
         ({"timestep_spacing": "optimal"}, "timestep_spacing='optimal' is only for analytic, not for samplers='ddim'"),
         ({"order": 9, "samplers": "ddim,deis"}, "order=9 is not allowed"),
@@ -88,7 +88,7 @@ def test_bad_plans(change, sentence):
 def test_metrics_come_in_one_order_and_fid_always():
     assert parse_metrics("precision_recall, kid") == ["fid", "kid", "precision_recall"]
     assert parse_metrics("") == ["fid"]
-    with pytest.raises(ValueError, match="metrics='fid,cmmd' names 'cmmd'; there are fid, kid, inception_score"):
+    with pytest.raises(ValueError, match="metrics='fid,cmmd' names 'cmmd'; choose among fid, kid, inception_score"):
         parse_metrics("fid,cmmd")
 
 
@@ -97,7 +97,7 @@ def test_metrics_come_in_one_order_and_fid_always():
     [
         (
             {"feature_extractor": "vgg"},
-            r"config\.eval\.feature_extractor='vgg' is not known; choose one of auto, inception",
+            r"config\.eval\.feature_extractor='vgg' is not valid; choose one of auto, inception",
         ),
         (
             {"feature_extractor": "a.py:f", "metrics": "inception_score"},
@@ -105,7 +105,7 @@ def test_metrics_come_in_one_order_and_fid_always():
         ),
         ({"metrics": "kid", "num_images": 19}, r"config\.eval\.num_images=19 is too few for kid, which needs 20"),
         ({"metrics": "precision_recall", "reference": "a.npz"}, "needs the reference's images"),
-        ({"inception_sha256": "6726825d"}, "is no SHA-256: it must be 64 hexadecimal digits"),
+        ({"inception_sha256": "6726825d"}, "is not a SHA-256: it must be 64 hexadecimal digits"),
         ({"eta": 1.5}, r"config\.eval\.eta=1\.5 is out of range"),
         ({"samplers": "plms"}, r"config\.eval\.samplers='plms' names 'plms'"),
         ({"nfe": (1001,)}, r"config\.eval\.nfe=1001 is not possible"),
@@ -129,5 +129,5 @@ def test_files_that_are_gone_only_matter_to_an_evaluation(field, value):
     config.model.attn_resolutions = ()
     config.eval[field] = value
     check_config(config)
-    with pytest.raises(UserError, match=rf"config\.eval\.{field}='{value}' .*there"):
+    with pytest.raises(UserError, match=rf"config\.eval\.{field}='{value}' .*exist"):
         check_evaluation_files(config)

@@ -72,12 +72,12 @@ def test_what_a_run_brought_can_be_undone(tmp_path, config_of, capsys):
     # Dropped with a note where the run brought it, kept where the sampler has it.
     sample = config_of(run, "--config.sample.sampler=ddim").sample
     assert (sample.variance, sample.skip_scale) == (None, 2)
-    assert capsys.readouterr().err == "note: config.sample.variance='small' is no option of ddim: None is used\n"
+    assert capsys.readouterr().err == "note: config.sample.variance='small' is not an option of ddim: using None\n"
     group = config_of(run, "--config.eval.samplers=ddpm", mode="evaluate").eval
     assert (group.variance, group.eta) == ("small", 0.0)
-    assert capsys.readouterr().err == "note: config.eval.eta=0.5 is no option of ddpm: 0.0 is used\n"
+    assert capsys.readouterr().err == "note: config.eval.eta=0.5 is not an option of ddpm: using 0.0\n"
     # Refused where the user gives it.
-    with pytest.raises(UserError, match=r"config\.sample\.variance='large' is no option of ddim"):
+    with pytest.raises(UserError, match=r"config\.sample\.variance='large' is not an option of ddim"):
         config_of(run, "--config.sample.sampler=ddim", "--config.sample.variance=large")
 
 
@@ -85,7 +85,10 @@ def test_a_config_can_be_the_json_of_a_run(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(to_json(small_config()))
     assert load_config(str(path)) == small_config()
-    for text, reason in (("[1]", "it is no object of groups"), ('{"trian": {"steps": 3}}', "'trian' is not a field")):
+    for text, reason in (
+        ("[1]", "it is not an object of field groups"),
+        ('{"trian": {"steps": 3}}', "'trian' is not a field"),
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match=f"config.json is not the config of a run as JSON .{reason}"):
             load_config(str(path))
@@ -93,7 +96,7 @@ def test_a_config_can_be_the_json_of_a_run(tmp_path):
         load_config(f"{path}:s2")
     path = tmp_path / "none.py"
     path.write_text("x = 1\n")
-    with pytest.raises(UserError, match=r"none\.py defines no function get_config"):
+    with pytest.raises(UserError, match=r"none\.py does not define the function get_config"):
         load_config(str(path))
 
 
@@ -108,7 +111,7 @@ def test_a_config_file_may_have_colons_in_its_name(tmp_path):
     save_run(tmp_path / "run", small_config(), seed=0, ema_factor=1)
     with pytest.raises(UserError, match=r"run is a folder; give its config\.json$"):
         load_config(str(tmp_path / "run"))
-    for text, reason in (("", "it is empty"), ("{", "it is no JSON at line 1, column 2")):
+    for text, reason in (("", "it is empty"), ("{", "it is not JSON at line 1, column 2")):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(UserError, match=f"is not the config of a run as JSON .{reason}"):
             load_config(str(tmp_path / "a.json"))
@@ -152,7 +155,7 @@ def test_names_of_other_runs_are_those_of_their_field(tmp_path, config_of):
 
 def test_an_exported_file_is_no_run_to_train(tmp_path):
     (tmp_path / "a.npz").touch()
-    with pytest.raises(UserError, match=r"a\.npz is a file, which cannot be trained"):
+    with pytest.raises(UserError, match=r"a\.npz is a file, but training needs a folder"):
         main.run(["main", f"--workdir={tmp_path / 'a.npz'}"])
 
 

@@ -157,7 +157,7 @@ def test_the_split_and_what_it_leaves_out_are_printed(cache, tmp_path, capsys):
     # A later run, which finds them in the cache, prints it in its summary.
     assert data.split.splitlines()[1] == "classes  2: cat, dog"
     out = capsys.readouterr().out
-    assert "split    train/ 20 for training, test/ 3 held out; left out, beside them: no folder 1" in out
+    assert "split    train/ 20 for training, test/ 3 held out; left out, outside these folders: no folder 1" in out
     assert "classes  2: cat, dog" in out
 
 
@@ -252,7 +252,7 @@ def test_a_file_that_is_in_an_archive_twice_is_read_once_as_it_was_last(cache, t
     images = {image.tobytes() for image in (*data.train, *data.held_out)}
     expected = {**PICTURES, "cat/00.png": png(99)}
     assert images == {np.asarray(Image.open(io.BytesIO(file))).tobytes() for file in expected.values()}
-    assert "1 file(s) that a later one of the same name in the archive replaces" in capsys.readouterr().out
+    assert "1 file(s) that a later one of the same name in the archive overrides" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz", "tar.xz"])
@@ -261,7 +261,7 @@ def test_concatenated_archives_are_refused(cache, tmp_path, suffix):
     parts = [make(tmp_path / f"{n}.{suffix}", {f"{n}/{name}": data for name, data in PICTURES.items()}) for n in "ab"]
     both = tmp_path / f"both.{suffix}"
     both.write_bytes(parts[0].read_bytes() + parts[1].read_bytes())
-    with pytest.raises(UserError, match="concatenated: unpack them into one folder"):
+    with pytest.raises(UserError, match="concatenated archives: unpack them into one folder"):
         load_dataset(config_for(both))
 
 
@@ -325,7 +325,7 @@ def test_invalid_files_are_named_counted_and_skipped_up_to_the_limit(cache, tmp_
     for name in bad:
         assert f"skipped {name!r}: " in output.err
     assert "3 of 23 images skipped; at most 3 may be" in output.err
-    assert "left out, for their suffix or as hidden: 2 × 'hidden', 1 × '.txt'" in output.out
+    assert "left out, because of their suffix or as hidden files: 2 × 'hidden', 1 × '.txt'" in output.out
     assert "3 skipped" in data.provenance
     provenance = json.loads((cache / left_in(cache)[0] / "provenance.json").read_text())
     assert sorted(name for name, _ in provenance["skipped"]) == sorted(bad)
@@ -349,7 +349,7 @@ def test_the_reasons_for_skipping_are_sentences(cache, tmp_path, capsys):
     path.write_bytes(content)
     load_dataset(config_for(path, max_invalid_fraction=0.5))
     err = capsys.readouterr().err
-    for reason in ("no PNG, JPEG or WebP file", "it is damaged in the archive", "it is encrypted"):
+    for reason in ("not a PNG, JPEG or WebP file", "it is damaged in the archive", "it is encrypted"):
         assert reason in err
     assert not re.search(r"0x[0-9a-f]{4}|<\w", err)
 
@@ -414,10 +414,10 @@ def test_damaged_archives_are_never_taken_for_whole(cache, tmp_path, kind, damag
 
 
 def test_sources_that_are_none(cache, tmp_path):
-    with pytest.raises(UserError, match=r"there is no such file or folder"):
+    with pytest.raises(UserError, match=r"no such file or folder"):
         load_dataset(config_for(tmp_path / "nothing"))
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"its suffix none of \.zip"):
+    with pytest.raises(UserError, match=r"its suffix is not one of \.zip"):
         load_dataset(config_for(tmp_path / "notes.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds 0 images; it must hold at least 2"):
@@ -535,7 +535,7 @@ def test_two_at_once_prepare_once_and_the_second_says_that_it_waits(cache, tmp_p
     for thread in threads:
         thread.start()
     output = ""
-    while "another process prepares" not in output:
+    while "another process is preparing" not in output:
         time.sleep(0.02)
         output += capfd.readouterr().out
     go_on.set()
@@ -604,7 +604,7 @@ def test_a_dataset_that_cannot_be_prepared_leaves_nothing(cache, monkeypatch):
     config = default_config()
     config.data.name = "cifar10"
     monkeypatch.setattr(tfds_builder, "run", fail)
-    with pytest.raises(UserError, match=r"^preparing cifar10 failed with ValueError: no such thing; get .* anew"):
+    with pytest.raises(UserError, match=r"^preparing cifar10 failed with ValueError: no such thing; download .* again"):
         load_dataset(config)
     assert not left_in(cache)
 
@@ -633,12 +633,12 @@ def test_a_cache_that_cannot_be_used_is_told(tmp_path, monkeypatch):
     ("name", "content", "reason"),
     [
         ("a.npy", b"", "it is empty"),
-        ("a.npy", b"\x93NUMPY\x01\x00v\x00{'descr'", "an array in it is cut short, or is none of numpy"),
+        ("a.npy", b"\x93NUMPY\x01\x00v\x00{'descr'", "an array in it is cut short or not in numpy's format"),
         ("a.npz", b"PK\3\4", "it is cut short"),
         ("a.zip", b"<!DOCTYPE html>", "it is a web page"),
-        ("a.zip", b"x" * 600, "it is no zip file"),
-        ("a.tar", b"x" * 600, "it is no tar file, or compressed in another way"),
-        ("a.tar.gz", b"version https://git-lfs.github.com/spec/v1", "it is a pointer of Git LFS"),
+        ("a.zip", b"x" * 600, "it is not a zip file"),
+        ("a.tar", b"x" * 600, "it is not a tar file, or its compression is not supported"),
+        ("a.tar.gz", b"version https://git-lfs.github.com/spec/v1", "it is a Git LFS pointer"),
     ],
 )
 def test_what_a_source_is_instead_is_one_sentence(cache, tmp_path, name, content, reason):

@@ -78,8 +78,8 @@ def test_what_another_process_left_is_resumed_unless_it_is_of_another_file(serve
     [
         ([404], {}, "the server answers 404 Not Found"),
         ([502] * 4, {}, "the server answers 502 Bad Gateway"),
-        ([PAGE], {}, "the answer is a web page, as of a network that one must log in to"),
-        ([QUOTA], {}, "Google Drive's download quota of this file is used up for the day"),
+        ([PAGE], {}, "the answer is a web page, such as the login page of a network"),
+        ([QUOTA], {}, "Google Drive's download quota for this file is used up for today"),
         ([], {"size": len(CONTENT) + 1}, "the server's file ends after 1,048,576 bytes"),
         ([], {"size": len(CONTENT) - 1}, "it has more than 1,048,575 bytes"),
         ([], {"sha256": 64 * "0"}, f"its SHA-256 is {SHA256[:16]}…, not 0000000000000000…"),
@@ -91,8 +91,8 @@ def test_what_cannot_be_downloaded_is_one_sentence(server, tmp_path, faults, cha
     with pytest.raises(UserError) as error:
         fetched(server, tmp_path, **changes)
     assert str(error.value) == (
-        f"data.bin of the set cannot be downloaded ({reason}); get {server.url}/data.bin with a browser, put it at "
-        f"{tmp_path}/manual/data.bin, and run the same command again"
+        f"data.bin of the set cannot be downloaded ({reason}); download {server.url}/data.bin with a browser, put it "
+        f"at {tmp_path}/manual/data.bin, and run the same command again"
     )
     assert not (tmp_path / "downloads" / "data.bin").exists()
     assert fetched(server, tmp_path) == {"data.bin": CONTENT}
@@ -111,7 +111,7 @@ def test_no_network_and_no_answer_are_one_sentence(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/data.bin"
         file = RemoteFile("data.bin", url, 10, SHA256)
-        with pytest.raises(UserError, match=r"\(no answer for 0\.1 s\); get http.* with a browser, put it at"):
+        with pytest.raises(UserError, match=r"\(no answer for 0\.1 s\); download http.* with a browser, put it at"):
             fetch_files("the set", [file], tmp_path / "downloads", tmp_path / "manual")
     for address, reason in ((url, "Connection refused"), ("http://s2dm-jax.invalid/data.bin", "[^)]+")):
         with pytest.raises(
@@ -144,7 +144,10 @@ def test_a_mirror_has_the_published_files_or_says_that_it_has_others(server, mon
     assert capsys.readouterr().err == ""
     write_checksums(server.folder)
     assert mirrored(published) == [RemoteFile("data.bin", f"{server.url}/data.bin", len(CONTENT), SHA256)]
-    assert capsys.readouterr().err == f"note: {server.url} has data.bin of its own, not as published\n"
+    assert (
+        capsys.readouterr().err
+        == f"note: {server.url} has its own version of data.bin, different from the published one\n"
+    )
     monkeypatch.setenv("S2DM_JAX_MIRROR", "/some/folder")
-    with pytest.raises(UserError, match="S2DM_JAX_MIRROR=/some/folder is no URL"):
+    with pytest.raises(UserError, match="S2DM_JAX_MIRROR=/some/folder is not a URL"):
         mirrored(published)

@@ -87,7 +87,9 @@ def test_labels_of_another_name_are_not_taken_for_none(monkeypatch):
     coil = {"image": object(), "object_id": SimpleNamespace(names=["a", "b"]), "angle": object()}
     assert tfds_builder.label_feature("cifar10", {**coil, "label": SimpleNamespace(names=["a"])}) == "label"
     assert not tfds_builder.label_feature("celebahq", {"image": object()})
-    with pytest.raises(UserError, match=r"'label' is no class among .*; name one of object_id as `label` of cifar10"):
+    with pytest.raises(
+        UserError, match=r"'label' is not a class among .*; name one of object_id as `label` of cifar10"
+    ):
         tfds_builder.label_feature("cifar10", coil)
     with pytest.raises(UserError, match="name one of none"):
         tfds_builder.label_feature("cifar10", {"label": object()})
@@ -167,11 +169,11 @@ def test_what_only_tensorflow_reads_is_one_sentence(places):
     with pytest.raises(UserError) as error:
         dataset_cache.check_preparable(config_of("cifar10"))
     assert str(error.value) == (
-        f"{folder} is in the format tfrecord, which only TensorFlow reads: set TFDS_DATA_DIR to another folder, and "
-        "cifar10 is prepared anew, or prepare it there with file_format='array_record'"
+        f"{folder} is in the format tfrecord, which only TensorFlow reads: set TFDS_DATA_DIR to another folder "
+        "to have cifar10 prepared again, or prepare it there with file_format='array_record'"
     )
     (folder / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match=r"^preparing cifar10 failed with ParseError: [^\n]*; get .* anew"):
+    with pytest.raises(UserError, match=r"^preparing cifar10 failed with ParseError: [^\n]*; download .* again"):
         dataset_cache.check_preparable(config_of("cifar10"))
 
 

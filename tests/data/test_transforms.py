@@ -128,9 +128,9 @@ def test_crops():
     assert crop_box("center_crop_140", 178, 218) == (19, 39, 159, 179)
     assert crop_box("center", 178, 218) == (0, 20, 178, 198)
     assert crop_box("none", 178, 218) == (0, 0, 178, 218)
-    with pytest.raises(ValueError, match="179×218 pixels, where the crop ddim needs"):
+    with pytest.raises(ValueError, match="179×218 pixels, but the crop ddim needs"):
         crop_box("ddim", 179, 218)
-    with pytest.raises(ValueError, match="139×218 pixels, where the crop center_crop_140 needs"):
+    with pytest.raises(ValueError, match="139×218 pixels, but the crop center_crop_140 needs"):
         crop_box("center_crop_140", 139, 218)
 
 

@@ -167,7 +167,7 @@ def test_a_launcher_with_another_number_is_named(monkeypatch, name):
     for slurm in distributed._SLURM:
         monkeypatch.setenv(slurm, "1")
     monkeypatch.setenv(name, "2(x2)")
-    with pytest.raises(UserError, match=rf"{name}=2\(x2\) is no number of processes"):
+    with pytest.raises(UserError, match=rf"{name}=2\(x2\) is not a number of processes"):
         initialize_distributed()
 
 

@@ -169,8 +169,8 @@ def test_what_cannot_be_compared_is_refused(workdirs, tmp_path, capsys):
     assert len(series_of(read_evaluated(runs[:2]))) == 1
     refuses("different features: {'resize': 'as TensorFlow 1'} and {'resize': 'as pytorch-fid'}; eval", *runs)
     twin = make_run(tmp_path / "e", 0, [("ddim", 10, 4.0)])
-    refuses("share one train.seed and config; give one", workdirs[0], twin)
-    refuses("named twice", workdirs[0], f"{workdirs[0]}/../a")
+    refuses("have the same train.seed and config; give only one", workdirs[0], twin)
+    refuses("appears twice", workdirs[0], f"{workdirs[0]}/../a")
     Path(twin, "results.json").write_text("{}")
     refuses("is not readable as results", twin)
     Path(twin, "results.json").unlink()

@@ -136,7 +136,7 @@ def test_nonsense_is_noted_and_leaves_a_gap_where_it_is_not_finite(config, data,
     assert (row["saturated"], row["not_finite"]) == (1.0, 0)
     assert "frechet_distance" in row
     assert notes[0].startswith(
-        "ddim, uniform, NFE 2: 100.0 % of the images' values are 0 or 255, of real images 0.9 % (ddim"
+        "ddim, uniform, NFE 2: 100.0 % of the images' values are 0 or 255, against 0.9 % of those of real images (ddim"
     )
     row, notes = found["nan"]
     assert not {"frechet_distance", "normalized"} & row.keys()
@@ -149,7 +149,9 @@ def test_a_metric_that_is_not_finite_is_a_gap(config, data, sampled, tmp_path, m
     monkeypatch.setattr("s2dm_jax.evaluation.metrics.frechet_distance", lambda *_: np.inf)
     results = run(config, data, tmp_path)
     assert not any("frechet_distance" in row for row in results["rows"])
-    assert results["provenance"]["notes"] == ["no fid: it is not finite, for the features are too large or too small"]
+    assert results["provenance"]["notes"] == [
+        "no fid: it is not finite, because the features are too large or too small"
+    ]
 
 
 def test_an_interrupted_evaluation_resumes_at_the_missing_points(config, data, sampled, tmp_path, monkeypatch):
@@ -329,7 +331,10 @@ def test_too_few_images_and_skipped_points_are_noted(config, data, sampled, tmp_
     results = run(config, data, tmp_path)
     assert [row["nfe"] for row in results["rows"]] == [None, 4, 13, 13, None]
     skipped, few = results["provenance"]["notes"]
-    assert skipped == "no f_pndm at 4: nfe=4 is too few for f_pndm: its fewest steps make 13 evaluations"
+    assert (
+        skipped
+        == "skipped f_pndm at NFE 4: nfe=4 is too few for f_pndm: its smallest number of steps makes 13 evaluations"
+    )
     assert few.startswith("12 images are too few for a covariance of 16 features")
     assert all(np.isfinite(row["frechet_distance"]) for row in results["rows"])
 
@@ -370,7 +375,7 @@ def test_features_do_not_depend_on_the_batches(config, data):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("wrong", r"must give floats \[B, D\] for uint8 \['B', 8, 8, 1\], got float32 \[\] for B = 2"),
+        ("wrong", r"must return floats \[B, D\] for uint8 \['B', 8, 8, 1\], got float32 \[\] for B = 2"),
         ("broken", r"failed with RuntimeError: no such thing$"),
         ("missing", r"failed with AttributeError"),
     ],
@@ -397,7 +402,7 @@ def test_auto_falls_back_to_the_classifier_and_says_why(config, monkeypatch, cap
     assert not capsys.readouterr().out
     config.data.name = "cifar10"
     assert feature_functions.resolve_features(config, no_classifier="") == "classifier"
-    assert "is no FID: the weights cannot be fetched; get them" in capsys.readouterr().out
+    assert "is not an FID: the weights cannot be fetched; get them" in capsys.readouterr().out
     with pytest.raises(
         FeaturesUnavailable, match="a classifier needs labels, which cifar10 does not have, and the weights ca"
     ):
@@ -598,10 +603,13 @@ def test_features_that_are_constant_leave_a_table_with_gaps(config, data, tmp_pa
         ({"reference": "text.npz"}, r"reference=.*text.npz' cannot be read \(it holds Python objects"),
         ({"reference": "single.npy"}, r"reference=.*single.npy' cannot be read \(it is a single array\)"),
         ({"reference": "keys.npz"}, r"reference=.*keys.npz' cannot be read \(it has no array mu\)"),
-        ({"reference": "negative.npz"}, r"cannot be read \(sigma is no covariance: it has negative eigenvalues\)"),
+        (
+            {"reference": "negative.npz"},
+            r"cannot be read \(sigma is not a covariance matrix: it has negative eigenvalues\)",
+        ),
         ({"reference": "complex.npz"}, r"cannot be read \(mu holds complex128, not real numbers\)"),
         ({"feature_extractor": "nan.py:f"}, r"features of real images that are not finite"),
-        ({"feature_extractor": "nan.py:none"}, r"must give floats \[B, D\] .* got float32 \[2, 0\]"),
+        ({"feature_extractor": "nan.py:none"}, r"must return floats \[B, D\] .* got float32 \[2, 0\]"),
         ({"feature_extractor": "nan.py:many"}, r"gives 20,000 features, whose covariance does not fit"),
         # "auto" may be Inception or the classifier.
         (

@@ -49,7 +49,7 @@ def test_the_limit_is_beyond_real_images_of_any_kind():
     [
         (
             {},
-            r"100\.0 % of the images' values are 0 or 255, of real images 30\.0 % \(ddim, timestep_spacing uniform, N",
+            r"100\.0 % of the images' values are 0 or 255, against 30\.0 % of those of real images \(ddim, timestep",
         ),
         (
             {"timestep_spacing": "linspace"},

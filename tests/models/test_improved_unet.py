@@ -125,9 +125,9 @@ def test_flops_are_those_of_the_layers():
     [
         (
             {"model.name": "unet", "model.num_heads": 2},
-            r"config\.model\.num_heads=2 is no field of UNet; leave it None",
+            r"config\.model\.num_heads=2 is not a field of UNet; leave it None",
         ),
-        ({"model.num_heads": 3}, r"config\.model\.num_heads=3 must divide the channels of every level"),
+        ({"model.num_heads": 3}, r"config\.model\.num_heads=3 must divide the channels of every resolution level"),
         ({"model.learned_variance": True}, r"config\.model\.learned_variance=True is for weights"),
         ({"model.ch": 40}, r"config\.model\.ch=40 must be a multiple of 32"),
         (
@@ -177,7 +177,7 @@ def test_sampling_with_the_learned_variance():
     large = images("large")
     assert np.abs(images("learned", 1.0) - large).max() <= 1
     assert (images("learned", 0.0) != large).any()
-    with pytest.raises(ValueError, match="skip_scale does not go with variance='learned'"):
+    with pytest.raises(ValueError, match="skip_scale cannot be combined with variance='learned'"):
         images("learned", skip_scale=10)
 
 

@@ -68,7 +68,7 @@ def test_a_toy_network_is_exported(run):
 
 
 def test_a_network_without_features_has_no_variance_head():
-    with pytest.raises(UserError, match="ToyNetwork has no features that a variance head could read"):
+    with pytest.raises(UserError, match="ToyNetwork has no features for a variance head to read"):
         with_features(NETWORK)
 
 
@@ -82,7 +82,7 @@ def test_every_network_of_the_table_is_what_a_config_builds():
 def test_a_prediction_that_a_network_does_not_have_is_an_error(monkeypatch):
     monkeypatch.setattr("s2dm_jax.config.build.network_class", lambda name: ToyNetwork)
     network_of(small_config(), "float32")
-    with pytest.raises(UserError, match=r"config\.model\.prediction='v' is no field of ToyNetwork"):
+    with pytest.raises(UserError, match=r"config\.model\.prediction='v' is not a field of ToyNetwork"):
         check_config(small_config(**{"model.prediction": "v"}))
 
 

@@ -200,5 +200,5 @@ def test_every_sampler_takes_a_dynamic_threshold(name):
     assert np.abs(x).max() <= 1 + 1e-5
     # An image depends on its own values alone.
     assert_close(run(golden_eps, x_T[:1], LINEAR, timesteps, dynamic_threshold=0.7), x[:1], 1e-5)
-    with pytest.raises(ValueError, match=r"dynamic_threshold=99\.5 is not allowed: a share"):
+    with pytest.raises(ValueError, match=r"dynamic_threshold=99\.5 is not allowed: it must be a fraction"):
         run(golden_eps, x_T, LINEAR, timesteps, dynamic_threshold=99.5)

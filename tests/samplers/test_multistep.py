@@ -135,7 +135,7 @@ def test_the_numbers_of_diffusers_after_ddims_first_step(name, order, variant, p
 
 def test_orders_and_variants_that_do_not_exist_are_refused():
     for sampler in (deis, dpmpp, unipc):
-        with pytest.raises(ValueError, match="order=4 is not allowed: 1 or 2 or 3"):
+        with pytest.raises(ValueError, match="order=4 is not allowed: it must be 1 or 2 or 3"):
             sampler(golden_eps, X_T, LINEAR, [0, 500], order=4)
-    with pytest.raises(ValueError, match="variant='bh3' is not allowed: 'bh1' or 'bh2'"):
+    with pytest.raises(ValueError, match="variant='bh3' is not allowed: it must be 'bh1' or 'bh2'"):
         unipc(golden_eps, X_T, LINEAR, [0, 500], variant="bh3")

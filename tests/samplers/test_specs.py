@@ -22,9 +22,11 @@ def test_budgets_become_steps():
     for name in SAMPLERS:
         for nfe in range(13, 30, SAMPLERS[name].evaluations_per_step):
             assert nfe_of(name, steps_for_nfe(name, nfe)) == nfe
-    with pytest.raises(ValueError, match="nfe=12 is too few for f_pndm: its fewest steps make 13 evaluations"):
+    with pytest.raises(
+        ValueError, match="nfe=12 is too few for f_pndm: its smallest number of steps makes 13 evaluations"
+    ):
         steps_for_nfe("f_pndm", 12)
-    with pytest.raises(ValueError, match="nfe=20 is no number of evaluations of heun: 10 steps make 19"):
+    with pytest.raises(ValueError, match="nfe=20 is not possible with heun: 10 steps make 19"):
         steps_for_nfe("heun", 20)
     with pytest.raises(ValueError, match="steps=3 is too few for f_pndm: it needs at least 4"):
         nfe_of("f_pndm", 3)
@@ -35,19 +37,19 @@ def test_budgets_become_steps():
 @pytest.mark.parametrize(
     ("sampler", "options", "message"),
     [
-        ("ddim", {"eta": 1.01}, r"eta=1.01 is not allowed: 0 \(deterministic\) to 1"),
+        ("ddim", {"eta": 1.01}, r"eta=1.01 is not allowed: it must be from 0 \(deterministic\) to 1"),
         ("ddim", {"eta": -0.1}, "eta=-0.1 is not allowed"),
         ("ddim", {"eta": float("nan")}, "eta=nan is not allowed"),
-        ("unipc", {"eta": 0.5}, "eta=0.5 is no option of unipc, only of ddim, analytic, sn, npr"),
-        ("analytic", {"eta": 0.5}, "eta=0.5 is no option of mean='ddpm', only of mean='ddim'"),
-        ("ddim", {"order": 2}, "order=2 is no option of ddim, only of deis, dpmpp, unipc"),
-        ("dpmpp_2m", {"order": 3}, "order=3 is no option of dpmpp_2m, only of deis, dpmpp, unipc"),
-        ("deis", {"variant": "bh1"}, "variant='bh1' is no option of deis, only of unipc"),
-        ("unipc", {"variant": "b1"}, "variant='b1' is not allowed: 'bh1' or 'bh2'"),
-        ("ddpm", {"variance": "medium"}, "variance='medium' is not allowed: 'large' or 'small'"),
-        ("analytic", {"clip_pixel": 0.0}, "clip_pixel=0.0 is not allowed: a number above 0, or inf"),
-        ("ddim", {"raw_eps": True}, "raw_eps=True does nothing without clip_x0=True"),
-        ("ddim", {"clip": True}, "clip=True is no option of a sampler; there are eta, clip_x0"),
+        ("unipc", {"eta": 0.5}, "eta=0.5 is not an option of unipc, only of ddim, analytic, sn, npr"),
+        ("analytic", {"eta": 0.5}, "eta=0.5 is not an option of mean='ddpm', only of mean='ddim'"),
+        ("ddim", {"order": 2}, "order=2 is not an option of ddim, only of deis, dpmpp, unipc"),
+        ("dpmpp_2m", {"order": 3}, "order=3 is not an option of dpmpp_2m, only of deis, dpmpp, unipc"),
+        ("deis", {"variant": "bh1"}, "variant='bh1' is not an option of deis, only of unipc"),
+        ("unipc", {"variant": "b1"}, "variant='b1' is not allowed: it must be 'bh1' or 'bh2'"),
+        ("ddpm", {"variance": "medium"}, "variance='medium' is not allowed: it must be 'large' or 'small'"),
+        ("analytic", {"clip_pixel": 0.0}, "clip_pixel=0.0 is not allowed: it must be a number above 0, or inf"),
+        ("ddim", {"raw_eps": True}, "raw_eps=True has no effect without clip_x0=True"),
+        ("ddim", {"clip": True}, "clip=True is not an option of any sampler; choose among eta, clip_x0"),
     ],
 )
 def test_options_are_checked_by_name_value_and_sampler(sampler, options, message):

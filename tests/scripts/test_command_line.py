@@ -94,7 +94,7 @@ def test_help_of_the_main_command_lists_flags_and_fields(module):
     assert "python -m s2dm_jax.main --mode=sample --workdir=runs/digits --config.sample.nfe=20" in done.stdout
     assert "\n  --workdir: Folder of the run" in done.stdout
     text = " ".join(done.stdout.split())
-    assert "--config.train.lr: learning rate of Adam (default: 0.0002; from 1e-12 to 10.0)" in text
+    assert "--config.train.lr: Adam's learning rate (default: 0.0002; from 1e-12 to 10.0)" in text
     assert "--config.train.grad_clip: largest global norm of the gradient; 0: no clipping (default: 1.0; at" in text
     assert "(default: 'stop'; one of stop, skip) --config.train.grad_accum_steps" in text
     for name, field in FIELDS.items():
@@ -126,7 +126,7 @@ def test_a_flag_that_is_not_known_is_one_sentence(name, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--config=configs/nothing.py"], "--config=configs/nothing.py: there is no such file"),
+        (["--config=configs/nothing.py"], "--config=configs/nothing.py: no such file"),
         (["--batch=0"], "config.train.batch_size=0 is out of range"),
         (["--batch=6", "--devices=4"], "--devices=4 does not divide the batch size 6; give --batch"),
         (["--config=configs/cifar10.py:sn"], "--config=configs/cifar10.py:sn trains a variance head"),
@@ -213,9 +213,9 @@ def test_a_config_is_a_file_or_comes_with_the_package(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "digits.py").touch()
     assert config_path("configs/digits.py:sa") == "configs/digits.py:sa"
-    with pytest.raises(UserError, match=r"those that come with s2dm_jax are configs/afhqv2_64\.py, configs/"):
+    with pytest.raises(UserError, match=r"the configs that come with s2dm_jax are configs/afhqv2_64\.py, configs/"):
         config_path("configs/digit.py")
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         config_path("other/digits.py")
 
 
@@ -224,7 +224,7 @@ def test_the_command_line_takes_a_packaged_config_in_both_spellings(tmp_path, mo
     for spelling in (["--config=configs/digits.py:sq"], ["--config", "configs/digits.py:sq"]):
         with pytest.raises(SystemExit):
             command_line(*spelling, "--workdir=run")
-        sentence = "error: --config=configs/digits.py:sq: objective 'sq' is not known; choose one of ddpm, s2"
+        sentence = "error: --config=configs/digits.py:sq: objective 'sq' is not valid; choose one of ddpm, s2"
         assert capsys.readouterr().err.startswith(sentence)
     assert not list(tmp_path.iterdir())
 

@@ -110,7 +110,7 @@ def test_fields_are_told_from_the_sweeps_own_arguments():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--objectives=ddpm,s3"], "--config=configs/digits.py:s3: objective 's3' is not known; choose one of"),
+        (["--objectives=ddpm,s3"], "--config=configs/digits.py:s3: objective 's3' is not valid; choose one of"),
         (["--objectives=s2,s2_10"], "--objectives=s2,s2_10 has s2_10 twice; give each once"),
         (["--seeds=0,1,0"], "--seeds=0,1,0 has 0 twice"),
         (["--seeds=two"], "--seeds=two is not a list of seeds: it must be integers from 0, as 0,1,2 or 0-4"),

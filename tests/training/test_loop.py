@@ -336,7 +336,7 @@ def no_data(monkeypatch):
 
 def test_batch_that_does_not_go_into_parts_and_devices(tmp_path, monkeypatch, no_data):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    with pytest.raises(UserError, match=r"batch_size=8 must be a multiple of 16: of the 4 devices times"):
+    with pytest.raises(UserError, match=r"batch_size=8 must be a multiple of 16, the 4 devices times"):
         train(run_config(train__grad_accum_steps=4), tmp_path / "run")
 
 
@@ -350,7 +350,7 @@ def test_each_checkpoint_is_judged_by_the_steps_since_the_one_before(tmp_path):
 
 
 def test_only_metrics_of_the_run_can_choose_a_checkpoint(tmp_path, no_data):
-    sentence = "config.train.keep_best='loss_skip' is no metric of this run; choose one of nothing, loss, loss_s"
+    sentence = "config.train.keep_best='loss_skip' is not a metric of this run; choose one of nothing, loss, loss_s"
     with pytest.raises(UserError, match=re.escape(sentence)):
         train(run_config(train__keep_best="loss_skip", loss__skip=0), tmp_path / "run")
 
@@ -374,7 +374,7 @@ def test_a_signal_at_the_end_keeps_the_training_and_puts_off_the_evaluation(tmp_
         f"stopped at step 400 of 400, saved in {tmp_path / 'run'}; run the same command to evaluate it" in printed.out
     )
     assert re.search(
-        r"^stopping after the steps under way(, which takes about \d s)?; again to stop at once$", printed.err
+        r"^stopping after the current steps(, which takes about \d s)?; interrupt again to stop at once$", printed.err
     )
     assert int(newest_state(tmp_path / "run", run_config()).step) == 400
     assert not (tmp_path / "run" / "results.json").exists()

@@ -100,7 +100,7 @@ def test_a_failing_service_is_reported_once_and_costs_no_metric(tmp_path, stub, 
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
-    assert f"Weights & Biases takes nothing more from this run (no {call}); the training" in printed
+    assert f"Weights & Biases accepts no more data from this run (no {call}); training" in printed
     assert len(stub.of("log")) == (1 if call == "log" else 3)
     assert len(stub.of("teardown")) == 1
 
@@ -142,7 +142,7 @@ def test_what_is_missing_is_reported_before_the_workdir_is_made(tmp_path, stub, 
 
 def test_a_run_that_wandb_refuses_is_one_sentence(tmp_path, stub):
     stub.fails = ("init",)
-    with pytest.raises(UserError, match=r"='online' cannot start run \w+ of .*'s2dm_jax' \(no init\); mend that, or"):
+    with pytest.raises(UserError, match=r"='online' cannot start run \w+ of .*'s2dm_jax' \(no init\); fix that, or"):
         telemetry.MetricWriter(tmp_path, 0, small_config(**{"train.wandb": "online"}))
 
 

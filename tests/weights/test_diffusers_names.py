@@ -26,18 +26,18 @@ def published():
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("norm_eps", None, "its norm_eps is 1e-05, where DDIM's network has 1e-06"),
-        ("freq_shift", 0, "its freq_shift is 0, where DDIM's network has 1"),
-        ("attention_head_dim", 8, "its attention_head_dim is 8, where DDIM's network has None"),
+        ("norm_eps", None, "its norm_eps is 1e-05, but DDIM's network has 1e-06"),
+        ("freq_shift", 0, "its freq_shift is 0, but DDIM's network has 1"),
+        ("attention_head_dim", 8, "its attention_head_dim is 8, but DDIM's network has None"),
         (
             "_class_name",
             "UNet2DConditionModel",
-            "it is a UNet2DConditionModel, where a UNet2DModel is needed",
+            "it is a UNet2DConditionModel, but a UNet2DModel is needed",
         ),
         ("down_block_types", ["SkipDownBlock2D"], r"its blocks are \['SkipDownBlock2D'\] and"),
-        ("sample_size", None, "its sample_size is None, where a number is needed"),
-        ("in_channels", 0, "its in_channels is 0, where a number is needed"),
-        ("block_out_channels", [48, 32], r"its block_out_channels are \[48, 32\], where one multiple"),
+        ("sample_size", None, "its sample_size is None, but a number is needed"),
+        ("in_channels", 0, "its in_channels is 0, but a number is needed"),
+        ("block_out_channels", [48, 32], r"its block_out_channels are \[48, 32\], but each must be"),
     ],
 )
 def test_a_diffusers_network_of_another_kind_is_refused(tmp_path, field, value, sentence):
@@ -71,7 +71,7 @@ def test_googles_old_layout_of_a_diffusers_folder_is_read(tmp_path):
     for name, value in published().items():
         np.testing.assert_array_equal(torch_names.to_torch(weights.ema_params)[name], value)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config.json is no object of fields"):
+    with pytest.raises(UserError, match=r"config.json is not an object of fields"):
         read_weights(str(tmp_path))
 
 
@@ -85,7 +85,7 @@ def test_every_schedule_is_known_again(name):
             assert (found[:2], predicted) == (spec[:2], prediction)
             assert [end and pytest.approx(end) for end in spec[2:]] == list(found[2:])
     config["trained_betas"] = [0.2, 0.1] * 20
-    with pytest.raises(ValueError, match="none of our schedules"):
+    with pytest.raises(ValueError, match="do not match any of the schedules"):
         diffusers_names.read_scheduler_config(config)
 
 
@@ -93,7 +93,7 @@ def test_stable_diffusions_schedule_is_read():
     config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     spec, _ = diffusers_names.read_scheduler_config(config)
     assert spec == ("quadratic", 1000, 0.00085, 0.012)
-    with pytest.raises(ValueError, match="none of our schedules"):
+    with pytest.raises(ValueError, match="do not match any of the schedules"):
         diffusers_names.read_scheduler_config(config | {"beta_schedule": "sigmoid"})
 
 
@@ -126,7 +126,7 @@ def test_the_ema_of_a_training_is_preferred(tmp_path):
     assert "the variant diffusion_pytorch_model.fp16.safetensors was taken" in read_weights(str(tmp_path)).description
     with pytest.raises(UserError, match=f"give what is in it, such as {tmp_path}$"):
         read_weights(str(tmp_path.parent))
-    for text, reason in (("", "is empty"), ("[]", "is no object of fields"), ("{", "is no JSON")):
+    for text, reason in (("", "is empty"), ("[]", "is not an object of fields"), ("{", "is not JSON")):
         (tmp_path / "unet_ema" / "config.json").write_text(text)
         with pytest.raises(UserError, match=f"cannot be used: config.json {reason}; fetch it again"):
             read_weights(str(tmp_path))
@@ -138,13 +138,13 @@ def test_the_ema_of_a_training_is_preferred(tmp_path):
         (
             "prediction_type",
             "flow",
-            "its prediction_type is 'flow', where one of epsilon, v_prediction, sample is needed",
+            "its prediction_type is 'flow', but one of epsilon, v_prediction, sample is needed",
         ),
         ("rescale_betas_zero_snr", True, "its rescale_betas_zero_snr is True"),
-        ("snr_shift_scale", 3.0, "its snr_shift_scale is 3.0, which makes other betas than ours"),
+        ("snr_shift_scale", 3.0, "its snr_shift_scale is 3.0, which changes the betas"),
         ("use_flow_sigmas", True, "its use_flow_sigmas is True, which is flow matching"),
-        ("_class_name", "EDMEulerScheduler", "it is a EDMEulerScheduler, whose forward process is none of ours"),
-        ("num_train_timesteps", 1, "its num_train_timesteps is 1, where a number from 2 up is needed"),
+        ("_class_name", "EDMEulerScheduler", "it is a EDMEulerScheduler, whose forward process is not supported"),
+        ("num_train_timesteps", 1, "its num_train_timesteps is 1, but a number of at least 2 is needed"),
     ],
 )
 def test_a_scheduler_of_another_kind_is_refused(field, value, sentence):

@@ -148,7 +148,7 @@ def test_every_platform_is_in_the_file(sampler_file):
     assert program.platforms == ("cpu", "cuda", "tpu") == tuple(about["platforms"])
     assert about["card"]["sampler"]["skip_scale"] == 5
     assert about["image_shape"] == [8, 8, 1]
-    assert "Sampler baked in" in Path(f"{sampler_file}.md").read_text()
+    assert "Embedded sampler" in Path(f"{sampler_file}.md").read_text()
 
 
 def test_a_variance_head_is_in_the_programs_and_the_file_is_its_base(workdir, tmp_path, monkeypatch):

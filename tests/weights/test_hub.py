@@ -120,9 +120,9 @@ def test_a_model_of_the_hub_is_converted_as_a_local_folder(server, tmp_path, cap
     ("name", "sentence"),
     [
         ("us/none", "hf://us/none: the Hub has no model of this name, or it is private; check the name, or log in"),
-        ("us/gated", "hf://us/gated is open only to those who accept its conditions; do so on its page, and log in"),
+        ("us/gated", "hf://us/gated is gated: accept its conditions on its page, and log in"),
         ("us/ddpm@v9", "hf://us/ddpm@v9: the model has no such revision; give a branch, tag or commit after the @"),
-        ("us/ddpm", "hf://us/ddpm holds no network of diffusers, which is a diffusion_pytorch_model.safetensors"),
+        ("us/ddpm", "hf://us/ddpm holds no diffusers network: a diffusion_pytorch_model.safetensors"),
     ],
 )
 def test_what_cannot_be_fetched_is_one_sentence(server, name, sentence):

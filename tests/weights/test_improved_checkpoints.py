@@ -268,7 +268,7 @@ def test_diffusers_folders_of_networks_that_it_can_express(command, tmp_path):
         "num_classes": 2,
         "resamp_with_conv": False,
     }.items():
-        with pytest.raises(ValueError, match=f"diffusers has no equal of this network, for {field}="):
+        with pytest.raises(ValueError, match=f"diffusers cannot express this network: {field}="):
             diffusers_improved.check_expressible(dataclasses.replace(SMALL, **{field: value}))
     with pytest.raises(ValueError, match="num_heads=4 for attention of 32 and 64 channels"):
         diffusers_improved.check_expressible(dataclasses.replace(SMALL, ch_mult=(1, 2)))
@@ -301,16 +301,16 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(command, tmp_path, capsys)
             read_weights(save(tmp_path / "c.pth", {**state, **changed}), resolution=8)
 
     wide = np.zeros((5, 32, 3, 3), np.float32)
-    unusable("out.2.weight has 5 channels, where 3, the noise, or 6", out__2_W=wide)
+    unusable("out.2.weight has 5 channels, but 3, the noise, or 6", out__2_W=wide)
     unusable("super-resolution", input_blocks__0__0_W=np.zeros((32, 6, 3, 3), np.float32))
     unusable("place for the checkpoint's tensor input_blocks.1.2.op.weight", input_blocks__1__2__op_W=wide)
-    unusable(r"out.2.weight is of shape \(0, 32, 3, 3\), where a kernel's 4 axes", out__2_W=wide[:0])
+    unusable(r"out.2.weight is of shape \(0, 32, 3, 3\), but a kernel's 4 axes", out__2_W=wide[:0])
     unusable("which lack some", input_blocks__7__0__op_W=wide)
     with pytest.raises(UserError, match=r"lacks the tensor time_embed.2.bias"):
         read_weights(
             save(tmp_path / "c.pth", {k: v for k, v in state.items() if k != "time_embed.2.bias"}), resolution=8
         )
-    with pytest.raises(UserError, match="do not tell the images' resolution"):
+    with pytest.raises(UserError, match="resolution cannot be inferred from the shapes"):
         read_weights(source)
 
 

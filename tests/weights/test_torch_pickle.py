@@ -182,17 +182,17 @@ def test_what_is_no_checkpoint_is_told_in_one_sentence(tmp_path, content):
     ("content", "reason"),
     [
         (b"", "it is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
         (b"\n<!DOCTYPE html>", "it is a web page"),
         (b"PK\3\4", "it is cut short"),
-        (b"\x89HDF", "it does not begin as torch.save begins"),
+        (b"\x89HDF", "it does not begin like a torch.save file"),
     ],
 )
 def test_what_a_file_is_instead_is_said(tmp_path, content, reason):
     path = tmp_path / "a.pth"
     path.write_bytes(content)
     with (
-        pytest.raises(UserError, match=rf"a\.pth cannot be read as a PyTorch checkpoint, .* \({reason}"),
+        pytest.raises(UserError, match=rf"a\.pth cannot be read as a PyTorch checkpoint: .* \({reason}"),
         open_torch(path),
     ):
         pass

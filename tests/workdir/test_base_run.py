@@ -92,7 +92,7 @@ def test_a_head_is_not_used_with_another_network(runs, tmp_path):
         load_run(str(tmp_path / "head"))
 
     (tmp_path / "head" / "base.json").write_text("")
-    with pytest.raises(UserError, match=r"base.json is empty or damaged: it says which weights"):
+    with pytest.raises(UserError, match=r"base.json is empty or damaged: it records which weights"):
         load_run(str(tmp_path / "head"))
 
 

@@ -238,7 +238,7 @@ def test_only_reports_to_a_closed_event_loop_are_left_out(monkeypatch):
 def test_a_checkpoint_that_was_removed_meanwhile_is_not_taken_for_saved(tmp_path):
     manager = save_all(tmp_path, [1])
     shutil.rmtree(tmp_path / "checkpoints" / "1")
-    with pytest.raises(UnfinishedWrite, match="it was removed while it was written: 1"):
+    with pytest.raises(UnfinishedWrite, match="it was removed while it was being written: 1"):
         checkpoint.finish(manager)
 
 

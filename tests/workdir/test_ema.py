@@ -94,7 +94,7 @@ def test_only_the_initial_weights_of_the_run_are_subtracted(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     found, note = sampling_ema(config_of(0.999, **{"train.seed": 1}), NETWORK, state, tmp_path)
     assert found is state.ema_params
-    assert "but not of those that train.seed=1 gives; it is used uncorrected" in note
+    assert "but of other ones than train.seed=1 generates; it is used uncorrected" in note
     # A converted run started from weights that somebody else has trained.
     (tmp_path / "model_card.json").write_text("{}")
     assert sampling_ema(config_of(0.999), NETWORK, state, tmp_path) == (state.ema_params, "")

@@ -190,10 +190,13 @@ def test_a_run_is_loaded_with_the_weights_that_ema_names(averaged):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--mode=sample", "--config.sample.ema=0.5"], "config.sample.ema='0.5' is no EMA of this run, whose config."),
+        (
+            ["--mode=sample", "--config.sample.ema=0.5"],
+            "config.sample.ema='0.5' is not an EMA of this run, whose",
+        ),
         (
             ["--mode=evaluate", "--config.eval.ema=best"],
-            "config.eval.ema='best' is not known; it must be empty, weights",
+            "config.eval.ema='best' is not valid; it must be empty, weights",
         ),
         (
             ["--mode=export", "--config.sample.ema=sigma_rel=1"],
@@ -207,7 +210,10 @@ def test_a_run_is_loaded_with_the_weights_that_ema_names(averaged):
             ["--config.train.ema_sigma_rel=0.05"],
             "--workdir={run} belongs to a run with config.train.ema_sigma_rel=(0.05, ",
         ),
-        (["--config.train.ema_decays=0.9,0.9"], "config.train.ema_decays=0.9,0.9 has a number twice; give each once"),
+        (
+            ["--config.train.ema_decays=0.9,0.9"],
+            "config.train.ema_decays=0.9,0.9 repeats a number; give each only once",
+        ),
         (
             ["--config.train.ema_decays=0.9,x"],
             "config.train.ema_decays='0.9,x' has the wrong type: it must be a tuple of",
@@ -222,7 +228,7 @@ def test_a_run_is_loaded_with_the_weights_that_ema_names(averaged):
         ),
         (
             ["--config.train.ema_rampup_ratio=0.1"],
-            "config.train.ema_rampup_ratio=0.1 is for a half-life, which config.",
+            "config.train.ema_rampup_ratio=0.1 is for an EMA with a half-life, but config.",
         ),
     ],
 )

@@ -94,10 +94,10 @@ def test_a_mode_that_cannot_write_says_so_before_the_work(run, tmp_path, monkeyp
 
 
 def test_out_is_for_the_modes_that_read_a_run(run, tmp_path):
-    with pytest.raises(UserError, match="--out=a does not go with --mode=train"):
+    with pytest.raises(UserError, match="--out=a cannot be used with --mode=train"):
         main.run(["main", f"--workdir={run}", "--out=a"])
     export = ["main", "--mode=export", f"--workdir={run}", "--out=a", "--config.export.path=b.npz"]
-    with pytest.raises(UserError, match=r"--out=a does not go with config\.export\.path=b\.npz"):
+    with pytest.raises(UserError, match=r"--out=a cannot be combined with config\.export\.path=b\.npz"):
         main.run([*export, "--config.sample.sampler=ddim"])
 
 
@@ -122,7 +122,7 @@ def test_results_of_a_run_are_reused_and_new_ones_go_elsewhere(tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
 
     def cached(folders, value):
-        return evaluate._cached(folders, "ddim", {"seed": 0}, lambda: {"value": value})["value"]
+        return evaluate.cached(folders, "ddim", {"seed": 0}, lambda: {"value": value})["value"]
 
     assert cached([run], 1) == 1
     assert cached([out, run], 2) == 1
@@ -141,7 +141,7 @@ def test_outputs_of_an_exported_sampler_are_beside_its_file(tmp_path):
 
 
 def test_a_training_finds_each_part_of_a_run_that_is_anothers(run):
-    with pytest.raises(UserError, match=r"/samples cannot be written to \(.*\); get the permission to"):
+    with pytest.raises(UserError, match=r"/samples cannot be written to \(.*\); get write permission"):
         prepare_workdir(str(run), small_config(**CONFIG))
 
 

@@ -169,10 +169,10 @@ def test_few_snapshots_are_an_average_with_a_note(tmp_path):
     assert np.load(snapshot_path(tmp_path, 700))["sigma_rel=0.05/w"].dtype == np.float16
     made = synthesize(read_snapshots(tmp_path, 1050), 0.15, 1050)
     np.testing.assert_allclose(made.weights["w"], 3, rtol=1e-6)
-    assert "deviates by 15 % from the one requested, which 6 snapshots cannot synthesise better" in made.note
+    assert "deviates by 15 % from the requested one, the closest that 6 snapshots can synthesise" in made.note
     snapshot_path(tmp_path, 700).write_bytes(snapshot_path(tmp_path, 700).read_bytes()[:300])
     with pytest.raises(
-        UserError, match=r"step_0000700\.npz is damaged or is no snapshot of s2dm_jax; remove it, and the"
+        UserError, match=r"step_0000700\.npz is damaged or not a snapshot of s2dm_jax; remove it to have the"
     ):
         read_snapshots(tmp_path, 1050)
     assert [one.step for one in read_snapshots(tmp_path, 699)] == [350, 350]
