@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path, help="the --out of gpu.py")
     parser.add_argument("--page", default=str(_PAGE), help="Markdown page to write into; - prints the section")
-    parser.add_argument("--commit", help="commit that was measured, where the run could not tell it")
+    parser.add_argument("--commit", help="commit that was measured, if the run did not record it")
     arguments = parser.parse_args()
     with report_user_errors():
         stages = read_stages(user_path(arguments.folder, "DIR"))

@@ -178,7 +178,9 @@ def check(request: Request, pieces: Sequence[Piece], out: Path) -> None:
     for flag in request.fields:
         name = flag.removeprefix("--").removeprefix("no").removeprefix("config.").partition("=")[0]
         if name in compared or name.startswith("loss."):
-            raise UserError(f"{flag} sets what the table of trainings compares; leave it out, or edit that table")
+            raise UserError(
+                f"{flag} sets a field that the findings compare; remove it, or edit scripts/findings/table.py"
+            )
     for piece in pieces:
         if not piece.evaluation:
             # The notes on options that a sampler has not come from the run itself.
@@ -200,7 +202,7 @@ def result_path(piece: Piece, out: Path) -> Path:
 
 def stored(piece: Piece, out: Path) -> dict | None:
     """The numbers of a piece if they were made with its flags, else None."""
-    found = read_json(result_path(piece, out), ("flags",), "it is made again")
+    found = read_json(result_path(piece, out), ("flags",), "the run is repeated")
     return found if found and found["flags"] == piece.flags else None
 
 
@@ -213,7 +215,9 @@ def write_plan(out: Path, request: Request) -> None:
     if (out / PLAN).exists():
         before = read_plan(out)
         if before != request:
-            raise UserError(f"--out={out} has other runs ({before.text}); give the same flags, or another --out")
+            raise UserError(
+                f"--out={out} holds runs of other flags ({before.text}); give the same flags, or another --out"
+            )
     elif out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
         raise UserError(f"--out={out} holds files but no evidence; give a new or an empty folder")
     else:
@@ -230,6 +234,6 @@ def read_plan(out: Path) -> Request:
     try:
         return Request(**json.loads((out / PLAN).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise UserError(f"--out={out} holds no evidence; leave out --report to make it") from error
+        raise UserError(f"--out={out} holds no evidence; remove --report to create it") from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{out / PLAN} cannot be read ({error}); give another --out") from error

@@ -197,7 +197,7 @@ FINDINGS = {
         seeds=3,
     ),
     "longer": Finding(
-        "Four times as long training",
+        "Training four times as long",
         *_SHORTER,
         (
             ("s2_10", "ddpm_x2"),

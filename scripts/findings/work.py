@@ -99,7 +99,7 @@ class Worker:
         self.tried.add(piece.name)
         if piece.needs and not (job.workdir / "config.json").exists():
             reason = (
-                f"its network is not in {job.workdir}, for it was trained elsewhere; copy that folder, or remove "
+                f"its network is not in {job.workdir}, because it was trained elsewhere; copy that folder, or remove "
                 f"{self.out / 'results' / piece.folder}*.json to train it here"
             )
             raise RunFailed(f"{piece.name}: {reason}", reason)

@@ -10,7 +10,7 @@ from papers.types import Model, TableRow
 
 # The default first.
 PRESETS = {
-    "released": "the authors' code, which made the printed numbers",
+    "released": "the authors' code, which produced the printed numbers",
     "paper": "the papers' equations",
 }
 # Timesteps of every config here.
