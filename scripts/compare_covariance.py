@@ -23,8 +23,7 @@ linspace 1 ... T; and prints the mean and standard deviation over the seeds of t
 features of a classifier of the dataset (not FID).
 
 Existing runs of scripts/compare_objectives.py in DIR are reused. Rerun the same command to resume: finished
-runs are not repeated. A run that fails is reported at the end, leaves gaps in the
-table and sets exit status 1."""
+runs are not repeated. A run that fails is reported at the end, leaves gaps in the table and sets exit status 1."""
 _EXAMPLE = """\
 example (digits, 3 seeds, about half an hour on 2 cores after compare_objectives.py):
   python scripts/compare_covariance.py runs/objectives"""
