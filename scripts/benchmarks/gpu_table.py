@@ -72,9 +72,9 @@ def read_stages(folder: Path) -> dict[str, Record]:
             f"{folder} holds none of {', '.join(f'{stage}.json' for stage in _STAGES)}; give the --out of gpu.py"
         )
     if any(record["machine"].get("tiny") for record in stages.values()):
-        raise UserError(f"{folder} is of a rehearsal (--tiny), whose figures mean nothing")
+        raise UserError(f"{folder} is from a rehearsal (--tiny), whose figures are not meaningful")
     if not any("device" in record["machine"] for record in stages.values()):
-        raise UserError(f"{folder} is of a run that found no device in time; run gpu.py again")
+        raise UserError(f"{folder} is from a run that found no device in time; run gpu.py again")
     return stages
 
 
