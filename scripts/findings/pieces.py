@@ -1,4 +1,4 @@
-"""What has to be made for the findings: a piece for each training and each evaluation of it, checked before any."""
+"""The pieces of the findings, one for each training and each evaluation, all checked before the first one runs."""
 
 import contextlib
 import io
@@ -76,7 +76,7 @@ class Piece(NamedTuple):
 
     @property
     def needs(self) -> str | None:
-        """Name of the piece that has to be made before, or None."""
+        """Name of the piece that this one needs, or None."""
         return self.folder if self.evaluation else None
 
 
@@ -107,7 +107,7 @@ def _is_short(arm: str, preset: Preset) -> bool:
 
 
 def plan(request: Request, only: Collection[str] = (), seeds: int | None = None) -> list[Piece]:
-    """All pieces, in the order in which they are made: seed by seed, so that a stop leaves whole pairs; in a seed as
+    """All pieces, in the order in which they run: seed by seed, so that stopping leaves complete pairs; in a seed as
     the findings come.
 
     Args:
@@ -201,13 +201,13 @@ def result_path(piece: Piece, out: Path) -> Path:
 
 
 def stored(piece: Piece, out: Path) -> dict | None:
-    """The numbers of a piece if they were made with its flags, else None."""
+    """The stored numbers of a piece if its flags are the same, else None."""
     found = read_json(result_path(piece, out), ("flags",), "the run is repeated")
     return found if found and found["flags"] == piece.flags else None
 
 
 def write_plan(out: Path, request: Request) -> None:
-    """Leaves the request in the folder.
+    """Writes the request to the folder.
 
     Raises:
       UserError: for a folder of another request, or of something else.

@@ -72,7 +72,7 @@ def _plain(found: Mapping[str, Mapping[str, Mean]]) -> dict[str, Any]:
 
 
 def where_of(results: Mapping[str, dict]) -> list[dict[str, Any]]:
-    """On which devices and of which commits the numbers are, with how many pieces and seconds."""
+    """The devices and commits of the numbers, with their count of pieces and seconds."""
     found: dict[tuple, list[float]] = {}
     names = ("device", "commit", "s2dm_jax", "jax")
     for record in results.values():
@@ -202,7 +202,7 @@ def sqrt_alpha_skip_table() -> str:
 
 
 def headline(results: Mapping[str, dict], pieces: Sequence[Piece]) -> str:
-    """How much is made, in a line."""
+    """The progress on one line."""
     seconds = sum(record["seconds"] for record in results.values())
     mean = statistics.mean(record["seconds"] for record in results.values()) if results else 0.0
     return f"{len(results)} of {len(pieces)} finished, {seconds:,.0f} s in total, {mean:.1f} s each"

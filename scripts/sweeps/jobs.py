@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep one after another, in as many processes at once as there are, each job in one of them."""
+"""Runs the jobs of a sweep one after another; several processes share them, each job in one of them."""
 
 import contextlib
 import functools
@@ -37,7 +37,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of jobs: their results, why others failed, and which are left, to another process or another call."""
+    """The outcome of jobs: results, reasons of failures, and the jobs left to another process or another call."""
 
     results: dict[str, dict]
     failures: dict[str, str]
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Which share of the jobs a process does: `number`, from 0, of `count`; `source` is who says so."""
+    """Which share of the jobs a process does: `number`, from 0, of `count`; `source` is the flags or variables that set them."""
 
     number: int
     count: int

@@ -1,4 +1,4 @@
-"""What a sweep consists of: a run for each objective, combination of values and seed, checked before any trains."""
+"""The runs of a sweep: one for each objective, combination of values and seed, checked before any trains."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ _SEED = "train.seed"
 
 
 class Request(NamedTuple):
-    """What the command line of a sweep says.
+    """The request on a sweep's command line.
 
     Attributes:
       config: FILE, or FILE:OBJECTIVE where `objectives` is empty.

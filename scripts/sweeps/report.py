@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
-        """All that tells it apart, as in "s2_10, train.lr=0.001, ddim, quadratic"."""
+        """The row's label, as in "s2_10, train.lr=0.001, ddim, quadratic"."""
         return ", ".join([self.objective, *(f"{name}={value}" for name, value in self.values), self.sampler])
 
 
