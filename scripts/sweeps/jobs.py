@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Which share of the jobs a process does: `number`, from 0, of `count`; `source` is the flags or variables that set them."""
+    """The share of the jobs of a process: `number`, from 0, of `count`; `source` is the flags or variables that set it."""
 
     number: int
     count: int
