@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The share of the jobs of a process: `number`, from 0, of `count`; `source` is the flags or variables set for it."""
+    """The share of the jobs of a process: `number`, from 0, of `count`; `source` names the flags or variables."""
 
     number: int
     count: int
