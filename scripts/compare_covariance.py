@@ -18,12 +18,12 @@ from s2dm_jax.config.presets import ALIASES
 
 _DESCRIPTION = """\
 Trains ddpm and sa_2 with each seed, and on each of them one variance head for SN-DPM and one for NPR-DPM;
-samples them by DDPM with the posterior variance (plain), Analytic-DPM (A), NPR and SN at the timesteps
-linspace 1 ... T; and prints mean and standard deviation over the seeds of the Frechet distance in the
+samples them with DDPM and the posterior variance (plain), Analytic-DPM (A), NPR and SN at the timesteps
+linspace 1 ... T; and prints the mean and standard deviation over the seeds of the Frechet distance in the
 features of a classifier of the dataset (not FID).
 
-Runs of scripts/compare_objectives.py in the same DIR are used. Rerun the same command to resume: finished
-runs are not repeated. A run that fails is reported at the end, with exit status 1, and leaves gaps."""
+Existing runs of scripts/compare_objectives.py in DIR are reused. Rerun the same command to resume: finished
+runs are not repeated. A run that fails is reported at the end, leaves gaps in the table and sets exit status 1."""
 _EXAMPLE = """\
 example (digits, 3 seeds, about half an hour on 2 cores after compare_objectives.py):
   python scripts/compare_covariance.py runs/objectives"""
@@ -49,7 +49,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", default=DIGITS, help="config file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of training seeds, at least 2 (3)")
-    parser.add_argument("--steps", type=int, default=500, help="train steps of sa_2; ddpm makes twice as many (500)")
+    parser.add_argument(
+        "--steps", type=int, default=500, help="train steps of sa_2; ddpm trains for twice as many (500)"
+    )
     parser.add_argument("--head-steps", type=int, default=300, help="train steps of each variance head (300)")
     parser.add_argument("--images", type=int, default=50, help="images per timestep for A's statistic (50)")
     parser.add_argument(
@@ -109,7 +111,7 @@ def _job_of(args: argparse.Namespace, objective: str, seed: int, kind: str) -> J
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Runs what is missing, and writes and prints the table once nothing is; returns the exit status."""
+    """Runs what is missing, then writes and prints the table if all runs are finished; returns the exit status."""
     jobs, nfe = jobs_of(args), parse_nfe(args.nfe)
     outcome = run_jobs(list(jobs.values()), Path(args.out), lambda job: stored_results(job.result_path, nfe))
     print_incomplete(outcome)

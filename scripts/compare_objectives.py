@@ -20,17 +20,17 @@ from s2dm_jax.config.io import config_path
 from s2dm_jax.config.presets import ALIASES
 
 _DESCRIPTION = """\
-Trains ddpm, s2_10, sa_2 and s2_10+sa_2 with each seed and evaluates each by DDIM. Plain training and the
-skip-step term make one network evaluation per image and step, the sequence-aware term K = 2: ddpm and s2_10
-are evaluated after STEPS steps (equal steps) and after 2*STEPS (equal network evaluations). ddpm is also
-sampled with its output scaled by the factor that training with the skip-step term leads to.
+Trains ddpm, s2_10, sa_2 and s2_10+sa_2 with each seed and evaluates each with DDIM. Plain training and the
+skip-step term make one network evaluation per image and step, the sequence-aware term K = 2. ddpm and s2_10
+are therefore evaluated after STEPS steps (equal steps) and after 2*STEPS (equal network evaluations). ddpm is
+also sampled with its output scaled by the factor that training with the skip-step term leads to.
 
-The first table has mean and standard deviation over the seeds of the Frechet distance in the features of a
+The first table has the mean and standard deviation over the seeds of the Frechet distance in the features of a
 classifier of the dataset (not FID). The second has those of the difference between two runs of one seed,
 which start from the same weights and see the same batches. Every run is evaluated from the same noise.
 
-Rerun the same command to resume: finished runs are not repeated. A run that fails is reported at the end, with
-exit status 1, and leaves gaps. scripts/sweep.py compares any objectives, fields and samplers."""
+Rerun the same command to resume: finished runs are not repeated. A run that fails is reported at the end,
+leaves gaps in the tables and sets exit status 1. scripts/sweep.py compares any objectives, fields and samplers."""
 _EXAMPLE = """\
 example (digits, 5 seeds of 500 steps, about an hour on 2 cores):
   python scripts/compare_objectives.py runs/objectives"""
@@ -148,7 +148,7 @@ def differences(args: argparse.Namespace, results: dict[Variant, list[dict | Non
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Runs what is missing, and writes and prints the tables once nothing is; returns the exit status."""
+    """Runs what is missing, then writes and prints the tables if all runs are finished; returns the exit status."""
     jobs = {(seed, v): job_of(args, seed, v) for seed in range(args.seeds) for v in variants(args)}
     nfe, results = parse_nfe(args.nfe), {}
     outcome = run_jobs(list(jobs.values()), Path(args.out), lambda job: stored_results(job.result_path, nfe))

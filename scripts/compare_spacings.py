@@ -1,8 +1,9 @@
 """Prints how far samplers are from the exact solution, by timestep spacing and number of network evaluations.
 
-The data are numbers whose best network is a formula: Gaussian, or of two modes. A sample is wrong by its distance from
-where the probability-flow ODE takes its noise; samplers that draw noise are compared by the quantiles of their samples.
-`timestep_spacing="auto"` was chosen by this table, and by the digits.
+The data are numbers whose optimal network has a closed form: a Gaussian, or a mixture of two. The error of a sample
+  is its
+distance from the exact solution of the probability-flow ODE for the same noise; stochastic samplers are compared by the
+quantiles of their samples. `timestep_spacing="auto"` was chosen by this table and by the digits.
 """
 
 import argparse
@@ -135,7 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         names = [name.strip() for name in getattr(args, flag).split(",")]
         setattr(args, flag, names)
         if unknown := [name for name in names if name not in allowed]:
-            raise UserError(f"--{flag} names {unknown[0]!r}; there are {', '.join(allowed)}")
+            raise UserError(f"--{flag} has {unknown[0]!r}; it must be of {', '.join(allowed)}")
     return args
 
 

@@ -72,8 +72,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="IN", type=_source, help="file or folder to read, or hf://OWNER/NAME")
     parser.add_argument("out", metavar="OUT", type=path_argument("OUT"), help="file or folder to write")
     parser.add_argument("--to", choices=FORMATS, default="", help="format of OUT (default: by its name)")
-    parser.add_argument("--resolution", type=int, help="height and width in pixels, where the shapes leave it open")
-    parser.add_argument("--key", default="", help="where the state_dict is in a file with several, such as model.ema")
+    parser.add_argument("--resolution", type=int, help="height and width in pixels, if the shapes do not determine it")
+    parser.add_argument("--key", default="", help="path of the state_dict in a file with several, such as model.ema")
     parser.add_argument(
         "--ema", default="", help="which weights of a run's folder, as config.sample.ema (default: the run's EMA)"
     )
@@ -81,31 +81,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--ema-file",
         default="",
         type=path_argument("--ema-file"),
-        help="file with the EMA, where IN has only the weights that training changes, as OpenAI's model*.pt",
+        help="file with the EMA, if IN has only the raw weights, as OpenAI's model*.pt",
     )
     parser.add_argument("--digest", default="", help="the SHA-256 or MD5 that the file IN must have")
     parser.add_argument(
-        "--config", default="", help="config FILE[:OBJECTIVE] for the run's folder to continue training with"
+        "--config", default="", help="config FILE[:OBJECTIVE] with which the run's folder OUT continues training"
     )
     parser.add_argument(
         "--data",
         default="",
         type=path_argument("--data"),
-        help="dataset, or path of your own images, for the run's folder to continue training on",
+        help="dataset, or path of your own images, on which the run's folder OUT continues training",
     )
     parser.add_argument(
-        "--variance_head", choices=HEADS, default="", help="what the variance head in IN is, for its run's folder"
+        "--variance_head", choices=HEADS, default="", help="kind of the variance head in IN, to write its run's folder"
     )
     parser.add_argument(
         "--base",
         default="",
         type=path_argument("--base"),
-        help="folder of the run of the variance head's frozen network, written where there is none",
+        help="run's folder of the variance head's frozen network, written if it does not exist",
     )
     for name, field in _OPEN_FIELDS.items():
-        help = f"config.{name}, which the file of an improved-diffusion network leaves open"
+        help = f"config.{name}, which the file of an improved-diffusion network does not store"
         parser.add_argument(f"--{name.split('.')[1]}", type=field.type, choices=field.choices, help=help)
-    parser.add_argument("--step", type=int, help="train steps behind the weights, for a run's folder (0)")
+    parser.add_argument("--step", type=int, help="train steps of the weights, for a run's folder (0)")
     parser.add_argument("--license", default="", help="license of the weights, for the model card")
     args = parser.parse_args(argv)
     for name, low in (("resolution", 1), ("step", 0)):
@@ -117,7 +117,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if value is not None and field.low is not None and not field.low <= value <= field.high:
             raise UserError(f"--{name.split('.')[1]}={value} is out of range: it must be {allowed_range(field)}")
     if args.base and os.path.abspath(args.base) == os.path.abspath(args.out):
-        raise UserError(f"--base={args.base} is OUT, the run of the variance head; give another folder for its base")
+        raise UserError(
+            f"--base={args.base} is also OUT, the run of the variance head; give another folder for its base"
+        )
     if not args.source.startswith(PREFIX) and not Path(args.source).exists():
         raise UserError(f"{args.source} does not exist; give the file of a checkpoint, or a folder")
     if os.path.lexists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
@@ -152,14 +154,14 @@ def _check_flags(weights: "Weights", args: argparse.Namespace, given: ConfigDict
     for name in OPEN_FIELDS:
         if getattr(args, name) is not None and not weights.assumed:
             raise UserError(
-                f"--{name}={getattr(args, name)} is for the state_dict of an improved-diffusion network, which leaves "
-                "it open; leave it out"
+                f"--{name}={getattr(args, name)} is only for a state_dict of an improved-diffusion network, which does "
+                "not store it; remove the flag"
             )
     head, kind = weights.head, args.variance_head or (given.variance_head.kind if given else "")
     if kind and not head:
-        raise UserError(f"{args.source} holds no variance head ({weights.description}); leave out --variance_head")
+        raise UserError(f"{args.source} holds no variance head ({weights.description}); remove --variance_head")
     if head and kind and head.kind not in ("", kind):
-        raise UserError(f"--variance_head={kind} does not suit: {args.source} says that its head is {head.kind}")
+        raise UserError(f"--variance_head={kind} contradicts {args.source}, whose head is {head.kind}; remove the flag")
     if head:
         weights = weights._replace(head=head._replace(kind=kind or head.kind))
     to_run = bool(weights.head and weights.head.kind) and _format(weights, args) == "workdir"
@@ -168,7 +170,7 @@ def _check_flags(weights: "Weights", args: argparse.Namespace, given: ConfigDict
             "the run of a variance head needs that of its frozen network: give --base=FOLDER, which is written if it "
             "does not exist"
             if to_run
-            else f"--base={args.base} is for the run of a variance head; give --variance_head, or leave it out"
+            else f"--base={args.base} is only for the run of a variance head; give --variance_head, or remove --base"
         )
     return weights
 
@@ -176,7 +178,7 @@ def _check_flags(weights: "Weights", args: argparse.Namespace, given: ConfigDict
 def _with_ema(weights: "Weights", ema: "Weights", source: str, file: str) -> "Weights":
     """The weights of one file with the EMA in another; a `UserError` where they do not belong together."""
     if weights.params is not weights.ema_params or weights.model_card:
-        raise UserError(f"{source} has an EMA of its own ({weights.description}); leave out --ema-file")
+        raise UserError(f"{source} already contains an EMA ({weights.description}); remove --ema-file")
     if ema.network != weights.network or (weights.step and ema.step and ema.step != weights.step):
         raise UserError(
             f"--ema-file={file} does not belong to {source}: their networks or steps differ ({ema.step:,} and "
@@ -194,7 +196,7 @@ def _format(weights: "Weights", args: argparse.Namespace) -> str:
 
 
 def _print_weights(weights: "Weights", config: ConfigDict, source: str, stated: Mapping[str, Any]) -> None:
-    """What was read, and what was assumed where the file leaves it open."""
+    """Prints what was read, and what was assumed because the file does not store it."""
     network = weights.network
     print(f"read     {source}: {weights.description}")
     if weights.sha256:
@@ -205,14 +207,14 @@ def _print_weights(weights: "Weights", config: ConfigDict, source: str, stated: 
         f"{network.attn_resolutions}{_of_improved(network)}"
     )
     diffusion = config.diffusion
-    note = "" if weights.schedule or "schedule" in stated else " (assumed: the file does not have it)"
+    note = "" if weights.schedule or "schedule" in stated else " (assumed: not stored in the file)"
     print(f"schedule {diffusion.schedule}, T = {diffusion.T:,}{schedule_ends(diffusion)}{note}")
     if weights.assumed:
         named = {name: value for name, value in weights.assumed._asdict().items() if hasattr(network, name)}
         assumed = ", ".join(f"{name} {value:g}" for name, value in named.items() if name not in stated)
         if assumed:
             flags = " ".join(f"--{name}" for name in OPEN_FIELDS)
-            print(f"assumed  {assumed}, as {weights.assumed.whose}: the file does not have it; {flags} give others")
+            print(f"assumed  {assumed}, as {weights.assumed.whose}: not stored in the file; change with {flags}")
 
 
 def _of_improved(network: Any) -> str:
@@ -269,7 +271,10 @@ def run(argv: list[str] | None) -> None:
     else:
         write_weights(args.out, kind, weights, config, source=source, license=args.license)
         if weights.head and not weights.head.kind and kind != "analytic_dpm":
-            print("left out the variance head: for its run, give --variance_head=sn or npr, and --base")
+            print(
+                "note     the variance head is not written; to write its run, give --variance_head=sn or npr, and "
+                "--base"
+            )
     print(f"wrote    {args.out}: {kind}, with a model card")
     if kind == "workdir" and not weights.model_card:
         name, note = dataset_name(config), "" if args.data or args.config else " (guessed from the size of the images)"

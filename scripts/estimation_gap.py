@@ -107,7 +107,7 @@ def measure(workdir: str, schedules: dict, args: argparse.Namespace) -> dict:
         batch_size=args.batch_size,
     )
     if not np.isfinite(curve["rms"]).all():
-        raise UserError(f"{workdir} has no gap: its network's output is not finite; leave it out, or train it anew")
+        raise UserError(f"{workdir} has no gap: its network's output is not finite; remove the run, or retrain it")
     return {
         "workdir": workdir,
         "step": run.step,

@@ -1,4 +1,4 @@
-"""Trains, evaluates and reports what the claims of both papers can be tested by; docs/evidence.md has the results."""
+"""Tests the claims of both papers with small trainings; docs/evidence.md has the results."""
 
 import argparse
 import importlib.util
@@ -24,19 +24,20 @@ from s2dm_jax.common.signals import deferred, end_on_signal
 from s2dm_jax.workdir.metadata import git_commit
 
 _DESCRIPTION = """\
-Each finding is a claim of a paper, the trainings that test it, and their differences seed by seed; the table of
-findings is scripts/findings/table.py. What is most valuable is made first, seed by seed, so that a stop after any
-time leaves whole pairs. The same command resumes: what is made is skipped, a training that was stopped continues,
-what failed is tried again. Any flag --config.GROUP.FIELD=VALUE is passed to all trainings.
+Trains, evaluates and reports. Each finding is a claim of a paper, the trainings that test it, and their differences
+seed by seed; scripts/findings/table.py lists the findings. The most valuable ones run first, seed by seed, so that
+stopping at any time leaves complete pairs. Rerun the same command to resume: finished runs are skipped, an
+interrupted training continues, and failed runs are retried. Any flag --config.GROUP.FIELD=VALUE is passed to all
+trainings.
 
 Writes to OUT: report.md, report.json, figures/FINDING.png, results/ with all numbers (device and commit in each),
 runs/ with the trained networks, logs/. OUT/results and OUT/plan.json are enough for --report on another machine.
-The exit status is 0, 1 where something failed, 2 for a mistake on the command line, 128 + signal after a signal."""
+The exit status is 0 on success, 1 if a run failed, 2 for an error on the command line, 128 + signal after a signal."""
 _EXAMPLE = """\
 examples:
   python scripts/evidence.py --out=runs/evidence --processes=2      # digits, over four hours on two CPU cores
   python scripts/evidence.py --out=runs/evidence --processes=2 --seconds=480     # the first eight minutes of it
-  python scripts/evidence.py --out=runs/evidence --report           # what is made so far
+  python scripts/evidence.py --out=runs/evidence --report           # the results so far
   python scripts/evidence.py --out=runs/skip --only=skip,released --seeds=2
   python scripts/evidence.py --out=runs/cifar10 --preset=cifar10 --config.data.source=cifar10.tar"""
 
@@ -63,19 +64,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--config", default="", help="config file in place of the preset's")
     add("--steps", type=int, help="train steps of the shortest trainings, in place of the preset's")
-    add("--only", default="", help="findings to make, comma-separated: " + ", ".join(FINDINGS))
-    add("--seeds", type=int, help="at most as many seeds (each finding has its own number)")
+    add("--only", default="", help="findings to run, comma-separated: " + ", ".join(FINDINGS))
+    add("--seeds", type=int, help="maximum number of seeds (each finding has its own number)")
     add(
         "--processes",
         type=int,
         default=1,
         help="processes that train at once, each with its share of the cores (1); a GPU: 1 to 3",
     )
-    add("--seconds", type=float, default=math.inf, help="stop after as many seconds; the same command resumes")
-    add("--commit", help="commit of this code, where there is no git repository to tell it")
-    add("--list", action="store_true", help="print what is to be made, and its state, only")
-    add("--report", action="store_true", help="write the report of what is made, train nothing")
-    add("--worker", type=int, help="be process I of --processes, from 0, and write no report; the command starts these")
+    add("--seconds", type=float, default=math.inf, help="stop after this many seconds; the same command resumes")
+    add("--commit", help="commit of this code, if there is no git repository")
+    add("--list", action="store_true", help="print each run with its state, and train nothing")
+    add("--report", action="store_true", help="write the report of the finished runs, and train nothing")
+    add("--worker", type=int, help="run as process I of --processes, from 0, without a report (used internally)")
     args = parser.parse_args(rest)
     args.fields, args.only = fields, [name.strip() for name in args.only.split(",") if name.strip()]
     if not args.out:
@@ -106,7 +107,8 @@ def request_of(args: argparse.Namespace) -> Request:
     for name in args.only:
         if name not in request.size.findings:
             raise UserError(
-                f"--only={name} is no finding of --preset={request.preset}; it has {', '.join(request.size.findings)}"
+                f"--only={name} is not a finding of --preset={request.preset}; choose from "
+                f"{', '.join(request.size.findings)}"
             )
     return request
 
@@ -130,7 +132,9 @@ def make_in_processes(argv: Sequence[str], processes: int, seconds: float) -> in
     """
     command = [sys.executable, str(Path(__file__).resolve()), *argv]
     ends = time.monotonic() + seconds
-    with deferred(lambda: "stopping once the trainings under way are saved; again to stop at once") as received:
+    with deferred(
+        lambda: "stopping after the running trainings are saved; repeat the signal to stop at once"
+    ) as received:
         workers = [subprocess.Popen([*command, f"--worker={number}"]) for number in range(processes)]
         stopping = None
         while any(worker.poll() is None for worker in workers):
@@ -156,11 +160,11 @@ def report(args: argparse.Namespace, request: Request) -> int:
     failures = work.failures(everything, out)
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     if not has_matplotlib:
-        print("note: no figures, which need matplotlib; install it with pip install 's2dm_jax[plot]'")
+        print("note: no figures because matplotlib is not installed; install it with pip install 's2dm_jax[plot]'")
     write_report(out, request, everything, results, failures, has_matplotlib)
     print(f"{headline(results, everything)}\nreport: {out / 'report.md'}, report.json, figures/")
     for name, reason in failures.items():
-        print(f"{name} failed: {reason}; the same command tries it again", file=sys.stderr)
+        print(f"{name} failed: {reason}; the same command retries it", file=sys.stderr)
     return int(bool(failures))
 
 

@@ -11,8 +11,8 @@ from s2dm_jax.common.signals import end_on_signal
 from s2dm_jax.workdir.load import read_config
 
 _DESCRIPTION = """\
-Collects from the folders of runs: results.json (tables and provenance), the newest grid of samples, the loss
-curves. Runs that differ only in config.train.seed become one row with mean and standard deviation. The page
+Collects results.json (tables and provenance), the newest grid of samples and the loss curves of each run. Runs that
+differ only in config.train.seed become one row with mean and standard deviation. The page
 needs no network connection and no other file."""
 _EXAMPLE = """\
 examples:

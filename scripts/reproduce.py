@@ -1,4 +1,4 @@
-"""Reproduces a table or figure of the papers: trains, evaluates, prints the papers' values beside ours."""
+"""Reproduces a table or figure of the papers: trains, evaluates, prints the measured values beside the printed ones."""
 
 import argparse
 import hashlib
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 TABLES = {**S2_TABLES, **SA_TABLES}
 _DESCRIPTION = """\
-Trains the models of a table that are not trained yet, evaluates them, and writes OUT/TABLE.md: for each row
-the printed values and ours. --preset=released, the default, does what the authors' published code does, which
-made the printed numbers; --preset=paper trains the papers' equations. A table also has what is finished with
+Trains the models of a table that are not trained yet, evaluates them, and writes OUT/TABLE.md, with the printed
+and the measured values of each row. --preset=released, the default, follows the authors' published code, which
+produced the printed numbers; --preset=paper trains the papers' equations. A table also shows the finished rows of
 the other preset. Rerun the same command to resume. Tables share the runs in OUT/runs. --dry-run prints the
-commands and their cost. --scale=digits does the same on the handwritten digits with short trainings and few
-images, in minutes: it tests the procedure, not the papers' claims."""
+commands and their cost. --scale=digits runs the same procedure on the handwritten digits with short trainings and
+few images, in minutes: it tests the procedure, not the papers' claims."""
 _EXAMPLE = """\
 examples:
   python scripts/reproduce.py s2-table1 --dry-run
@@ -74,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="training seed (0)")
     parser.add_argument(
-        "--images", type=int, default=0, help="images behind each value (50,000; with --scale=digits 100)"
+        "--images", type=int, default=0, help="number of images per value (50,000; with --scale=digits 100)"
     )
     parser.add_argument(
         "--steps", type=int, default=0, help="train steps of the longest training with --scale=digits (200)"
@@ -92,12 +92,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="network of SA-DPM's CIFAR-10 tables: improved-diffusion's, most likely the paper's, or the one of its "
         "released code (improved_unet)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print commands and cost, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and their cost, and run nothing")
     args = parser.parse_args(argv)
     if args.table in NOT_REPRODUCED:
         raise UserError(f"{args.table} cannot be reproduced: {NOT_REPRODUCED[args.table]}")
     if args.table and args.table not in TABLES:
-        raise UserError(f"{args.table} is no table or figure; choose one of {', '.join(TABLES)}")
+        raise UserError(f"{args.table} is not a table or figure; choose one of {', '.join(TABLES)}")
     if args.images < 0 or args.images == 1:
         raise UserError(f"--images={args.images} is out of range: it must be at least 2")
     if args.steps < 0 or (args.steps and args.scale == "full"):
@@ -192,7 +192,7 @@ def finished_rows(results: dict[str, dict], args: argparse.Namespace) -> dict[st
 
 
 def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace) -> str:
-    """Markdown with the printed values and ours, a line for each preset that has results."""
+    """Markdown with the printed and the measured values, a line for each preset that has results."""
     from s2dm_jax.common.markdown import markdown_table
 
     found = finished_rows(results, args)
@@ -203,7 +203,7 @@ def table_text(table: Table, results: dict[str, dict], args: argparse.Namespace)
         for preset, rows in found.items():
             if row.label in rows:
                 cells = _cells(table, *rows[row.label], with_preset(args, preset))
-                lines.append([row.label, f"ours, {preset}", *cells])
+                lines.append([row.label, f"measured, {preset}", *cells])
     names = ["seconds", "GB per device"] if table.kind == "training" else ["seconds"]
     header = [f"{steps} steps" for steps in table.columns] or names
     captions = [_caption(preset, rows) for preset, rows in found.items()]
@@ -297,7 +297,7 @@ def reproduce(args: argparse.Namespace) -> None:
     for command in image_commands(table, args) if table.kind in _IMAGE_KINDS else []:
         print_command(command)
         if run_command(command, sys.stdout):
-            raise UserError("the command above failed and reports why; fix that and rerun to resume")
+            raise UserError("the command above failed and reports the reason; fix it and rerun to resume")
 
 
 def _save(figure: "Figure", args: argparse.Namespace) -> None:

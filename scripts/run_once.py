@@ -17,7 +17,7 @@ DIGITS = "configs/digits.py"
 
 
 class RunFailed(UserError):
-    """A run whose command failed, or measured nothing; `reason` is one sentence of the command itself."""
+    """A run whose command failed or measured no distance; `reason` is one sentence from the command itself."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -90,7 +90,7 @@ def stored_results(path: Path, nfe: Sequence[int] | None = None) -> dict | None:
     Raises:
       UserError: for results without a distance, or with other NFE.
     """
-    results = read_json(path, ("rows",), "it is made again")
+    results = read_json(path, ("rows",), "the run is repeated")
     if results is not None:
         _check_distances(path, results)
         check_nfe(path, results, nfe)
@@ -119,8 +119,8 @@ def run_commands(
         status = run_command(command, **({"log": log, "inherited": inherited} if log else {}))
         if status:
             raise RunFailed(
-                f"{workdir} could not be trained or evaluated; the command above reports why; fix that "
-                "and rerun this script to resume",
+                f"{workdir} could not be trained or evaluated (the command above reports the reason); fix "
+                "it and rerun this script to resume",
                 _reason(log, start, status),
             )
     return _take_results(result_path, workdir / "results.json", log)
@@ -130,8 +130,8 @@ def _take_results(result_path: Path, made: Path, log: Path | None) -> dict:
     """Stores the results that a command has made at `result_path`, and returns them."""
     if not made.exists():
         sentence = (
-            f"{made.parent} has no results, for the command above measured no distance, and says why; mend that and "
-            "rerun this script, which resumes"
+            f"{made.parent} has no results: the command above measured no distance and reports the reason; fix it and "
+            "rerun this script to resume"
         )
         raise RunFailed(sentence, why_unmeasured(log))
     text = made.read_text(encoding="utf-8")
@@ -154,15 +154,15 @@ def _reason(log: Path | None, start: int, status: int) -> str:
             return lines[-1]
     number = -status if status < 0 else status - 128
     if number in set(signal.Signals):
-        return f"the command was ended by {signal.Signals(number).name}"
-    return f"the command ended with status {status}"
+        return f"the command was terminated by {signal.Signals(number).name}"
+    return f"the command exited with status {status}"
 
 
 def why_unmeasured(log: Path | None) -> str:
     """Why a command that succeeded left no results, by its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
     found = [line for line in lines if "no distance to real images is measured" in line]
-    return found[-1] if found else "the command measured no distance, and its output says why"
+    return found[-1] if found else "the command measured no distance; its output has the reason"
 
 
 def check_nfe(path: Path, results: dict, nfe: Sequence[int] | None) -> None:
@@ -178,8 +178,8 @@ def _check_distances(path: Path, results: dict) -> None:
     """Raises a `RunFailed` where no row has a distance; single gaps are left in a table."""
     if not any("frechet_distance" in row for row in results["rows"]):
         names, notes = ", ".join(row["name"] for row in results["rows"]), "; ".join(results["provenance"]["notes"])
-        reason = f"there is no distance for {names} ({notes})"
-        raise RunFailed(f"{path} has no distance for {names} ({notes}); mend that, and give another DIR", reason)
+        reason = f"no distance was measured for {names} ({notes})"
+        raise RunFailed(f"{path} has no distance for {names} ({notes}); fix the cause and give another DIR", reason)
 
 
 def parse_nfe(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Trains and evaluates a list of objectives and seeds, also over a grid of fields, and leaves one report."""
+"""Trains and evaluates a list of objectives and seeds, optionally over a grid of fields, and writes one report."""
 
 import argparse
 import contextlib
@@ -40,10 +40,10 @@ after another, each in a folder of OUT/runs, and writes OUT/report.md, .csv, .js
 the seeds with standard errors, and differences to the first objective seed by seed. All runs are checked
 before the first one trains. Any flag --config.GROUP.FIELD=VALUE is passed to all of them.
 
-The same command resumes: finished runs are skipped, one that was stopped continues, one that failed is tried
-again. Several processes may work on one OUT at a time; each run is done by one of them. In a Slurm array each
-task does its share. The exit status is 0 when no run of this process failed, 1 when one did, 2 for a mistake
-on the command line, 128 + signal after a signal."""
+Rerun the same command to resume: finished runs are skipped, an interrupted run continues, and a failed run is
+retried. Several processes can share one OUT; each run is done by one of them. In a Slurm array each task does its
+share. The exit status is 0 if no run of this process failed, 1 if one did, 2 for an error on the command line,
+128 + signal after a signal."""
 _EXAMPLE = """\
 examples:
   python scripts/sweep.py --config=configs/digits.py --objectives=ddpm,s2_10,sa_2 --seeds=0,1,2 --out=runs/sweep
@@ -63,24 +63,29 @@ def _parser() -> Parser:
     parser.add_argument(
         "--out", default="runs/sweep", type=path_argument("--out"), help="folder, new or to resume (%(default)s)"
     )
-    parser.add_argument("--config", help="config file, as configs/digits.py; none: the sweep that is in --out")
-    parser.add_argument(
-        "--objectives", help="objectives, comma-separated, the first is what the others are compared with"
-    )
-    parser.add_argument("--seeds", help="training seeds, as 0,1,2 or 0-4 (0)")
+    parser.add_argument("--config", help="config file, such as configs/digits.py (default: resume the sweep in --out)")
+    parser.add_argument("--objectives", help="objectives, comma-separated; the others are compared with the first")
+    parser.add_argument("--seeds", help="training seeds, such as 0,1,2 or 0-4 (0)")
     parser.add_argument(
         "--vary",
         action="append",
         default=[],
         metavar="FIELD=A,B",
-        help="values of a field, as train.lr=1e-3,3e-4; semicolons part values with commas; several: their grid",
+        help="values of a field, such as train.lr=1e-3,3e-4 (values with commas: separate them by semicolons); "
+        "repeat for a grid",
     )
     parser.add_argument("--task", type=int, help="number of this task, from 0 (default: from a Slurm array)")
     parser.add_argument("--num-tasks", "--num_tasks", type=int, help="number of tasks that share the runs")
     parser.add_argument(
-        "--list", "--dry-run", "--dry_run", action="store_true", help="print each run, its state and command, only"
+        "--list",
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="print each run with its state and command, and train nothing",
     )
-    parser.add_argument("--report", action="store_true", help="write the report of what is finished, train nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="write the report of the finished runs, and train nothing"
+    )
     return parser
 
 
@@ -147,7 +152,7 @@ def prepare(out: Path, request: Request | None, *, writes: bool) -> list[Run]:
             dropped = [run.name for run in read_plan(out) if run.name not in names] if (out / PLAN).exists() else []
             write_plan(out, request, runs)
         if dropped:
-            print(f"note: {out} also holds {len(dropped)} other runs of an earlier command, which are left as they are")
+            print(f"note: {out} also holds {len(dropped)} other runs of an earlier command, which remain unchanged")
     return runs
 
 
@@ -169,7 +174,7 @@ def print_list(runs: Sequence[Run], out: Path, task: Task | None) -> None:
         if job.name in outcome.failures:
             state = f"failed before: {outcome.failures[job.name]}"
         if job.name not in outcome.results and is_under_way(job, out):
-            state = "under way in another process"
+            state = "running in another process"
         print("\n  ".join([f"{job.name} ({state})", *map(shell_line, job.commands)]))
     print(f"{len(own)} runs, {sum(job.name in outcome.results for job in own)} of them finished")
 
@@ -186,7 +191,10 @@ def report(out: Path, runs: Sequence[Run], results: Mapping[str, dict], failures
         if not any("frechet_distance" in row for each in results.values() for row in each["rows"] if row["nfe"]):
             return
         if importlib.util.find_spec("matplotlib") is None:
-            print("note: no plot and no page, which need matplotlib; install it with pip install 's2dm_jax[plot]'")
+            print(
+                "note: no plot and no page because matplotlib is not installed; install it with pip install "
+                "'s2dm_jax[plot]'"
+            )
             return
         print(f"plot: {write_plot(out, runs, results)}")
         from s2dm_jax.common.files import write_atomic
@@ -207,13 +215,13 @@ def check_processes(environment: Mapping[str, str]) -> None:
     count = environment.get("SLURM_NTASKS", "1")
     if count != "1" and all(name in environment for name in _SRUN):
         raise UserError(
-            f"SLURM_NTASKS={count}: srun has started {count} processes of this sweep, whose runs are of one process "
-            "each; give --ntasks=1, and --array for several at a time"
+            f"SLURM_NTASKS={count}: srun has started {count} processes of this sweep, but each run uses one process; "
+            "give --ntasks=1, and --array to train several runs in parallel"
         )
 
 
 def sweep(argv: Sequence[str]) -> int:
-    """Does what the command line says; returns the exit status."""
+    """Runs the command line; returns the exit status."""
     args, request = parse(argv)
     out, task = Path(args.out), task_of(args.task, args.num_tasks, os.environ)
     runs = prepare(out, request, writes=not args.list)
@@ -236,7 +244,7 @@ def sweep(argv: Sequence[str]) -> int:
     if args.report or not outcome.left:
         report(out, runs, outcome.results, outcome.failures)
     else:
-        print(f"{len(outcome.left)} of {len(runs)} runs are left to other processes; the last one makes the report")
+        print(f"{len(outcome.left)} of {len(runs)} runs are left to other processes; the last one writes the report")
     return int(any(job.name in outcome.failures for job in own))
 
 

@@ -29,7 +29,7 @@ _DESCRIPTION = """\
 Evaluates power-function EMAs of several relative widths, synthesised from the snapshots that a run has stored
 (train.ema_sigma_rel), beside the EMAs that it has tracked and its weights without an average. Prints a table of
 Frechet distances (as --mode=evaluate measures them), and writes it with its numbers and a plot to
-WORKDIR/evaluations/ema_sweep.md, .json and .png. Measured points are cached: the same command resumes."""
+WORKDIR/evaluations/ema_sweep.md, .json and .png. Measured points are cached: rerun the same command to resume."""
 _EXAMPLE = """\
 example:
   python scripts/sweep_ema.py runs/digits_ema --sigma-rel=0.03,0.05,0.1,0.15,0.2"""
@@ -87,11 +87,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, ConfigDict, list[
     folder = path_argument("WORKDIR")
     parser.add_argument("workdir", metavar="WORKDIR", type=folder, help="folder of a training run")
     parser.add_argument("--sigma-rel", default=_WIDTHS, help="relative widths, comma-separated (default: %(default)s)")
-    parser.add_argument("--steps", default="", help="training steps, comma-separated (default: the newest checkpoint)")
+    parser.add_argument("--steps", default="", help="train steps, comma-separated (default: the newest checkpoint)")
     parser.add_argument("--samplers", default="", help="samplers, comma-separated (default: the run's eval.samplers)")
     parser.add_argument("--nfe", default="", help="network evaluations, comma-separated (default: the run's eval.nfe)")
-    parser.add_argument("--images", type=int, help="images of each row (default: the run's eval.num_images)")
-    parser.add_argument("--out", default="", type=path_argument("--out"), help="folder to write to, if not the run's")
+    parser.add_argument("--images", type=int, help="number of images per row (default: the run's eval.num_images)")
+    parser.add_argument(
+        "--out", default="", type=path_argument("--out"), help="folder to write to (default: the run's)"
+    )
     args = parser.parse_args(argv)
     config = read_config(args.workdir)
     config.eval.samplers = args.samplers or config.eval.samplers

@@ -219,7 +219,7 @@ def main():
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(run=function)
         if name == "losses":
-            sub.add_argument("--only", default="", help='variants beside plain, such as "K = 2,K = 4" (all)')
+            sub.add_argument("--only", default="", help='variants in addition to plain, such as "K = 2,K = 4" (all)')
         if name == "train":
             training.add_arguments(sub)
         if name == "compiled":

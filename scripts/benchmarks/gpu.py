@@ -64,12 +64,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=_USUAL_SECONDS, help="time for all stages (default: 480)")
     parser.add_argument("--images", type=Path, help="archive or folder of CIFAR-10's images, for the stage evidence")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="device (default: gpu)")
-    parser.add_argument("--tiny", action="store_true", help="rehearse with small networks, whose figures mean nothing")
+    parser.add_argument(
+        "--tiny", action="store_true", help="rehearse with small networks (the figures are not meaningful)"
+    )
     parser.add_argument("--only", default="", help="stages and parts to run, such as right,fast.cifar10 (default: all)")
     parser.add_argument(
         "--resume", type=Path, help="results of an earlier run, whose evidence is continued (default: OUT)"
     )
-    parser.add_argument("--commit", help="commit of this code, where there is no git repository to tell it")
+    parser.add_argument("--commit", help="commit of this code, if there is no git repository")
     arguments = parser.parse_args()
     # A time limit of the caller's, or a terminal that is closed, ends the workers too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path, help="the --out of gpu.py")
     parser.add_argument("--page", default=str(_PAGE), help="Markdown page to write into; - prints the section")
-    parser.add_argument("--commit", help="commit that was measured, where the run could not tell it")
+    parser.add_argument("--commit", help="commit that was measured, if the run did not record it")
     arguments = parser.parse_args()
     with report_user_errors():
         stages = read_stages(user_path(arguments.folder, "DIR"))
@@ -72,9 +72,9 @@ def read_stages(folder: Path) -> dict[str, Record]:
             f"{folder} holds none of {', '.join(f'{stage}.json' for stage in _STAGES)}; give the --out of gpu.py"
         )
     if any(record["machine"].get("tiny") for record in stages.values()):
-        raise UserError(f"{folder} is of a rehearsal (--tiny), whose figures mean nothing")
+        raise UserError(f"{folder} is from a rehearsal (--tiny), whose figures are not meaningful")
     if not any("device" in record["machine"] for record in stages.values()):
-        raise UserError(f"{folder} is of a run that found no device in time; run gpu.py again")
+        raise UserError(f"{folder} is from a run that found no device in time; run gpu.py again")
     return stages
 
 

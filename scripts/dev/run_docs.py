@@ -31,8 +31,7 @@ here, or a comment right above it gives the reason why not; anything else is an 
 
   <!-- not run: needs a GPU -->
 
-Each page runs in its own folder, which looks like a clone and has the files that pages rely on: PATH, a
-  folder of
+Each page runs in its own folder, which looks like a clone and has the files that pages rely on: PATH, a folder of
 40 images; my_images.zip, an archive of them; and, except for the README, runs/digits from the README's first
 command. The diffs of a page are applied to its copy of the package first. Its Python blocks share one
 namespace; code that a block needs but does not show is in a comment above it:
@@ -42,10 +41,9 @@ namespace; code that a block needs but does not show is in a comment above it:
   -->
 
 Training and evaluation are shortened by the flags in _SHORT and _SMALL. Installation, pytest and ruff are
-left to
-.ci/run."""
+left to .ci/run."""
 _EXAMPLE = """\
-examples (all pages: about 5 minutes of CPU time, two pages at a time):
+examples (all pages: about 5 minutes of CPU time, two pages in parallel):
   python scripts/dev/run_docs.py
   python scripts/dev/run_docs.py README.md docs/data.md"""
 

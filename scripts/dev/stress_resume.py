@@ -76,7 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for the runs, given last")
+    parser.add_argument(
+        "--flags", nargs=argparse.REMAINDER, default=[], help="further flags for the runs; must come last"
+    )
     arguments = parser.parse_args()
     with (
         end_on_signal("run the same command again"),

@@ -1,4 +1,4 @@
-"""What has to be made for the findings: a piece for each training and each evaluation of it, checked before any."""
+"""The pieces of the findings, one for each training and each evaluation, all checked before the first one runs."""
 
 import contextlib
 import io
@@ -76,7 +76,7 @@ class Piece(NamedTuple):
 
     @property
     def needs(self) -> str | None:
-        """Name of the piece that has to be made before, or None."""
+        """Name of the piece that this one needs, or None."""
         return self.folder if self.evaluation else None
 
 
@@ -107,7 +107,7 @@ def _is_short(arm: str, preset: Preset) -> bool:
 
 
 def plan(request: Request, only: Collection[str] = (), seeds: int | None = None) -> list[Piece]:
-    """All pieces, in the order in which they are made: seed by seed, so that a stop leaves whole pairs; in a seed as
+    """All pieces, in the order in which they run: seed by seed, so that stopping leaves complete pairs; in a seed as
     the findings come.
 
     Args:
@@ -178,7 +178,9 @@ def check(request: Request, pieces: Sequence[Piece], out: Path) -> None:
     for flag in request.fields:
         name = flag.removeprefix("--").removeprefix("no").removeprefix("config.").partition("=")[0]
         if name in compared or name.startswith("loss."):
-            raise UserError(f"{flag} sets what the table of trainings compares; leave it out, or edit that table")
+            raise UserError(
+                f"{flag} sets a field that the findings compare; remove it, or edit scripts/findings/table.py"
+            )
     for piece in pieces:
         if not piece.evaluation:
             # The notes on options that a sampler has not come from the run itself.
@@ -199,13 +201,13 @@ def result_path(piece: Piece, out: Path) -> Path:
 
 
 def stored(piece: Piece, out: Path) -> dict | None:
-    """The numbers of a piece if they were made with its flags, else None."""
-    found = read_json(result_path(piece, out), ("flags",), "it is made again")
+    """The stored numbers of a piece if its flags are the same, else None."""
+    found = read_json(result_path(piece, out), ("flags",), "the run is repeated")
     return found if found and found["flags"] == piece.flags else None
 
 
 def write_plan(out: Path, request: Request) -> None:
-    """Leaves the request in the folder.
+    """Writes the request to the folder.
 
     Raises:
       UserError: for a folder of another request, or of something else.
@@ -213,7 +215,9 @@ def write_plan(out: Path, request: Request) -> None:
     if (out / PLAN).exists():
         before = read_plan(out)
         if before != request:
-            raise UserError(f"--out={out} has other runs ({before.text}); give the same flags, or another --out")
+            raise UserError(
+                f"--out={out} holds runs of other flags ({before.text}); give the same flags, or another --out"
+            )
     elif out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
         raise UserError(f"--out={out} holds files but no evidence; give a new or an empty folder")
     else:
@@ -230,6 +234,6 @@ def read_plan(out: Path) -> Request:
     try:
         return Request(**json.loads((out / PLAN).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise UserError(f"--out={out} holds no evidence; leave out --report to make it") from error
+        raise UserError(f"--out={out} holds no evidence; remove --report to create it") from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{out / PLAN} cannot be read ({error}); give another --out") from error

@@ -1,4 +1,4 @@
-"""The report of what is made so far: report.md, report.json, and a figure of each finding."""
+"""The report of the runs finished so far: report.md, report.json, and a figure of each finding."""
 
 import json
 import statistics
@@ -72,7 +72,7 @@ def _plain(found: Mapping[str, Mapping[str, Mean]]) -> dict[str, Any]:
 
 
 def where_of(results: Mapping[str, dict]) -> list[dict[str, Any]]:
-    """On which devices and of which commits the numbers are, with how many pieces and seconds."""
+    """The devices and commits of the numbers, with their count of pieces and seconds."""
     found: dict[tuple, list[float]] = {}
     names = ("device", "commit", "s2dm_jax", "jax")
     for record in results.values():
@@ -97,7 +97,7 @@ def report_text(
     if failures:
         parts += ["## Failed", "\n".join(f"- {name}: {reason}" for name, reason in failures.items())]
     if missing := [piece.name for piece in pieces if piece.name not in results and piece.name not in failures]:
-        parts += ["## Not made yet", f"{len(missing)}: {', '.join(missing)}"]
+        parts += ["## Not finished", f"{len(missing)}: {', '.join(missing)}"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -111,7 +111,7 @@ def _heading(request: Request, pieces: Sequence[Piece], results: Mapping[str, di
     for one in where_of(results):
         lines.append(
             f"{one['pieces']} on {one['device']}: commit {one['commit'] or 'unknown'}, s2dm_jax {one['s2dm_jax']}, jax "
-            f"{one['jax']}; {one['seconds'] / 3600:.2f} hours of processes."
+            f"{one['jax']}; {one['seconds'] / 3600:.2f} process hours."
         )
     if found := next((record for record in results.values() if "rows" in record), None):
         ends = [row.get("frechet_distance") for row in found["rows"] if row["nfe"] is None]
@@ -132,7 +132,7 @@ def section(
     parts = [f"## {finding.title} (`{name}`)", f"> {finding.claim}\n>\n> — {finding.source}"]
     values = numbers.values_of(finding, pieces, results)
     if not values:
-        return [*parts, "Nothing is made yet."]
+        return [*parts, "No run is finished yet."]
     if figure:
         parts.append(f"![{finding.title}]({figure})")
     columns, column = numbers.columns_of(values), _column(finding)
@@ -202,7 +202,7 @@ def sqrt_alpha_skip_table() -> str:
 
 
 def headline(results: Mapping[str, dict], pieces: Sequence[Piece]) -> str:
-    """How much is made, in a line."""
+    """The progress on one line."""
     seconds = sum(record["seconds"] for record in results.values())
     mean = statistics.mean(record["seconds"] for record in results.values()) if results else 0.0
-    return f"{len(results)} of {len(pieces)} made, {seconds:,.0f} s in all, {mean:.1f} s each"
+    return f"{len(results)} of {len(pieces)} finished, {seconds:,.0f} s in total, {mean:.1f} s each"

@@ -1,4 +1,4 @@
-"""What is trained, how it is evaluated, and which claim each comparison tests: the data of scripts/evidence.py."""
+"""The trainings, their evaluations, and the claim that each comparison tests: the data of scripts/evidence.py."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -197,7 +197,7 @@ FINDINGS = {
         seeds=3,
     ),
     "longer": Finding(
-        "Four times as long training",
+        "Training four times as long",
         *_SHORTER,
         (
             ("s2_10", "ddpm_x2"),

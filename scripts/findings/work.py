@@ -1,4 +1,4 @@
-"""Makes the pieces, each in one of several processes, which do many one after another without starting Python anew."""
+"""Runs the pieces in several processes, each of which runs many without restarting Python."""
 
 import argparse
 import contextlib
@@ -99,7 +99,7 @@ class Worker:
         self.tried.add(piece.name)
         if piece.needs and not (job.workdir / "config.json").exists():
             reason = (
-                f"its network is not in {job.workdir}, for it was trained elsewhere; copy that folder, or remove "
+                f"its network is not in {job.workdir}, because it was trained elsewhere; copy that folder, or remove "
                 f"{self.out / 'results' / piece.folder}*.json to train it here"
             )
             raise RunFailed(f"{piece.name}: {reason}", reason)
@@ -185,7 +185,7 @@ def curve_of(path: Path) -> dict[str, list[float]]:
 
 
 def line_of(found: dict) -> str:
-    """The numbers of a piece in a few words."""
+    """The numbers of a piece on one line."""
     if "rows" not in found:
         return f"gap {found['rms'][-1]:.4f}"
     if "bits_per_dim" in found:
@@ -203,12 +203,12 @@ def _clear() -> None:
 
 
 def left(pieces: Sequence[Piece], out: Path) -> list[Piece]:
-    """The pieces that are not made."""
+    """The pieces that are not finished."""
     return [piece for piece in pieces if stored(piece, out) is None]
 
 
 def failures(pieces: Sequence[Piece], out: Path) -> dict[str, str]:
-    """Why pieces could not be made, by name."""
+    """The reason of each failed piece, by name."""
     found = {}
     for piece in left(pieces, out):
         path = out / "failures" / f"{piece.name}.json"

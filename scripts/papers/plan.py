@@ -85,7 +85,7 @@ def _digits_steps(steps: int, args: argparse.Namespace) -> int:
 
 
 def workdir_of(model: Model, args: argparse.Namespace, variance_head: str = "") -> Path:
-    """The workdir of a model, or of a variance head on it, named by everything that it depends on."""
+    """The workdir of a model, or of a variance head on it, named by everything that determines it."""
     parts = [model.dataset, model.schedule, f"skip{model.skip}", f"K{model.K}", f"lam{model.lam:g}"]
     parts += [f"flip{int(model.flip)}", f"seed{args.seed}", f"steps{model.steps}"]
     parts += [variance_head, f"steps{head_steps(args)}"] if variance_head else []

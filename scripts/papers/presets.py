@@ -10,7 +10,7 @@ from papers.types import Model, TableRow
 
 # The default first.
 PRESETS = {
-    "released": "the authors' code, which made the printed numbers",
+    "released": "the authors' code, which produced the printed numbers",
     "paper": "the papers' equations",
 }
 # Timesteps of every config here.
@@ -45,7 +45,7 @@ def released_fields(row: TableRow, args: argparse.Namespace) -> dict[str, dict]:
 
 
 def workdir_parts(model: Model, args: argparse.Namespace) -> list[str]:
-    """What the name of a workdir says of the preset: nothing for `paper`."""
+    """The preset's part of a workdir's name: empty for `paper`."""
     return ["released", f"ema_{model.ema_start}"] if args.preset == "released" else []
 
 

@@ -66,31 +66,29 @@ _S2_SAMPLES = tuple(
 
 _FID_NOTE = (
     "The paper does not name its FID code, and DDIM's has none; the work that it cites for FID (Jolicoeur-Martineau "
-    "et al. 2020) has pytorch-fid's, which the preset released takes. DDIM's code draws whole batches, 49,984 images "
-    "for 50,000."
+    "et al. 2020) has pytorch-fid's, which the preset released uses. DDIM's code samples complete batches only, "
+    "49,984 images for 50,000."
 )
 
 _PNDM_NOTE = (
-    "The paper says neither which PNDM it uses nor how it counts steps. Here: F-PNDM with the corrected ᾱ, whose S "
-    "steps "
-    "cost S + 9 NFE; PNDM's published code cannot run 1,000 steps. " + _FID_NOTE
+    "The paper states neither which PNDM it uses nor how it counts steps. Here: F-PNDM with the corrected ᾱ, whose "
+    "S steps cost S + 9 NFE; PNDM's published code cannot run 1,000 steps. " + _FID_NOTE
 )
 
 _ABLATION_NOTE = (
     "The column 400 is most likely 500 steps, which DDIM's code takes when 400 are requested: for skip 10 it repeats "
-    "the "
-    "column 500 of Tables 1 and 2. The preset released takes 500, paper 400. " + _FID_NOTE
+    "the column 500 of Tables 1 and 2. The preset released takes 500, paper 400. " + _FID_NOTE
 )
 
 _COMPARED_NOTE = (
-    "The caption names no models: DDIM, PNDM and S²-DMs with growing skip are read off the text. The noise is ours: "
-    "the paper's pictures cannot be met image by image."
+    "The caption names no models: DDIM, PNDM and S²-DMs with growing skip are taken from the text. The noise is "
+    "sampled here, so the paper's images cannot be matched one by one."
 )
 
 # Figures without numbers behind them, and why there is no command for them.
 NOT_REPRODUCED = {
-    "s2-figure1": "it is a scheme, hand-drawn trajectories of DDPMs, DDIMs and S²-DMs, with no data behind it",
-    "s2-figure2": "it is a scheme, of states called asymmetric, symmetric and coordinated, with no data behind it",
+    "s2-figure1": "it is a drawing of the trajectories of DDPMs, DDIMs and S²-DMs, without data",
+    "s2-figure2": "it is a drawing of states called asymmetric, symmetric and coordinated, without data",
 }
 
 TABLES = {
@@ -139,9 +137,9 @@ TABLES = {
                 ("celeba64", "S²-DMs", 10, (0.0056, 15.56)),
             )
         ),
-        "The paper's seconds would need three times the peak rate of its two A100; its section 4 implies 0.144 s "
+        "The paper's seconds would require three times the peak rate of its two A100; its section 4 implies 0.144 s "
         "(CIFAR-10) and 0.432 s (CelebA). Its memory is that of one of two GPUs, with half of the batch of 128; "
-        "ours is the peak of the device that used most, or of the process on a CPU, as metrics.jsonl has it.",
+        "the measured one is the peak of the device that used most, or of the process on a CPU, from metrics.jsonl.",
     ),
     "s2-table4": Table(
         "S²-DMs, Table 4: seconds for 50,000 samples",
@@ -151,8 +149,8 @@ TABLES = {
             TableRow("cifar10, S²-DMs", _s2("cifar10", 10), *DDIM, (675, 1305)),
             TableRow("celeba64, S²-DMs", _s2("celeba64", 10), *DDIM, (1483, 2904)),
         ),
-        "Ours include compilation and feature extraction, on another device than the paper's two A100, in batches of "
-        "eval.batch_size, not of 10,000 and 2,000.",
+        "The measured seconds include compilation and feature extraction, on a device other than the paper's two A100, "
+        "in batches of eval.batch_size, not of 10,000 and 2,000.",
     ),
     "s2-table5": Table(
         "S²-DMs, Table 5: FID with skips of 50, 10 and 2",
@@ -187,9 +185,8 @@ TABLES = {
         "interpolation",
         (10,),
         _s2_images(*(("celeba64", skip, DDIM) for skip in (2, 10, 50))),
-        "The caption gives the 10 steps alone. CelebA and the skips are read off the text, 11 images on a great "
-        "circle off "
-        "DDIM's code.",
+        "The caption states only the 10 steps. CelebA and the skips are taken from the text, the 11 images on a great "
+        "circle from DDIM's code.",
     ),
     "s2-figure7": Table(
         "S²-DMs, Figure 7: 5 steps, CIFAR-10",

@@ -115,13 +115,13 @@ _SA_HQ = (
     ("DDIM, SA, λ 1", 2, 1.0, DDIM, _SA_HQ_DDIM),
 )
 
-_CHECKPOINT_NOTE = "SA-DPM's README samples the checkpoint with the best FID; ours is the last one."
+_CHECKPOINT_NOTE = "SA-DPM's README samples the checkpoint with the best FID; here the last one is measured."
 
 _SA_NOTE = (
     "The paper does not name its CIFAR-10 network: most likely it is improved-diffusion's UNet with Analytic-DPM's "
     "training, as here; the preset released adds the mirrored timesteps and the EMA's start of SA-DPM's code. Its "
-    "CelebA "
-    "baselines are Analytic-DPM's published values for the released DDIM checkpoint, not retrained. " + _CHECKPOINT_NOTE
+    "CelebA baselines are Analytic-DPM's published values for the released DDIM checkpoint, not retrained. "
+    + _CHECKPOINT_NOTE
 )
 
 # The network of DDIM and SA-DPM's released code in the place of improved-diffusion's (`--network=unet`), and its steps
@@ -135,9 +135,8 @@ TABLES = {
         _SA_STEPS,
         tuple(TableRow(name, _sa("celebahq256", K, lam), *sampler, values) for name, K, lam, sampler, values in _SA_HQ),
         "λ has two sources: 0.1 in the README of the released code, in the rows SA, and 1 in the paper, in the rows "
-        "SA, λ 1; which one the printed values are of is not known. The paper says 50,000 images, as here, and the "
-        "README's "
-        "example draws 10,000 (--images=10000). " + _CHECKPOINT_NOTE,
+        "SA, λ 1; it is unclear which one the printed values have. The paper states 50,000 images, as here; the "
+        "README's example samples 10,000 (--images=10000). " + _CHECKPOINT_NOTE,
     ),
     "sa-table2": Table(
         "SA-DPM, Table 2: FID on CIFAR-10 (linear, cosine schedule) and CelebA 64 (DDPM, DDIM)",
@@ -174,7 +173,8 @@ TABLES = {
         "illustration",
         (),
         (),
-        "The paper's is a drawing without numbers. Here: 50 timesteps of the posterior's mean, with errors of one size "
+        "The paper's figure is a drawing without numbers. Here: 50 timesteps of the posterior's mean, with errors of "
+        "one size "
         "whose signs are equal or alternate (scripts/papers/illustration.py). Nothing is trained.",
     ),
     "sa-figure2": Table(
@@ -185,7 +185,7 @@ TABLES = {
             TableRow(name, _sa("celebahq256", K, 0.1 if K > 1 else 0.0), *DDIM)
             for name, K in (("DDIM", 1), ("SA-2-DPM", 2))
         ),
-        "The caption names the dataset alone. Models, DDIM, 50 and 100 steps and the README's λ of 0.1 are guessed.",
+        "The caption names only the dataset. Models, DDIM, 50 and 100 steps and the README's λ of 0.1 are guessed.",
     ),
     "sa-figure3": Table(
         "SA-DPM, Figure 3: CIFAR-10 and CelebA 64",
@@ -195,7 +195,7 @@ TABLES = {
             TableRow(f"{dataset}, SA-2-DPM", _sa(dataset, 2, 1.0), *ETA_1)
             for dataset in ("cifar10_improved", "celeba64")
         ),
-        "The caption names the datasets alone. SA-2-DPM, η = 1 and 50 steps are guessed.",
+        "The caption names only the datasets. SA-2-DPM, η = 1 and 50 steps are guessed.",
     ),
     "sa-figure4": Table(
         "SA-DPM, Figure 4: total gap from t = 300, CIFAR-10",
@@ -205,8 +205,7 @@ TABLES = {
             TableRow(f"SA-{K}-DPM" if K > 1 else "DDPM", _sa("cifar10_improved", K, lam), *ETA_1)
             for K, lam in ((1, 0.0), (2, 1.0), (3, 0.3), (4, 0.2))
         ),
-        "The paper gives t = 300 and about 2,000 images. The sampler (η = 1), the images (held out) and the λ of K = "
-        "3 and 4 "
-        "(Table 4's that are best at 1,000 steps) are guessed, and so is what is plotted: docs/objectives.md.",
+        "The paper states t = 300 and about 2,000 images. The sampler (η = 1), the images (held out), the λ of K = 3 "
+        "and 4 (Table 4's that are best at 1,000 steps) and the plotted quantity (docs/objectives.md) are guessed.",
     ),
 }

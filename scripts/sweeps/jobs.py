@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep one after another, in as many processes at once as there are, each job in one of them."""
+"""Runs the jobs of a sweep one after another; several processes share them, each job in one of them."""
 
 import contextlib
 import functools
@@ -37,7 +37,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of jobs: their results, why others failed, and which are left, to another process or another call."""
+    """The outcome of jobs: results, reasons of failures, and the jobs left to another process or another call."""
 
     results: dict[str, dict]
     failures: dict[str, str]
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Which share of the jobs a process does: `number`, from 0, of `count`; `source` is who says so."""
+    """The share of the jobs of a process: `number`, from 0, of `count`; `source` names the flags or variables."""
 
     number: int
     count: int
@@ -66,24 +66,24 @@ def task_of(number: int | None, count: int | None, environment: Mapping[str, str
     """
     if (number is None) != (count is None):
         missing = "--task" if number is None else "--num-tasks"
-        raise UserError(f"{missing} is missing: --task=I and --num-tasks=N go together")
+        raise UserError(f"{missing} is missing: --task=I and --num-tasks=N must be given together")
     if number is not None and count is not None:
         if not 0 <= number < count:
             raise UserError(
-                f"--task={number} is out of range: with --num-tasks={count} it must be from 0 to {count - 1}; a Slurm "
-                f"array of them is sbatch --array=0-{count - 1}"
+                f"--task={number} is out of range: with --num-tasks={count} it must be from 0 to {count - 1}; for a "
+                f"Slurm array use sbatch --array=0-{count - 1}"
             )
         return Task(number, count, f"--task={number} --num-tasks={count}")
     if _ARRAY[0] not in environment:
         return None
     values = {name: environment.get(name, default) for name, default in zip(_ARRAY, ("", "1", "0", "1"), strict=True)}
     if not all(value.isdecimal() for value in values.values()):
-        raise UserError(f"{_ARRAY[0]}={values[_ARRAY[0]]} is no task of an array; give --task and --num-tasks")
+        raise UserError(f"{_ARRAY[0]}={values[_ARRAY[0]]} is not a task of an array; give --task and --num-tasks")
     index, count, first, step = map(int, values.values())
     number, rest = divmod(index - first, max(step, 1))
     if rest or not 0 <= number < count:
         raise UserError(
-            f"{_ARRAY[0]}={index} is not one of {count} indices in a row from {first} on; submit an array such as "
+            f"{_ARRAY[0]}={index} is not one of {count} consecutive indices from {first}; submit an array such as "
             f"--array=0-{count - 1}, or give --task and --num-tasks"
         )
     return Task(number, count, f"{_ARRAY[0]}={index} of {_ARRAY[1]}={count}")
@@ -135,7 +135,7 @@ def run_job(
         return
     with _locked(out, job) as lock:
         if lock is None:
-            print(f"{job.name} is under way in another process, and is left to it", flush=True)
+            print(f"{job.name} is running in another process and is skipped", flush=True)
         elif stored(job) is None:
             _run_locked(job, out, stored, functools.partial(run, job, out / "logs" / f"{job.name}.log", lock))
 
@@ -146,7 +146,7 @@ def outcome_of(jobs: Sequence[Job], out: Path, stored: Callable[[Job], dict | No
     for job in jobs:
         if (results := stored(job)) is not None:
             outcome.results[job.name] = results
-        elif failure := read_json(_failure_path(out, job), ("reason",), "the run is tried again"):
+        elif failure := read_json(_failure_path(out, job), ("reason",), "the run is retried"):
             outcome.failures[job.name] = failure["reason"]
         else:
             outcome.left.append(job.name)
@@ -156,9 +156,12 @@ def outcome_of(jobs: Sequence[Job], out: Path, stored: Callable[[Job], dict | No
 def print_incomplete(outcome: Outcome) -> None:
     """Prints which jobs failed, and why, and which are left."""
     for name, reason in outcome.failures.items():
-        print(f"{name} failed: {reason}; the same command tries it again", file=sys.stderr)
+        print(f"{name} failed: {reason}; the same command retries it", file=sys.stderr)
     if outcome.left:
-        print(f"{', '.join(outcome.left)}: under way in another process; the same command shows the results after it")
+        print(
+            f"{', '.join(outcome.left)}: running in another process; rerun the same command afterwards to see the "
+            "results"
+        )
 
 
 def is_under_way(job: Job, out: Path) -> bool:

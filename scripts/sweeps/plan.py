@@ -1,4 +1,4 @@
-"""What a sweep consists of: a run for each objective, combination of values and seed, checked before any trains."""
+"""The runs of a sweep: one for each objective, combination of values and seed, checked before any trains."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ _SEED = "train.seed"
 
 
 class Request(NamedTuple):
-    """What the command line of a sweep says.
+    """The request on a sweep's command line.
 
     Attributes:
       config: FILE, or FILE:OBJECTIVE where `objectives` is empty.
@@ -97,10 +97,10 @@ def parse_vary(texts: Sequence[str]) -> dict[str, list[str]]:
         if name not in FIELDS:
             raise UserError(f"--vary={text}: {describe_unknown_field(name)}")
         if name == _SEED:
-            raise UserError(f"--vary={text}: seeds are given by --seeds, over which the report has means")
+            raise UserError(f"--vary={text}: give seeds with --seeds; the report averages over them")
         if name.startswith(("sample.", "export.")):
             raise UserError(
-                f"--vary={text}: no result of a run depends on config.{name}; give a field of another group"
+                f"--vary={text}: config.{name} does not affect the results of a run; give a field of another group"
             )
         if name in found:
             raise UserError(f"--vary={text}: config.{name} is varied twice; give all of its values at once")
@@ -110,7 +110,8 @@ def parse_vary(texts: Sequence[str]) -> dict[str, list[str]]:
         if not equals or len(found[name]) < 2:
             example = "1,2;1,2,2" if several else "A,B"
             raise UserError(
-                f"--vary={text} needs two values at least, as --vary='{name}={example}'; one is for --config.{name}=…"
+                f"--vary={text} needs at least two values, such as --vary='{name}={example}'; set a single value with "
+                f"--config.{name}=…"
             )
     return found
 
@@ -121,7 +122,7 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(f"--seeds={text} is not a list of seeds: it must be integers from 0, as 0,1,2 or 0-4")
+            raise UserError(f"--seeds={text} is not a list of seeds: it must be integers from 0, such as 0,1,2 or 0-4")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     _check_unique("--seeds", text, seeds)
     return seeds
@@ -131,7 +132,7 @@ def parse_objectives(text: str) -> list[str]:
     """The full names of the objectives in "ddpm,s2,s2sa"; a `UserError` for an empty one, and for one named twice."""
     names = [full_objective_name(name.strip()) for name in text.split(",")]
     if not all(names):
-        raise UserError(f"--objectives={text} has an empty name; give names as ddpm,s2_10,sa_2")
+        raise UserError(f"--objectives={text} has an empty name; give names such as ddpm,s2_10,sa_2")
     _check_unique("--objectives", text, names)
     return names
 
@@ -169,7 +170,7 @@ def _check_fields(request: Request) -> None:
     for flag in request.fields:
         name = re.sub(r"^--?(no)?config\.", "", flag).partition("=")[0]
         if name == _SEED:
-            raise UserError(f"{flag} is what --seeds is for, as in --seeds={flag.partition('=')[2] or 0}")
+            raise UserError(f"{flag} is not allowed here; use --seeds, as in --seeds={flag.partition('=')[2] or 0}")
         if name in request.vary:
             raise UserError(f"{flag} sets the field that --vary={name}=… varies; give one of the two")
 

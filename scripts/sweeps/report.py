@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
-        """All that tells it apart, as in "s2_10, train.lr=0.001, ddim, quadratic"."""
+        """The row's label, as in "s2_10, train.lr=0.001, ddim, quadratic"."""
         return ", ".join([self.objective, *(f"{name}={value}" for name, value in self.values), self.sampler])
 
 
@@ -220,7 +220,7 @@ def _notes(results: Mapping[str, dict]) -> list[str]:
     found = {name: each["provenance"]["notes"] for name, each in results.items()}
     shared = [note for note in next(iter(found.values())) if all(note in notes for notes in found.values())]
     others = [name for name, notes in found.items() if set(notes) - set(shared)]
-    more = [f"{len(others)} runs have notes of their own, in results/: {', '.join(others)}"] if others else []
+    more = [f"{len(others)} runs have further notes, in results/: {', '.join(others)}"] if others else []
     lines = "\n".join(f"- {note}" for note in shared + more)
     return [lines] if lines else []
 

@@ -206,7 +206,7 @@ def test_it_makes_what_is_missing_once_records_failures_and_reports_what_is_made
     assert "-0.50 ± 0.00" in text
     assert "commit abc" in text
     assert f"{linear_schedule().alpha[-50:].prod() ** 0.5:.3f}" in text.partition("√α_skip")[2]
-    assert "Nothing is made yet." in text
+    assert "No run is finished yet." in text
     # A network that another machine has is not evaluated here.
     (out / "results" / "ddpm_seed0_paper_2.json").unlink()
     (out / "runs" / "ddpm_seed0" / "config.json").unlink()
@@ -234,16 +234,16 @@ def test_a_figure_of_each_kind_is_drawn_where_a_pair_is_measured(monkeypatch, tm
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--only=skip,wat"], "--only=wat is no finding of --preset=digits; it has skip, released, sequence"),
+        (["--only=skip,wat"], "--only=wat is not a finding of --preset=digits; choose from skip, released, sequence"),
         (["--processes=0"], "--processes=0 is out of range: it must be at least 1"),
-        (["--report"], "--out=OUT holds no evidence; leave out --report to make it"),
+        (["--report"], "--out=OUT holds no evidence; remove --report to create it"),
         (
             ["--preset=cifar10"],
             "--preset=cifar10 needs its images; give their folder or archive as --config.data.source=",
         ),
         (["--config=configs/cifar10.py"], "--preset=cifar10 needs its images; give their folder or archive as"),
-        (["--config.loss.tau=0.5"], "--config.loss.tau=0.5 sets what the table of trainings compares"),
-        (["--config.train.steps=5"], "--config.train.steps=5 sets what the table of trainings compares"),
+        (["--config.loss.tau=0.5"], "--config.loss.tau=0.5 sets a field that the findings compare"),
+        (["--config.train.steps=5"], "--config.train.steps=5 sets a field that the findings compare"),
         (["--config.train.lr=-1"], "config.train.lr=-1.0 is out of range"),
         (["--config=nowhere.py"], "--config=nowhere.py"),
     ],
@@ -262,7 +262,7 @@ def test_a_folder_of_another_request_is_left_as_it_is(launched, tmp_path, capsys
     out = tmp_path / "out"
     assert status_of(f"--out={out}", "--preset=tiny", "--only=norms", "--seeds=1") == 0
     assert status_of(f"--out={out}", "--preset=tiny", "--config.train.lr=1") == 2
-    assert "has other runs (--preset=tiny)" in capsys.readouterr().err
+    assert "holds runs of other flags (--preset=tiny)" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     assert status_of(f"--out={tmp_path / 'other'}") == 2

@@ -128,7 +128,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds none of right.json, fast.json"):
         read_stages(tmp_path)
     write(tmp_path, tiny=True)
-    with pytest.raises(UserError, match="is of a rehearsal"):
+    with pytest.raises(UserError, match="is from a rehearsal"):
         read_stages(tmp_path)
     for stage in STAGES:
         (tmp_path / f"{stage}.json").write_text('{"machine": {"commit": null}, "parts": {}}')

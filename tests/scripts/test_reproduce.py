@@ -274,7 +274,7 @@ def test_a_row_is_trained_and_measured_under_its_preset(in_process, monkeypatch,
     assert (loss["preset"], loss["skip"]) == ("released", 10)
     line = (tmp_path / "s2-table3.md").read_text().splitlines()[4]
     label, source, seconds, gigabytes = (cell.strip() for cell in line.strip("|").split("|"))
-    assert (label, source) == ("cifar10, S²-DMs", "ours, released")
+    assert (label, source) == ("cifar10, S²-DMs", "measured, released")
     assert 0 < float(seconds) < 60
     assert 0.1 < float(gigabytes) < 100
 
@@ -292,7 +292,7 @@ def test_every_table_runs_on_the_digits_in_both_presets(in_process, tmp_path, na
     for row in reproduce.TABLES[name].rows:
         for preset in PRESETS:
             assert f"| {row.label} " in text
-            assert f" ours, {preset} " in text
+            assert f" measured, {preset} " in text
 
 
 def test_the_papers_figures_stand_beside_ours_and_nothing_is_done_twice(launched, tmp_path, capsys):
@@ -303,9 +303,9 @@ def test_the_papers_figures_stand_beside_ours_and_nothing_is_done_twice(launched
     text = (tmp_path / "s2-table2.md").read_text()
     lines = [line.replace(" ", "") for line in text.splitlines()]
     printed = "|S²-DMs(PNDMs)|printed|11.4|7.58|4.94|3.91|3.38|3.01|2.94|"
-    ours = "|S²-DMs(PNDMs)|ours,{}|1.90|2.90|5.90|10.90|20.90|50.90|100.90|"
+    ours = "|S²-DMs(PNDMs)|measured,{}|1.90|2.90|5.90|10.90|20.90|50.90|100.90|"
     assert lines[lines.index(printed) + 1] == ours.format("released")
-    assert "ours, paper" not in text
+    assert "measured, paper" not in text
     reproduce.main(command)
     assert len(launched) == 5
     assert " of 5" not in capsys.readouterr().out
@@ -396,8 +396,8 @@ def test_a_figure_makes_its_pictures(launched, tmp_path):
 
 def test_mistakes_are_told(capsys):
     for argv, sentence in (
-        (["s2-table9"], "s2-table9 is no table or figure; choose one of s2-table1,"),
-        (["s2-figure2"], "s2-figure2 cannot be reproduced: it is a scheme"),
+        (["s2-table9"], "s2-table9 is not a table or figure; choose one of s2-table1,"),
+        (["s2-figure2"], "s2-figure2 cannot be reproduced: it is a drawing"),
         (["s2-table1", "--preset=theirs"], "--preset"),
         (["s2-table1", "--images=1"], "--images=1 is out of range"),
         (["s2-table1", "--steps=5"], "works with --scale=digits only"),

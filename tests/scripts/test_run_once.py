@@ -37,12 +37,12 @@ def test_stored_results_that_a_power_failure_cut_short_are_made_again(tmp_path, 
     path.write_text(damaged)
     assert run_once(path, workdir, [writer(workdir)]) == RESULTS
     assert json.loads(path.read_text()) == RESULTS
-    assert f"{path} is empty or damaged; it is made again" in capfd.readouterr().err
+    assert f"{path} is empty or damaged; the run is repeated" in capfd.readouterr().err
 
 
 def test_a_failed_command_stores_nothing(tmp_path):
     path, workdir = tmp_path / "a.json", tmp_path / "run"
-    with pytest.raises(UserError, match="run could not be trained or evaluated; the command above reports why"):
+    with pytest.raises(UserError, match=r"run could not be trained or evaluated \(the command above reports"):
         run_once(path, workdir, [writer(workdir, code=3), writer(workdir)])
     assert (workdir / "log").read_text() == "ran\n"
     assert not path.exists()
@@ -57,7 +57,7 @@ def test_results_of_another_nfe_are_refused(tmp_path):
 
 def test_results_without_a_distance_are_an_error_and_not_stored(tmp_path):
     path, workdir = tmp_path / "a.json", tmp_path / "run"
-    with pytest.raises(UserError, match="run has no results, for the command above measured no distance"):
+    with pytest.raises(UserError, match="run has no results: the command above measured no distance"):
         run_once(path, workdir, [[sys.executable, "-c", ""]])
     workdir.mkdir()
     results = {**RESULTS, "rows": [{"name": "ddim"}], "provenance": {"notes": ["not finite"]}}

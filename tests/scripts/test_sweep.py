@@ -113,14 +113,14 @@ def test_fields_are_told_from_the_sweeps_own_arguments():
         (["--objectives=ddpm,s3"], "--config=configs/digits.py:s3: objective 's3' is not valid; choose one of"),
         (["--objectives=s2,s2_10"], "--objectives=s2,s2_10 has s2_10 twice; give each once"),
         (["--seeds=0,1,0"], "--seeds=0,1,0 has 0 twice"),
-        (["--seeds=two"], "--seeds=two is not a list of seeds: it must be integers from 0, as 0,1,2 or 0-4"),
+        (["--seeds=two"], "--seeds=two is not a list of seeds: it must be integers from 0, such as 0,1,2 or 0-4"),
         (["--vary=train.rl=1,2"], "--vary=train.rl=1,2: config.train.rl is not a field of a config; did you mean"),
-        (["--vary=train.lr=1"], "--vary=train.lr=1 needs two values at least"),
+        (["--vary=train.lr=1"], "--vary=train.lr=1 needs at least two values"),
         (["--vary=train.lr=0.1,x"], "config.train.lr='x' has the wrong type"),
         (["--vary=train.lr=0.1,1e-1"], "--vary has train.lr=0.1 twice"),
-        (["--vary=train.seed=1,2"], "--vary=train.seed=1,2: seeds are given by --seeds"),
+        (["--vary=train.seed=1,2"], "--vary=train.seed=1,2: give seeds with --seeds"),
         (["--vary=train.lr=1,2", "--config.train.lr=3"], "--config.train.lr=3 sets the field that --vary=train.lr="),
-        (["--config.train.seed=3"], "--config.train.seed=3 is what --seeds is for, as in --seeds=3"),
+        (["--config.train.seed=3"], "--config.train.seed=3 is not allowed here; use --seeds, as in --seeds=3"),
         (["--config.train.steps=0"], "config.train.steps=0 is out of range"),
         (["--config.eval.metrics=fidd"], "config.eval.metrics='fidd' names 'fidd'"),
         (["--task=2"], "--num-tasks is missing"),
@@ -184,7 +184,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_are_made(launched, tmp_path
     assert f"- s2_10_lr=1.0_seed0_eta=1.0: {reason}" in report
     assert re.search(r"\| ddpm +\| 0\.001 +\| 1\.0 +\| ddim +\| 1 +\| 11\.00 \|", report)
     assert re.search(r"\| s2_10, train.lr=0.001, eval.eta=1.0, ddim less ddpm \| -1\.00 \|", report)
-    # The same command tries it again.
+    # The same command retries it.
     assert status_of(*argv) == 1
     assert launched[8:] == ["ddpm_lr=1.0_seed0"] * 2 + ["s2_10_lr=1.0_seed0"] * 2
 
@@ -215,7 +215,7 @@ def test_the_task_of_a_slurm_array():
     assert task_of(None, None, {}) is None
     assert task_of(2, 3, {"SLURM_ARRAY_TASK_ID": "7"})[:2] == (2, 3)
     assert (task(0, 4), task(3, 4), task(9, 9, 1), task(6, 3, 2, 2)) == ((0, 4), (3, 4), (8, 9), (2, 3))
-    with pytest.raises(UserError, match="SLURM_ARRAY_TASK_ID=7 is not one of 3 indices in a row from 1 on"):
+    with pytest.raises(UserError, match="SLURM_ARRAY_TASK_ID=7 is not one of 3 consecutive indices from 1"):
         task(7, 3, 1)
     jobs = [Job(f"{i}", f"lock{i // 2}", Path(), Path(), []) for i in range(10)]
     shares = [Task(number, 3, "").share(jobs) for number in range(3)]
@@ -260,7 +260,7 @@ def test_processes_at_the_same_time_run_each_job_once(tmp_path):
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [(tmp_path / f"run{number}" / "starts").read_text() for number in range(4)] == ["started\n"] * 4
-    assert any("is under way in another process, and is left to it" in output for output in outputs)
+    assert any("is running in another process and is skipped" in output for output in outputs)
 
 
 def test_a_run_whose_sweep_was_killed_is_left_alone_until_it_ends(tmp_path):

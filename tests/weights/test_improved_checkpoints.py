@@ -122,7 +122,7 @@ def test_openais_two_files_of_a_step_become_one_run(command, tmp_path, capsys):
     error = fails(command, capsys, files[0], tmp_path / "x", "--resolution=8", f"--ema-file={later}")
     assert "their networks or steps differ (9 and 7); give the EMA of the same step" in error
     error = fails(command, capsys, tmp_path / "both.pth", tmp_path / "x", "--resolution=8", f"--ema-file={files[1]}")
-    assert "both.pth has an EMA of its own" in error
+    assert "both.pth already contains an EMA" in error
 
 
 def test_published_networks_are_known_from_their_shapes(golden):
@@ -187,7 +187,7 @@ def test_a_variance_head_becomes_a_run_and_a_file_again(command, tmp_path, capsy
     # What we wrote says the kind itself.
     assert read_weights(str(tmp_path / "again.pth")).head.kind == "sn"
     error = fails(command, capsys, tmp_path / "again.pth", tmp_path / "x", "--variance_head=npr", "--base=b")
-    assert "again.pth says that its head is sn" in error
+    assert "again.pth, whose head is sn" in error
     error = fails(command, capsys, tmp_path / "again.pth", tmp_path / "x.safetensors")
     assert "safetensors has no place for a variance head; choose analytic_dpm" in error
     # What the file leaves open is that of the base's run; a head of another network is not put on it.
@@ -228,9 +228,11 @@ def test_a_variance_head_of_no_stated_kind_stays_with_its_file_or_is_left_out(co
     source = save(tmp_path / "head.pth", {**trunk, **beside})
     command([source, str(tmp_path / "again.pth"), "--resolution=8", "--to=analytic_dpm"])
     assert_same(contents(tmp_path / "again.pth"), {**trunk, **beside})
-    assert "left out" not in capsys.readouterr().out
+    assert "head is not written" not in capsys.readouterr().out
     command([source, str(tmp_path / "w.safetensors"), "--resolution=8"])
-    assert "left out the variance head: for its run, give --variance_head=sn or npr" in capsys.readouterr().out
+    assert (
+        "the variance head is not written; to write its run, give --variance_head=sn or npr" in capsys.readouterr().out
+    )
     assert_same(load_safetensors(tmp_path / "w.safetensors"), dict(sorted(trunk.items())))
     assert "give --base=FOLDER" in fails(
         command, capsys, source, tmp_path / "x", "--resolution=8", "--variance_head=sn"
@@ -286,13 +288,13 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(command, tmp_path, capsys)
     refused("for the network unet, not for improved_unet; choose improved_diffusion", "x.pth", "--to=ddim")
     refused("must end in .pt or .pth", "x.ckpt", "--to=improved_diffusion")
     refused("holds no variance head", "x", "--variance_head=sn", "--base=b")
-    refused("--base=b is for the run of a variance head", "x", "--base=b")
-    refused("is OUT, the run of the variance head", "x", f"--base={tmp_path / 'x'}", "--variance_head=sn")
+    refused("--base=b is only for the run of a variance head", "x", "--base=b")
+    refused("is also OUT, the run of the variance head", "x", f"--base={tmp_path / 'x'}", "--variance_head=sn")
     refused("--num_heads=0 is out of range", "x", "--num_heads=0")
     refused("num_heads=3 must divide", "x", "--num_heads=3")
     refused("model.name='improved_unet', but the config has 'unet'", "x", "--config=configs/digits.py")
     unet = save(tmp_path / "b.pth", torch_names.to_torch(HEADS["ddim"].init(0)))
-    refused("--T=4000 is for the state_dict of an improved-diffusion network", "x", "--T=4000", file=unet)
+    refused("--T=4000 is only for a state_dict of an improved-diffusion network", "x", "--T=4000", file=unet)
     refused("for the network improved_unet, not for unet", "x.pt", "--to=improved_diffusion", file=unet)
 
     def unusable(sentence, **changes):

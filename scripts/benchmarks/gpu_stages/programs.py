@@ -162,7 +162,7 @@ def _memory_bytes(program: Any) -> int | None:
         memory = program.memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
     except Exception as error:
-        print(f"XLA does not tell the memory of a program: {error!r}")
+        print(f"XLA does not report the memory of a program: {error!r}")
         return None
 
 
