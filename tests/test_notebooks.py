@@ -57,7 +57,7 @@ def test_each_notebook_is_made_from_its_text():
         committed = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
         nbformat.validate(committed)
         text = jupytext.read(ROOT / "colab" / f"{name}.py")
-        assert cells(committed) == cells(text), "run jupytext --update --to ipynb colab/*.py, then execute it"
+        assert cells(committed) == cells(text), "run python scripts/dev/store_notebooks.py"
     assert len({setup_of(name) for name in NAMES}) == 1, "the notebooks share their first cell"
 
 

@@ -1,6 +1,5 @@
 """Executes the notebooks of colab/ and stores them with their outputs, small enough to read on a phone."""
 
-import argparse
 import base64
 import io
 from pathlib import Path
@@ -11,8 +10,20 @@ from jupytext.combine import combine_inputs_with_outputs
 from nbclient import NotebookClient
 from PIL import Image
 
+from s2dm_jax.common.cli import Parser
+from s2dm_jax.common.errors import UserError
+from s2dm_jax.common.report import report_user_errors
+
 COLAB = Path(__file__).resolve().parents[2] / "colab"
-# Figures of digits and a few lines look the same in so many colours, and take a third of the space.
+_DESCRIPTION = """\
+Executes the notebooks of colab/ from their sources (the .py files beside them) and stores them with outputs.
+
+A complete run in runs/notebooks is not trained again. Remove that folder first: the stored output then shows the
+training."""
+_EXAMPLE = """\
+example (all notebooks: about five minutes on two CPU cores):
+  python scripts/dev/store_notebooks.py"""
+# Figures of digits and a few lines look the same with this palette, at a third of the size.
 _COLOURS = 64
 
 
@@ -31,7 +42,7 @@ def shown_text(text: str) -> str:
 
 
 def compact(outputs: list) -> list:
-    """A cell's outputs with its text as one, and smaller figures."""
+    """A cell's outputs with its text joined, and smaller figures."""
     others, texts = [], []
     for output in outputs:
         if output.output_type == "stream":
@@ -61,14 +72,15 @@ def store(name: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    names = sorted(path.stem for path in COLAB.glob("*.py"))
-    parser = argparse.ArgumentParser(
-        description="Executes the notebooks of colab/ and stores them with outputs. A run in runs/notebooks that is "
-        "complete is not trained again: remove that folder first, so that the stored output shows the training."
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"notebooks (default: {', '.join(names)})")
     # The other notebooks use the run of the quickstart.
-    for name in parser.parse_args(argv).names or sorted(names, key=lambda name: name != "quickstart"):
+    names = sorted((path.stem for path in COLAB.glob("*.py")), key=lambda name: (name != "quickstart", name))
+    parser = Parser(_DESCRIPTION, _EXAMPLE)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"notebooks (default: {', '.join(names)})")
+    with report_user_errors():
+        chosen = parser.parse_args(argv).names or names
+        if unknown := sorted(set(chosen) - set(names)):
+            raise UserError(f"NAME={unknown[0]} is not a notebook of colab/: choose from {', '.join(names)}")
+    for name in chosen:
         store(name)
 
 
