@@ -23,8 +23,8 @@ training."""
 _EXAMPLE = """\
 example (all notebooks: about five minutes on two CPU cores):
   python scripts/dev/store_notebooks.py"""
-# Figures of digits and a few lines look the same with this palette, at a third of the size.
-_COLOURS = 64
+# Figures of digits and a few lines look the same with this palette, at under half the size.
+_COLOURS = 128
 
 
 def smaller_png(png: bytes) -> bytes:
