@@ -12,21 +12,31 @@
 # ---
 
 # %% [markdown]
-# # What the two terms do
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
 #
-# Plain training (`ddpm`), the skip-step term of [S²-DMs](https://arxiv.org/abs/2401.01520) (`s2`), the
-# sequence-aware term of SA-DPM (Nguyen et al., AAAI 2024; `sa`), and a fourth variant that needs no training:
-# rescaling the output of the plain network. First three formulas, then three short trainings on digits to
-# compare with them: about two minutes on two CPU cores, less if [quickstart.ipynb](quickstart.ipynb) has
-# trained `s2`.
+# # Comparing the objectives
 #
-# **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# digits are then trained with the settings of `configs/digits.py`: 1,400 steps of 64 images instead of 1,000
-# of 16.
+# This notebook compares plain training (`ddpm`), the skip-step term of
+# [S²-DMs](https://arxiv.org/abs/2401.01520) (`s2`), the sequence-aware term of SA-DPM (Nguyen et al., AAAI 2024;
+# `sa`), and a variant without training: rescaling the output of the plain network. It starts with the theory in
+# three formulas, then trains on digits three times and compares the networks with the formulas. It takes about
+# two minutes on two CPU cores, less if [quickstart.ipynb](quickstart.ipynb) has already trained `s2`.
+#
+# The outputs below are stored with the notebook, so you can read it without running anything.
+#
+# **In Colab**, the badge opens the list of notebooks on GitHub: enter the address of this repository and choose
+# `colab/compare_objectives.ipynb`. Then paste the same address into the marked line of the next cell and run all cells.
+# In a clone of the repository, the line stays empty.
+#
+# **On a GPU or TPU**, also set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False`. This trains with the
+# settings of `configs/digits.py`: 1,400 steps at batch size 64 instead of 1,000 at batch size 16.
 
 # %%
-# @title Setup: Colab installs the package from its repository, elsewhere the installed one is used
+# @title Setup
+# >>>>>> In Colab, edit this one line: the address of the repository, as `git clone` takes it. <<<<<<
 REPOSITORY = ""  # @param {type: "string"}
+
+# Optional, for a GPU or TPU.
 EXTRAS = "plot"  # @param ["plot", "plot,cuda", "plot,tpu"]
 QUICK = True  # @param {type: "boolean"}
 
@@ -57,30 +67,30 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %% [markdown]
 # ## The theory in three formulas
 #
-# Timesteps `t` run from 0 to T−1, $\varepsilon$ is the noise in $x_t$, $f$ the network's output. The
-# skip-step term trains $c_t f$ to be the noise, $c_t =
-# \sqrt{1-\alpha_\mathrm{skip}}/\sqrt{\alpha_\mathrm{skip}}$. Its sum with the plain loss is a square that
-# can be completed:
+# Timesteps $t$ run from 0 to $T-1$, $\varepsilon$ is the noise in $x_t$ and $f$ the network's output. The
+# skip-step term trains $c_t f$ to predict the noise, with
+# $c_t = \sqrt{1-\alpha_\mathrm{skip}}/\sqrt{\alpha_\mathrm{skip}}$. Completing the square in its sum with the
+# plain loss gives
 #
 # $$\tau\,\lVert\varepsilon-f\rVert^2 + (1-\tau)\,\lVert\varepsilon-c_t f\rVert^2
 # \;=\; w_t\,\lVert f-s_t\,\varepsilon\rVert^2 + k_t\,\lVert\varepsilon\rVert^2 \tag{1}$$
 #
-# Its optimum is that of plain training, $\mathbb{E}[\varepsilon\,|\,x_t]$, times a number known before any
-# training:
+# The optimum is that of plain training, $\mathbb{E}[\varepsilon\,|\,x_t]$, times a factor that depends only on
+# the noise schedule, skip and τ:
 #
 # $$s_t = \frac{\tau+(1-\tau)\,c_t}{w_t}, \qquad w_t = \tau+(1-\tau)\,c_t^2 \tag{2}$$
 #
-# The sequence-aware term squares the *sum* of the errors at K neighbouring timesteps. Their noises are
-# independent, so what the errors have in common comes from the image, and shrinking the output lowers the
-# loss. Along a direction in which the images have variance $\sigma^2$, the optimal linear network is the
-# plain one times
+# The sequence-aware term squares the *sum* of the errors at $K$ neighbouring timesteps. Their noise is
+# independent, so the part that the errors share comes from the image, and shrinking the output lowers the loss.
+# Along a direction in which the images have variance $\sigma^2$, the optimal linear network is the plain one
+# times
 #
 # $$\frac{\bar\alpha_t\sigma^2+1-\bar\alpha_t}{(1+\rho)\,\bar\alpha_t\sigma^2+1-\bar\alpha_t},
 # \qquad \rho=\frac{\lambda(K-1)}{K+\lambda} \tag{3}$$
 #
-# [docs/objectives.md](../docs/objectives.md) derives all three and lists where the papers and their
-# authors' code differ. The preset `paper` uses one noise for both terms, as here; `released` draws a second
-# one for the skip-step term, which makes the factor smaller than 1.
+# [docs/objectives.md](../docs/objectives.md) derives all three formulas and lists where the papers differ from
+# their released code. The preset `paper` uses the same noise for both terms, as above; `released` draws separate
+# noise for the skip-step term, which makes the factor smaller than 1.
 
 # %%
 import json
@@ -116,8 +126,8 @@ plt.show()
 # %% [markdown]
 # ## Train
 #
-# With an equal number of network evaluations: with K = 2 the sequence-aware term makes two for each image of
-# a step, so it gets half the steps, in which its learning rate decays as far. Runs of one seed start from the
+# All runs use the same number of network evaluations. With K = 2 the sequence-aware term needs two per image and
+# step, so it trains for half the steps, and its learning rate decays equally far. Runs of one seed start from the
 # same weights and see the same images in the same order.
 
 # %%
@@ -136,8 +146,8 @@ SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # %% [markdown]
 # ## Rescale without training
 #
-# By (2) the skip-step term leads to the plain network with its output multiplied by $s_t$. That factor can be
-# applied while sampling, without training: `skip_scale=10` evaluates the plain run with it.
+# By (2), training with the skip-step term leads to the plain network with its output multiplied by $s_t$. The
+# factor can also be applied while sampling, without training: `skip_scale=10` evaluates the plain run with it.
 
 # %%
 results = {name: json.loads(Path(RUNS, name, "results.json").read_text())["rows"] for name in ("ddpm", "s2", "sa")}
@@ -148,8 +158,8 @@ results["ddpm, rescaled"] = json.loads(Path(RUNS, "ddpm", "results.json").read_t
 # %% [markdown]
 # ## Side by side
 #
-# The same noise through all four, in ten evaluations of DDIM, and the Fréchet distance of 500 samples to
-# held-out digits in the features of a small classifier (not FID).
+# Left: samples of all four variants from the same noise, with DDIM in ten network evaluations. Right: the Fréchet
+# distance of 500 samples to held-out digits in the features of a small classifier (not FID).
 
 # %%
 import s2dm_jax
@@ -174,15 +184,17 @@ axes[1].set(xlim=(0, 1.2 * max(distances)), title=f"Fréchet distance (real {rea
 plt.show()
 
 # %% [markdown]
-# One seed and such short training are no evidence for or against an objective. The comparison over five seeds
-# is in [docs/objectives.md](../docs/objectives.md#comparison-on-digits): there rescaling does what training
-# with the skip-step term does, and the sequence-aware term does not help at equal network evaluations.
+# One seed and such short training are no evidence for or against an objective.
+# [docs/objectives.md](../docs/objectives.md#comparison-on-digits) has the comparison over five seeds: rescaling
+# does what training with the skip-step term does, and the sequence-aware term does not help at equal network
+# evaluations.
 #
-# ## The formulas, measured
+# ## Formulas against trained networks
 #
-# The outputs of the networks vary less than the distances. Left: the factor that brings the plain network's
-# output closest to that of `s2`, timestep by timestep, against (2). Right: how much smaller the output of
-# `sa` is, root mean square, against (3) with the variances of the digits along their principal axes.
+# The networks' outputs vary less between runs than the distances do. Left: the factor that brings the plain
+# network's output closest to that of `s2` at each timestep, compared with (2). Right: the root mean square of the
+# output of `sa` relative to the plain network, compared with (3) for the variances of the digits along their
+# principal axes.
 
 # %%
 import jax
@@ -229,12 +241,14 @@ for axis in axes:
     axis.legend()
 plt.show()
 
-# %% [markdown] The skip-step term changes the output by a quarter of a percent; in the noisier half of the
-# timesteps, where the networks are trained well enough to measure it, that agrees with (2). The
-# sequence-aware term shrinks the output by up to a fifth at the cleanest timesteps; (3) is for linear
-# networks, which these are not there.
+# %% [markdown]
+# The skip-step term changes the output by a quarter of a percent. In the noisier half of the timesteps, where the
+# networks are trained well enough to measure it, this agrees with (2). The sequence-aware term shrinks the output
+# by up to a fifth at the cleanest timesteps; (3) holds for linear networks, which these are not there.
 #
-# The last cell checks (1), for an arbitrary function as the network, and the agreement seen above.
+# ## Checks
+#
+# The last cell checks (1) with an arbitrary function as the network, and the agreement seen above:
 
 # %%
 objective = objectives.paper(skip=10)

@@ -12,20 +12,31 @@
 # ---
 
 # %% [markdown]
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
+#
 # # Fast sampling
 #
-# Samplers at equal NFE (number of function evaluations of the network), weights from and to PyTorch, and a
-# sampler exported to one file that depends only on JAX: about two minutes on two CPU cores, less if
-# [quickstart.ipynb](quickstart.ipynb) has trained the network.
+# This notebook compares samplers at equal NFE (number of function evaluations of the network), converts weights
+# to and from PyTorch, and exports a sampler to a single file that depends only on JAX. It takes about two minutes
+# on two CPU cores, less if [quickstart.ipynb](quickstart.ipynb) has already trained the network.
 #
-# **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# network is then trained with the settings of `configs/digits.py`, 1,400 steps of 64 images instead of 1,000
-# of 16, and more samplers are compared at more NFE. A TPU belongs to one process at a time: that is why all
-# commands come before the first line that computes in this notebook.
+# The outputs below are stored with the notebook, so you can read it without running anything.
+#
+# **In Colab**, the badge opens the list of notebooks on GitHub: enter the address of this repository and choose
+# `colab/fast_sampling.ipynb`. Then paste the same address into the marked line of the next cell and run all cells.
+# In a clone of the repository, the line stays empty.
+#
+# **On a GPU or TPU**, also set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False`. This trains with the
+# settings of `configs/digits.py`, 1,400 steps at batch size 64 instead of 1,000 at batch size 16, and compares
+# more samplers at more NFE. Only one process can use a TPU, so all commands come before the first computation in
+# this notebook.
 
 # %%
-# @title Setup: Colab installs the package from its repository, elsewhere the installed one is used
+# @title Setup
+# >>>>>> In Colab, edit this one line: the address of the repository, as `git clone` takes it. <<<<<<
 REPOSITORY = ""  # @param {type: "string"}
+
+# Optional, for a GPU or TPU.
 EXTRAS = "plot"  # @param ["plot", "plot,cuda", "plot,tpu"]
 QUICK = True  # @param {type: "boolean"}
 
@@ -54,10 +65,10 @@ os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 
 # %% [markdown]
-# ## A trained network
+# ## Train
 #
-# The run of [quickstart.ipynb](quickstart.ipynb): if that notebook has trained it, the same command only
-# evaluates it.
+# This is the run of [quickstart.ipynb](quickstart.ipynb). If that notebook has already trained it, the command
+# only prints its results.
 
 # %%
 RUN = f"{RUNS}/s2"
@@ -68,17 +79,17 @@ SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2_10 --workdir={RUN} {LENGTH} {SHOWN}
 
 # %% [markdown]
-# ## Samplers at equal network evaluations
+# ## Compare samplers at equal NFE
 #
-# Nearly all time is spent in the network, so samplers are compared at equal *NFE*, not at equal steps: F-PNDM
-# with S steps has an NFE of S + 9. `--mode=evaluate` takes several samplers and NFE; pairs that a sampler
-# cannot run are skipped. Each sampler has the timestep spacing that suits it best.
-# [docs/samplers.md](../docs/samplers.md) has their formulas.
+# Sampling spends nearly all its time in the network, so compare samplers at equal NFE, not at equal steps: F-PNDM
+# with S steps has an NFE of S + 9. `--mode=evaluate` accepts several samplers and NFE and skips the pairs that a
+# sampler cannot run. By default each sampler uses the timestep spacing that suits it best.
+# [docs/samplers.md](../docs/samplers.md) has the formulas.
 #
 # `analytic` (Analytic-DPM) draws noise at every step, with the variance that is optimal for the network. It
-# follows from a statistic of the network that is estimated once, in the quick setting from 10 images per
-# timestep, and stored with the run. [docs/covariance.md](../docs/covariance.md) describes it, and the trained
-# variance heads of SN- and NPR-DPM.
+# computes the variance from a statistic of the network, which is estimated once (in the quick setting from 10
+# images per timestep) and stored with the run. [docs/covariance.md](../docs/covariance.md) describes it, and the
+# trained variance heads of SN- and NPR-DPM.
 
 # %%
 SAMPLERS = "ddim,dpmpp_2m,unipc,analytic" if QUICK else "ddim,s_pndm,f_pndm,deis,dpmpp_2m,unipc,analytic"
@@ -91,15 +102,15 @@ IMAGES = 10 if QUICK else 100
 # ## Import a PyTorch checkpoint
 #
 # `scripts/convert.py` reads the checkpoints of DDIM, SA-DPM, PNDM and diffusers without PyTorch, and never
-# executes code in a file. A published DDIM checkpoint becomes a run, to sample from, to evaluate, or to
-# continue training with either term:
+# executes code in a file. It turns a published DDIM checkpoint into a run that you can sample, evaluate, or train
+# further with either term:
 #
 # ```
 # python scripts/convert.py ckpt.pth runs/celeba
 # ```
 #
-# Here nothing is downloaded: the run above is written as such a file and read back. The published networks
-# are recognised by their shapes; others need `--resolution`, the size of the images.
+# To avoid a download, the next cell writes the run above to such a file and reads it back. The published networks
+# are recognised by their shapes; other networks need `--resolution`, the size of the images.
 # [docs/weights.md](../docs/weights.md) lists all formats and checks.
 
 # %%
@@ -115,16 +126,16 @@ Path(OUT).mkdir()
 # %% [markdown]
 # ## Export a sampler
 #
-# `--mode=export` writes network, weights, timesteps and sampler to one file, for any batch size on CPU, CUDA
-# and TPU.
+# `--mode=export` writes the network, its weights, the timesteps and the sampler to one file, for any batch size on
+# CPU, CUDA and TPU:
 
 # %%
 # !{sys.executable} -m s2dm_jax.main --mode=export --workdir={RUN} --config.export.path={OUT}/sampler.npz \
 #     --config.sample.sampler=unipc --config.sample.nfe=5
 
 # %% [markdown]
-# To use the file takes JAX, NumPy and these lines. (`s2dm_jax.load` reads it too, and then its weights can be
-# sampled with any sampler.)
+# To use the file, you need JAX, NumPy and the lines below. (`s2dm_jax.load` reads it too, and can then sample its
+# weights with any sampler.)
 
 # %%
 import jax
@@ -145,9 +156,9 @@ reloaded = np.floor((np.clip(reloaded, -1, 1) + 1) * 127.5 + 0.5).astype(np.uint
 # %% [markdown]
 # ## Results
 #
-# The Fréchet distance of 500 samples to held-out digits in the features of a small classifier (not FID), and
-# samples of each sampler from the same noise at 5 NFE. The last rows are from the imported weights and the
-# reloaded file.
+# Left: the Fréchet distance of 500 samples to held-out digits in the features of a small classifier (not FID).
+# Right: samples of each sampler from the same noise at NFE 5. The last two rows use the imported weights and the
+# exported file.
 
 # %%
 import json
@@ -180,11 +191,14 @@ axes[1].set_yticks((np.arange(len(samples)) + 0.5) * len(grid) / len(samples), s
 axes[1].set(xticks=[], title="The same noise, 5 NFE")
 plt.show()
 
-# %% [markdown] A multistep sampler reaches at 5 NFE what DDIM needs many more for. Such short training does
-# not show how the samplers rank on photographs.
+# %% [markdown]
+# The multistep samplers are ahead of DDIM, most at NFE 5. Such short training does not show how the samplers rank on
+# photographs.
 #
-# The last cell checks that weights come back from PyTorch's format bit for bit, that the reloaded file gives
-# the samples of the run (up to one grey value, from rounding), and that UniPC is ahead of DDIM at 5 NFE.
+# ## Checks
+#
+# The weights must come back from PyTorch's format bit for bit, the exported file must give the samples of the run
+# (up to one grey value, from rounding), and UniPC must be ahead of DDIM at NFE 5:
 
 # %%
 jax.tree.map(np.testing.assert_array_equal, imported.ema_params, model.ema_params)

@@ -12,19 +12,30 @@
 # ---
 
 # %% [markdown]
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/)
+#
 # # Quickstart
 #
-# Trains a diffusion model on 8×8 handwritten digits with the skip-step objective of
-# [S²-DMs](https://arxiv.org/abs/2401.01520), shows samples of ten network evaluations, and interpolates from
-# one digit to another: about a minute on two CPU cores.
+# This notebook trains a diffusion model on 8×8 handwritten digits with the skip-step objective of
+# [S²-DMs](https://arxiv.org/abs/2401.01520), samples it with ten network evaluations, and interpolates between
+# digits. It takes about a minute on two CPU cores.
 #
-# **On a GPU or TPU** set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False` in the next cell. The
-# digits are then trained with the settings of `configs/digits.py`: 1,400 steps of 64 images instead of 1,000
-# of 16. Activations become bfloat16 and batches are split over all devices; nothing else changes.
+# The outputs below are stored with the notebook, so you can read it without running anything.
+#
+# **In Colab**, the badge opens the list of notebooks on GitHub: enter the address of this repository and choose
+# `colab/quickstart.ipynb`. Then paste the same address into the marked line of the next cell and run all cells.
+# In a clone of the repository, the line stays empty.
+#
+# **On a GPU or TPU**, also set `EXTRAS` to `plot,cuda` or `plot,tpu` and `QUICK` to `False`. This trains with the
+# settings of `configs/digits.py`: 1,400 steps at batch size 64 instead of 1,000 at batch size 16. Activations
+# become bfloat16 and each batch is split over all devices; nothing else changes.
 
 # %%
-# @title Setup: Colab installs the package from its repository, elsewhere the installed one is used
+# @title Setup
+# >>>>>> In Colab, edit this one line: the address of the repository, as `git clone` takes it. <<<<<<
 REPOSITORY = ""  # @param {type: "string"}
+
+# Optional, for a GPU or TPU.
 EXTRAS = "plot"  # @param ["plot", "plot,cuda", "plot,tpu"]
 QUICK = True  # @param {type: "boolean"}
 
@@ -55,10 +66,10 @@ RUNS = f"runs/notebooks/{'quick' if QUICK else 'full'}"
 # %% [markdown]
 # ## Train
 #
-# One command trains, saves checkpoints, and evaluates the result. The objective is named after the colon of
-# `digits.py:s2_10`: `ddpm`, `s2_10`, `sa_2` or `s2_10+sa_2`. Every field of `s2dm_jax/config/defaults.py` can
-# be set on the command line, as the quick setting does here. After an interruption the same command resumes;
-# after the end it only prints the table.
+# One command trains the network, saves checkpoints and samples, and evaluates the result. The objective follows
+# the colon in `digits.py:s2_10`: `ddpm`, `s2_10`, `sa_2` or `s2_10+sa_2`. Every field of
+# `s2dm_jax/config/defaults.py` can be set on the command line, as the quick setting does here. To resume an
+# interrupted run, rerun the same command. Once the run is complete, the command only prints its results.
 
 # %%
 RUN = f"{RUNS}/s2"
@@ -68,10 +79,11 @@ EVALUATION = "--config.eval.samplers=ddim,unipc --config.eval.nfe=10"
 SHOWN = f"--config.train.sample_every=200 {SAMPLING} {EVALUATION}"
 # !{sys.executable} -m s2dm_jax.main --config=configs/digits.py:s2_10 --workdir={RUN} {LENGTH} {SHOWN}
 
-# %% [markdown] The table is the Fréchet distance between 500 images and 500 held-out digits, in the features
-# of a small classifier of digits. It is not FID: other real digits (the floor) and noise (the ceiling) give
-# the scale. [docs/evaluation.md](../docs/evaluation.md) describes FID and the other metrics,
-# [docs/training.md](../docs/training.md) the files in the folder of a run. Two of them, the logged metrics
+# %% [markdown]
+# The table lists the Fréchet distance between 500 images and 500 held-out digits, in the features of a small
+# digit classifier. It is not FID: other real digits (the floor) and noise (the ceiling) give the scale.
+# [docs/evaluation.md](../docs/evaluation.md) describes FID and the other metrics,
+# [docs/training.md](../docs/training.md) the files of a run. Two of them are plotted below, the logged metrics
 # and the samples saved during training:
 
 # %%
@@ -97,10 +109,10 @@ for axis, path in zip(axes[1:], (grids[0], grids[2], grids[-1]), strict=True):
 plt.show()
 
 # %% [markdown]
-# ## Look at samples
+# ## Sample
 #
-# `load` reads the EMA weights of the newest checkpoint. The images are uint8 `[N, H, W, C]`; image i of a
-# seed is the same in any batch. Here they are beside real digits:
+# `load` reads the EMA weights of the newest checkpoint, and `sample` returns uint8 `[N, H, W, C]`. Image i of a
+# seed is the same in any batch. Real digits are shown for comparison:
 
 # %%
 model = s2dm_jax.load(RUN)
@@ -116,7 +128,10 @@ for axis, shown, title in (
 plt.show()
 
 # %% [markdown]
-# The network's prediction of each image, from the noisiest of the ten timesteps to the image itself:
+# ## Sampling trajectories
+#
+# Each row shows the network's prediction of the clean image at each of the ten timesteps, from the noisiest to
+# the sample itself:
 
 # %%
 strips = visualize.trajectory(model, range(4), sampler="unipc", nfe=10)
@@ -130,8 +145,8 @@ plt.show()
 # %% [markdown]
 # ## Interpolate
 #
-# UniPC, like DDIM, is deterministic: an image is a function of the noise that sampling starts from. Points on
-# the great circle between two of those noise images give images between two digits:
+# UniPC, like DDIM, is deterministic: the sample is a function of the initial noise. Points on the great circle
+# between two noise images give samples between two digits:
 
 # %%
 starts, ends = (0, 2, 4, 6), (1, 3, 5, 7)
@@ -144,8 +159,10 @@ axis.set_yticks([])
 plt.show()
 
 # %% [markdown]
-# The last cell checks that the samples are much closer to real digits than noise is, and that a row of
-# interpolated images begins and ends with the samples of its pair (up to one grey value, from rounding).
+# ## Checks
+#
+# The samples must be much closer to real digits than noise is, and each interpolated row must start and end with
+# the samples of its pair (up to one grey value, from rounding):
 
 # %%
 results = json.loads(Path(RUN, "results.json").read_text())
@@ -154,10 +171,9 @@ assert distance["unipc, truncated_logsnr"] < distance["noise (ceiling)"] / 10, d
 assert np.abs(rows[:, [0, -1]].astype(int).reshape(images[:8].shape) - images[:8]).max() <= 1
 
 # %% [markdown]
-# ## From here
+# ## Next steps
 #
 # - [compare_objectives.ipynb](compare_objectives.ipynb): what the skip-step and the sequence-aware term do.
-# - [fast_sampling.ipynb](fast_sampling.ipynb): samplers at equal NFE, weights from PyTorch, a sampler as one
-#   file.
+# - [fast_sampling.ipynb](fast_sampling.ipynb): samplers at equal NFE, PyTorch weights, exporting a sampler.
 # - The same command trains on CIFAR-10 (`configs/cifar10.py:s2_10`), CelebA, CelebA-HQ or your own folder of
-#   images ([docs/data.md](../docs/data.md)). Those need a GPU or TPU; nothing but the config changes.
+#   images ([docs/data.md](../docs/data.md)). These need a GPU or TPU; only the config changes.

@@ -1,4 +1,4 @@
-"""The notebooks of colab/: each runs from top to bottom, and is what its text says."""
+"""The notebooks of colab/: stored as their source says and with outputs, and each runs from top to bottom."""
 
 import json
 import os
@@ -57,9 +57,47 @@ def test_each_notebook_is_made_from_its_text():
         committed = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
         nbformat.validate(committed)
         text = jupytext.read(ROOT / "colab" / f"{name}.py")
-        assert cells(committed) == cells(text), "run jupytext --update --to ipynb colab/*.py"
-        assert all(not cell.outputs for cell in committed.cells if cell.cell_type == "code")
-    assert len({setup_of(name) for name in NAMES}) == 1, "they begin alike"
+        assert cells(committed) == cells(text), "run python scripts/dev/store_notebooks.py"
+    assert len({setup_of(name) for name in NAMES}) == 1, "the notebooks share their first cell"
+
+
+def output_errors(notebook, size):
+    """What is wrong with the stored outputs of a notebook of `size` bytes."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    # A figure is stored where it is shown.
+    shown = [cell for cell in code if "plt.show()" in cell.source]
+    figures = [[output for output in cell.outputs if "image/png" in output.get("data", {})] for cell in shown]
+    streams = "".join(output.text for output in outputs if output.output_type == "stream")
+    wrong = {
+        "too large": size >= 400_000,
+        "not executed from top to bottom": [cell.execution_count for cell in code] != list(range(1, len(code) + 1)),
+        "no figure": not figures or not all(figures),
+        "an error": any(output.output_type == "error" for output in outputs) or "Traceback" in streams,
+        "a path of the machine": str(Path.home()) in streams or str(ROOT) in streams or "/tmp/" in streams,
+        "a carriage return": "\r" in streams,
+    }
+    return [name for name, found in wrong.items() if found]
+
+
+def test_each_notebook_is_stored_executed():
+    for name in NAMES:
+        path = ROOT / "colab" / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        assert output_errors(notebook, path.stat().st_size) == [], name
+        assert notebook.cells[0].source.startswith("[![Open In Colab]")
+    assert output_errors(notebook, 400_000) == ["too large"]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.update(outputs=[], execution_count=None)
+    assert output_errors(notebook, 0) == ["not executed from top to bottom", "no figure"]
+
+
+def test_the_first_cell_needs_one_line():
+    lines = setup_of(NAMES[0]).split("\n")
+    assert [i for i, line in enumerate(lines) if '""' in line] == [2]
+    assert "edit this one line" in lines[1]
+    assert lines[2].startswith("REPOSITORY")
 
 
 def test_quickstart(run):
@@ -74,7 +112,7 @@ def test_compare_objectives(run):
     rows, measured, theory = run("compare_objectives", "results, smaller.tolist(), expected[times].tolist()")
     distance = {name: of_run[1]["frechet_distance"] for name, of_run in rows.items()}
     assert max(distance["ddpm, rescaled"], distance["s2"]) < distance["ddpm"] < distance["sa"] < 60
-    # From level 401 on as in theory; at level 1 the output is a fifth smaller.
+    # From timestep 401 on as in theory; at timestep 1 the output is a fifth smaller.
     assert measured[8:] == pytest.approx(theory[8:], abs=0.02)
     assert measured[0] < 0.9
 
