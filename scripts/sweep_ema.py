@@ -78,7 +78,7 @@ def _numbers(flag: str, text: str, kind: type) -> list:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, ConfigDict, list[Job]]:
-    """Reads the command line: its arguments, the run's config with the evaluation asked for, the rows.
+    """Reads the command line: its arguments, the run's config with the requested evaluation, the rows.
 
     Raises:
       UserError: for a value that is not allowed, a run without such EMAs, or a missing matplotlib.

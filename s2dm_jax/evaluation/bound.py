@@ -134,7 +134,9 @@ def _check(chain, count, inputs, scale):
     if "learned" in chain.variances:
         with_learned_variance(chain.network)
     if scale is not None and {"learned", *HEAD_COV_X0} & set(chain.variances):
-        raise ValueError(f"scale does not go with variances={chain.variances}, one of which is the unscaled network's")
+        raise ValueError(
+            f"scale cannot be combined with variances={chain.variances}, one of which is the unscaled network's"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -111,7 +111,7 @@ class Module(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel, its computation, and how often it runs for one run of the computation that was asked for."""
+    """A kernel, its computation, and how often it runs for one run of the requested computation."""
 
     instruction: Instruction
     computation: Computation

@@ -136,7 +136,7 @@ def test_clipping_and_scaling_act():
         (("analytic",), {}, "inputs must have 'analytic'"),
         (("learned",), {}, "needs a network that predicts it"),
         (("sn", "learned"), {"inputs": {"sn": {}}}, "several outputs of the network"),
-        (("npr",), {"inputs": {"npr": {}}, "scale": np.ones(100)}, "scale does not go with"),
+        (("npr",), {"inputs": {"npr": {}}, "scale": np.ones(100)}, "scale cannot be combined with"),
     ],
 )
 def test_bad_requests(variances, options, sentence):

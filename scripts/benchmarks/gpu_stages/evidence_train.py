@@ -48,7 +48,7 @@ class Program(NamedTuple):
 
 
 class Compiler:
-    """Compiles the programs in threads, each once, while other work goes on.
+    """Compiles the programs in threads, each once, during other work.
 
     Tracing holds Python's lock and is done by the caller; XLA does not.
     """

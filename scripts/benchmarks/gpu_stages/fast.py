@@ -168,8 +168,9 @@ def _beside_torch(
 def _cold_start(settings: Settings, name: str, stop_at: float) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """What `train.py` reports of a config's program that it compiles with an empty cache, or else the reason.
 
-    A process of its own, whose peak memory is that of this program alone. Its cache is the folder of ours, emptied for
-    as long, since some versions of JAX find an entry only in a folder of the same name: this process then compiles the
+    A process of its own, whose peak memory is that of this program alone. Its cache is this process's folder, emptied
+    for as long, since some versions of JAX find an entry only in a folder of the same name: this process then
+      compiles the
     same program with a warm cache.
     """
     limit = stop_at - time.time() - _AFTER_COLD_SECONDS

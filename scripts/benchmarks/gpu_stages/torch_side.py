@@ -1,4 +1,4 @@
-"""PyTorch's side of a comparison: worker processes whose failure is a note, never a failure of ours."""
+"""PyTorch's side of a comparison: worker processes whose failure is a note, never a failed measurement."""
 
 import functools
 import sys

@@ -36,7 +36,7 @@ class Window(NamedTuple):
 
     Attributes:
       events: in the order of their starts.
-      starts: of the steps, and the end of the last one; empty where the steps cannot be told apart.
+      starts: of the steps, and the end of the last one; empty where steps cannot be distinguished.
       steps: how many.
     """
 
@@ -173,7 +173,7 @@ def gaps(window: Window, count: int = 10) -> tuple[list[dict[str, Any]], dict[st
     """The largest gaps in which no stream had work, and how busy the device was.
 
     Returns:
-      Gaps {"us", "at_ms" in its step (in the trace, where the steps cannot be told apart), "before", "after"}; and
+      Gaps {"us", "at_ms" in its step (in the trace, where steps cannot be distinguished), "before", "after"}; and
       {"span_ms", "busy_ms", "busy_share", "gaps"}, the first two and the number of gaps of a step.
     """
     found = []
