@@ -21,8 +21,9 @@ Executes the notebooks of colab/ from their sources (the .py files beside them) 
 A complete run in runs/notebooks is not trained again. Remove that folder first: the stored output then shows the
 training."""
 _EXAMPLE = """\
-example (all notebooks: about five minutes on two CPU cores):
-  python scripts/dev/store_notebooks.py"""
+examples (all notebooks, and one of them):
+  python scripts/dev/store_notebooks.py
+  python scripts/dev/store_notebooks.py quickstart"""
 # Figures of digits and a few lines look the same with this palette, at under half the size.
 _COLOURS = 128
 
