@@ -93,7 +93,7 @@ def test_a_reader_that_leaves_ends_no_run():
 
 def test_images_without_classes_are_refused(tmp_path):
     (tmp_path / "text.txt").write_text("no image")
-    with pytest.raises(UserError, match=r"--images=.*text\.txt is no folder"):
+    with pytest.raises(UserError, match=r"--images=.*text\.txt is not a folder"):
         check_images(tmp_path / "text.txt")
     tarfile.open(tmp_path / "empty.tar", "w").close()
     with pytest.raises(UserError, match=r"has no images"):
