@@ -19,8 +19,8 @@
 # This notebook compares plain training (`ddpm`), the skip-step term of
 # [S²-DMs](https://arxiv.org/abs/2401.01520) (`s2`), the sequence-aware term of SA-DPM (Nguyen et al., AAAI 2024;
 # `sa`), and a variant without training: rescaling the output of the plain network. It starts with the theory in
-# three formulas, then trains on digits three times and compares the networks with the formulas. It takes about
-# two minutes on two CPU cores, less if [quickstart.ipynb](quickstart.ipynb) has already trained `s2`.
+# three formulas, then trains on digits three times and compares the networks with the formulas. It takes a few
+# minutes on two CPU cores, less if [quickstart.ipynb](quickstart.ipynb) has already trained `s2`.
 #
 # The outputs below are stored with the notebook, so you can read it without running anything.
 #

@@ -17,7 +17,7 @@
 # # Fast sampling
 #
 # This notebook compares samplers at equal NFE (number of function evaluations of the network), converts weights
-# to and from PyTorch, and exports a sampler to a single file that depends only on JAX. It takes about two minutes
+# to and from PyTorch, and exports a sampler to a single file that depends only on JAX. It takes a few minutes
 # on two CPU cores, less if [quickstart.ipynb](quickstart.ipynb) has already trained the network.
 #
 # The outputs below are stored with the notebook, so you can read it without running anything.

@@ -18,7 +18,7 @@
 #
 # This notebook trains a diffusion model on 8×8 handwritten digits with the skip-step objective of
 # [S²-DMs](https://arxiv.org/abs/2401.01520), samples it with ten network evaluations, and interpolates between
-# digits. It takes about a minute on two CPU cores.
+# digits. It takes a minute or two on two CPU cores.
 #
 # The outputs below are stored with the notebook, so you can read it without running anything.
 #
