@@ -82,7 +82,7 @@ def test_a_signal_ends_a_busy_process_at_once_and_leaves_no_temporary_file(tmp_p
     process = start(BUSY, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     process.send_signal(number)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert errors == f"stopped by {number.name}; run it again\n"
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +100,7 @@ def test_ctrl_c_while_the_modules_are_imported_is_no_traceback(tmp_path, module)
     )
     assert process.stdout.readline() == "busy\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (128 + signal.SIGINT, "")
 
 
@@ -114,7 +114,7 @@ def test_ctrl_c_while_the_modules_are_imported_is_no_traceback(tmp_path, module)
 def test_what_is_left_to_do_is_said(tmp_path, code, advice):
     process = start(code, tmp_path)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (128 + signal.SIGTERM, f"stopped by SIGTERM; {advice}\n")
 
 
@@ -124,7 +124,7 @@ def test_the_first_signal_waits_for_what_is_saved_even_if_it_comes_twice():
     process.send_signal(signal.SIGTERM)
     time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=10) == ("saved [15]\n", "stopping\n")
+    assert process.communicate(timeout=30) == ("saved [15]\n", "stopping\n")
     assert process.returncode == 0
 
 
@@ -134,14 +134,14 @@ def test_a_second_signal_and_one_after_the_save_end_at_once():
     time.sleep(0.4)
     process.send_signal(signal.SIGINT)
     stopped = "stopped by SIGINT; the training is saved\n"
-    assert process.communicate(timeout=10) == ("", f"stopping\n{stopped}")
+    assert process.communicate(timeout=30) == ("", f"stopping\n{stopped}")
     assert process.returncode == 128 + signal.SIGINT
     process = start(LOOP.format(more=0, after=60))
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "saved [2]\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=10) == ("", f"stopping\n{stopped}")
+    assert process.communicate(timeout=30) == ("", f"stopping\n{stopped}")
     assert process.returncode == 128 + signal.SIGINT
 
 
