@@ -56,15 +56,15 @@ def make_feed(
 
     if size <= min(_REPLICATED_FRACTION, max_fraction) * memory:
         on_device = _place(images, len(images), replicated())
-        return Feed("replicated", on_device, rows, f"{_gb(size)}, replicated on every device")
+        return Feed("replicated", on_device, rows, f"{_size(size)}, replicated on every device")
     if size <= max_fraction * memory * devices:
         # The rows of the padding are never read.
         padded = -(-len(images) // devices) * devices
         on_device = _place(images, padded, NamedSharding(data_mesh(), PartitionSpec("data")))
-        return Feed("sharded", on_device, rows, f"{_gb(size)}, sharded over {devices} device(s)")
+        return Feed("sharded", on_device, rows, f"{_size(size)}, sharded over {devices} device(s)")
     summary = (
-        f"{_gb(size)}, prefetched by the host: more than "
-        f"config.data.max_device_memory_fraction={max_fraction:g} of {devices} × {_gb(memory)}"
+        f"{_size(size)}, prefetched by the host: more than "
+        f"config.data.max_device_memory_fraction={max_fraction:g} of {devices} × {_size(memory)}"
     )
     return Feed("host", None, _prefetch(images, key, batch_size, steps, max_fraction, memory), summary)
 
@@ -117,7 +117,7 @@ def _prefetch(images, key, batch_size, steps, max_fraction, memory):
         if needed > max(max_fraction, _REPLICATED_FRACTION) * memory:
             raise UserError(
                 f"config.train.log_every={length} steps of config.train.batch_size={batch_size} images need "
-                f"{_gb(needed)} on each device of {_gb(memory)}; lower config.train.log_every"
+                f"{_size(needed)} on each device of {_size(memory)}; lower config.train.log_every"
             )
         count = min(length, steps - first)
         chunk = ahead.pop((first, count), None) or start(first, count)
@@ -131,5 +131,5 @@ def _prefetch(images, key, batch_size, steps, max_fraction, memory):
     return batches
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -98,6 +98,8 @@ def _drawn(held_out: np.ndarray) -> str:
 
 def _describe_classes(classes: list[str]) -> str:
     """The number of classes and the first of their names, in a line."""
+    if classes == ["."]:
+        return "classes  none: the images are not in folders by class"
     shown = ", ".join(classes[:_MAX_NAMES]) + (", …" if len(classes) > _MAX_NAMES else "")
     return f"classes  {len(classes):,}: {shown}"
 

@@ -61,7 +61,11 @@ def sample(config: ConfigDict, workdir: str, out: str = "") -> Path:
         print(f"run      {folder}, {model.weights} at step {model.step:,}")
         if model.ema_note:
             print(f"note: {model.ema_note}", file=sys.stderr)
-    print(f"sampler  {sampler}, {settings['steps']:,} steps, NFE {nfe:,}, seed {options.seed}, {device}", flush=True)
+    scaled = f", skip_scale {options.skip_scale}" if options.skip_scale else ""
+    print(
+        f"sampler  {sampler}, {settings['steps']:,} steps, NFE {nfe:,}{scaled}, seed {options.seed}, {device}",
+        flush=True,
+    )
     for note in dict.fromkeys(model.unvisited_note(**sampler_options(options)) for model in models):
         if note:
             print(f"note: {note}", file=sys.stderr)

@@ -147,6 +147,8 @@ def test_folders_named_for_splits_are_the_splits(names, expected):
 def test_without_both_kinds_of_folders_a_tenth_is_held_out(names, classes):
     train, held_out, neither, found = splits_of(names)
     assert (len(train), len(held_out), neither, found) == (len(names) - 1, 1, [], classes)
+    said = "classes  none: the images are not in folders by class"
+    assert split_and_label(names).description.endswith(said) == (classes == ["."])
 
 
 def test_the_split_and_what_it_leaves_out_are_printed(cache, tmp_path, capsys):

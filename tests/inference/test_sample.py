@@ -243,6 +243,7 @@ def test_files_tell_what_is_in_them(toy, workdir, capsys):
     ]
     others = [small_config(sampler="s_pndm", **change) for change in others]
     assert len({path, *(sample(other, str(workdir)) for other in others)}) == 5
+    assert capsys.readouterr().out.count("NFE 3, skip_scale 10, seed 0") == 1
 
     folder = sample(small_config(output="png", batch_size=3), str(workdir))
     assert [p.name for p in sorted(folder.iterdir())] == [f"{i:06d}.png" for i in range(4)]
