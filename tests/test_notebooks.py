@@ -100,6 +100,7 @@ def test_the_first_cell_needs_one_line():
     assert lines[2].startswith("REPOSITORY")
 
 
+@pytest.mark.slow
 def test_quickstart(run):
     shapes, distance = run("quickstart", "[images.shape, strips.shape, rows.shape], distance")
     assert shapes == [[60, 8, 8, 1], [4, 10, 8, 8, 1], [4, 11, 8, 8, 1]]
