@@ -156,8 +156,7 @@ def make_in_processes(argv: Sequence[str], processes: int, seconds: float) -> in
 def report(args: argparse.Namespace, request: Request) -> int:
     """Writes the report of all that is made, and returns the exit status."""
     out, everything = Path(args.out), pieces.plan(request)
-    results = {piece.name: found for piece in everything if (found := pieces.stored(piece, out))}
-    failures = work.failures(everything, out)
+    results, failures, _ = work.outcome(everything, out)
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     if not has_matplotlib:
         print("note: no figures because matplotlib is not installed; install it with pip install 's2dm_jax[plot]'")

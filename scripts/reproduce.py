@@ -185,8 +185,9 @@ def finished_rows(results: dict[str, dict], args: argparse.Namespace) -> dict[st
     for preset in PRESETS:
         other = with_preset(args, preset)
         table = scaled(TABLES[args.table], other)
-        stored = {row.label: stored_results(result_path(table, row, other)) for row in table.rows}
-        stored = results if preset == args.preset else stored
+        stored = results
+        if preset != args.preset:
+            stored = {row.label: stored_results(result_path(table, row, other)) for row in table.rows}
         found[preset] = {row.label: (row, stored[row.label]) for row in table.rows if stored[row.label]}
     return {preset: rows for preset, rows in found.items() if rows}
 

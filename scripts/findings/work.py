@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from findings.pieces import Piece, job_of, stored
 from findings.table import EVALUATIONS
 from run_once import RunFailed, why_unmeasured
-from sweeps.jobs import Job, is_under_way, run_job
+from sweeps.jobs import Job, Outcome, is_under_way, outcome_of, run_job
 
 from s2dm_jax import main
 from s2dm_jax.common.compilation_cache import set_compilation_cache
@@ -207,14 +207,10 @@ def left(pieces: Sequence[Piece], out: Path) -> list[Piece]:
     return [piece for piece in pieces if stored(piece, out) is None]
 
 
-def failures(pieces: Sequence[Piece], out: Path) -> dict[str, str]:
-    """The reason of each failed piece, by name."""
-    found = {}
-    for piece in left(pieces, out):
-        path = out / "failures" / f"{piece.name}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found[piece.name] = json.loads(path.read_text(encoding="utf-8"))["reason"]
-    return found
+def outcome(pieces: Sequence[Piece], out: Path) -> Outcome:
+    """The results of the finished pieces, why others failed, and which are left, by name."""
+    by_name = {piece.name: piece for piece in pieces}
+    return outcome_of([job_of(piece, out) for piece in pieces], out, lambda job: stored(by_name[job.name], out))
 
 
 def set_environment(processes: int, number: int | None = None) -> None:
