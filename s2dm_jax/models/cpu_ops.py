@@ -13,9 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from s2dm_jax.models.winograd import conv3x3
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 Pad = tuple[tuple[int, int], tuple[int, int]]
+
+# With fewer, the sums that Winograd's form adds cost what it saves. The number of images is not asked for, so that an
+# image has the same result in every batch.
+_MIN_CHANNELS, _MIN_PIXELS = 128, 64
 
 # Whether the plain forms are used on CPU too.
 _plain = contextvars.ContextVar("plain", default=False)
@@ -40,15 +46,30 @@ def conv2d(x: jax.Array, w: jax.Array, stride: int, pad: Pad) -> jax.Array:
 
     XLA:CPU rewrites convolutions to its fast form only in the entry computation. Inside `lax.scan` the backward
     convolutions that autodiff makes, whose layouts are permuted, fall to a naive loop 20-40 times slower. On CPU both
-    are written in the fast form directly; the gradients are the same. Reverse mode of any order and vmap work;
-    `jax.jvp` of it raises TypeError on CPU, so what needs it calls lax directly.
+    are written in the fast form directly; the gradients are the same. Float32 convolutions of 3×3 with many channels
+    take fewer multiplications there (`models.winograd`). Reverse mode of any order and vmap work; `jax.jvp` of it
+    raises TypeError on CPU, so what needs it calls lax directly.
 
     Args:
       x, w: [B, H, W, I] and [KH, KW, I, O], of one float type; the result is [B, H', W', O].
       stride: of rows and columns.
       pad: ((top, bottom), (left, right)), none negative.
     """
-    return _conv2d_on_cpu(x, w, stride, pad) if _on_cpu() else _plain_conv2d(x, w, stride, pad)
+    if not _on_cpu():
+        return _plain_conv2d(x, w, stride, pad)
+    return conv3x3(x, w) if _is_for_winograd(x, w, stride, pad) else _conv2d_on_cpu(x, w, stride, pad)
+
+
+def _is_for_winograd(x, w, stride, pad):
+    # The compiler may share out the images among several devices, but not those of a call that is kept apart.
+    return (
+        jax.device_count() == 1
+        and x.dtype == jnp.float32
+        and (w.shape[:2], stride, pad) == ((3, 3), 1, ((1, 1), (1, 1)))
+        and min(w.shape[2:]) >= _MIN_CHANNELS
+        and x.shape[1] * x.shape[2] >= _MIN_PIXELS
+        and not any(size % 2 for size in x.shape[1:3])
+    )
 
 
 def _plain_conv2d(x, w, stride, pad):
