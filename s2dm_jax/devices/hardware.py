@@ -5,7 +5,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -87,9 +87,22 @@ def check_devices() -> None:
 
 
 def compiler_options(cpu_options: Mapping[str, str] = CPU_OPTIONS) -> dict[str, str]:
-    """`jax.jit`'s `compiler_options` for a training step: none but on a single CPU device whose jaxlib accepts them."""
+    """`jax.jit`'s `compiler_options` for a network: none but on a single CPU device whose jaxlib accepts them."""
     single_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     return dict(cpu_options) if single_cpu and _accepts(tuple(cpu_options.items())) else {}
+
+
+def jit_network(**options: Any) -> Callable[[Callable], Callable]:
+    """A decorator: `jax.jit` with `compiler_options`, which depend on devices that are unknown until the first call.
+
+    The function cannot be called inside another compiled one.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        compiled = functools.cache(lambda: jax.jit(function, compiler_options=compiler_options(), **options))
+        return functools.wraps(function)(lambda *arguments: compiled()(*arguments))
+
+    return decorate
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2dm_jax.common.images import to_unit
+from s2dm_jax.devices.hardware import jit_network
 from s2dm_jax.devices.sharding import replicate, shard_batch
 from s2dm_jax.diffusion.bound import VARIANCES, bound_term, chain_steps, prior_coefficients, prior_term
 from s2dm_jax.diffusion.parameterization import predict_x0
@@ -139,7 +140,7 @@ def _check(chain, count, inputs, scale):
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit_network(static_argnums=0)
 def _terms(chain, params, steps, last, inputs, scale, images, indices, seed):
     """L_T and the terms of the steps for each image, [B, 1 + S], by the name of the variance."""
     x0 = to_unit(images)

@@ -1,6 +1,5 @@
 """Analytic-DPM's statistic: the mean square of the predicted noise at each timestep, over training images."""
 
-import functools
 import json
 import os
 import zipfile
@@ -17,7 +16,7 @@ from s2dm_jax.common.hashing import sha256_of_arrays, sha256_of_json
 from s2dm_jax.common.images import to_unit
 from s2dm_jax.common.progress import progress_bar
 from s2dm_jax.devices.distributed import is_main_process
-from s2dm_jax.devices.hardware import numerics
+from s2dm_jax.devices.hardware import jit_network, numerics
 from s2dm_jax.devices.sharding import replicate, shard_batch
 from s2dm_jax.diffusion.schedule import NoiseSchedule, add_noise
 from s2dm_jax.models.network import Network
@@ -117,7 +116,7 @@ def load_cached(
     return max(found, key=lambda statistics: statistics.num_images, default=None)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_network(static_argnums=(0, 1))
 def _squares(network, schedule, params, images, indices, timesteps, seed):
     """‖ε̂‖²/dim, [timesteps, images]."""
     x0 = to_unit(images)

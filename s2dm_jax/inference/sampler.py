@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from s2dm_jax.common.images import is_saturated, to_uint8
 from s2dm_jax.config.defaults import SAMPLER_OPTIONS
+from s2dm_jax.devices.hardware import jit_network
 from s2dm_jax.devices.sharding import shard_batch
 from s2dm_jax.diffusion import objectives
 from s2dm_jax.diffusion.schedule import NoiseSchedule
@@ -254,7 +255,7 @@ def run_sampler(
     return get_sampler(sampler)(eps_fn, x_T, schedule, timesteps, return_x0=return_x0, **options)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_network(static_argnums=(0, 1))
 def _run_compiled(program, trajectory, params, timesteps, seed, indices, x_T, arguments):
     result = run_sampler(program, params, timesteps, seed, indices, **arguments, x_T=x_T, return_x0=trajectory)
     x_0 = result[0] if trajectory else result

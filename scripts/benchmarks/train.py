@@ -6,6 +6,7 @@ rounds.
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -102,6 +103,8 @@ def _benchmark(arguments, workers):
     variants = {"torch": {"channels_last": gpu, "compile": gpu}}
     if arguments.torch == "all":
         variants |= {"torch eager" if gpu else "torch channels_last": {"channels_last": True, "compile": False}}
+        if not gpu and shutil.which("g++"):
+            variants |= {"torch.compile": {"channels_last": True, "compile": True}}
     if arguments.torch == "none":
         variants = {}
     with tempfile.TemporaryDirectory() as folder, removed_on_signal(Path(folder)):
