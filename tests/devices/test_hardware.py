@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s2dm_jax.devices.hardware import compiler_options, numerics, peak_flops, peak_memory
+from s2dm_jax.devices import hardware
+from s2dm_jax.devices.hardware import compiler_options, jit_network, numerics, peak_flops, peak_memory
 from s2dm_jax.models.flops import forward_flops, step_flops
 from s2dm_jax.models.unet import UNet
 
@@ -27,6 +28,22 @@ def test_compiler_options_are_those_that_the_compiler_accepts(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiler_options(accepted) == {}
+
+
+def test_compiler_options_are_asked_for_at_the_first_call(monkeypatch):
+    @jit_network(static_argnums=0)
+    def power(exponent, x):
+        traced.append(exponent)
+        return x**exponent
+
+    traced = []
+    monkeypatch.setattr(hardware, "compiler_options", lambda: {"xla_cpu_no_such_option": "1"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_no_such_option"):
+        power(2, jnp.array(3.0))
+    monkeypatch.undo()
+    cube = jit_network(static_argnums=0)(power.__wrapped__)
+    assert (cube(3, jnp.array(2.0)), cube(3, jnp.array(3.0))) == (8, 27)
+    assert traced.count(3) == 1
 
 
 def test_forward_flops_of_the_published_network():
