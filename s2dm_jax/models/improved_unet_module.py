@@ -25,11 +25,15 @@ from s2dm_jax.models.layers import (
 )
 
 
-def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
-    """Sinusoidal embedding of t [B], float32 [B, dim]: cosines first, frequencies 10000^(−i/(dim/2)); dim is even."""
+def embedding_frequencies(dim: int) -> np.ndarray:
+    """10000^(−i/(dim/2)) for i = 0 … dim/2 − 1, float64; dim is even."""
     half = dim // 2
-    frequencies = np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32)
-    angles = t.astype(jnp.float32)[:, None] * frequencies  # [B, dim/2]
+    return np.exp(-math.log(10000) * np.arange(half) / half)
+
+
+def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
+    """Sinusoidal embedding of t [B], float32 [B, dim]: cosines of t times each frequency first, then sines."""
+    angles = t.astype(jnp.float32)[:, None] * embedding_frequencies(dim).astype(np.float32)  # [B, dim/2]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -4,13 +4,13 @@ Written against diffusers 0.42, like `diffusers_names.py`, whose tables are for 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from s2dm_jax.models.improved_unet import ImprovedUNet
+from s2dm_jax.models.improved_unet_module import embedding_frequencies
 from s2dm_jax.models.network import NORM_GROUPS
 from s2dm_jax.models.unet import UNet
 from s2dm_jax.weights import diffusers_names, torch_names
@@ -65,7 +65,7 @@ def from_zero(network: ImprovedUNet, params: dict) -> tuple[ImprovedUNet, dict]:
     if not network.t_offset:
         return network, params
     half = network.ch // 2
-    angle = network.t_offset * np.exp(-math.log(10000) * np.arange(half) / half)[:, None]
+    angle = network.t_offset * embedding_frequencies(network.ch)[:, None]
     kernel = np.asarray(params["time_embed"]["0"]["kernel"], np.float64)  # [ch, 4·ch], of the cosines first
     cosines, sines = kernel[:half], kernel[half:]
     rotated = [np.cos(angle) * cosines + np.sin(angle) * sines, np.cos(angle) * sines - np.sin(angle) * cosines]
