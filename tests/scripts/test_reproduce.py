@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers import ToyNetwork, load_file
@@ -258,7 +259,9 @@ def in_process(monkeypatch, command_line):
 
     monkeypatch.setattr(reproduce, "run_command", run)
     monkeypatch.setattr("run_once.run_command", run)
-    return further
+    yield further
+    # A compiled program takes hundreds of the 65,530 memory mappings that Linux grants a process.
+    jax.clear_caches()
 
 
 def test_a_row_is_trained_and_measured_under_its_preset(in_process, monkeypatch, tmp_path):
