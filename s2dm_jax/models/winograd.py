@@ -77,6 +77,11 @@ def _groups(x: jax.Array, rows: int, columns: int, d: Callable, s: Callable) -> 
     return [each.transpose(2, 4, 0, 1, 3, 5).reshape(4, -1, x.shape[-1]) for each in found]
 
 
+def _halves(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Both entries of an axis of length two, which stays."""
+    return lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, 1, 2, axis=axis)
+
+
 def _signs(x: jax.Array, axis: int) -> jax.Array:
     """(1, −1) along an axis."""
     return lax.expand_dims(jnp.array([1, -1], x.dtype), [i for i in range(x.ndim) if i != axis])
@@ -96,7 +101,7 @@ def _inputs(x):
 
     def s(x, axis):
         this, following = this_and_next(x, axis)
-        second, third = lax.slice_in_dim(this, 1, 2, axis=axis + 1), lax.slice_in_dim(following, 0, 1, axis=axis + 1)
+        (_, second), (third, _) = _halves(this, axis + 1), _halves(following, axis + 1)
         return second + _signs(x, axis + 1) * third
 
     return _groups(x, 1, 3, d, s)
@@ -112,7 +117,7 @@ def _outputs(products, shape):  # [B, H, W, O]
     dd, ds, sd, ss = (each.reshape(2, 2, b, h // 2, w // 2, channels) for each in products)
 
     def along(d, s, axis):
-        first, second = lax.slice_in_dim(s, 0, 1, axis=axis), lax.slice_in_dim(s, 1, 2, axis=axis)
+        first, second = _halves(s, axis)
         return first + _signs(d, axis) * (d + second)
 
     y = along(along(dd, ds, 1), along(sd, ss, 1), 0)
@@ -127,7 +132,7 @@ def _grad_products(g):
         return _signs(g, axis) * g
 
     def s(g, axis):
-        first, second = lax.slice_in_dim(g, 0, 1, axis=axis), lax.slice_in_dim(g, 1, 2, axis=axis)
+        first, second = _halves(g, axis)
         return first + _signs(g, axis) * second
 
     return _groups(g.reshape(b, h // 2, 2, w // 2, 2, channels), 2, 4, d, s)
