@@ -24,13 +24,16 @@ class Curve(NamedTuple):
     by_seed: dict[int, list[float]]
 
 
-def records_of(pieces: Sequence[Piece], results: Mapping[str, dict], arm: str) -> dict[int, dict]:
-    """The stored numbers of an arm by seed."""
-    training, evaluation = split_arm(arm)
+def records_of(finding: Finding, pieces: Sequence[Piece], results: Mapping[str, dict], arm: str) -> dict[int, dict]:
+    """The stored numbers of an arm by seed.
+
+    Other findings may have more seeds of the same arm; without them, all means of this one are over the same seeds.
+    """
+    wanted = split_arm(arm)
     return {
         piece.seed: results[piece.name]
         for piece in pieces
-        if (piece.training, piece.evaluation) == (training, evaluation) and piece.name in results
+        if (piece.training, piece.evaluation) == wanted and piece.seed < finding.seeds and piece.name in results
     }
 
 
@@ -38,7 +41,7 @@ def values_of(finding: Finding, pieces: Sequence[Piece], results: Mapping[str, d
     """The finding's quantity of each of its arms, by column and seed; what was not measured is left out."""
     values: Values = {}
     for arm in arms_of(finding):
-        for seed, record in records_of(pieces, results, arm).items():
+        for seed, record in records_of(finding, pieces, results, arm).items():
             columns = _columns_along(record, finding) if finding.kind == "along" else _columns(record, finding, arm)
             for column, value in columns.items():
                 values.setdefault(arm, {}).setdefault(column, {})[seed] = value
@@ -82,7 +85,7 @@ def curves_of(finding: Finding, pieces: Sequence[Piece], results: Mapping[str, d
     found = {}
     for arm in arms_of(finding):
         by_seed = {}
-        for seed, record in records_of(pieces, results, arm).items():
+        for seed, record in records_of(finding, pieces, results, arm).items():
             if finding.kind == "gap":
                 by_seed[seed] = dict(zip(record["t"], record[finding.quantity], strict=True))
             elif series := along(record, finding.quantity):

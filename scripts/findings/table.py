@@ -206,7 +206,7 @@ FINDINGS = {
             ("s2_10_x4", "ddpm_x4|paper_10"),
             ("sa_2_x4", "ddpm_x4"),
         ),
-        seeds=2,
+        seeds=3,
     ),
     "ratio": Finding(
         "L_skip in units of L_simple along the training",
@@ -238,7 +238,7 @@ FINDINGS = {
             ("sa_2|gap", "ddpm_x2|gap"),
             ("sa_2_x4|gap", "ddpm_x4|gap"),
         ),
-        seeds=2,
+        seeds=3,
         kind="gap",
         quantity="rms",
         expected=(2.5, 2.5),
@@ -277,7 +277,7 @@ FINDINGS = {
             ("sa_2|1000", "ddpm|1000"),
             ("sa_2|1000", "ddpm_x2|1000"),
         ),
-        seeds=2,
+        seeds=3,
     ),
     "bits": Finding(
         "Bits per dimension, the bound that both papers start from",
@@ -289,7 +289,7 @@ FINDINGS = {
             *((f"sa_{K}|bits", "ddpm|bits") for K in (2, 3, 4)),
             ("sa_2|bits", "ddpm_x2|bits"),
         ),
-        seeds=2,
+        seeds=3,
         quantity="bits_per_dim",
     ),
 }

@@ -101,7 +101,7 @@ def test_a_plan_is_made_seed_by_seed_with_each_training_before_its_evaluations()
     for index, piece in enumerate(found):
         assert piece.needs is None or piece.needs in names[:index]
     # A finding of three seeds has no more, and what is most valuable is first.
-    assert {piece.seed for piece in found if piece.training == "sa_2_x4"} == {0, 1}
+    assert {piece.seed for piece in found if piece.training == "sa_2_x4"} == {0, 1, 2}
     assert names[:4] == ["ddpm_seed0", "s2_2_seed0", "s2_10_seed0", "s2_50_seed0"]
     few = pieces.plan(DIGITS, ["ratio"], seeds=2)
     assert {piece.training for piece in few} == {f"s2_{skip}{end}" for skip in (2, 10, 50) for end in ("", "_released")}
@@ -138,6 +138,9 @@ def test_differences_are_paired_by_seed_and_ratios_too():
     assert paired["10"].error == pytest.approx(math.sqrt(7) / 3)
     (ratio,) = numbers.ratios(finding, values).values()
     assert ratio["10"].mean == pytest.approx(np.mean([10 / 9, 1, 17 / 14]))
+    # Seeds that an arm has because of another finding are in no mean of this one.
+    fewer = numbers.means(numbers.values_of(finding._replace(seeds=2), found, results))
+    assert [fewer[training]["10"].mean for training in ("ddpm", "s2_10")] == [11.0, 10.5]
     along = {"step": [20, 40], "loss_skip": [30.0, 20.0], "loss_simple": [10.0, 4.0]}
     assert numbers.along({"along": along}, "loss_skip/loss_simple") == [3.0, 5.0]
     assert numbers.along({"along": along}, "grad_norm") == []
