@@ -32,6 +32,7 @@ COMMANDS = (
     "reproduce",
     "sweep",
     "dev/run_docs",
+    "dev/store_evidence",
     "dev/store_notebooks",
     "dev/xla_cpu_devices",
     "sweep_ema",
