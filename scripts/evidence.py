@@ -35,7 +35,7 @@ runs/ with the trained networks, logs/. OUT/results and OUT/plan.json are enough
 The exit status is 0 on success, 1 if a run failed, 2 for an error on the command line, 128 + signal after a signal."""
 _EXAMPLE = """\
 examples:
-  python scripts/evidence.py --out=runs/evidence --processes=2      # digits, 3 to 6 hours on two CPU cores
+  python scripts/evidence.py --out=runs/evidence --processes=2      # digits, 2 to 4 hours on two CPU cores
   python scripts/evidence.py --out=runs/evidence --processes=2 --seconds=480     # the first eight minutes of it
   python scripts/evidence.py --out=runs/evidence --report           # the results so far
   python scripts/evidence.py --out=runs/skip --only=skip,released --seeds=2
